@@ -1,0 +1,27 @@
+"""Backpropagation clipping for Opacus: DP-SGD without per-example gradients."""
+
+from importlib.metadata import version
+
+from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.engine import PrivacyEngine
+from opacus_bpclip.errors import CoverageError, PrivacyViolationError
+from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
+from opacus_bpclip.input_clipping import clip_inputs, unclip_inputs
+from opacus_bpclip.optimizer import BackpropClipOptimizer
+from opacus_bpclip.registration import register, unregister
+
+__version__ = version("opacus-bpclip")
+
+__all__ = [
+    "BackpropClipHooks",
+    "BackpropClipModule",
+    "BackpropClipOptimizer",
+    "BackpropClipping",
+    "CoverageError",
+    "PrivacyEngine",
+    "PrivacyViolationError",
+    "clip_inputs",
+    "register",
+    "unclip_inputs",
+    "unregister",
+]

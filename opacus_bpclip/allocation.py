@@ -1,0 +1,53 @@
+"""Split the joint sensitivity over the layers: ``max_grad_norm`` -> Delta_l."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from opacus_bpclip.errors import CoverageError
+
+
+def layer_fractions(
+    sizes: Mapping[str, int], allocation: str | Mapping[str, float]
+) -> dict[str, float]:
+    """Return each layer's part ``f_l`` of ``max_grad_norm``, with ``sum(f_l ** 2) == 1``.
+
+    ``"dimension"`` takes ``f_l ** 2`` proportional to ``sqrt(d_l)`` for a layer of ``d_l``
+    parameters. It minimises the total noise-to-signal power ``sum(d_l / Delta_l ** 2)`` under
+    ``sum(Delta_l ** 2) == Delta ** 2``: the Lagrangian condition is ``d_l / Delta_l ** 4 = const``.
+
+    Args:
+        sizes: trainable parameters of each layer, by dotted module name.
+        allocation: ``"equal"``, ``"dimension"``, or the share of ``max_grad_norm ** 2`` by name.
+
+    Raises:
+        CoverageError: the mapping misses a layer or names one that does not exist.
+
+    Example:
+        >>> layer_fractions({"a": 1, "b": 16}, "equal")["a"] ** 2
+        0.5000000000000001
+        >>> round(layer_fractions({"a": 1, "b": 16}, "dimension")["b"] ** 2, 3)
+        0.8
+    """
+    shares = _shares(sizes, allocation)
+    total = math.fsum(shares.values())
+    return {name: math.sqrt(share / total) for name, share in shares.items()}
+
+
+def _shares(sizes: Mapping[str, int], allocation: str | Mapping[str, float]) -> dict[str, float]:
+    if allocation == "equal":
+        return dict.fromkeys(sizes, 1.0)
+    if allocation == "dimension":
+        return {name: math.sqrt(size) for name, size in sizes.items()}
+    assert isinstance(allocation, Mapping)
+    unknown = sorted(set(allocation) - set(sizes))
+    missing = sorted(set(sizes) - set(allocation))
+    if unknown or missing:
+        raise CoverageError(
+            "allocation does not fit the model's trainable layers"
+            + (f"; no such layer: {', '.join(unknown)}" if unknown else "")
+            + (f"; no share for: {', '.join(missing)}" if missing else "")
+            + f". Name each of: {', '.join(sizes)}."
+        )
+    return {name: float(allocation[name]) for name in sizes}

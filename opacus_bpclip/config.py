@@ -1,0 +1,86 @@
+"""The public options of backpropagation clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+
+Bound = Literal["product", "weighted", "exact"]
+Upstream = Literal["clip", "normalize"]
+Allocation = Literal["equal", "dimension"]
+
+
+def is_positive_number(value: object) -> bool:
+    """Return whether ``value`` is a real, finite number above zero (a bool is not a number)."""
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value > 0
+    )
+
+
+@dataclass(frozen=True)
+class BackpropClipping:
+    """How layers clip their inputs and upstream gradients.
+
+    Args:
+        max_input_norm: every column that enters a layer's weight product (a vector, a token, a
+            convolution's patch) is scaled down to at most this L2 norm, in training and in
+            evaluation. ``None`` leaves inputs alone; ``bound="product"`` needs a number.
+        bound: the upper bound on an example's gradient norm that the upstream gradient is clipped
+            by. ``"product"`` is the paper's and the loosest, ``"weighted"`` costs the same and is
+            tighter, ``"exact"`` computes the norm itself.
+        allocation: how ``max_grad_norm`` is split over the layers. ``"equal"``, ``"dimension"``
+            (proportional to the fourth root of the layer's number of parameters), or a mapping
+            from each trainable layer's dotted name to its positive share of
+            ``max_grad_norm ** 2`` (shares are normalised to sum to one).
+        upstream: ``"clip"`` scales an example down where it exceeds the bound; ``"normalize"``
+            scales every example to the bound.
+
+    Raises:
+        ValueError: an option outside these values; the message names it and what is accepted.
+
+    Example:
+        >>> BackpropClipping(bound="exact", max_input_norm=None).bound
+        'exact'
+    """
+
+    max_input_norm: float | None = 3.0
+    bound: Bound = "weighted"
+    allocation: Allocation | Mapping[str, float] = "dimension"
+    upstream: Upstream = "clip"
+
+    def __post_init__(self) -> None:
+        _require_choice("bound", self.bound, get_args(Bound))
+        _require_choice("upstream", self.upstream, get_args(Upstream))
+        if self.max_input_norm is not None and not is_positive_number(self.max_input_norm):
+            raise ValueError(
+                f"Expected max_input_norm={self.max_input_norm!r} to be a finite number > 0, or "
+                "None."
+            )
+        if self.bound == "product" and self.max_input_norm is None:
+            raise ValueError(
+                'bound="product" needs a max_input_norm: its bound is max_input_norm times the '
+                'upstream norm. Set max_input_norm, or choose bound="weighted" or "exact".'
+            )
+        if isinstance(self.allocation, Mapping):
+            for name, share in self.allocation.items():
+                if not isinstance(name, str) or not is_positive_number(share):
+                    raise ValueError(
+                        f"Expected allocation[{name!r}]={share!r} to map a module's name to a "
+                        "finite number > 0."
+                    )
+            frozen = MappingProxyType(dict(self.allocation))
+            object.__setattr__(self, "allocation", frozen)
+        else:
+            _require_choice("allocation", self.allocation, get_args(Allocation), "or a mapping")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:
+    if not isinstance(value, str) or value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"Expected {name}={value!r} to be one of {expected} {more}".rstrip() + ".")

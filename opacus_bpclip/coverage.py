@@ -1,0 +1,132 @@
+"""Before training: every trainable parameter has exactly one owner, and that owner has a rule.
+
+Backpropagation clipping fails open by nature, since ``p.grad`` exists whether or not anything
+clipped it. These checks, and those that `guard` makes on every batch, make it fail closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.rules import RULES, Rule
+
+_TRAINABLE_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module whose own parameters are trained.
+
+    Attributes:
+        name: dotted path in the model, ``"(root)"`` for the model itself.
+        module: the module.
+        rule: what bounds its gradient.
+        parameters: its trainable parameters.
+    """
+
+    name: str
+    module: nn.Module
+    rule: Rule
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def size(self) -> int:
+        """Return the number of trainable scalars."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+def trainable_layers(model: nn.Module) -> dict[str, Layer]:
+    """Return the layers to clip, by dotted name, in the model's order.
+
+    Raises:
+        CoverageError: a trainable parameter has no owner with a rule, or more than one owner, or
+            the model has nothing to train. The message lists every problem with its remedy.
+    """
+    layers: dict[str, Layer] = {}
+    problems: list[str] = []
+    owners: dict[nn.Parameter, str] = {}
+    for name, module in _owners(model):
+        own = _own_trainable(module)
+        for parameter_name, parameter in own.items():
+            if parameter in owners:
+                problems.append(
+                    f"{name}.{parameter_name} is the same parameter as {owners[parameter]}: each "
+                    "use adds to one example's contribution. Give each layer its own parameter."
+                )
+            owners.setdefault(parameter, f"{name}.{parameter_name}")
+        rule, problem = _rule_for(module, own)
+        if rule is None:
+            problems.append(f"{name} ({type(module).__name__}): {problem}")
+        else:
+            layers[name] = Layer(name, module, rule, tuple(own.values()))
+    if problems:
+        raise CoverageError(
+            "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
+            + "\n".join(f"- {problem}" for problem in problems)
+        )
+    if not layers:
+        raise CoverageError(
+            "The model has no trainable parameter. Set requires_grad=True on the layers to train."
+        )
+    return layers
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if _own_trainable(module):
+            yield name or "(root)", module
+
+
+def _own_trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    }
+
+
+def _rule_for(
+    module: nn.Module, own: Mapping[str, nn.Parameter]
+) -> tuple[Rule, None] | tuple[None, str]:
+    """Return the module's rule, or why it has none and what to do."""
+    kind = next((base for base in type(module).__mro__ if base in RULES), None)
+    supported = ", ".join(sorted(known.__name__ for known in RULES))
+    if kind is None:
+        return None, (
+            f"no rule bounds the gradient of {', '.join(own)}. Freeze it (requires_grad=False), "
+            f"or build the model from supported layers: {supported}."
+        )
+    for method in RULES[kind].methods:
+        if getattr(type(module), method) is not getattr(kind, method) or method in vars(module):
+            return None, (
+                f"overrides {kind.__name__}.{method}, so the rule for {kind.__name__} says nothing "
+                f"about it. Use {kind.__name__} itself and put the extra work in a module around "
+                "it."
+            )
+    if any(
+        isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in own.values()
+    ):
+        return None, "is not initialised yet. Run one batch through the model first."
+    unknown = sorted(set(own) - {"weight", "bias"})
+    if unknown:
+        return None, (
+            f"its parameters {', '.join(unknown)} are not {kind.__name__}'s own; a "
+            "reparametrization (weight_norm, spectral_norm, pruning) rewrites the weight in the "
+            "forward pass, outside what the rule bounds. Remove it."
+        )
+    dtypes = {parameter.dtype for parameter in own.values()}
+    if not dtypes <= set(_TRAINABLE_DTYPES):
+        return None, (
+            f"its parameters are {', '.join(str(dtype) for dtype in dtypes)}: the sum over the "
+            "batch would be rounded by more than one example's contribution. Keep trainable "
+            "parameters in torch.float32."
+        )
+    try:
+        return RULES[kind].from_module(module), None
+    except CoverageError as error:
+        return None, str(error)

@@ -1,0 +1,318 @@
+"""``make_private(..., clipping="backprop")``: everything is checked before anything is touched."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import opacus
+from opacus.accountants.utils import get_noise_multiplier
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from opacus_bpclip.allocation import layer_fractions
+from opacus_bpclip.config import BackpropClipping, is_positive_number
+from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
+from opacus_bpclip.optimizer import BackpropClipOptimizer
+
+Original = Callable[..., Any]
+
+_REQUEST = "_backprop_request"
+_STOCK_MAKE_PRIVATE = inspect.signature(opacus.PrivacyEngine.make_private)
+
+
+@dataclass
+class _Request:
+    """What one call of make_private hands to the engine's inner steps."""
+
+    config: BackpropClipping
+    entered: bool = False
+    hooks: BackpropClipHooks | None = None
+
+
+class PrivacyEngine(opacus.PrivacyEngine):
+    """Opacus's engine, with one clipping method more.
+
+    ``make_private`` and ``make_private_with_epsilon`` accept ``clipping="backprop"`` and
+    ``backprop=BackpropClipping(...)``; every other call is Opacus's own.
+
+    Example:
+        >>> import torch, warnings
+        >>> warnings.simplefilter("ignore")
+        >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.zeros(64).long())
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model, optimizer, loader = PrivacyEngine().make_private(
+        ...     module=model,
+        ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     data_loader=torch.utils.data.DataLoader(data, batch_size=16),
+        ...     noise_multiplier=1.1,
+        ...     max_grad_norm=1.0,
+        ...     clipping="backprop",
+        ... )
+        >>> {name: round(value, 3) for name, value in optimizer.layer_sensitivities.items()}
+        {'0': 0.774, '2': 0.633}
+    """
+
+    def make_private(self, **kwargs: Any) -> Any:
+        """Make training private; all of Opacus's arguments, plus ``backprop``.
+
+        Args:
+            **kwargs: as for ``opacus.PrivacyEngine.make_private``. With ``clipping="backprop"``,
+                ``backprop`` holds the options (a `BackpropClipping`), ``max_grad_norm`` is one
+                number, and options that this method cannot honour are errors.
+
+        Returns:
+            ``(module or hooks, optimizer, data_loader)``, as Opacus does.
+
+        Raises:
+            CoverageError: the model has a trainable parameter that nothing bounds.
+            ValueError: another argument is wrong. In both cases model and optimizer are unchanged.
+        """
+        return make_private(super().make_private, self, **kwargs)
+
+    def make_private_with_epsilon(self, **kwargs: Any) -> Any:
+        """Make training private for a target epsilon; as ``make_private`` otherwise."""
+        return make_private_with_epsilon(super().make_private_with_epsilon, self, **kwargs)
+
+    def _prepare_model(self, module: nn.Module, **kwargs: Any) -> Any:
+        return prepare_model(super()._prepare_model, self, module, **kwargs)
+
+    def _prepare_optimizer(self, **kwargs: Any) -> Any:
+        return prepare_optimizer(super()._prepare_optimizer, self, **kwargs)
+
+
+# Each function below extends the engine's method of the same name. It takes the method it extends,
+# bound, so that `PrivacyEngine` and `register` share it.
+
+
+def make_private(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    *,
+    clipping: str = "flat",
+    backprop: BackpropClipping | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Extend ``make_private``."""
+    request: _Request | None = getattr(engine, _REQUEST, None)
+    if clipping != "backprop":
+        _refuse_options(clipping, backprop)
+        return original(clipping=clipping, **kwargs)
+    if request is not None and request.entered:
+        return original(clipping=clipping, **kwargs)
+    if request is None:
+        unknown = sorted(set(kwargs) - set(_STOCK_MAKE_PRIVATE.parameters))
+        if unknown:
+            raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
+    else:
+        backprop = request.config
+        kwargs = {key: kwargs[key] for key in kwargs if key in _STOCK_MAKE_PRIVATE.parameters}
+    config = _checked(engine, backprop, **kwargs)
+    kwargs["grad_sample_mode"] = "hooks"
+    with _requested(engine, _Request(config, entered=True)) as request:
+        try:
+            return original(clipping=clipping, **kwargs)
+        except BaseException:
+            if request.hooks is not None:
+                request.hooks.remove_hooks()
+            raise
+
+
+def make_private_with_epsilon(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    *,
+    clipping: str = "flat",
+    backprop: BackpropClipping | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Extend ``make_private_with_epsilon``."""
+    if clipping != "backprop":
+        _refuse_options(clipping, backprop)
+        return original(clipping=clipping, **kwargs)
+    if getattr(engine, _REQUEST, None) is not None:
+        return original(clipping=clipping, **kwargs)
+    _refuse_unknown_for_epsilon(original, kwargs)
+    config = _checked(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
+    # Opacus hands unknown options to the noise search as well: the request carries ours past it.
+    with _requested(engine, _Request(config)):
+        return original(clipping=clipping, **kwargs)
+
+
+def prepare_model(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    module: nn.Module,
+    *,
+    max_grad_norm: Any = 1.0,
+    loss_reduction: str = "mean",
+    wrap_model: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Extend ``_prepare_model``."""
+    request: _Request | None = getattr(engine, _REQUEST, None)
+    if request is None:
+        return original(
+            module,
+            max_grad_norm=max_grad_norm,
+            loss_reduction=loss_reduction,
+            wrap_model=wrap_model,
+            **kwargs,
+        )
+    engine.validate(module=module, optimizer=None, data_loader=None)
+    attach = BackpropClipModule if wrap_model else BackpropClipHooks
+    request.hooks = attach(
+        module,
+        config=request.config,
+        max_grad_norm=max_grad_norm,
+        loss_reduction=loss_reduction,
+    )
+    return request.hooks
+
+
+def prepare_optimizer(
+    original: Original, engine: opacus.PrivacyEngine, *, optimizer: Any, **kwargs: Any
+) -> Any:
+    """Extend ``_prepare_optimizer``."""
+    request: _Request | None = getattr(engine, _REQUEST, None)
+    if request is None:
+        return original(optimizer=optimizer, **kwargs)
+    if isinstance(optimizer, DPOptimizer):
+        optimizer = optimizer.original_optimizer
+    assert request.hooks is not None
+    return BackpropClipOptimizer(
+        optimizer,
+        hooks=request.hooks,
+        noise_multiplier=kwargs["noise_multiplier"],
+        max_grad_norm=kwargs["max_grad_norm"],
+        expected_batch_size=kwargs["expected_batch_size"],
+        loss_reduction=kwargs["loss_reduction"],
+        generator=engine.secure_rng if engine.secure_mode else kwargs["noise_generator"],
+        secure_mode=engine.secure_mode,
+    )
+
+
+@contextmanager
+def _requested(engine: opacus.PrivacyEngine, request: _Request) -> Iterator[_Request]:
+    before = getattr(engine, _REQUEST, None)
+    setattr(engine, _REQUEST, request)
+    try:
+        yield request
+    finally:
+        if before is None:
+            delattr(engine, _REQUEST)
+        else:
+            setattr(engine, _REQUEST, before)
+
+
+def _refuse_options(clipping: str, backprop: object) -> None:
+    if backprop is not None:
+        raise ValueError(
+            f'backprop={backprop!r} was given with clipping={clipping!r}; it needs clipping="'
+            'backprop".'
+        )
+
+
+def _refuse_unknown_for_epsilon(original: Original, kwargs: dict[str, Any]) -> None:
+    known = set(_STOCK_MAKE_PRIVATE.parameters) | {"alphas"}
+    for function in (opacus.PrivacyEngine.make_private_with_epsilon, get_noise_multiplier):
+        known |= set(inspect.signature(function).parameters)
+    known |= {"target_epsilon", "target_delta", "epochs"}
+    unknown = sorted(set(kwargs) - known)
+    if unknown:
+        raise ValueError(f"Unknown options for make_private_with_epsilon: {', '.join(unknown)}.")
+
+
+def _checked(
+    engine: opacus.PrivacyEngine,
+    backprop: object,
+    *,
+    module: nn.Module,
+    max_grad_norm: object,
+    noise_multiplier: object,
+    loss_reduction: str = "mean",
+    batch_first: bool = True,
+    grad_sample_mode: str = "hooks",
+    rand_on_empty: bool = False,
+    **_: Any,
+) -> BackpropClipping:
+    """Check everything that can be checked without touching anything; return the options."""
+    if backprop is None:
+        backprop = BackpropClipping()
+    if not isinstance(backprop, BackpropClipping):
+        raise ValueError(f"Expected backprop={backprop!r} to be a BackpropClipping.")
+    if isinstance(max_grad_norm, (list, tuple)):
+        raise ValueError(
+            f"Expected max_grad_norm={max_grad_norm!r} to be one number, the joint sensitivity of "
+            "all layers. Split it over the layers by BackpropClipping(allocation={name: share})."
+        )
+    if not is_positive_number(max_grad_norm):
+        raise ValueError(f"Expected max_grad_norm={max_grad_norm!r} to be a finite number > 0.")
+    if not _is_noise_multiplier(noise_multiplier):
+        raise ValueError(
+            f"Expected noise_multiplier={noise_multiplier!r} to be a finite number >= 0."
+        )
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
+    if grad_sample_mode != "hooks":
+        raise ValueError(
+            f'grad_sample_mode={grad_sample_mode!r} does not go with clipping="backprop", which '
+            "has no per-example gradients. Leave grad_sample_mode out."
+        )
+    if not batch_first:
+        raise ValueError(
+            'batch_first=False is not supported with clipping="backprop": layers take the first '
+            "axis for the batch. Move the batch axis to the front."
+        )
+    if rand_on_empty:
+        raise ValueError(
+            "rand_on_empty=True adds a made-up example to empty batches, which would count as "
+            'data. Leave it out: clipping="backprop" steps on empty batches.'
+        )
+    _refuse_wrapped(module)
+    # Opacus's own words on what needs replacing (BatchNorm, LSTM, ...) come before ours.
+    engine.validate(module=module, optimizer=None, data_loader=None)
+    sizes = {name: layer.size for name, layer in trainable_layers(module).items()}
+    layer_fractions(sizes, backprop.allocation)
+    return backprop
+
+
+def _is_noise_multiplier(value: object) -> bool:
+    return is_positive_number(value) or (not isinstance(value, bool) and value == 0)
+
+
+def _refuse_wrapped(module: nn.Module) -> None:
+    if isinstance(module, AbstractGradSampleModule) or hasattr(
+        module, "autograd_grad_sample_hooks"
+    ):
+        raise ValueError(
+            f"The model is wrapped already ({type(module).__name__}). Pass the model itself: "
+            "to_standard_module() or cleanup() undoes the wrapping."
+        )
+    parallel = (
+        DataParallel,
+        DistributedDataParallel,
+        DifferentiallyPrivateDistributedDataParallel,
+        FSDPModule,
+        FullyShardedDataParallel,
+    )
+    if isinstance(getattr(module, "_orig_mod", module), parallel):
+        raise ValueError(
+            f'{type(module).__name__} is not supported with clipping="backprop" yet. Train on one '
+            "device."
+        )
+    if hasattr(module, "_orig_mod") or any(
+        child._compiled_call_impl is not None for child in module.modules()
+    ):
+        raise ValueError(
+            "The model is compiled already, and a compiled graph may ignore hooks added later. "
+            "Call make_private first, then torch.compile what it returns."
+        )

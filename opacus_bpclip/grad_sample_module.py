@@ -1,0 +1,250 @@
+"""Attach the rules to a model: `BackpropClipHooks`, and `BackpropClipModule` that wraps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from opacus.grad_sample import AbstractGradSampleHooks, AbstractGradSampleModule
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from opacus_bpclip.allocation import layer_fractions
+from opacus_bpclip.config import BackpropClipping, is_positive_number
+from opacus_bpclip.coverage import Layer, trainable_layers
+from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.guard import GradientGuard
+from opacus_bpclip.input_clipping import clip_inputs, unclip_inputs
+from opacus_bpclip.ops import ClippedInput, clip_input, clip_upstream, scale_gradient, scale_input
+
+_ATTACHED = "_backprop_clip_hooks"
+
+
+class BackpropClipHooks(AbstractGradSampleHooks):
+    """Make a model's ordinary gradients sums of bounded contributions, one per example.
+
+    Guarantee: after one backward pass, ``p.grad`` of all trainable parameters together is a sum
+    over the batch's examples; each term depends on its example and the parameters alone, and has
+    norm at most ``max_grad_norm``, the part of layer ``l`` at most ``layer_sensitivities[l]``.
+
+    Args:
+        m: the model, changed in place by hooks; its layers stay what they are.
+        config: how to clip.
+        max_grad_norm: joint L2 sensitivity of the summed gradient.
+        loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
+
+    Raises:
+        CoverageError: something in the model cannot be bounded, or it has hooks already. The model
+            is left as it was.
+    """
+
+    def __init__(
+        self,
+        m: nn.Module,
+        *,
+        config: BackpropClipping | None = None,
+        max_grad_norm: float = 1.0,
+        loss_reduction: str = "mean",
+    ) -> None:
+        # Not Opacus's own __init__: it gives every parameter a grad_sample.
+        if hasattr(m, _ATTACHED):
+            raise CoverageError(
+                "The model has backpropagation clipping attached already. Call cleanup() on what "
+                "make_private returned for it, or pass a fresh model."
+            )
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
+        self._module = m
+        self.config = config = config or BackpropClipping()
+        self.batch_first = True
+        self.loss_reduction = loss_reduction
+        layers = trainable_layers(m)
+        sizes = {name: layer.size for name, layer in layers.items()}
+        self._fractions = layer_fractions(sizes, config.allocation)
+        self._limits = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in layers}
+        self.max_grad_norm = max_grad_norm
+        self.guard = GradientGuard(m, layers.values(), unwrap_mean=loss_reduction == "mean")
+        unclip_inputs(m)
+        self._handles = [
+            m.register_forward_pre_hook(self._enter_root, with_kwargs=True),
+            m.register_forward_hook(self._leave_root, with_kwargs=True),
+        ]
+        for name, layer in layers.items():
+            clip = _LayerClip(layer, config, self._limits[name], self.guard)
+            self._handles += [
+                layer.module.register_forward_pre_hook(clip.enter, with_kwargs=True),
+                # First of all hooks: nothing may stand between the layer and its clip.
+                layer.module.register_forward_hook(clip.leave, prepend=True),
+            ]
+        setattr(m, _ATTACHED, True)
+        self._attached = True
+
+    @property
+    def max_grad_norm(self) -> float:
+        """Joint L2 sensitivity of the summed gradient; setting it moves every layer's."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        if not is_positive_number(value):
+            raise ValueError(f"Expected max_grad_norm={value!r} to be a finite number > 0.")
+        self._max_grad_norm = value
+        for name, sensitivity in self.layer_sensitivities.items():
+            self._limits[name].fill_(sensitivity)
+
+    @property
+    def layer_sensitivities(self) -> Mapping[str, float]:
+        """Return Delta_l by module name; their squares sum to ``max_grad_norm ** 2``."""
+        return {name: part * self._max_grad_norm for name, part in self._fractions.items()}
+
+    def forbid_grad_accumulation(self) -> None:
+        """Make a second backward pass before the optimizer's step an error."""
+        self.guard.accumulation_allowed = False
+
+    def allow_grad_accumulation(self) -> None:
+        """Let several backward passes over disjoint batches add up before one step."""
+        self.guard.accumulation_allowed = True
+
+    def set_grad_sample_to_none(self) -> None:
+        """Do nothing: no parameter has per-example gradients."""
+
+    def del_grad_sample(self) -> None:
+        """Do nothing: no parameter has per-example gradients."""
+
+    def remove_hooks(self) -> None:
+        """Take every hook away, input clipping included."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.guard.remove()
+        if self._attached:
+            delattr(self._module, _ATTACHED)
+            self._attached = False
+
+    def cleanup(self) -> None:
+        """End private training; the model keeps its input clipping, which is a part of it.
+
+        `unclip_inputs` takes that away, too.
+        """
+        attached = self._attached
+        self.remove_hooks()
+        for parameter in self._module.parameters():
+            if hasattr(parameter, "summed_grad"):
+                del parameter.summed_grad
+        if attached and self.config.max_input_norm is not None:
+            clip_inputs(self._module, self.config.max_input_norm)
+
+    def _enter_root(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.guard.enter_forward(_batch_size(args, kwargs))
+
+    def _leave_root(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.guard.leave_forward()
+        if self.loss_reduction == "sum" or output is None:
+            return None
+        batch_size = _batch_size(args, kwargs)
+
+        def undo_mean(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                if leaf is not None and not isinstance(leaf, (bool, int, float, complex, str)):
+                    self.guard.fail(
+                        f"The model returned a {type(leaf).__name__}, inside which the mean loss "
+                        "cannot be undone. Return tensors, or tuples, lists or dicts of them."
+                    )
+                return leaf
+            if not leaf.requires_grad:
+                return leaf
+            scaled = scale_gradient(leaf, batch_size)
+            if not compiling:
+                scaled.register_hook(lambda _: self.guard.pass_root())
+            return scaled
+
+        return tree_map(undo_mean, output)
+
+
+class _LayerClip:
+    """The two hooks of one layer."""
+
+    def __init__(
+        self, layer: Layer, config: BackpropClipping, limit: Tensor, guard: GradientGuard
+    ) -> None:
+        self.layer = layer
+        self.config = config
+        self.limit = limit
+        self.guard = guard
+        self.clipped: ClippedInput | None = None
+        self.followed = False
+
+    def enter(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Clip the input."""
+        max_norm = self.config.max_input_norm
+        x = args[0] if args else kwargs["input"]
+        if not torch.is_grad_enabled():
+            if max_norm is None:
+                return None
+            clipped = scale_input(x, self.layer.rule, max_norm)
+        else:
+            if torch.compiler.is_compiling():
+                self.guard.note_compiled()
+            else:
+                self.followed = self.guard.enter_layer(self.layer, x)
+            self.clipped = clip_input(x, self.layer.rule, max_norm)
+            clipped = self.clipped.x
+        return ((clipped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": clipped})
+
+    def leave(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        """Clip the upstream gradient."""
+        if not torch.is_grad_enabled():
+            return None
+        clipped, self.clipped = self.clipped, None
+        assert clipped is not None
+        if not torch.compiler.is_compiling():
+            if args and args[0] is not clipped.x:
+                self.guard.fail(
+                    f"Another forward pre-hook of {self.layer.name} changed the input after it was "
+                    "clipped and measured. Register it before make_private."
+                )
+            if self.followed:
+                self.guard.follow(self.layer, clipped.x, y)
+        return clip_upstream(
+            y,
+            clipped,
+            self.layer.rule,
+            self.limit,
+            bound=self.config.bound,
+            upstream=self.config.upstream,
+            max_norm=self.config.max_input_norm,
+        )
+
+
+class BackpropClipModule(BackpropClipHooks, AbstractGradSampleModule):
+    """A model with `BackpropClipHooks` attached, behind Opacus's module interface.
+
+    Args:
+        m: the model.
+        **options: as for `BackpropClipHooks`.
+    """
+
+    def __init__(self, m: nn.Module, **options: Any) -> None:
+        nn.Module.__init__(self)
+        BackpropClipHooks.__init__(self, m, **options)
+        self.grad_accumulation_hook = None
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    for leaf in tree_flatten((args, kwargs))[0]:
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    raise CoverageError(
+        "The model's inputs hold no tensor with a batch axis, so the number of examples is "
+        "unknown. Pass the batch as a tensor, batch first."
+    )

@@ -1,0 +1,306 @@
+"""On every batch: each parameter's gradient is its layer's clipped one, and nothing else.
+
+The guard watches one model in eager mode. In the forward pass it counts each layer's calls and
+checks the batch dimension. In the backward pass it follows the gradient itself: the tensor that
+arrives at a parameter must be *the* tensor that the layer's own node produced. Had anything else
+contributed (a second use, a penalty in the loss, ``F.linear(x, layer.weight)``), autograd would
+have summed into another tensor. Finally it notes the version of ``p.grad``, so that a change made
+between backward and step is seen.
+
+Inside a graph traced by ``torch.compile`` none of this runs; there, a parameter is let through
+only once an eager batch has vouched for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.coverage import Layer
+from opacus_bpclip.errors import PrivacyViolationError
+
+
+@dataclass
+class _Watched:
+    """What the guard knows of one parameter."""
+
+    name: str
+    layer_gradient: Tensor | None = None  # the layer's own, on its way to the parameter
+    passes: int = 0  # backward passes accumulated in p.grad since it was last emptied
+    version: int = -1  # of p.grad, after the last of them
+    vouched: bool = False  # an eager batch has passed every check
+
+
+class GradientGuard:
+    """Watch the trainable layers of one model.
+
+    Args:
+        model: the root module.
+        layers: its trainable layers.
+        unwrap_mean: whether the loss is a mean, undone at the root's outputs.
+
+    Attributes:
+        violation: why the gradients at hand must not be used, or ``None``.
+        accumulation_allowed: whether several backward passes may add up before one step.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[Layer], *, unwrap_mean: bool) -> None:
+        self.violation: str | None = None
+        self.accumulation_allowed = True
+        self._unwrap_mean = unwrap_mean
+        self._compiled = False
+        self._forward_index = 0
+        self._in_forward = False
+        self._passed_root = False
+        self._batch_size = 0
+        self._last_call: dict[str, int] = {}
+        self._watched: dict[nn.Parameter, _Watched] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        for layer in layers:
+            for name, parameter in layer.module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    self._watch(f"{layer.name}.{name}", parameter)
+        self._frozen = [
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if parameter not in self._watched
+        ]
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients at hand: they have been used or thrown away."""
+        self.violation = None
+        for watched in self._watched.values():
+            watched.layer_gradient = None
+            watched.passes = 0
+
+    @property
+    def passes(self) -> int:
+        """Return how many backward passes the gradients at hand add up."""
+        return max((watched.passes for watched in self._watched.values()), default=0)
+
+    # Forward
+
+    def enter_forward(self, batch_size: int) -> None:
+        """Begin a forward pass of the root over ``batch_size`` examples."""
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                self.fail(
+                    f"{name} was frozen when make_private was called and has been unfrozen since: "
+                    "nothing clips its gradient. Unfreeze it first, then call make_private again."
+                )
+        self._forward_index += 1
+        self._in_forward = True
+        self._passed_root = False
+        self._batch_size = batch_size
+
+    def leave_forward(self) -> None:
+        """End a forward pass of the root."""
+        self._in_forward = False
+
+    def enter_layer(self, layer: Layer, x: Tensor) -> bool:
+        """Check one call of a layer; return whether it is one to follow through the backward pass.
+
+        A call inside a backward pass is activation checkpointing's second run of a call that was
+        checked and counted the first time.
+        """
+        called = self._last_call.get(layer.name) == self._forward_index
+        if _in_backward():
+            if not called:
+                self.fail(
+                    f"{layer.name} runs for the first time inside the backward pass, where its "
+                    "uses cannot be counted. Use checkpoint(..., use_reentrant=False)."
+                )
+            return False
+        if not self._in_forward:
+            self.fail(
+                f"{layer.name} was called outside its model's forward pass: the batch size that "
+                "the mean loss divides by is unknown there. Call the whole model, and have its "
+                "forward return whatever the loss needs."
+            )
+        if called:
+            self.fail(
+                f"{layer.name} is used more than once in a forward pass: each use adds to one "
+                "example's contribution, and the bound counts one. Give each use its own layer."
+            )
+        self._last_call[layer.name] = self._forward_index
+        smallest, largest = layer.rule.expected_dims()
+        if x.dim() < smallest or (largest is not None and x.dim() > largest):
+            self.fail(
+                f"{layer.name} got an input of shape {tuple(x.shape)}; with the batch first its "
+                f"rule needs {smallest}{' or more' if largest is None else ''} axes. Add the batch "
+                "axis."
+            )
+        if x.shape[0] != self._batch_size:
+            self.fail(
+                f"{layer.name} got an input of shape {tuple(x.shape)} in a batch of "
+                f"{self._batch_size} examples: its first axis must be the batch, or one factor "
+                "would scale a mix of examples. Expand inputs that are shared by the batch (such "
+                "as position embeddings) and keep the batch axis first."
+            )
+        return True
+
+    def follow(self, layer: Layer, x: Tensor, y: Tensor) -> None:
+        """Follow the gradients that this call of the layer will send to its parameters."""
+        for parameter in layer.parameters:
+            if y.dtype != parameter.dtype:
+                self.fail(
+                    f"{layer.name} computes in {y.dtype} with parameters in {parameter.dtype} "
+                    "(autocast?): its gradient, summed over the batch, would be rounded by more "
+                    "than one example's contribution. Run the model without autocast."
+                )
+        for node, index, parameter in _parameter_edges(y, stop=x.grad_fn):
+            watched = self._watched.get(parameter)
+            if watched is not None:
+                node.register_hook(_Sender(self, watched, index))
+
+    # Backward
+
+    def pass_root(self) -> None:
+        """Note that the backward pass came through the root's outputs."""
+        self._passed_root = True
+
+    def note_compiled(self) -> None:
+        """Note that part of the model runs as a compiled graph, unseen by the guard."""
+        self._compiled = True
+
+    def fail(self, reason: str) -> NoReturn:
+        """Make the gradients at hand unusable, and raise.
+
+        Raises:
+            PrivacyViolationError: always.
+        """
+        self.violation = reason
+        raise PrivacyViolationError(reason)
+
+    def _watch(self, name: str, parameter: nn.Parameter) -> None:
+        watched = self._watched[parameter] = _Watched(name)
+        self._handles += [
+            parameter.register_hook(_Receiver(self, watched, parameter)),
+            parameter.register_post_accumulate_grad_hook(_Keeper(watched)),
+        ]
+
+    def receive(self, watched: _Watched, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Check a gradient that is about to be accumulated in ``parameter.grad``."""
+        sent, watched.layer_gradient = watched.layer_gradient, None
+        if sent is None and not (self._compiled and watched.vouched):
+            self.fail(
+                f"{watched.name} got a gradient that did not come from its layer's call. "
+                + (
+                    "Run the first batch before torch.compile, so that it can be checked."
+                    if self._compiled
+                    else "Use the parameter through its layer only, not directly "
+                    "(F.linear(x, layer.weight), a penalty on the weights in the loss); attach "
+                    "privacy before torch.compile."
+                )
+            )
+        if sent is not None and sent is not gradient:
+            self.fail(
+                f"{watched.name} got gradient from outside its layer's call, and nothing bounds "
+                "it. Use the parameter through its layer only, not directly "
+                "(F.linear(x, layer.weight), a penalty on the weights in the loss)."
+            )
+        if self._unwrap_mean and not self._passed_root and not self._compiled:
+            self.fail(
+                "The loss does not depend on the model's outputs, where the mean over the batch is "
+                "undone. Have the model's forward return whatever the loss needs."
+            )
+        if watched.passes and not self.accumulation_allowed:
+            self.fail(
+                "Poisson sampling is not compatible with grad accumulation: two batches may share "
+                "an example. Call optimizer.step() and zero_grad() after every backward pass, or "
+                "use BatchMemoryManager."
+            )
+        if not watched.passes and parameter.grad is not None and bool(parameter.grad.any()):
+            self.fail(
+                f"{watched.name}.grad was not empty before the backward pass. Call "
+                "optimizer.zero_grad() after every step, and leave p.grad alone."
+            )
+        watched.vouched = True
+
+    def take(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the sum of contributions in ``parameter.grad`` and empty it.
+
+        Raises:
+            PrivacyViolationError: it was changed since the backward pass.
+        """
+        watched = self._watched.get(parameter)
+        gradient, parameter.grad = parameter.grad, None
+        if watched is None or not watched.passes:
+            return None
+        if gradient is None or gradient._version != watched.version:
+            self.fail(
+                f"{watched.name}.grad was changed between backward and step (clip_grad_norm_, "
+                "GradScaler.unscale_, an assignment?): the change depends on the whole batch, so "
+                "the bound no longer holds. Leave gradients alone until the optimizer has stepped."
+            )
+        return gradient
+
+
+class _Sender:
+    """Hook on a layer's node: remember the gradient it sends to a parameter."""
+
+    def __init__(self, guard: GradientGuard, watched: _Watched, index: int) -> None:
+        self.guard, self.watched, self.index = guard, watched, index
+        self.spent = False
+
+    def __call__(self, inputs: tuple[Tensor | None, ...], _: tuple[Tensor, ...]) -> None:
+        if self.spent:
+            self.guard.fail(
+                f"The backward pass ran twice for one forward pass through {self.watched.name}: "
+                "one example would contribute twice. Add the losses and call backward once."
+            )
+        self.spent = True
+        self.watched.layer_gradient = inputs[self.index]
+
+
+class _Receiver:
+    """Hook on a parameter: its gradient must be the one that was sent."""
+
+    def __init__(self, guard: GradientGuard, watched: _Watched, parameter: nn.Parameter) -> None:
+        self.guard, self.watched, self.parameter = guard, watched, parameter
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.guard.receive(self.watched, self.parameter, gradient)
+
+
+class _Keeper:
+    """Hook after accumulation: note what ``p.grad`` looks like now."""
+
+    def __init__(self, watched: _Watched) -> None:
+        self.watched = watched
+
+    def __call__(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.watched.passes += 1
+        self.watched.version = parameter.grad._version
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _parameter_edges(
+    y: Tensor, stop: torch.autograd.graph.Node | None
+) -> Iterator[tuple[torch.autograd.graph.Node, int, nn.Parameter]]:
+    """Yield ``(node, index, leaf)`` for each edge from the layer's own nodes to a leaf tensor."""
+    assert y.grad_fn is not None
+    queue, seen = [y.grad_fn], {stop, y.grad_fn}
+    while queue:
+        node = queue.pop()
+        for index, (following, _) in enumerate(node.next_functions):
+            leaf = getattr(following, "variable", None)
+            if leaf is not None:
+                yield node, index, leaf
+            elif following is not None and following not in seen:
+                seen.add(following)
+                queue.append(following)

@@ -1,0 +1,179 @@
+"""Per-example bounds on the norm of a layer's weight gradient: pure mathematics, no modules.
+
+Shapes, throughout: an upstream gradient ``g`` is ``[B, R, C, P]`` and the columns ``u`` that meet
+it are ``[B, R, D, P]``, for ``B`` examples, ``R`` groups of channels, ``C`` output channels and
+``D`` inputs per group, ``P`` positions. The example's gradient is ``dW[r] = g[r] @ u[r].T`` and,
+where the layer has a bias, ``db[r] = g[r].sum(-1)``: the bias is one more column entry, a 1.
+
+Every function here returns an upper bound on the norm of what floating-point arithmetic really
+sums, not only of the real numbers: ``rounding_margin`` covers relative errors, ``underflow`` the
+squares and products that vanish. Proofs: ``docs/guarantee.md``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# An upper limit for the temporary columns or gradients of `exact_bound`, in bytes.
+EXACT_MEMORY_CAP = 64 * 2**20
+
+# How many units of the last place the sums and products of one bound may lose together.
+_ULPS = 64
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which norms are computed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounding_margin(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the relative error that rounding may add to a gradient of this dtype.
+
+    Covers the norm's own arithmetic, the rounding of the scaled gradient to ``dtype``, and
+    TensorFloat-32 products where the device may use them.
+    """
+    margin = _ULPS * torch.finfo(norm_dtype(dtype)).eps
+    if dtype not in (torch.float64, torch.float32):
+        margin += torch.finfo(dtype).eps
+    elif dtype == torch.float32 and device.type == "cuda":
+        margin += 2.0**-9
+    return margin
+
+
+def column_norms(input_norms: Tensor, *, weight: bool, bias: bool) -> Tensor:
+    """Return the norm of each column of trainable inputs, the bias's constant 1 included.
+
+    Args:
+        input_norms: ``[B, R, P]``, the norm of each input column.
+        weight: whether the weight is trainable.
+        bias: whether the bias is.
+    """
+    if not weight:
+        return torch.ones_like(input_norms)
+    return torch.sqrt(input_norms.square() + 1) if bias else input_norms
+
+
+def product_bound(g: Tensor, max_column_norm: float) -> Tensor:
+    """Return ``max_column_norm * N(g)``: L1 over positions, then L2 over channels. ``[B]``.
+
+    Source: design section 3; for each channel, ``norm(sum_p g_p u_p) <= max norm(u) sum |g_p|``.
+    """
+    dtype = norm_dtype(g.dtype)
+    summed = torch.linalg.vector_norm(g, 1, dim=-1, dtype=dtype)
+    bound = torch.linalg.vector_norm(summed, dim=(1, 2))
+    return (bound + underflow(g.shape[1] * g.shape[2], dtype)) * max_column_norm
+
+
+def weighted_bound(g: Tensor, norms: Tensor) -> Tensor:
+    """Return the L2 norm over channels of ``sum_p |g[c, p]| norm(u_p)``. ``[B]``.
+
+    Args:
+        g: ``[B, R, C, P]``.
+        norms: ``[B, R, P]``, from `column_norms`.
+    """
+    dtype = norm_dtype(g.dtype)
+    channels = g.shape[1] * g.shape[2]
+    if g.shape[-1] == 1:
+        # One position: each group's bound is norm(g) norm(u), and with one group nothing is lost.
+        per_group = torch.linalg.vector_norm(g, dim=(2, 3), dtype=dtype) + underflow(
+            channels, dtype
+        )
+        return torch.linalg.vector_norm(per_group * norms[..., 0], dim=1)
+    summed = torch.matmul(g.abs().to(dtype), norms.to(dtype).unsqueeze(-1)).squeeze(-1)
+    return torch.linalg.vector_norm(summed, dim=(1, 2)) + underflow(channels, dtype)
+
+
+def exact_bound(
+    g: Tensor, u: Tensor, norms: Tensor, *, weight: bool, bias: bool, slack: float
+) -> Tensor:
+    """Return the norm of each example's gradient, plus what rounding may add to it. ``[B]``.
+
+    Positions may cancel in the gradient but not in its rounding errors. These are at most
+    ``slack * norm(g) * norm(u)`` (Frobenius norms), so that much is added.
+
+    Args:
+        g: ``[B, R, C, P]``.
+        u: ``[B, R, D, P]``, the input columns without the bias's 1.
+        norms: ``[B, R, P]``, from `column_norms`.
+        weight: whether the weight is trainable.
+        bias: whether the bias is.
+        slack: from `rounding_margin`.
+    """
+    dtype = norm_dtype(g.dtype)
+    g, u = g.to(dtype), u.to(dtype)
+    positions = g.shape[3]
+    g_norm = torch.linalg.vector_norm(g, dim=(2, 3)) + underflow(g.shape[2] * positions, dtype)
+    u_norm = torch.linalg.vector_norm(norms, dim=2) + underflow(positions, dtype)
+    frobenius = g_norm * u_norm  # [B, R]: the Cauchy-Schwarz bound on the group's gradient
+    if positions == 1:
+        per_group = frobenius
+    elif gram_is_cheaper(positions, g.shape[2], u.shape[2], weight=weight, bias=bias):
+        per_group = _gram_norm(g, u, g_norm, u_norm, weight=weight, bias=bias, slack=slack)
+    else:
+        per_group = _direct_norm(g, u, weight=weight, bias=bias) + slack * frobenius
+    return torch.linalg.vector_norm(per_group, dim=1)
+
+
+def gram_is_cheaper(
+    positions: int, channels: int, inputs: int, *, weight: bool, bias: bool
+) -> bool:
+    """Return whether two ``P x P`` Gram matrices cost less than the ``C x D`` gradient."""
+    inputs = inputs * weight + bias
+    return positions * positions * (channels + inputs) < positions * channels * inputs
+
+
+def exact_chunk(positions: int, groups: int, channels: int, inputs: int, item_size: int) -> int:
+    """Return how many examples `exact_bound` may take at once under ``EXACT_MEMORY_CAP``."""
+    gradient = channels * (inputs + 1)
+    columns = positions * (inputs + channels)
+    gram = 2 * positions * positions
+    per_example = groups * (columns + min(gradient, gram)) * max(item_size, 4)
+    return max(1, EXACT_MEMORY_CAP // max(1, per_example))
+
+
+def _direct_norm(g: Tensor, u: Tensor, *, weight: bool, bias: bool) -> Tensor:
+    dtype = g.dtype
+    parts = []
+    if weight:
+        gradient = torch.matmul(g, u.transpose(-1, -2))
+        parts.append(torch.linalg.vector_norm(gradient, dim=(2, 3)))
+    if bias:
+        parts.append(torch.linalg.vector_norm(g.sum(-1), dim=2))
+    norm = parts[0] if len(parts) == 1 else torch.hypot(*parts)
+    return norm + underflow(g.shape[2] * (u.shape[2] + 1), dtype)
+
+
+def _gram_norm(
+    g: Tensor,
+    u: Tensor,
+    g_norm: Tensor,
+    u_norm: Tensor,
+    *,
+    weight: bool,
+    bias: bool,
+    slack: float,
+) -> Tensor:
+    # norm(g u^T)^2 = sum_pq (g_p . g_q)(u_p . u_q). On unit vectors nothing over- or underflows,
+    # and the square's rounding error, at most `slack`, goes under the root with it.
+    unit_g = g / g_norm[..., None, None]
+    gram = torch.matmul(unit_g.transpose(-1, -2), unit_g)
+    scale = u_norm[..., None, None]
+    columns = torch.zeros_like(gram)
+    if weight:
+        unit_u = u / scale
+        columns = torch.matmul(unit_u.transpose(-1, -2), unit_u)
+    if bias:
+        columns = columns + scale.reciprocal().square()
+    squared = (gram * columns).sum(dim=(2, 3)).clamp(min=0)
+    return g_norm * u_norm * torch.sqrt(squared + slack)
+
+
+def underflow(count: int, dtype: torch.dtype) -> float:
+    """Return what a norm of ``count`` numbers may lose to squares and products that vanish.
+
+    Each of them may lose the smallest normal number of ``dtype``.
+    """
+    return 2 * math.sqrt(count * torch.finfo(dtype).tiny)

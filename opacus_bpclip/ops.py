@@ -1,0 +1,184 @@
+"""The two primitives, `clip_input` and `clip_upstream`, and the gradient scaling at the root.
+
+Pure functions on tensors. They trace under ``torch.compile`` without a graph break, leave the
+layer's output free for in-place activations, and never look at one example to treat another.
+
+Edge cases:
+
+| example | forward | contribution to the layer's gradient |
+|---|---|---|
+| input not finite, or its squared norm overflows | output row is nan | exactly zero |
+| upstream gradient not finite, or its bound overflows | unchanged | exactly zero |
+| upstream gradient zero | unchanged | exactly zero, also with ``normalize`` |
+| empty batch | empty | zeros |
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opacus_bpclip.norms import rounding_margin
+from opacus_bpclip.rules.base import Rule
+
+
+class ClippedInput(NamedTuple):
+    """A layer's input after clipping.
+
+    Attributes:
+        x: the input, every column's norm at most ``max_norm``, rows that are not finite zeroed.
+        norms: ``[B, R, P]``, the norms of its columns.
+        finite: ``[B]`` bool, which examples were finite.
+    """
+
+    x: Tensor
+    norms: Tensor
+    finite: Tensor
+
+
+def scale_input(x: Tensor, rule: Rule, max_norm: float) -> Tensor:
+    """Scale every column of ``x`` down to a norm of at most ``max_norm``; evaluation's half.
+
+    Args:
+        x: the layer's input, ``[B, ...]``; rows that are not finite come out as nan.
+        rule: the layer's rule.
+        max_norm: largest L2 norm of a column.
+    """
+    return _scale_input(x, rule, max_norm).x
+
+
+def clip_input(x: Tensor, rule: Rule, max_norm: float | None) -> ClippedInput:
+    """Clip a layer's input and measure it for `clip_upstream`.
+
+    The factor is a constant in the backward pass: the gradient is multiplied by it, nothing flows
+    through it. Guarantee: every column of the result that enters the layer's product has norm at
+    most ``max_norm``, rounding included.
+
+    Args:
+        x: the layer's input, ``[B, ...]``.
+        rule: the layer's rule.
+        max_norm: largest L2 norm of a column; ``None`` measures without clipping.
+    """
+    x, norms, finite = _scale_input(x, rule, max_norm)
+    return ClippedInput(_zero_rows(x, finite), _zero_rows(norms, finite), finite)
+
+
+def clip_upstream(
+    y: Tensor,
+    clipped: ClippedInput,
+    rule: Rule,
+    limit: Tensor,
+    *,
+    bound: str = "weighted",
+    upstream: str = "clip",
+    max_norm: float | None = None,
+) -> Tensor:
+    """Return ``y``; in the backward pass, scale each example's gradient to respect ``limit``.
+
+    Guarantee: with ``G`` the gradient that leaves this function towards the layer and ``u`` the
+    columns of ``clipped.x``, ``norm(sum_p G_p u_p^T) <= limit`` for every example, and an
+    example's factor depends on that example alone. Source: design section 3; proofs in
+    ``docs/guarantee.md``.
+
+    Args:
+        y: the layer's output, ``[B, ...]``.
+        clipped: the layer's input, from `clip_input`.
+        rule: the layer's rule.
+        limit: the layer's sensitivity Delta_l, a float64 scalar tensor on the CPU. It is read in
+            the backward pass, so that one compiled graph serves every value.
+        bound: ``"product"``, ``"weighted"`` or ``"exact"``.
+        upstream: ``"clip"`` scales down only, ``"normalize"`` to the limit in either direction.
+        max_norm: what the input was clipped to; needed by ``"product"``.
+    """
+    x = clipped.x if bound == "exact" else None
+    norms = None if bound == "product" else clipped.norms
+    return _ClipUpstream.apply(
+        y, x, norms, clipped.finite, limit, rule, max_norm, upstream == "normalize"
+    )
+
+
+def scale_gradient(y: Tensor, factor: int) -> Tensor:
+    """Return ``y``; in the backward pass, multiply its gradient by ``factor``.
+
+    At the root's outputs, with the number of examples as the factor, this turns the gradients of
+    a mean loss into each example's own gradient, before anything is clipped.
+    """
+    return _ScaleGradient.apply(y, factor)
+
+
+class _ClipUpstream(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor | None,
+        norms: Tensor | None,
+        finite: Tensor,
+        limit: Tensor,
+        rule: Rule,
+        max_norm: float | None,
+        normalize: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, norms, finite, limit)
+        ctx.rule, ctx.max_norm, ctx.normalize = rule, max_norm, normalize
+        out = _alias(y)
+        if _may_rewrite(finite):
+            # The example was zeroed where the layer multiplies; nobody may take that for an output.
+            out.masked_fill_(~_per_example(finite, out), float("nan"))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, norms, finite, limit = ctx.saved_tensors
+        bound = ctx.rule.bound(g, x, norms, ctx.max_norm)
+        factor = limit * (1 - rounding_margin(g.dtype, g.device)) / bound
+        if not ctx.normalize:
+            factor = factor.clamp(max=1)
+        keep = finite & bound.isfinite()
+        factor = torch.where(keep, factor, 0.0).to(g.dtype)
+        clipped = _zero_rows(g * _per_example(factor, g), keep)
+        return clipped, None, None, None, None, None, None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return _alias(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g * ctx.factor, None
+
+
+def _scale_input(x: Tensor, rule: Rule, max_norm: float | None) -> ClippedInput:
+    norms, finite = rule.measure(x.detach())
+    if max_norm is not None:
+        factor = rule.clip_factor(norms, max_norm * (1 - rounding_margin(x.dtype, x.device)))
+        x = rule.scale_input(x, factor)
+        norms = norms * factor
+    return ClippedInput(x, norms, finite)
+
+
+def _alias(y: Tensor) -> Tensor:
+    # Shares y's storage and version counter without being a view of it, so that an activation may
+    # work in place on the result. A traced graph has no storage to share; its copy is fused away.
+    return y.clone() if torch.compiler.is_compiling() else y.detach()
+
+
+def _per_example(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (like.dim() - 1))
+
+
+def _may_rewrite(keep: Tensor) -> bool:
+    # Reading a flag stalls an accelerator and breaks a traced graph: there, always rewrite.
+    return torch.compiler.is_compiling() or keep.device.type != "cpu" or not bool(keep.all())
+
+
+def _zero_rows(x: Tensor, keep: Tensor) -> Tensor:
+    # Not a multiplication: zero times nan is nan.
+    return torch.where(_per_example(keep, x), x, 0.0) if _may_rewrite(keep) else x

@@ -1,0 +1,67 @@
+"""Linear layers over vectors and over any number of extra axes (tokens, time, pixels).
+
+Columns are the positions' input vectors: every axis between the first and the last is a position.
+Each position is clipped on its own. Proof: ``docs/rules/linear.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from opacus_bpclip import norms as bounds
+from opacus_bpclip.rules.base import Measured, Rule, trainable
+
+
+@dataclass(frozen=True)
+class LinearRule(Rule):
+    """``nn.Linear``: input ``[B, *, D]``, output ``[B, *, C]``, one group."""
+
+    in_features: int
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> Self:
+        """Read the layer's geometry."""
+        layer = cast(nn.Linear, module)
+        return cls(
+            weight=trainable(layer, "weight"),
+            bias=trainable(layer, "bias"),
+            in_features=layer.in_features,
+        )
+
+    def expected_dims(self) -> tuple[int, int | None]:
+        """Accept ``[B, D]`` and any number of axes between."""
+        return 2, None
+
+    def measure(self, x: Tensor) -> Measured:
+        """Measure each position's vector."""
+        dtype = bounds.norm_dtype(x.dtype)
+        norms = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+        norms = norms + bounds.underflow(self.in_features, dtype)
+        norms = norms.reshape(x.shape[0], 1, x.shape[1:-1].numel())
+        return Measured(norms, norms.isfinite().all(dim=2)[:, 0])
+
+    def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
+        """Clip each position by its own norm."""
+        return (max_norm / norms).clamp(max=1)
+
+    def scale_input(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Multiply each position by its factor."""
+        return x * factor.to(x.dtype).view(*x.shape[:-1], 1)
+
+    def upstream(self, g: Tensor) -> Tensor:
+        """View ``[B, *, C]`` as ``[B, 1, C, P]``."""
+        positions = g.shape[1:-1].numel()
+        return g.reshape(g.shape[0], positions, g.shape[-1]).transpose(1, 2).unsqueeze(1)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """View ``[B, *, D]`` as ``[B, 1, D, P]``."""
+        return self.upstream(x)
+
+    def column_size(self) -> int:
+        """Return the number of input features."""
+        return self.in_features
