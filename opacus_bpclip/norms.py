@@ -56,6 +56,14 @@ def column_norms(input_norms: Tensor, *, weight: bool, bias: bool) -> Tensor:
     return torch.sqrt(input_norms.square() + 1) if bias else input_norms
 
 
+def max_column_norm(max_norm: float, *, weight: bool, bias: bool) -> float:
+    """Return the largest norm that a column can have, the bias's constant 1 included.
+
+    ``sqrt(max_norm ** 2 + 1)`` for a layer with weight and bias, whatever its number of positions.
+    """
+    return math.sqrt(max_norm**2 * weight + bias)
+
+
 def product_bound(g: Tensor, max_column_norm: float) -> Tensor:
     """Return ``max_column_norm * N(g)``: L1 over positions, then L2 over channels. ``[B]``.
 
@@ -76,14 +84,13 @@ def weighted_bound(g: Tensor, norms: Tensor) -> Tensor:
     """
     dtype = norm_dtype(g.dtype)
     channels = g.shape[1] * g.shape[2]
+    slack = underflow(channels, dtype)
     if g.shape[-1] == 1:
         # One position: each group's bound is norm(g) norm(u), and with one group nothing is lost.
-        per_group = torch.linalg.vector_norm(g, dim=(2, 3), dtype=dtype) + underflow(
-            channels, dtype
-        )
-        return torch.linalg.vector_norm(per_group * norms[..., 0], dim=1)
+        per_group = torch.linalg.vector_norm(g, dim=(2, 3), dtype=dtype) + slack
+        return torch.linalg.vector_norm(per_group * norms[..., 0], dim=1) + slack
     summed = torch.matmul(g.abs().to(dtype), norms.to(dtype).unsqueeze(-1)).squeeze(-1)
-    return torch.linalg.vector_norm(summed, dim=(1, 2)) + underflow(channels, dtype)
+    return torch.linalg.vector_norm(summed, dim=(1, 2)) + slack
 
 
 def exact_bound(
@@ -114,7 +121,7 @@ def exact_bound(
         per_group = _gram_norm(g, u, g_norm, u_norm, weight=weight, bias=bias, slack=slack)
     else:
         per_group = _direct_norm(g, u, weight=weight, bias=bias) + slack * frobenius
-    return torch.linalg.vector_norm(per_group, dim=1)
+    return torch.linalg.vector_norm(per_group, dim=1) + underflow(g.shape[1], dtype)
 
 
 def gram_is_cheaper(

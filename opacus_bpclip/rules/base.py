@@ -97,7 +97,8 @@ class Rule(ABC):
         upstream = self.upstream(g)
         if input_norms is None:
             assert max_norm is not None
-            return norms.product_bound(upstream, (max_norm**2 * self.weight + self.bias) ** 0.5)
+            largest = norms.max_column_norm(max_norm, weight=self.weight, bias=self.bias)
+            return norms.product_bound(upstream, largest)
         columns = norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
         if x is None:
             return norms.weighted_bound(upstream, columns)

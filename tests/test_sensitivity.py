@@ -1,0 +1,150 @@
+"""Search for a violation of the sensitivity through the real engine, and show the bound tight."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from opacus_bpclip import BackpropClipping
+from tests.checks import Trainer, check_sensitivity, check_silent, joint, linear_loss, squared_loss
+from tests.strategies import (
+    BOUNDS,
+    MODES,
+    Branches,
+    architectures,
+    clippings,
+    hostile_batches,
+    hostile_examples,
+    scales,
+)
+
+
+def _outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        return model(torch.zeros(1, *shape, dtype=dtype)).numel()
+
+
+@st.composite
+def neighbours(draw, dtype=torch.float64):
+    case = draw(architectures())
+    model = case.layer.to(dtype)
+    trainer = Trainer(
+        model,
+        case.shape,
+        draw(clippings()),
+        max_grad_norm=draw(st.sampled_from([1e-3, 1.0, 1e3])),
+        reduction=draw(st.sampled_from(["mean", "sum"])),
+        loss=draw(st.sampled_from([linear_loss, squared_loss])),
+        dtype=dtype,
+    )
+    companions = draw(hostile_batches(case.shape, dtype))
+    x = torch.cat([companions, draw(hostile_examples(case.shape, dtype))[None]])
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    target = torch.randn(len(x), _outputs(model, case.shape), dtype=dtype, generator=generator)
+    rows = torch.tensor([draw(scales) for _ in range(len(x))], dtype=dtype)
+    return trainer, x, target * rows[:, None]
+
+
+@given(neighbours())
+def test_one_example_moves_the_sum_by_at_most_its_sensitivity(case):
+    check_sensitivity(*case)
+
+
+@given(neighbours(dtype=torch.float32))
+def test_the_bound_holds_in_float32_at_every_scale(case):
+    check_sensitivity(*case)
+
+
+def _dirac(shape: tuple[int, ...], height: float = 1e4) -> torch.Tensor:
+    x = torch.zeros(1, *shape, dtype=torch.float64)
+    x[(0, *(size // 2 for size in shape))] = height
+    return x
+
+
+LAYERS = {
+    "linear": (lambda bias: nn.Linear(5, 3, bias=bias), (5,)),
+    "sequence": (lambda bias: nn.Linear(5, 3, bias=bias), (4, 5)),
+    "conv1d": (lambda bias: nn.Conv1d(2, 4, 3, groups=2, padding=1, bias=bias), (2, 7)),
+    "conv2d": (lambda bias: nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=bias), (2, 7, 7)),
+    "conv3d": (
+        lambda bias: nn.Conv3d(1, 2, 2, dilation=2, padding="same", bias=bias),
+        (1, 5, 5, 5),
+    ),
+    "reflect": (
+        lambda bias: nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect", bias=bias),
+        (1, 5, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("bound", "upstream"), MODES)
+def test_a_dirac_example_reaches_the_bound(bound, upstream, layer, bias):
+    make, shape = LAYERS[layer]
+    model = make(bias).double()
+    x = _dirac(shape)
+    clipping = BackpropClipping(bound=bound, upstream=upstream, max_input_norm=3.0)
+    trainer = Trainer(model, shape, clipping, max_grad_norm=2.0)
+    with torch.no_grad():
+        response = (model(x) - model(torch.zeros_like(x))).flatten(1)
+    # The upstream gradient is one spike, at an output that the input spike reaches.
+    target = torch.zeros_like(response)
+    target[0, response.abs().argmax()] = 1e4
+    reached = joint(trainer.released(x, target)).norm()
+    assert 0.999 * 2.0 <= reached <= 2.0
+
+
+@pytest.mark.parametrize(("bound", "upstream"), MODES)
+@pytest.mark.parametrize("allocation", ["equal", "dimension"])
+def test_one_example_saturates_every_layer_at_once(bound, upstream, allocation):
+    model = Branches(
+        nn.Linear(6, 2),
+        nn.Linear(6, 3, bias=False),
+        nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3, padding=1)),
+    )
+    clipping = BackpropClipping(bound=bound, upstream=upstream, allocation=allocation)
+    trainer = Trainer(model, (6,), clipping, max_grad_norm=1.5)
+    x = _dirac((6,))
+    target = torch.zeros(1, 2 + 3 + 12, dtype=torch.float64)
+    target[0, [0, 2, 5 + 3]] = 1e4
+    assert 0.999 * 1.5 <= joint(trainer.released(x, target)).norm() <= 1.5
+
+
+@st.composite
+def normalized(draw):
+    case = draw(architectures())
+    clipping = BackpropClipping(
+        bound="exact",
+        upstream="normalize",
+        max_input_norm=draw(st.sampled_from([None, 1.0, 3.0])),
+    )
+    trainer = Trainer(case.layer, case.shape, clipping)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    x = torch.randn(1, *case.shape, dtype=torch.float64, generator=generator) * draw(scales)
+    outputs = _outputs(trainer.plain, case.shape)
+    target = torch.randn(1, outputs, dtype=torch.float64, generator=generator) * draw(scales)
+    return trainer, x, target
+
+
+@given(normalized())
+def test_exact_normalize_reaches_the_bound_for_every_example(case):
+    trainer, x, target = case
+    for layer, contribution in trainer.released(x, target).items():
+        limit = trainer.optimizer.layer_sensitivities[layer]
+        # Zero is the one gradient that cannot be normalised (a dead ReLU, say).
+        assert contribution.norm() == 0 or 0.999 * limit <= contribution.norm() <= limit
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["input", "target"])
+def test_an_example_that_is_not_finite_contributes_nothing(bound, value, where):
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2))
+    trainer = Trainer(model, (1, 5, 5), BackpropClipping(bound=bound))
+    x = torch.randn(4, 1, 5, 5, dtype=torch.float64)
+    target = torch.randn(4, 2, dtype=torch.float64)
+    (x if where == "input" else target)[-1].view(-1)[1] = value
+    check_silent(trainer, x, target)
