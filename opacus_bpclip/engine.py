@@ -10,16 +10,11 @@ from typing import Any
 
 import opacus
 from opacus.accountants.utils import get_noise_multiplier
-from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
-from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from opacus_bpclip.allocation import layer_fractions
-from opacus_bpclip.config import BackpropClipping, is_positive_number
-from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.arguments import checked_options
+from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
 from opacus_bpclip.optimizer import BackpropClipOptimizer
 
@@ -58,7 +53,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         ...     clipping="backprop",
         ... )
         >>> {name: round(value, 3) for name, value in optimizer.layer_sensitivities.items()}
-        {'0': 0.774, '2': 0.633}
+        {'0': 0.774, '2': 0.634}
     """
 
     def make_private(self, **kwargs: Any) -> Any:
@@ -115,7 +110,7 @@ def make_private(
     else:
         backprop = request.config
         kwargs = {key: kwargs[key] for key in kwargs if key in _STOCK_MAKE_PRIVATE.parameters}
-    config = _checked(engine, backprop, **kwargs)
+    config = checked_options(engine, backprop, **kwargs)
     kwargs["grad_sample_mode"] = "hooks"
     with _requested(engine, _Request(config, entered=True)) as request:
         try:
@@ -141,7 +136,7 @@ def make_private_with_epsilon(
     if getattr(engine, _REQUEST, None) is not None:
         return original(clipping=clipping, **kwargs)
     _refuse_unknown_for_epsilon(original, kwargs)
-    config = _checked(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
+    config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
     # Opacus hands unknown options to the noise search as well: the request carries ours past it.
     with _requested(engine, _Request(config)):
         return original(clipping=clipping, **kwargs)
@@ -229,90 +224,3 @@ def _refuse_unknown_for_epsilon(original: Original, kwargs: dict[str, Any]) -> N
     unknown = sorted(set(kwargs) - known)
     if unknown:
         raise ValueError(f"Unknown options for make_private_with_epsilon: {', '.join(unknown)}.")
-
-
-def _checked(
-    engine: opacus.PrivacyEngine,
-    backprop: object,
-    *,
-    module: nn.Module,
-    max_grad_norm: object,
-    noise_multiplier: object,
-    loss_reduction: str = "mean",
-    batch_first: bool = True,
-    grad_sample_mode: str = "hooks",
-    rand_on_empty: bool = False,
-    **_: Any,
-) -> BackpropClipping:
-    """Check everything that can be checked without touching anything; return the options."""
-    if backprop is None:
-        backprop = BackpropClipping()
-    if not isinstance(backprop, BackpropClipping):
-        raise ValueError(f"Expected backprop={backprop!r} to be a BackpropClipping.")
-    if isinstance(max_grad_norm, (list, tuple)):
-        raise ValueError(
-            f"Expected max_grad_norm={max_grad_norm!r} to be one number, the joint sensitivity of "
-            "all layers. Split it over the layers by BackpropClipping(allocation={name: share})."
-        )
-    if not is_positive_number(max_grad_norm):
-        raise ValueError(f"Expected max_grad_norm={max_grad_norm!r} to be a finite number > 0.")
-    if not _is_noise_multiplier(noise_multiplier):
-        raise ValueError(
-            f"Expected noise_multiplier={noise_multiplier!r} to be a finite number >= 0."
-        )
-    if loss_reduction not in ("mean", "sum"):
-        raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
-    if grad_sample_mode != "hooks":
-        raise ValueError(
-            f'grad_sample_mode={grad_sample_mode!r} does not go with clipping="backprop", which '
-            "has no per-example gradients. Leave grad_sample_mode out."
-        )
-    if not batch_first:
-        raise ValueError(
-            'batch_first=False is not supported with clipping="backprop": layers take the first '
-            "axis for the batch. Move the batch axis to the front."
-        )
-    if rand_on_empty:
-        raise ValueError(
-            "rand_on_empty=True adds a made-up example to empty batches, which would count as "
-            'data. Leave it out: clipping="backprop" steps on empty batches.'
-        )
-    _refuse_wrapped(module)
-    # Opacus's own words on what needs replacing (BatchNorm, LSTM, ...) come before ours.
-    engine.validate(module=module, optimizer=None, data_loader=None)
-    sizes = {name: layer.size for name, layer in trainable_layers(module).items()}
-    layer_fractions(sizes, backprop.allocation)
-    return backprop
-
-
-def _is_noise_multiplier(value: object) -> bool:
-    return is_positive_number(value) or (not isinstance(value, bool) and value == 0)
-
-
-def _refuse_wrapped(module: nn.Module) -> None:
-    if isinstance(module, AbstractGradSampleModule) or hasattr(
-        module, "autograd_grad_sample_hooks"
-    ):
-        raise ValueError(
-            f"The model is wrapped already ({type(module).__name__}). Pass the model itself: "
-            "to_standard_module() or cleanup() undoes the wrapping."
-        )
-    parallel = (
-        DataParallel,
-        DistributedDataParallel,
-        DifferentiallyPrivateDistributedDataParallel,
-        FSDPModule,
-        FullyShardedDataParallel,
-    )
-    if isinstance(getattr(module, "_orig_mod", module), parallel):
-        raise ValueError(
-            f'{type(module).__name__} is not supported with clipping="backprop" yet. Train on one '
-            "device."
-        )
-    if hasattr(module, "_orig_mod") or any(
-        child._compiled_call_impl is not None for child in module.modules()
-    ):
-        raise ValueError(
-            "The model is compiled already, and a compiled graph may ignore hooks added later. "
-            "Call make_private first, then torch.compile what it returns."
-        )

@@ -13,8 +13,7 @@ only once an eager batch has vouched for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
@@ -22,17 +21,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip.coverage import Layer
 from opacus_bpclip.errors import PrivacyViolationError
-
-
-@dataclass
-class _Watched:
-    """What the guard knows of one parameter."""
-
-    name: str
-    layer_gradient: Tensor | None = None  # the layer's own, on its way to the parameter
-    passes: int = 0  # backward passes accumulated in p.grad since it was last emptied
-    version: int = -1  # of p.grad, after the last of them
-    vouched: bool = False  # an eager batch has passed every check
+from opacus_bpclip.provenance import WatchedParameter, parameter_edges
 
 
 class GradientGuard:
@@ -58,12 +47,13 @@ class GradientGuard:
         self._passed_root = False
         self._batch_size = 0
         self._last_call: dict[str, int] = {}
-        self._watched: dict[nn.Parameter, _Watched] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._watched: dict[Tensor, WatchedParameter] = {}
         for layer in layers:
             for name, parameter in layer.module.named_parameters(recurse=False):
                 if parameter.requires_grad:
-                    self._watch(f"{layer.name}.{name}", parameter)
+                    self._watched[parameter] = WatchedParameter(
+                        f"{layer.name}.{name}", parameter, self._receive, self.fail
+                    )
         self._frozen = [
             (name, parameter)
             for name, parameter in model.named_parameters()
@@ -72,16 +62,14 @@ class GradientGuard:
 
     def remove(self) -> None:
         """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for watched in self._watched.values():
+            watched.remove()
 
     def clear(self) -> None:
         """Forget the gradients at hand: they have been used or thrown away."""
         self.violation = None
         for watched in self._watched.values():
-            watched.layer_gradient = None
-            watched.passes = 0
+            watched.clear()
 
     @property
     def passes(self) -> int:
@@ -158,10 +146,10 @@ class GradientGuard:
                     "(autocast?): its gradient, summed over the batch, would be rounded by more "
                     "than one example's contribution. Run the model without autocast."
                 )
-        for node, index, parameter in _parameter_edges(y, stop=x.grad_fn):
-            watched = self._watched.get(parameter)
+        for node, index, leaf in parameter_edges(y, stop=x.grad_fn):
+            watched = self._watched.get(leaf)
             if watched is not None:
-                node.register_hook(_Sender(self, watched, index))
+                watched.follow(node, index)
 
     # Backward
 
@@ -182,16 +170,10 @@ class GradientGuard:
         self.violation = reason
         raise PrivacyViolationError(reason)
 
-    def _watch(self, name: str, parameter: nn.Parameter) -> None:
-        watched = self._watched[parameter] = _Watched(name)
-        self._handles += [
-            parameter.register_hook(_Receiver(self, watched, parameter)),
-            parameter.register_post_accumulate_grad_hook(_Keeper(watched)),
-        ]
-
-    def receive(self, watched: _Watched, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Check a gradient that is about to be accumulated in ``parameter.grad``."""
-        sent, watched.layer_gradient = watched.layer_gradient, None
+    def _receive(self, watched: WatchedParameter, gradient: Tensor) -> None:
+        """Check a gradient that is about to be accumulated in ``p.grad``."""
+        sent, watched.sent = watched.sent, None
+        stale = watched.parameter.grad
         if sent is None and not (self._compiled and watched.vouched):
             self.fail(
                 f"{watched.name} got a gradient that did not come from its layer's call. "
@@ -220,7 +202,7 @@ class GradientGuard:
                 "an example. Call optimizer.step() and zero_grad() after every backward pass, or "
                 "use BatchMemoryManager."
             )
-        if not watched.passes and parameter.grad is not None and bool(parameter.grad.any()):
+        if not watched.passes and stale is not None and bool(stale.any()):
             self.fail(
                 f"{watched.name}.grad was not empty before the backward pass. Call "
                 "optimizer.zero_grad() after every step, and leave p.grad alone."
@@ -234,73 +216,11 @@ class GradientGuard:
             PrivacyViolationError: it was changed since the backward pass.
         """
         watched = self._watched.get(parameter)
-        gradient, parameter.grad = parameter.grad, None
-        if watched is None or not watched.passes:
+        if watched is None:
+            parameter.grad = None
             return None
-        if gradient is None or gradient._version != watched.version:
-            self.fail(
-                f"{watched.name}.grad was changed between backward and step (clip_grad_norm_, "
-                "GradScaler.unscale_, an assignment?): the change depends on the whole batch, so "
-                "the bound no longer holds. Leave gradients alone until the optimizer has stepped."
-            )
-        return gradient
-
-
-class _Sender:
-    """Hook on a layer's node: remember the gradient it sends to a parameter."""
-
-    def __init__(self, guard: GradientGuard, watched: _Watched, index: int) -> None:
-        self.guard, self.watched, self.index = guard, watched, index
-        self.spent = False
-
-    def __call__(self, inputs: tuple[Tensor | None, ...], _: tuple[Tensor, ...]) -> None:
-        if self.spent:
-            self.guard.fail(
-                f"The backward pass ran twice for one forward pass through {self.watched.name}: "
-                "one example would contribute twice. Add the losses and call backward once."
-            )
-        self.spent = True
-        self.watched.layer_gradient = inputs[self.index]
-
-
-class _Receiver:
-    """Hook on a parameter: its gradient must be the one that was sent."""
-
-    def __init__(self, guard: GradientGuard, watched: _Watched, parameter: nn.Parameter) -> None:
-        self.guard, self.watched, self.parameter = guard, watched, parameter
-
-    def __call__(self, gradient: Tensor) -> None:
-        self.guard.receive(self.watched, self.parameter, gradient)
-
-
-class _Keeper:
-    """Hook after accumulation: note what ``p.grad`` looks like now."""
-
-    def __init__(self, watched: _Watched) -> None:
-        self.watched = watched
-
-    def __call__(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.watched.passes += 1
-        self.watched.version = parameter.grad._version
+        return watched.take()
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _parameter_edges(
-    y: Tensor, stop: torch.autograd.graph.Node | None
-) -> Iterator[tuple[torch.autograd.graph.Node, int, nn.Parameter]]:
-    """Yield ``(node, index, leaf)`` for each edge from the layer's own nodes to a leaf tensor."""
-    assert y.grad_fn is not None
-    queue, seen = [y.grad_fn], {stop, y.grad_fn}
-    while queue:
-        node = queue.pop()
-        for index, (following, _) in enumerate(node.next_functions):
-            leaf = getattr(following, "variable", None)
-            if leaf is not None:
-                yield node, index, leaf
-            elif following is not None and following not in seen:
-                seen.add(following)
-                queue.append(following)

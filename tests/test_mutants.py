@@ -1,0 +1,158 @@
+"""Ways to be wrong, each patched into the real code, each killed by a check of the suite."""
+
+import pytest
+import torch
+from torch import nn
+
+from opacus_bpclip import BackpropClipOptimizer, BackpropClipping, grad_sample_module, norms, ops
+from opacus_bpclip.guard import GradientGuard
+from tests.checks import (
+    Trainer,
+    check_independence,
+    check_noise_scale,
+    check_one_entry_per_step,
+    check_sensitivity,
+    check_silent,
+)
+
+
+def _noisy():
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
+    generator = torch.Generator().manual_seed(0)
+    trainer = Trainer(
+        model, (20,), BackpropClipping(), noise_multiplier=1.3, noise_generator=generator
+    )
+    return trainer, torch.randn(4, 20).double(), torch.randn(4, 10).double()
+
+
+def noise_scale():
+    check_noise_scale(*_noisy(), steps=20)
+
+
+def accounting():
+    check_one_entry_per_step(*_noisy(), steps=3)
+
+
+def sensitivity_below_the_clip():
+    trainer = Trainer(nn.Linear(1, 1, bias=False), (1,), BackpropClipping(max_input_norm=1.0))
+    x = torch.ones(65, 1, dtype=torch.float64)
+    target = torch.full((65, 1), 0.999, dtype=torch.float64)
+    target[-1] = -1e6
+    check_independence(trainer, x, target)
+    check_sensitivity(trainer, x, target)
+
+
+def sensitivity_with_bias():
+    trainer = Trainer(nn.Linear(1, 1), (1,), BackpropClipping(bound="product", max_input_norm=1.0))
+    x = torch.full((1, 1), 1e4, dtype=torch.float64)
+    check_sensitivity(trainer, x, x.clone())
+
+
+def weighted_sensitivity_with_bias():
+    trainer = Trainer(nn.Linear(1, 1), (1,), BackpropClipping(max_input_norm=1.0))
+    x = torch.full((1, 1), 1e4, dtype=torch.float64)
+    check_sensitivity(trainer, x, x.clone())
+
+
+def not_finite():
+    trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping())
+    x = torch.ones(3, 2, dtype=torch.float64)
+    x[-1, 0] = float("nan")
+    check_silent(trainer, x, torch.ones(3, 2, dtype=torch.float64))
+
+
+def not_finite_upstream():
+    trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping())
+    target = torch.ones(3, 2, dtype=torch.float64)
+    target[-1, 0] = float("inf")
+    check_silent(trainer, torch.ones(3, 2, dtype=torch.float64), target)
+
+
+CHECKS = (
+    noise_scale,
+    accounting,
+    sensitivity_below_the_clip,
+    sensitivity_with_bias,
+    weighted_sensitivity_with_bias,
+    not_finite,
+    not_finite_upstream,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_real_code_passes_the_check(check):
+    check()
+
+
+def original_bug(patch):
+    """The withdrawn results: the sensitivity divided by the batch size once more."""
+    add_noise = BackpropClipOptimizer.add_noise
+
+    def mutant(self):
+        noise_multiplier = self.noise_multiplier
+        self.noise_multiplier = noise_multiplier / self.expected_batch_size
+        add_noise(self)
+        self.noise_multiplier = noise_multiplier
+
+    patch.setattr(BackpropClipOptimizer, "add_noise", mutant)
+
+
+def mean_undone_after_clipping(patch):
+    """The repaired reference code: g_i / |B| is clipped."""
+    take = GradientGuard.take
+    patch.setattr(grad_sample_module, "scale_gradient", lambda y, factor: y * 1.0)
+
+    def mutant(self, parameter):
+        gradient = take(self, parameter)
+        return gradient if gradient is None else gradient * self._batch_size
+
+    patch.setattr(GradientGuard, "take", mutant)
+
+
+def mean_never_undone(patch):
+    patch.setattr(grad_sample_module, "scale_gradient", lambda y, factor: y * 1.0)
+
+
+def bias_uncovered_by_product(patch):
+    patch.setattr(norms, "max_column_norm", lambda max_norm, *, weight, bias: max_norm)
+
+
+def bias_uncovered_by_columns(patch):
+    patch.setattr(norms, "column_norms", lambda input_norms, *, weight, bias: input_norms)
+
+
+def accounted_per_layer(patch):
+    pre_step = BackpropClipOptimizer.pre_step
+
+    def mutant(self, closure=None):
+        done = pre_step(self, closure)
+        for _ in list(self.layer_sensitivities)[1:]:
+            self.step_hook(self)
+        return done
+
+    patch.setattr(BackpropClipOptimizer, "pre_step", mutant)
+
+
+def nan_passed_through(patch):
+    patch.setattr(ops, "_zero_rows", lambda x, keep: x)
+
+
+MUTANTS = [
+    (original_bug, noise_scale),
+    (mean_undone_after_clipping, sensitivity_below_the_clip),
+    (mean_never_undone, sensitivity_below_the_clip),
+    (bias_uncovered_by_product, sensitivity_with_bias),
+    (bias_uncovered_by_columns, weighted_sensitivity_with_bias),
+    (accounted_per_layer, accounting),
+    (nan_passed_through, not_finite),
+    (nan_passed_through, not_finite_upstream),
+]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "check"), MUTANTS, ids=[f"{m.__name__} by {c.__name__}" for m, c in MUTANTS]
+)
+def test_the_mutant_is_killed(mutant, check, monkeypatch):
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check()

@@ -1,0 +1,123 @@
+"""The bounds as mathematics: never below the truth, ordered, and equal to a brute-force sum."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opacus_bpclip import norms
+from tests.strategies import seeds
+
+EVERY_KIND = [(True, True), (True, False), (False, True)]
+
+
+@st.composite
+def products(draw, dtype=torch.float64, exponents=None):
+    generator = torch.Generator().manual_seed(draw(seeds))
+    batch, groups = draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    channels, inputs, positions = (draw(st.integers(1, 6)) for _ in range(3))
+    exponent = st.integers(-30, 30) if exponents is None else exponents
+
+    def factor(rows):
+        values = torch.randn(
+            batch, groups, rows, positions, dtype=torch.float64, generator=generator
+        )
+        # Positions that repeat or cancel are where the bounds differ most.
+        kind = draw(st.sampled_from(["random", "equal", "cancel", "zero"]))
+        if kind == "equal":
+            values = values[..., :1].expand_as(values)
+        elif kind == "cancel":
+            signs = torch.tensor([(-1.0) ** p for p in range(positions)], dtype=torch.float64)
+            values = values[..., :1] * signs
+        return (values * 0.0 if kind == "zero" else values) * 10.0 ** draw(exponent)
+
+    return factor(channels).to(dtype), factor(inputs).to(dtype)
+
+
+def _truth(g, u, *, weight, bias):
+    g, u = g.double(), u.double()
+    squares = torch.zeros(g.shape[:2], dtype=torch.float64)
+    if weight:
+        squares = squares + (g @ u.transpose(-1, -2)).square().sum((2, 3))
+    if bias:
+        squares = squares + g.sum(-1).square().sum(2)
+    return squares.sum(1).sqrt()
+
+
+def _input_norms(u):
+    dtype = norms.norm_dtype(u.dtype)
+    length = torch.linalg.vector_norm(u, dim=2, dtype=dtype)
+    return length + norms.underflow(u.shape[2], dtype)
+
+
+def _all_bounds(g, u, *, weight, bias):
+    columns = norms.column_norms(_input_norms(u), weight=weight, bias=bias)
+    largest = float(_input_norms(u).max()) if u.numel() else 1.0
+    slack = norms.rounding_margin(g.dtype, g.device)
+    return {
+        "product": norms.product_bound(g, norms.max_column_norm(largest, weight=weight, bias=bias)),
+        "weighted": norms.weighted_bound(g, columns),
+        "exact": norms.exact_bound(g, u, columns, weight=weight, bias=bias, slack=slack),
+    }
+
+
+@pytest.mark.parametrize(("weight", "bias"), EVERY_KIND)
+@given(case=products())
+def test_every_bound_covers_the_gradient_and_each_is_tighter_than_the_last(case, weight, bias):
+    g, u = case
+    truth = _truth(g, u, weight=weight, bias=bias)
+    bounds = _all_bounds(g, u, weight=weight, bias=bias)
+    assert (bounds["exact"] * (1 + 1e-13) >= truth).all()
+    # The slack against vanishing squares differs between the three; no real bound is this small.
+    vanishing = 1e-100
+    assert (bounds["weighted"] * (1 + 1e-7) + vanishing >= bounds["exact"]).all()
+    assert (bounds["product"] * (1 + 1e-9) + vanishing >= bounds["weighted"]).all()
+
+
+@pytest.mark.parametrize(("weight", "bias"), EVERY_KIND)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@given(data=st.data())
+def test_a_finite_bound_covers_the_gradient_in_lower_precision(data, dtype, weight, bias):
+    exponents = st.integers(-4, 3) if dtype == torch.float16 else st.integers(-30, 30)
+    g, u = data.draw(products(dtype, exponents))
+    truth = _truth(g, u, weight=weight, bias=bias)
+    margin = norms.rounding_margin(dtype, g.device)
+    for name, bound in _all_bounds(g, u, weight=weight, bias=bias).items():
+        bound = bound.double()
+        assert (~bound.isfinite() | (bound * (1 + margin) >= truth)).all(), name
+
+
+@given(products(), st.booleans())
+def test_gram_matrix_and_own_gradient_agree(case, bias):
+    g, u = case
+    columns = norms.column_norms(_input_norms(u), weight=True, bias=bias)
+    g_norm = torch.linalg.vector_norm(g, dim=(2, 3)) + norms.underflow(1, g.dtype)
+    u_norm = torch.linalg.vector_norm(columns, dim=2) + norms.underflow(1, g.dtype)
+    gram = norms._gram_norm(g, u, g_norm, u_norm, weight=True, bias=bias, slack=0.0)
+    direct = norms._direct_norm(g, u, weight=True, bias=bias)
+    # The root turns a rounding error of 1e-16 in the square into 1e-8 of the Frobenius norms.
+    assert ((gram - direct).abs() <= 1e-7 * g_norm * u_norm + 1e-150).all()
+
+
+@pytest.mark.parametrize(
+    ("positions", "channels", "inputs", "cheaper"),
+    [(2, 512, 512, True), (64, 256, 256, True), (1024, 16, 16, False), (64, 8, 8, False)],
+)
+def test_the_cheaper_way_to_the_exact_norm_is_chosen(positions, channels, inputs, cheaper):
+    chosen = norms.gram_is_cheaper(positions, channels, inputs, weight=True, bias=True)
+    assert chosen is cheaper
+
+
+@pytest.mark.parametrize("positions", [1, 64, 4096])
+@pytest.mark.parametrize("inputs", [16, 4096])
+def test_a_chunk_of_examples_stays_under_the_memory_cap(positions, inputs):
+    chunk = norms.exact_chunk(positions, 1, 64, inputs, 4)
+    per_example = 4 * (positions * (inputs + 64) + min(64 * inputs, 2 * positions**2))
+    assert chunk >= 1
+    assert chunk == 1 or chunk * per_example <= norms.EXACT_MEMORY_CAP
+
+
+def test_the_bias_counts_in_the_largest_column():
+    assert norms.max_column_norm(3.0, weight=True, bias=True) == 10**0.5
+    assert norms.max_column_norm(3.0, weight=True, bias=False) == 3.0
+    assert norms.max_column_norm(3.0, weight=False, bias=True) == 1.0
