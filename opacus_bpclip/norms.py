@@ -94,41 +94,42 @@ def weighted_bound(g: Tensor, norms: Tensor) -> Tensor:
 
 
 def exact_bound(
-    g: Tensor, u: Tensor, norms: Tensor, *, weight: bool, bias: bool, slack: float
+    g: Tensor, u: Tensor, norms: Tensor, one: Tensor | None, *, weight: bool, slack: float
 ) -> Tensor:
     """Return the norm of each example's gradient, plus what rounding may add to it. ``[B]``.
 
     Positions may cancel in the gradient but not in its rounding errors. These are at most
-    ``slack * norm(g) * norm(u)`` (Frobenius norms), so that much is added.
+    ``slack * norm(g) * norm(u)`` (Frobenius norms), so that much is added. Inputs near unit norm
+    keep the squares in range.
 
     Args:
         g: ``[B, R, C, P]``.
-        u: ``[B, R, D, P]``, the input columns without the bias's 1.
-        norms: ``[B, R, P]``, from `column_norms`.
+        u: ``[B, R, D, P]``, the input columns without the bias's entry.
+        norms: ``[B, R, P]``, the columns' norms with it.
+        one: ``[B]``, the bias's entry in every column (1, scaled as ``u`` is), ``None`` without a
+            trainable bias.
         weight: whether the weight is trainable.
-        bias: whether the bias is.
         slack: from `rounding_margin`.
     """
     dtype = norm_dtype(g.dtype)
     g, u = g.to(dtype), u.to(dtype)
     positions = g.shape[3]
-    g_norm = torch.linalg.vector_norm(g, dim=(2, 3)) + underflow(g.shape[2] * positions, dtype)
-    u_norm = torch.linalg.vector_norm(norms, dim=2) + underflow(positions, dtype)
-    frobenius = g_norm * u_norm  # [B, R]: the Cauchy-Schwarz bound on the group's gradient
+    g_norm = torch.linalg.vector_norm(g, dim=(2, 3))
+    frobenius = g_norm * torch.linalg.vector_norm(norms, dim=2)
     if positions == 1:
         per_group = frobenius
-    elif gram_is_cheaper(positions, g.shape[2], u.shape[2], weight=weight, bias=bias):
-        per_group = _gram_norm(g, u, g_norm, u_norm, weight=weight, bias=bias, slack=slack)
+    elif gram_is_cheaper(positions, g.shape[2], u.shape[2]):
+        # The root turns an error of the square into a larger one: the slack goes under it.
+        squared = _gram_square(g, u, one, weight=weight).clamp(min=0)
+        per_group = torch.sqrt(squared + slack * frobenius.square())
     else:
-        per_group = _direct_norm(g, u, weight=weight, bias=bias) + slack * frobenius
-    return torch.linalg.vector_norm(per_group, dim=1) + underflow(g.shape[1], dtype)
+        per_group = _direct_norm(g, u, one, weight=weight) + slack * frobenius
+    count = g.shape[1] * positions * (positions + g.shape[2] + u.shape[2])
+    return torch.linalg.vector_norm(per_group, dim=1) + underflow(count, dtype)
 
 
-def gram_is_cheaper(
-    positions: int, channels: int, inputs: int, *, weight: bool, bias: bool
-) -> bool:
+def gram_is_cheaper(positions: int, channels: int, inputs: int) -> bool:
     """Return whether two ``P x P`` Gram matrices cost less than the ``C x D`` gradient."""
-    inputs = inputs * weight + bias
     return positions * positions * (channels + inputs) < positions * channels * inputs
 
 
@@ -141,41 +142,25 @@ def exact_chunk(positions: int, groups: int, channels: int, inputs: int, item_si
     return max(1, EXACT_MEMORY_CAP // max(1, per_example))
 
 
-def _direct_norm(g: Tensor, u: Tensor, *, weight: bool, bias: bool) -> Tensor:
-    dtype = g.dtype
-    parts = []
+def _direct_norm(g: Tensor, u: Tensor, one: Tensor | None, *, weight: bool) -> Tensor:
+    norm = torch.zeros(g.shape[:2], dtype=g.dtype, device=g.device)
     if weight:
         gradient = torch.matmul(g, u.transpose(-1, -2))
-        parts.append(torch.linalg.vector_norm(gradient, dim=(2, 3)))
-    if bias:
-        parts.append(torch.linalg.vector_norm(g.sum(-1), dim=2))
-    norm = parts[0] if len(parts) == 1 else torch.hypot(*parts)
-    return norm + underflow(g.shape[2] * (u.shape[2] + 1), dtype)
+        norm = torch.linalg.vector_norm(gradient, dim=(2, 3))
+    if one is not None:
+        norm = torch.hypot(norm, torch.linalg.vector_norm(g.sum(-1), dim=2) * one[:, None])
+    return norm
 
 
-def _gram_norm(
-    g: Tensor,
-    u: Tensor,
-    g_norm: Tensor,
-    u_norm: Tensor,
-    *,
-    weight: bool,
-    bias: bool,
-    slack: float,
-) -> Tensor:
-    # norm(g u^T)^2 = sum_pq (g_p . g_q)(u_p . u_q). On unit vectors nothing over- or underflows,
-    # and the square's rounding error, at most `slack`, goes under the root with it.
-    unit_g = g / g_norm[..., None, None]
-    gram = torch.matmul(unit_g.transpose(-1, -2), unit_g)
-    scale = u_norm[..., None, None]
+def _gram_square(g: Tensor, u: Tensor, one: Tensor | None, *, weight: bool) -> Tensor:
+    # norm(g u^T)^2 = sum_pq (g_p . g_q)(u_p . u_q)
+    gram = torch.matmul(g.transpose(-1, -2), g)
     columns = torch.zeros_like(gram)
     if weight:
-        unit_u = u / scale
-        columns = torch.matmul(unit_u.transpose(-1, -2), unit_u)
-    if bias:
-        columns = columns + scale.reciprocal().square()
-    squared = (gram * columns).sum(dim=(2, 3)).clamp(min=0)
-    return g_norm * u_norm * torch.sqrt(squared + slack)
+        columns = torch.matmul(u.transpose(-1, -2), u)
+    if one is not None:
+        columns = columns + one[:, None, None, None].square()
+    return (gram * columns).sum(dim=(2, 3))
 
 
 def underflow(count: int, dtype: torch.dtype) -> float:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.norms import rounding_margin
-from opacus_bpclip.rules.base import Rule
+from opacus_bpclip.rules.base import Rule, per_row
 
 
 class ClippedInput(NamedTuple):
@@ -126,7 +126,7 @@ class _ClipUpstream(torch.autograd.Function):
         out = _alias(y)
         if _may_rewrite(finite):
             # The example was zeroed where the layer multiplies; nobody may take that for an output.
-            out.masked_fill_(~_per_example(finite, out), float("nan"))
+            out.masked_fill_(~per_row(finite, out), float("nan"))
         return out
 
     @staticmethod
@@ -139,7 +139,7 @@ class _ClipUpstream(torch.autograd.Function):
             factor = factor.clamp(max=1)
         keep = finite & bound.isfinite()
         factor = torch.where(keep, factor, 0.0).to(g.dtype)
-        clipped = _zero_rows(g * _per_example(factor, g), keep)
+        clipped = _zero_rows(g * per_row(factor, g), keep)
         return clipped, None, None, None, None, None, None, None
 
 
@@ -170,10 +170,6 @@ def _alias(y: Tensor) -> Tensor:
     return y.clone() if torch.compiler.is_compiling() else y.detach()
 
 
-def _per_example(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *(1,) * (like.dim() - 1))
-
-
 def _may_rewrite(keep: Tensor) -> bool:
     # Reading a flag stalls an accelerator and breaks a traced graph: there, always rewrite.
     return torch.compiler.is_compiling() or keep.device.type != "cpu" or not bool(keep.all())
@@ -181,4 +177,4 @@ def _may_rewrite(keep: Tensor) -> bool:
 
 def _zero_rows(x: Tensor, keep: Tensor) -> Tensor:
     # Not a multiplication: zero times nan is nan.
-    return torch.where(_per_example(keep, x), x, 0.0) if _may_rewrite(keep) else x
+    return torch.where(per_row(keep, x), x, 0.0) if _may_rewrite(keep) else x

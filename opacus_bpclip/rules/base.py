@@ -106,22 +106,34 @@ class Rule(ABC):
 
     def _exact_bound(self, upstream: Tensor, x: Tensor, columns: Tensor) -> Tensor:
         batch, groups, channels, positions = upstream.shape
-        slack = norms.rounding_margin(upstream.dtype, upstream.device)
-        chunk = norms.exact_chunk(
-            positions, groups, channels, self.column_size(), upstream.element_size()
-        )
-        bounds = [
-            norms.exact_bound(
-                upstream[start : start + chunk],
-                self.columns(x[start : start + chunk]),
-                columns[start : start + chunk],
-                weight=self.weight,
-                bias=self.bias,
-                slack=slack,
+        dtype = columns.dtype
+        # Both sides at unit norm: no square over- or underflows, and x is smaller than its columns.
+        g_norm = torch.linalg.vector_norm(upstream, dim=(1, 2, 3), dtype=dtype)
+        g_norm = g_norm + norms.underflow(upstream[0].numel() if batch else 1, dtype)
+        u_norm = torch.linalg.vector_norm(columns, dim=(1, 2))
+        u_norm = u_norm + norms.underflow(groups * positions, dtype)
+        chunk = norms.exact_chunk(positions, groups, channels, self.column_size(), dtype.itemsize)
+        bounds = []
+        for start in range(0, max(batch, 1), chunk):
+            rows = slice(start, start + chunk)
+            one = u_norm[rows].reciprocal()
+            bounds.append(
+                norms.exact_bound(
+                    upstream[rows] / per_row(g_norm[rows], upstream),
+                    self.columns(x[rows] * per_row(one, x)),
+                    columns[rows] * per_row(one, columns),
+                    one if self.bias else None,
+                    weight=self.weight,
+                    slack=norms.rounding_margin(upstream.dtype, upstream.device),
+                )
             )
-            for start in range(0, max(batch, 1), chunk)
-        ]
-        return bounds[0] if len(bounds) == 1 else torch.cat(bounds)
+        unit = bounds[0] if len(bounds) == 1 else torch.cat(bounds)
+        return unit * g_norm * u_norm + norms.underflow(1, dtype)
+
+
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """View ``[B]`` so that it broadcasts over the rows of ``like``, ``[B, ...]``."""
+    return values.view(-1, *(1,) * (like.dim() - 1))
 
 
 def trainable(module: nn.Module, name: str) -> bool:

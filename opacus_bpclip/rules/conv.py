@@ -10,13 +10,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip import norms as bounds
-from opacus_bpclip.rules.base import Measured, Rule, trainable
+from opacus_bpclip.rules.base import Measured, Rule, per_row, trainable
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,9 @@ class ConvRule(Rule):
         """Measure each patch by a box filter over the squared norms of the pixels."""
         dtype = bounds.norm_dtype(x.dtype)
         channels = x.unflatten(1, (self.groups, self.group_channels))
-        pixels = torch.linalg.vector_norm(channels, dim=2, dtype=dtype)
+        pixels = channels.to(dtype).square().sum(dim=2)
         finite = pixels.isfinite().flatten(1).all(dim=1)
-        squared = self._pad(pixels.square())
+        squared = self._pad(pixels)
         for axis, (size, stride, dilation) in enumerate(
             zip(self.kernel, self.stride, self.dilation, strict=True)
         ):
@@ -76,7 +75,7 @@ class ConvRule(Rule):
 
     def scale_input(self, x: Tensor, factor: Tensor) -> Tensor:
         """Multiply each example by its factor."""
-        return x * factor.to(x.dtype).view(-1, *(1,) * (x.dim() - 1))
+        return x * per_row(factor.to(x.dtype), x)
 
     def upstream(self, g: Tensor) -> Tensor:
         """View ``[B, R * C, *spatial]`` as ``[B, R, C, P]``."""
