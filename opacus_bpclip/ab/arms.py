@@ -1,0 +1,81 @@
+"""The arms: how each turns a model and a loader into something to train."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from opacus.data_loader import DPDataLoader
+from torch import nn
+from torch.utils.data import DataLoader
+
+from opacus_bpclip import PrivacyEngine, clip_inputs
+from opacus_bpclip.ab.settings import BACKPROP, FLAT_INPUT_CLIPPING, NON_PRIVATE, Settings
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model ready for training; ``engine`` is None without privacy."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: DataLoader[Any]
+    engine: PrivacyEngine | None
+
+
+def prepare(
+    name: str,
+    model: nn.Module,
+    loader: DataLoader[Any],
+    settings: Settings,
+    noise_multiplier: float | None,
+    noise_generator: torch.Generator,
+) -> Arm:
+    """Return an arm over a freshly initialised model.
+
+    Args:
+        name: one of the settings' arms.
+        model: changed in place.
+        loader: an ordinary loader with a generator of its own; the arm draws Poisson batches from
+            the same generator.
+        settings: shared by all arms.
+        noise_multiplier: shared by all private arms; None only without privacy.
+        noise_generator: on the model's device.
+    """
+    if name == FLAT_INPUT_CLIPPING:
+        assert settings.max_input_norm is not None
+        clip_inputs(model, settings.max_input_norm)
+    sgd = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum)
+    if name == NON_PRIVATE:
+        return Arm(model, sgd, DPDataLoader.from_data_loader(loader), engine=None)
+    options: dict[str, Any] = {"clipping": "flat"}
+    if name == BACKPROP:
+        options = {"clipping": "backprop", "backprop": settings.backprop()}
+    engine = PrivacyEngine(accountant=settings.accountant)
+    private_model, optimizer, private_loader = engine.make_private(
+        module=model,
+        optimizer=sgd,
+        data_loader=loader,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=settings.max_grad_norm,
+        noise_generator=noise_generator,
+        **options,
+    )
+    return Arm(private_model, optimizer, private_loader, engine)
+
+
+@contextmanager
+def known_warnings_silenced() -> Iterator[None]:
+    """Keep quiet what Opacus says of every run, and nothing else."""
+    with warnings.catch_warnings():
+        # A comparison measures on public data and protects nobody; its noise is seeded on purpose.
+        warnings.filterwarnings("ignore", message="Secure RNG turned off", category=UserWarning)
+        # Opacus attaches its hooks to every layer, and the first one's input is data.
+        warnings.filterwarnings(
+            "ignore", message="Full backward hook is firing", category=UserWarning
+        )
+        yield

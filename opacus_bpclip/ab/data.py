@@ -1,0 +1,126 @@
+"""The datasets, as tensors: images [N, C, H, W] in float32, labels [N] in int64.
+
+Images are normalised by constants, never by statistics of the training set taken at run time,
+which would be a release of private data that no accountant sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from opacus_bpclip.ab.errors import UsageError
+from opacus_bpclip.ab.extras import require
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training set and a test set of (image, label)."""
+
+    train: TensorDataset
+    test: TensorDataset
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A dataset that torchvision reads.
+
+    ``mean`` and ``std`` are each channel's customary constants, for pixels in [0, 1].
+    """
+
+    torchvision_name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    folder: str
+    files: str
+
+
+_IDX_FILES = "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte"
+_SOURCES = {
+    "mnist": _Source("MNIST", (0.1307,), (0.3081,), "MNIST/raw", _IDX_FILES),
+    "fashion-mnist": _Source("FashionMNIST", (0.2860,), (0.3530,), "FashionMNIST/raw", _IDX_FILES),
+    "cifar10": _Source(
+        "CIFAR10",
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        "cifar-10-batches-py",
+        "data_batch_1 to data_batch_5, test_batch and batches.meta",
+    ),
+}
+
+
+def load(dataset: str, root: str) -> Data:
+    """Read a dataset; torchvision downloads it into ``root`` if it is not there.
+
+    Args:
+        dataset: ``"digits"``, ``"mnist"``, ``"fashion-mnist"`` or ``"cifar10"``.
+        root: folder of the dataset's files; ``"digits"`` needs none.
+
+    Raises:
+        UsageError: a package is missing, or the files are neither there nor to be had.
+    """
+    if dataset == "digits":
+        return _digits()
+    source = _SOURCES[dataset]
+    return Data(train=_read(source, root, train=True), test=_read(source, root, train=False))
+
+
+def _digits() -> Data:
+    require("sklearn", "the dataset digits")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # [N, 1, 8, 8]
+    labels = torch.tensor(digits.target, dtype=torch.int64)
+    train, test = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=0.2, stratify=digits.target, random_state=0
+    )
+    return Data(
+        train=TensorDataset(images[train], labels[train]),
+        test=TensorDataset(images[test], labels[test]),
+    )
+
+
+def _read(source: _Source, root: str, *, train: bool) -> TensorDataset:
+    dataset = _open(source, root, train=train)
+    pixels = torch.as_tensor(dataset.data)
+    # MNIST is [N, H, W]; CIFAR-10 is [N, H, W, C].
+    images = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+    mean = torch.tensor(source.mean).view(-1, 1, 1)
+    std = torch.tensor(source.std).view(-1, 1, 1)
+    normalised: Tensor = images.contiguous().float().div_(255).sub_(mean).div_(std)
+    return TensorDataset(normalised, torch.as_tensor(dataset.targets, dtype=torch.int64))
+
+
+def _open(source: _Source, root: str, *, train: bool) -> Any:
+    require("torchvision", f"the dataset {source.torchvision_name}")
+    import torchvision
+
+    make = getattr(torchvision.datasets, source.torchvision_name)
+    try:
+        return make(root, train=train, download=False)
+    except Exception:
+        # Absent, incomplete or damaged: a download replaces what its checksum does not match.
+        pass
+    try:
+        return make(root, train=train, download=True)
+    except Exception as error:
+        raise UsageError(_missing(source, root, error)) from error
+
+
+def _missing(source: _Source, root: str, error: Exception) -> str:
+    name = source.torchvision_name
+    reason = " ".join(str(error).split()) or type(error).__name__
+    command = f"from torchvision.datasets import {name}; {name}({root!r}, download=True)"
+    return (
+        f"{name} was looked for in {Path(root, source.folder)}, is not there or not readable, and "
+        f"could not be downloaded ({reason}). Put {source.files} there, name the folder that holds "
+        f"{source.folder} by --data-root, or, where there is a network, run: "
+        f'python -c "{command}"'
+    )

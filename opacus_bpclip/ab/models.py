@@ -1,0 +1,93 @@
+"""The models compared: small tanh CNNs, the usual ones of the DP-SGD literature.
+
+They have no normalisation over the batch and no dropout, so that training depends on the initial
+weights, the batches and the noise alone.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def build(dataset: str) -> nn.Sequential:
+    """Return a freshly initialised model for a dataset; weights come from torch's global generator.
+
+    Args:
+        dataset: ``"digits"``, ``"mnist"``, ``"fashion-mnist"`` or ``"cifar10"``.
+
+    Raises:
+        KeyError: an unknown dataset.
+
+    Example:
+        >>> count_parameters(build("mnist"))
+        26010
+    """
+    return _BUILDERS[dataset]()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable scalars."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def digits_cnn() -> nn.Sequential:
+    """Return CNN26k scaled down to 8 by 8 images: 9,258 parameters, input [N, 1, 8, 8]."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.Tanh(),
+        nn.MaxPool2d(2, 1),
+        nn.Conv2d(16, 32, 3, stride=2),
+        nn.Tanh(),
+        nn.MaxPool2d(2, 1),
+        nn.Flatten(),
+        nn.Linear(32 * 2 * 2, 32),
+        nn.Tanh(),
+        nn.Linear(32, 10),
+    )
+
+
+def cnn26k() -> nn.Sequential:
+    """Return the CNN of Papernot et al. (arXiv 2007.14191): 26,010 parameters, [N, 1, 28, 28]."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 8, stride=2, padding=2),
+        nn.Tanh(),
+        nn.MaxPool2d(2, 1),
+        nn.Conv2d(16, 32, 4, stride=2),
+        nn.Tanh(),
+        nn.MaxPool2d(2, 1),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 32),
+        nn.Tanh(),
+        nn.Linear(32, 10),
+    )
+
+
+def cnn550k() -> nn.Sequential:
+    """Return the CIFAR-10 CNN of the same paper: 550,570 parameters, input [N, 3, 32, 32]."""
+    return nn.Sequential(
+        *_conv_pair(3, 32),
+        *_conv_pair(32, 64),
+        *_conv_pair(64, 128),
+        nn.Flatten(),
+        nn.Linear(128 * 4 * 4, 128),
+        nn.Tanh(),
+        nn.Linear(128, 10),
+    )
+
+
+def _conv_pair(channels_in: int, channels: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels_in, channels, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.Tanh(),
+        nn.MaxPool2d(2),
+    ]
+
+
+_BUILDERS = {
+    "digits": digits_cnn,
+    "mnist": cnn26k,
+    "fashion-mnist": cnn26k,
+    "cifar10": cnn550k,
+}

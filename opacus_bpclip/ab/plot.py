@@ -1,0 +1,116 @@
+"""The comparison as a picture: test accuracy over the epsilon spent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from opacus_bpclip.ab.record import Record
+from opacus_bpclip.ab.results import ArmResult
+from opacus_bpclip.ab.settings import BACKPROP, FLAT, FLAT_INPUT_CLIPPING, NON_PRIVATE, Settings
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; markers say it again.
+_STYLES = {
+    FLAT: ("#0072B2", "s"),
+    FLAT_INPUT_CLIPPING: ("#E69F00", "^"),
+    BACKPROP: ("#009E73", "o"),
+}
+_NON_PRIVATE_COLOUR = "#444444"
+
+
+def draw(record: Record, path: Path) -> None:
+    """Write the plot of a comparison, in the format of the path's suffix.
+
+    Private arms are curves over their epochs, mean over seeds in a band from the smallest to the
+    largest; the non-private arm, which has no epsilon, is a line at its final accuracy.
+    """
+    # A figure of its own: pyplot would keep global state and may ask for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name in record.settings.arms:
+        result = record.arm(name)
+        if result is None:
+            continue
+        if name == NON_PRIVATE:
+            _draw_level(axes, result)
+        else:
+            _draw_curve(axes, result)
+    _label(axes, record)
+    # Below the axes, where no curve can run under it.
+    figure.legend(
+        loc="outside lower center", ncols=2, title=_legend_title(record.settings), frameon=False
+    )
+    figure.savefig(path)
+
+
+def _draw_level(axes: Any, result: ArmResult) -> None:
+    axes.axhline(
+        100 * result.accuracy_mean,
+        color=_NON_PRIVATE_COLOUR,
+        linestyle="--",
+        linewidth=1.5,
+        label=f"{result.arm}: {result.accuracy_mean:.1%}",
+    )
+
+
+def _draw_curve(axes: Any, result: ArmResult) -> None:
+    colour, marker = _STYLES[result.arm]
+    epsilons = [epoch.epsilon for epoch in result.seeds[0].epochs]
+    by_epoch = [
+        [100 * epoch.accuracy for epoch in epochs]
+        for epochs in zip(*(seed.epochs for seed in result.seeds), strict=True)
+    ]
+    axes.plot(
+        epsilons,
+        [fmean(values) for values in by_epoch],
+        color=colour,
+        marker=marker,
+        markersize=4,
+        linewidth=1.8,
+        label=f"{result.arm}: {result.accuracy_mean:.1%}",
+    )
+    axes.fill_between(
+        epsilons,
+        [min(values) for values in by_epoch],
+        [max(values) for values in by_epoch],
+        color=colour,
+        alpha=0.18,
+        linewidth=0,
+    )
+
+
+def _label(axes: Any, record: Record) -> None:
+    settings = record.settings
+    axes.set_xlabel(f"epsilon spent (delta = {settings.delta:g})")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(_title(record), fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _title(record: Record) -> str:
+    settings, plan = record.settings, record.plan
+    input_norm = "none" if settings.max_input_norm is None else f"{settings.max_input_norm:g}"
+    noise = (
+        "" if plan.noise_multiplier is None else f", noise multiplier {plan.noise_multiplier:.3g}"
+    )
+    return (
+        f"{settings.title}: {plan.parameters:,} parameters, {settings.epochs} epochs, "
+        f"expected batch {plan.train_examples * plan.sample_rate:.0f}{noise}\n"
+        f"max_grad_norm {settings.max_grad_norm:g}, max_input_norm {input_norm}, "
+        f"bound {settings.bound}"
+    )
+
+
+def _legend_title(settings: Settings) -> str:
+    seeds = len(settings.seeds)
+    return (
+        "final accuracy, one seed"
+        if seeds == 1
+        else f"final accuracy, mean of {seeds} seeds (band: smallest to largest)"
+    )

@@ -1,0 +1,125 @@
+"""The results file: written after every arm, read back to resume."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opacus_bpclip.ab.errors import UsageError
+from opacus_bpclip.ab.results import ArmResult, Plan, arm_from_dict
+from opacus_bpclip.ab.settings import Settings
+
+FORMAT = 1
+_PACKAGES = ("torch", "opacus", "opacus-bpclip", "numpy", "torchvision", "scikit-learn")
+
+# Where the data lies and which arms are wanted may change between a run and its continuation.
+_FREE_TO_CHANGE = ("data_root", "arms")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A comparison as far as it has come: ``arms`` holds the finished ones, in order."""
+
+    settings: Settings
+    plan: Plan
+    arms: tuple[ArmResult, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every arm of the settings is finished."""
+        return {result.arm for result in self.arms} >= set(self.settings.arms)
+
+    def arm(self, name: str) -> ArmResult | None:
+        """Return a finished arm's result, or None."""
+        return next((result for result in self.arms if result.arm == name), None)
+
+    def with_arm(self, result: ArmResult) -> Record:
+        """Return a record with one more finished arm."""
+        return Record(self.settings, self.plan, (*self.arms, result))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every fact of the comparison, as JSON knows them."""
+        private = {"delta": self.settings.delta, "noise_multiplier": self.plan.noise_multiplier}
+        public = dict.fromkeys(private)
+        return {
+            "format": FORMAT,
+            "complete": self.is_complete,
+            "settings": asdict(self.settings),
+            "plan": asdict(self.plan),
+            "versions": versions(),
+            "platform": platform.platform(),
+            "arms": {
+                result.arm: {**result.as_dict(), **(public if result.epsilon is None else private)}
+                for result in self.arms
+            },
+        }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that decide the results; None for a package that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package.replace("-", "_")] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package.replace("-", "_")] = None
+    return found
+
+
+def write(record: Record, path: Path) -> None:
+    """Write a record to a file, whole or not at all where the file is an ordinary one."""
+    text = json.dumps(record.as_dict(), indent=2, allow_nan=False) + "\n"
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+        return
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def resumed(record: Record, path: Path) -> Record:
+    """Return a record with the arms that a file of the same settings holds already.
+
+    Args:
+        record: without arms.
+        path: a results file; one that does not exist holds no arms.
+
+    Raises:
+        UsageError: the file is not a results file, or was measured with other settings, other
+            versions or on another platform.
+    """
+    if not path.exists():
+        return record
+    try:
+        held = json.loads(path.read_text())
+        _check_agreement(record, held, path)
+        arms = tuple(arm_from_dict(name, arm) for name, arm in held["arms"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"cannot resume from {path}: it is not a results file of opacus-bpclip ab "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return Record(record.settings, record.plan, arms)
+
+
+def _check_agreement(record: Record, held: dict[str, Any], path: Path) -> None:
+    now = json.loads(json.dumps(record.as_dict()))
+    differences: list[str] = []
+    for part in ("settings", "versions"):
+        names: Iterable[str] = sorted(set(now[part]) | set(held[part]))
+        differences += [
+            f"{name} {held[part].get(name)} there, {now[part].get(name)} now"
+            for name in names
+            if name not in _FREE_TO_CHANGE and held[part].get(name) != now[part].get(name)
+        ]
+    for name in ("format", "platform"):
+        if held[name] != now[name]:
+            differences.append(f"{name} {held[name]} there, {now[name]} now")
+    if differences:
+        raise UsageError(f"cannot resume from {path}: {'; '.join(differences)}")

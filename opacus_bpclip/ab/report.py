@@ -1,0 +1,88 @@
+"""The comparison as a table for human eyes."""
+
+from __future__ import annotations
+
+from opacus_bpclip.ab.record import Record
+from opacus_bpclip.ab.results import ArmResult
+from opacus_bpclip.ab.settings import Settings
+from opacus_bpclip.ab.training import WARM_UP_STEPS
+
+_NOTES = f"""\
+accuracy: on the test set after the last epoch, mean over seeds; range: smallest to largest seed.
+time per step: median of forward, backward and optimizer, the first {WARM_UP_STEPS} steps left out.
+peak memory: largest growth during training steps over what was held just before training."""
+
+
+def render(record: Record) -> str:
+    """Return the settings in short, a table with a line for each finished arm, and its legend."""
+    rows = [_header()] + [_row(record, result) for result in _in_order(record)]
+    return f"{heading(record)}\n\n{_aligned(rows)}\n\n{_NOTES}"
+
+
+def heading(record: Record) -> str:
+    """Return the facts that all arms share."""
+    settings, plan = record.settings, record.plan
+    batch = plan.train_examples * plan.sample_rate
+    lines = [
+        f"{settings.title}: {plan.train_examples} training and {plan.test_examples} test examples, "
+        f"model of {plan.parameters:,} parameters",
+        f"{settings.epochs} epochs of {plan.steps_per_epoch} Poisson batches, {batch:.0f} examples "
+        f"expected, SGD with lr {settings.lr:g} and momentum {settings.momentum:g}, "
+        f"seeds {' '.join(map(str, settings.seeds))}",
+    ]
+    if settings.is_private:
+        lines.append(
+            f"target epsilon {settings.epsilon:g}, max_grad_norm {settings.max_grad_norm:g}, "
+            f"max_input_norm {_input_norm(settings)}; backprop: bound {settings.bound}, "
+            f"allocation {settings.allocation}, upstream {settings.upstream}"
+        )
+    return "\n".join(lines)
+
+
+def _in_order(record: Record) -> list[ArmResult]:
+    found = [record.arm(name) for name in record.settings.arms]
+    return [result for result in found if result is not None]
+
+
+def _header() -> list[str]:
+    return [
+        "arm",
+        "accuracy",
+        "range",
+        "epsilon",
+        "delta",
+        "noise multiplier",
+        "time per step",
+        "peak memory",
+    ]
+
+
+def _row(record: Record, result: ArmResult) -> list[str]:
+    privacy = ["-", "-", "-"]
+    if result.epsilon is not None:
+        noise = record.plan.noise_multiplier
+        privacy = [f"{result.epsilon:.3f}", f"{record.settings.delta:g}", f"{noise:.4g}"]
+    peak = result.peak_memory_bytes
+    low, high = min(result.accuracies), max(result.accuracies)
+    return [
+        result.arm,
+        f"{result.accuracy_mean:.2%}",
+        f"{100 * low:.2f}..{100 * high:.2f}",
+        *privacy,
+        f"{1e3 * result.seconds_per_step:.2f} ms",
+        "unknown" if peak is None else f"{peak / 2**20:.1f} MiB",
+    ]
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Return rows with the first column set left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def _input_norm(settings: Settings) -> str:
+    return "none" if settings.max_input_norm is None else f"{settings.max_input_norm:g}"

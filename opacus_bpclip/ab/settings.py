@@ -1,0 +1,239 @@
+"""Everything that decides what a comparison measures, checked before it starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from opacus_bpclip.ab.errors import UsageError
+from opacus_bpclip.config import Allocation, BackpropClipping, Bound, Upstream
+
+NON_PRIVATE = "non-private"
+FLAT = "flat"
+FLAT_INPUT_CLIPPING = "flat+input-clipping"
+BACKPROP = "backprop"
+ARMS = (NON_PRIVATE, FLAT, FLAT_INPUT_CLIPPING, BACKPROP)
+
+ACCOUNTANTS = ("prv", "rdp", "gdp")
+DEVICES = ("cpu", "cuda")
+
+# Opacus's search for the noise multiplier does not end for an epsilon far above this one.
+MAX_EPSILON = 100.0
+
+
+@dataclass(frozen=True)
+class DatasetDefaults:
+    """The settings that suit one dataset; ``threads=None`` stands for every core."""
+
+    title: str
+    epsilon: float
+    epochs: int
+    batch_size: int
+    lr: float
+    threads: int | None = None
+
+
+DATASETS = {
+    "digits": DatasetDefaults("digits", epsilon=3.0, epochs=20, batch_size=128, lr=0.1, threads=1),
+    "mnist": DatasetDefaults("MNIST", epsilon=1.0, epochs=10, batch_size=1024, lr=0.5),
+    "fashion-mnist": DatasetDefaults(
+        "Fashion-MNIST", epsilon=1.0, epochs=10, batch_size=1024, lr=0.5
+    ),
+    "cifar10": DatasetDefaults("CIFAR-10", epsilon=3.0, epochs=30, batch_size=1024, lr=0.2),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one comparison; every private arm shares all of them.
+
+    `settings_for` fills in a dataset's defaults.
+
+    Args:
+        dataset: a name in `DATASETS`.
+        data_root: folder that holds the dataset's files, or receives them.
+        epsilon: target of each private arm after its last epoch, at ``delta``.
+        delta: the other half of the privacy target.
+        epochs: passes over the training set, each of ``1 / sample_rate`` Poisson batches.
+        batch_size: expected number of examples in a batch.
+        lr: learning rate of SGD.
+        momentum: momentum of SGD.
+        max_grad_norm: joint L2 sensitivity of the summed gradient.
+        max_input_norm: largest norm of a column of a layer's input, for the two arms that clip
+            inputs; ``None`` turns it off in the ``backprop`` arm.
+        bound: the ``backprop`` arm's bound.
+        allocation: the ``backprop`` arm's split of ``max_grad_norm`` over the layers.
+        upstream: the ``backprop`` arm's treatment of upstream gradients.
+        seeds: one training run of every arm for each; no seed twice.
+        arms: names in `ARMS`, no arm twice.
+        threads: torch's intra-op threads in the training process.
+        accountant: Opacus's name of the accountant.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        UsageError: a value outside these; the text names the option.
+    """
+
+    dataset: str
+    data_root: str
+    epsilon: float
+    delta: float
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    max_grad_norm: float
+    max_input_norm: float | None
+    bound: Bound
+    allocation: Allocation
+    upstream: Upstream
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...]
+    threads: int
+    accountant: str
+    device: str
+
+    def __post_init__(self) -> None:
+        _require_choice("--dataset", self.dataset, tuple(DATASETS))
+        for name in ("epsilon", "lr", "max_grad_norm", "max_input_norm"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{_option(name)} must be a finite number above 0, not {value}")
+        if self.epsilon > MAX_EPSILON:
+            raise UsageError(
+                f"--epsilon must be at most {MAX_EPSILON:g}, not {self.epsilon:g}: more is no "
+                f"privacy; --arms {NON_PRIVATE} trains without any"
+            )
+        if not 0 < self.delta < 1:
+            raise UsageError(f"--delta must be between 0 and 1, not {self.delta}")
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"--momentum must be at least 0 and below 1, not {self.momentum}")
+        for name in ("epochs", "batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{_option(name)} must be at least 1, not {getattr(self, name)}")
+        for name, value, choices in (
+            ("--bound", self.bound, get_args(Bound)),
+            ("--allocation", self.allocation, get_args(Allocation)),
+            ("--upstream", self.upstream, get_args(Upstream)),
+            ("--accountant", self.accountant, ACCOUNTANTS),
+            ("--device", self.device, DEVICES),
+        ):
+            _require_choice(name, value, choices)
+        self._check_seeds_and_arms()
+
+    def _check_seeds_and_arms(self) -> None:
+        for name, values in (("--seeds", self.seeds), ("--arms", self.arms)):
+            if not values:
+                raise UsageError(f"{name} must not be empty")
+            if len(set(values)) < len(values):
+                listed = " ".join(map(str, values))
+                raise UsageError(f"{name} must not name anything twice: {listed}")
+        if min(self.seeds) < 0:
+            raise UsageError(f"--seeds must be 0 or above, not {min(self.seeds)}")
+        for arm in self.arms:
+            _require_choice("--arms", arm, ARMS)
+        if self.max_input_norm is None:
+            if FLAT_INPUT_CLIPPING in self.arms:
+                raise UsageError(
+                    f"the arm {FLAT_INPUT_CLIPPING} needs a number for --max-input-norm; "
+                    "leave it out of --arms to go without"
+                )
+            if BACKPROP in self.arms and self.bound == "product":
+                raise UsageError("--bound product needs a number for --max-input-norm")
+
+    @property
+    def title(self) -> str:
+        """The dataset's name for human eyes."""
+        return DATASETS[self.dataset].title
+
+    @property
+    def is_private(self) -> bool:
+        """Whether any arm is private."""
+        return any(arm != NON_PRIVATE for arm in self.arms)
+
+    def backprop(self) -> BackpropClipping:
+        """Return the ``backprop`` arm's clipping options."""
+        return BackpropClipping(
+            max_input_norm=self.max_input_norm,
+            bound=self.bound,
+            allocation=self.allocation,
+            upstream=self.upstream,
+        )
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a comparison writes; nothing in it changes what is measured.
+
+    Args:
+        json: file for the results as data, or None.
+        plot: file for the plot, or None.
+        resume: keep the arms that ``json`` holds already.
+        progress: show progress bars on stderr.
+    """
+
+    json: Path | None = None
+    plot: Path | None = None
+    resume: bool = False
+    progress: bool = False
+
+
+def settings_for(dataset: str = "digits", **given: Any) -> Settings:
+    """Return a dataset's default settings, replaced by those given.
+
+    Args:
+        dataset: a name in `DATASETS`.
+        **given: fields of `Settings`.
+
+    Raises:
+        UsageError: a setting is wrong.
+        TypeError: a name is not a field of `Settings`.
+
+    Example:
+        >>> settings_for("mnist", threads=1).batch_size
+        1024
+    """
+    _require_choice("--dataset", dataset, tuple(DATASETS))
+    own = DATASETS[dataset]
+    values: dict[str, Any] = {
+        "data_root": "data",
+        "delta": 1e-5,
+        "momentum": 0.9,
+        "max_grad_norm": 1.0,
+        "max_input_norm": 3.0,
+        "bound": "exact",
+        "allocation": "dimension",
+        "upstream": "clip",
+        "seeds": (0, 1, 2),
+        "accountant": "prv",
+        "device": "cpu",
+        "threads": own.threads or available_cores(),
+        **{name: getattr(own, name) for name in ("epsilon", "epochs", "batch_size", "lr")},
+        **given,
+    }
+    if "arms" not in values:
+        without_inputs = values["max_input_norm"] is None
+        values["arms"] = tuple(
+            arm for arm in ARMS if not (without_inputs and arm == FLAT_INPUT_CLIPPING)
+        )
+    return Settings(dataset=dataset, **values)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _option(name: str) -> str:
+    assert name in {field.name for field in fields(Settings)}
+    return "--" + name.replace("_", "-")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
