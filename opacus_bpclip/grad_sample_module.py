@@ -16,7 +16,8 @@ from opacus_bpclip.coverage import Layer, trainable_layers
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.input_clipping import clip_inputs, unclip_inputs
-from opacus_bpclip.ops import ClippedInput, clip_input, clip_upstream, scale_gradient, scale_input
+from opacus_bpclip.ops import clip_input, clip_upstream, scale_gradient, scale_input
+from opacus_bpclip.rules import Prepared
 
 _ATTACHED = "_backprop_clip_hooks"
 
@@ -179,7 +180,7 @@ class _LayerClip:
         self.config = config
         self.limit = limit
         self.guard = guard
-        self.clipped: ClippedInput | None = None
+        self.clipped: Prepared | None = None
         self.followed = False
 
     def enter(

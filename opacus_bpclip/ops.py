@@ -15,27 +15,13 @@ Edge cases:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opacus_bpclip.norms import rounding_margin
-from opacus_bpclip.rules.base import Rule, per_row
-
-
-class ClippedInput(NamedTuple):
-    """A layer's input after clipping.
-
-    Attributes:
-        x: the input, every column's norm at most ``max_norm``, rows that are not finite zeroed.
-        norms: ``[B, R, P]``, the norms of its columns.
-        finite: ``[B]`` bool, which examples were finite.
-    """
-
-    x: Tensor
-    norms: Tensor
-    finite: Tensor
+from opacus_bpclip.rules.base import Prepared, Rule, per_row
 
 
 def scale_input(x: Tensor, rule: Rule, max_norm: float) -> Tensor:
@@ -46,10 +32,10 @@ def scale_input(x: Tensor, rule: Rule, max_norm: float) -> Tensor:
         rule: the layer's rule.
         max_norm: largest L2 norm of a column.
     """
-    return _scale_input(x, rule, max_norm).x
+    return _prepare(x, rule, max_norm).x
 
 
-def clip_input(x: Tensor, rule: Rule, max_norm: float | None) -> ClippedInput:
+def clip_input(x: Tensor, rule: Rule, max_norm: float | None) -> Prepared:
     """Clip a layer's input and measure it for `clip_upstream`.
 
     The factor is a constant in the backward pass: the gradient is multiplied by it, nothing flows
@@ -61,13 +47,15 @@ def clip_input(x: Tensor, rule: Rule, max_norm: float | None) -> ClippedInput:
         rule: the layer's rule.
         max_norm: largest L2 norm of a column; ``None`` measures without clipping.
     """
-    x, norms, finite = _scale_input(x, rule, max_norm)
-    return ClippedInput(_zero_rows(x, finite), _zero_rows(norms, finite), finite)
+    x, norms, finite = _prepare(x, rule, max_norm)
+    if norms is not None:
+        norms = _zero_rows(norms, finite)
+    return Prepared(_zero_rows(x, finite), norms, finite)
 
 
 def clip_upstream(
     y: Tensor,
-    clipped: ClippedInput,
+    clipped: Prepared,
     rule: Rule,
     limit: Tensor,
     *,
@@ -92,10 +80,11 @@ def clip_upstream(
         upstream: ``"clip"`` scales down only, ``"normalize"`` to the limit in either direction.
         max_norm: what the input was clipped to; needed by ``"product"``.
     """
-    x = clipped.x if bound == "exact" else None
-    norms = None if bound == "product" else clipped.norms
+    keep = rule.keeps(bound)
+    x = clipped.x if keep.x else None
+    norms = clipped.norms if keep.norms else None
     return _ClipUpstream.apply(
-        y, x, norms, clipped.finite, limit, rule, max_norm, upstream == "normalize"
+        y, x, norms, clipped.finite, limit, rule, bound, max_norm, upstream == "normalize"
     )
 
 
@@ -118,11 +107,12 @@ class _ClipUpstream(torch.autograd.Function):
         finite: Tensor,
         limit: Tensor,
         rule: Rule,
+        kind: str,
         max_norm: float | None,
         normalize: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, norms, finite, limit)
-        ctx.rule, ctx.max_norm, ctx.normalize = rule, max_norm, normalize
+        ctx.rule, ctx.kind, ctx.max_norm, ctx.normalize = rule, kind, max_norm, normalize
         out = _alias(y)
         if _may_rewrite(finite):
             # The example was zeroed where the layer multiplies; nobody may take that for an output.
@@ -133,14 +123,14 @@ class _ClipUpstream(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, norms, finite, limit = ctx.saved_tensors
-        bound = ctx.rule.bound(g, x, norms, ctx.max_norm)
+        bound = ctx.rule.bound(ctx.kind, g, x, norms, ctx.max_norm)
         factor = limit * (1 - rounding_margin(g.dtype, g.device)) / bound
         if not ctx.normalize:
             factor = factor.clamp(max=1)
         keep = finite & bound.isfinite()
         factor = torch.where(keep, factor, 0.0).to(g.dtype)
         clipped = _zero_rows(g * per_row(factor, g), keep)
-        return clipped, None, None, None, None, None, None, None
+        return clipped, None, None, None, None, None, None, None, None
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -155,13 +145,10 @@ class _ScaleGradient(torch.autograd.Function):
         return g * ctx.factor, None
 
 
-def _scale_input(x: Tensor, rule: Rule, max_norm: float | None) -> ClippedInput:
-    norms, finite = rule.measure(x.detach())
-    if max_norm is not None:
-        factor = rule.clip_factor(norms, max_norm * (1 - rounding_margin(x.dtype, x.device)))
-        x = rule.scale_input(x, factor)
-        norms = norms * factor
-    return ClippedInput(x, norms, finite)
+def _prepare(x: Tensor, rule: Rule, max_norm: float | None) -> Prepared:
+    if max_norm is not None and x.is_floating_point():
+        max_norm *= 1 - rounding_margin(x.dtype, x.device)
+    return rule.prepare(x, max_norm)
 
 
 def _alias(y: Tensor) -> Tensor:
@@ -177,4 +164,4 @@ def _may_rewrite(keep: Tensor) -> bool:
 
 def _zero_rows(x: Tensor, keep: Tensor) -> Tensor:
     # Not a multiplication: zero times nan is nan.
-    return torch.where(per_row(keep, x), x, 0.0) if _may_rewrite(keep) else x
+    return torch.where(per_row(keep, x), x, x.new_zeros(())) if _may_rewrite(keep) else x

@@ -64,7 +64,7 @@ def _exact(g, u, columns, *, weight, bias):
         padding=(0, 0),
         padding_mode="constant",
     )
-    return rule._exact_bound(g, u.flatten(1, 2), columns)
+    return rule.exact_bound(g, u.flatten(1, 2), columns)
 
 
 def _all_bounds(g, u, *, weight, bias):

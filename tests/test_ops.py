@@ -174,10 +174,10 @@ def test_exact_works_in_chunks_and_gives_the_same(monkeypatch):
     rule = _rule(layer)
     x, g = torch.randn(7, 2, 6, 6), torch.randn(7, 3, 4, 4)
     measured = rule.measure(x)
-    whole = rule.bound(g, x, measured.norms, None)
+    whole = rule.bound("exact", g, x, measured.norms, None)
     monkeypatch.setattr(norms, "EXACT_MEMORY_CAP", 1)
     assert norms.exact_chunk(16, 1, 3, 18, 4) == 1
-    assert torch.allclose(rule.bound(g, x, measured.norms, None), whole, rtol=1e-6)
+    assert torch.allclose(rule.bound("exact", g, x, measured.norms, None), whole, rtol=1e-6)
 
 
 def test_scale_gradient_multiplies_the_gradient_alone():

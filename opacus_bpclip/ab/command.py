@@ -65,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
     except JobError as error:
         print(f"opacus-bpclip ab: error: {error}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:
+        print(f"opacus-bpclip ab: error: {error}", file=sys.stderr)
+        return JobError.exit_status
     except KeyboardInterrupt:
         print("opacus-bpclip ab: interrupted", file=sys.stderr)
         return 130

@@ -96,9 +96,7 @@ def _label(axes: Any, record: Record) -> None:
 def _title(record: Record) -> str:
     settings, plan = record.settings, record.plan
     input_norm = "none" if settings.max_input_norm is None else f"{settings.max_input_norm:g}"
-    noise = (
-        "" if plan.noise_multiplier is None else f", noise multiplier {plan.noise_multiplier:.3g}"
-    )
+    noise = f", noise multiplier {plan.noise_multiplier:.3g}" if settings.is_private else ""
     return (
         f"{settings.title}: {plan.parameters:,} parameters, {settings.epochs} epochs, "
         f"expected batch {plan.train_examples * plan.sample_rate:.0f}{noise}\n"
@@ -109,8 +107,6 @@ def _title(record: Record) -> str:
 
 def _legend_title(settings: Settings) -> str:
     seeds = len(settings.seeds)
-    return (
-        "final accuracy, one seed"
-        if seeds == 1
-        else f"final accuracy, mean of {seeds} seeds (band: smallest to largest)"
-    )
+    if seeds == 1:
+        return "final accuracy, one seed"
+    return f"final accuracy, mean of {seeds} seeds (band: smallest to largest)"

@@ -47,11 +47,11 @@ def train_arm(
     """
     torch.set_num_threads(settings.threads)
     _load_libraries(settings, data)
-    with known_warnings_silenced(), domain_warning_silenced(settings.accountant):
-        seeds = [train_seed(name, seed, settings, plan, data, progress) for seed in settings.seeds]
+    seeds = [train_seed(name, seed, settings, plan, data, progress) for seed in settings.seeds]
     return ArmResult(name, tuple(seeds))
 
 
+@known_warnings_silenced()
 def train_seed(
     name: str, seed: int, settings: Settings, plan: Plan, data: Data, progress: bool
 ) -> SeedResult:
@@ -165,7 +165,8 @@ def _epsilon(arm: Arm, settings: Settings, plan: Plan) -> float | None:
             "the accountant was charged (noise multiplier, sample rate, steps) "
             f"{charged} where training took {expected}"
         )
-    return float(arm.engine.get_epsilon(settings.delta))
+    with domain_warning_silenced(settings.accountant):
+        return float(arm.engine.get_epsilon(settings.delta))
 
 
 @contextmanager

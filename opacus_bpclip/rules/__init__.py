@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from opacus_bpclip.rules.base import Measured, Rule
+from opacus_bpclip.rules.base import Keep, Prepared, Rule
 from opacus_bpclip.rules.conv import ConvRule
 from opacus_bpclip.rules.linear import LinearRule
+from opacus_bpclip.rules.matrix import MatrixRule
 
 RULES: dict[type[nn.Module], type[Rule]] = {
     nn.Linear: LinearRule,
@@ -15,4 +16,4 @@ RULES: dict[type[nn.Module], type[Rule]] = {
     nn.Conv3d: ConvRule,
 }
 
-__all__ = ["RULES", "ConvRule", "LinearRule", "Measured", "Rule"]
+__all__ = ["RULES", "ConvRule", "Keep", "LinearRule", "MatrixRule", "Prepared", "Rule"]

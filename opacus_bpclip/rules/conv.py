@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip import norms as bounds
-from opacus_bpclip.rules.base import Measured, Rule, per_row, trainable
+from opacus_bpclip.rules.base import per_row, trainable
+from opacus_bpclip.rules.matrix import MatrixRule, Measured
 
 
 @dataclass(frozen=True)
-class ConvRule(Rule):
+class ConvRule(MatrixRule):
     """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``: input ``[B, R * D', *spatial]``."""
 
     methods: ClassVar[tuple[str, ...]] = ("forward", "_conv_forward")

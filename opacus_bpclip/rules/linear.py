@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip import norms as bounds
-from opacus_bpclip.rules.base import Measured, Rule, trainable
+from opacus_bpclip.rules.base import trainable
+from opacus_bpclip.rules.matrix import MatrixRule, Measured
 
 
 @dataclass(frozen=True)
-class LinearRule(Rule):
+class LinearRule(MatrixRule):
     """``nn.Linear``: input ``[B, *, D]``, output ``[B, *, C]``, one group."""
 
     in_features: int

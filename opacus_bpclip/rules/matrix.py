@@ -1,0 +1,116 @@
+"""Layers with one weight product, ``dW = sum_p g_p u_p^T``, and perhaps a bias.
+
+``B`` examples, ``R`` groups, ``C`` output channels and ``D`` inputs per group, ``P`` positions.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opacus_bpclip import norms
+from opacus_bpclip.rules.base import Keep, Prepared, Rule, per_row
+
+
+class Measured(NamedTuple):
+    """An input's norms: ``[B, R, P]`` of its columns, and ``[B]`` bool, which rows are finite."""
+
+    norms: Tensor
+    finite: Tensor
+
+
+@dataclass(frozen=True)
+class MatrixRule(Rule):
+    """The shared part: a subclass says what the columns of its layer's input are."""
+
+    @abstractmethod
+    def measure(self, x: Tensor) -> Measured:
+        """Measure the columns of the input ``x``, ``[B, ...]``."""
+
+    @abstractmethod
+    def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
+        """Return the factors, at most 1, that bring every column of the norms below ``max_norm``.
+
+        Shaped as ``norms``, or with axes of size 1 where one factor serves several columns.
+        """
+
+    @abstractmethod
+    def scale_input(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Multiply the input by the factors of `clip_factor`."""
+
+    @abstractmethod
+    def upstream(self, g: Tensor) -> Tensor:
+        """View the gradient of the layer's output as ``[B, R, C, P]``."""
+
+    @abstractmethod
+    def columns(self, x: Tensor) -> Tensor:
+        """Lay the input's columns out as ``[B, R, D, P]``."""
+
+    @abstractmethod
+    def column_size(self) -> int:
+        """Return ``D``."""
+
+    def prepare(self, x: Tensor, max_norm: float | None) -> Prepared:
+        """Scale every column down to ``max_norm``; the factor is a constant in the backward."""
+        column_norms, finite = self.measure(x.detach())
+        if max_norm is not None:
+            factor = self.clip_factor(column_norms, max_norm)
+            x = self.scale_input(x, factor)
+            column_norms = column_norms * factor
+        return Prepared(x, column_norms, finite)
+
+    def keeps(self, kind: str) -> Keep:
+        """Keep the map of norms, and for the exact bound the input that the layer keeps anyway."""
+        return Keep(x=kind == "exact", norms=kind != "product")
+
+    def bound(
+        self,
+        kind: str,
+        g: Tensor,
+        x: Tensor | None,
+        input_norms: Tensor | None,
+        max_norm: float | None,
+    ) -> Tensor:
+        """Return the bound of this kind. Source: design section 3, proofs in docs/guarantee.md."""
+        upstream = self.upstream(g)
+        if kind == "product":
+            assert max_norm is not None
+            largest = norms.max_column_norm(max_norm, weight=self.weight, bias=self.bias)
+            return norms.product_bound(upstream, largest)
+        assert input_norms is not None
+        columns = norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
+        if kind == "weighted":
+            return norms.weighted_bound(upstream, columns)
+        assert x is not None
+        return self.exact_bound(upstream, x, columns)
+
+    def exact_bound(self, upstream: Tensor, x: Tensor, columns: Tensor) -> Tensor:
+        """Return the norm itself, a chunk of examples at a time."""
+        batch, groups, channels, positions = upstream.shape
+        dtype = columns.dtype
+        # Both sides at unit norm: no square over- or underflows, and x is smaller than its columns.
+        g_norm = torch.linalg.vector_norm(upstream, dim=(1, 2, 3), dtype=dtype)
+        g_norm = g_norm + norms.underflow(groups * channels * positions, dtype)
+        u_norm = torch.linalg.vector_norm(columns, dim=(1, 2))
+        u_norm = u_norm + norms.underflow(groups * positions, dtype)
+        chunk = norms.exact_chunk(positions, groups, channels, self.column_size(), dtype.itemsize)
+        bounds = []
+        for start in range(0, max(batch, 1), chunk):
+            rows = slice(start, start + chunk)
+            one = u_norm[rows].reciprocal()
+            bounds.append(
+                norms.exact_bound(
+                    upstream[rows] / per_row(g_norm[rows], upstream),
+                    self.columns(x[rows] * per_row(one, x)),
+                    columns[rows] * per_row(one, columns),
+                    one if self.bias else None,
+                    weight=self.weight,
+                    slack=norms.rounding_margin(upstream.dtype, upstream.device),
+                )
+            )
+        unit = bounds[0] if len(bounds) == 1 else torch.cat(bounds)
+        return unit * g_norm * u_norm + norms.underflow(1, dtype)
