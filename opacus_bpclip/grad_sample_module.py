@@ -188,9 +188,9 @@ class _LayerClip:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Clip the input."""
         max_norm = self.config.max_input_norm
-        x = args[0] if args else kwargs["input"]
+        name, x = (None, args[0]) if args else next(iter(kwargs.items()))
         if not torch.is_grad_enabled():
-            if max_norm is None:
+            if max_norm is None or not self.layer.rule.clips_input:
                 return None
             clipped = scale_input(x, self.layer.rule, max_norm)
         else:
@@ -200,7 +200,7 @@ class _LayerClip:
                 self.followed = self.guard.enter_layer(self.layer, x)
             self.clipped = clip_input(x, self.layer.rule, max_norm)
             clipped = self.clipped.x
-        return ((clipped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": clipped})
+        return ((clipped, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: clipped})
 
     def leave(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
         """Clip the upstream gradient."""

@@ -64,7 +64,8 @@ def clip_inputs(model: nn.Module, max_input_norm: float) -> nn.Module:
     layers = trainable_layers(model)
     unclip_inputs(model)
     for layer in layers.values():
-        layer.module.register_forward_pre_hook(InputClip(layer.rule, max_input_norm))
+        if layer.rule.clips_input:
+            layer.module.register_forward_pre_hook(InputClip(layer.rule, max_input_norm))
     return model
 
 

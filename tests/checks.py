@@ -89,11 +89,10 @@ def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[s
 
 def check_sensitivity(trainer: Trainer, x: Tensor, target: Tensor) -> None:
     """Adding the last example moves the sum by at most Delta, each layer's by at most Delta_l."""
-    dtype = x.dtype
     with_z = trainer.released(x, target)
     without_z = trainer.released(x[:-1], target[:-1])
     moved = difference(with_z, without_z)
-    slack = 1 + ROUNDING[dtype] * len(x)
+    slack = 1 + ROUNDING[target.dtype] * len(x)
     for layer, limit in trainer.optimizer.layer_sensitivities.items():
         assert moved[layer].isfinite().all(), f"{layer}: not finite"
         assert moved[layer].norm() <= limit * slack, f"{layer}: {moved[layer].norm()} > {limit}"
@@ -108,7 +107,7 @@ def check_independence(trainer: Trainer, x: Tensor, target: Tensor) -> None:
         (joint(trainer.released(x[i : i + 1], target[i : i + 1])) for i in range(len(x))),
         torch.zeros_like(together),
     )
-    tolerance = ROUNDING[x.dtype] * trainer.optimizer.max_grad_norm * (1 + len(x))
+    tolerance = ROUNDING[target.dtype] * trainer.optimizer.max_grad_norm * (1 + len(x))
     assert (together - alone).norm() <= tolerance
 
 

@@ -14,6 +14,9 @@ from opacus_bpclip import BackpropClipping
 BOUNDS = ("product", "weighted", "exact")
 MODES = tuple(itertools.product(BOUNDS, ("clip", "normalize")))
 
+# PyTorch itself cannot run an instance norm on an empty batch.
+NO_EMPTY_BATCH = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
 seeds = st.integers(0, 2**31 - 1)
 scales = st.integers(-30, 30).map(lambda exponent: 10.0**exponent)
 
@@ -71,7 +74,26 @@ def conv_cases(draw: st.DrawFn, dims: st.SearchStrategy[int] | None = None) -> L
     return LayerCase(layer, (layer.in_channels, *shape))
 
 
-layer_cases = st.one_of(linear_cases(), conv_cases())
+product_cases = st.one_of(linear_cases(), conv_cases())
+
+
+@st.composite
+def norm_cases(draw: st.DrawFn) -> LayerCase:
+    torch.manual_seed(draw(seeds))
+    kind = draw(st.sampled_from(["layer", "rms", "group", "instance"]))
+    channels = draw(st.integers(1, 4)) * 2
+    axes = tuple(draw(st.lists(st.integers(2, 4), min_size=1, max_size=2)))
+    if kind == "layer":
+        return LayerCase(nn.LayerNorm(channels, bias=draw(st.booleans())), (*axes, channels))
+    if kind == "rms":
+        return LayerCase(nn.RMSNorm(channels), (*axes, channels))
+    if kind == "group":
+        return LayerCase(nn.GroupNorm(draw(st.integers(1, 2)), channels), (channels, *axes))
+    layer_class = (nn.InstanceNorm1d, nn.InstanceNorm2d)[len(axes) - 1]
+    return LayerCase(layer_class(channels, affine=True), (channels, *axes))
+
+
+layer_cases = st.one_of(product_cases, norm_cases())
 
 
 class Branches(nn.Module):
@@ -95,7 +117,7 @@ def architectures(draw: st.DrawFn) -> LayerCase:
     if kind == "branches":
         other = nn.Sequential(nn.Flatten(), nn.Linear(int(torch.Size(first.shape).numel()), 2))
         return LayerCase(Branches(layer, other), first.shape)
-    if kind == "frozen bias" and layer.bias is not None:
+    if kind == "frozen bias" and getattr(layer, "bias", None) is not None:
         layer.bias.requires_grad_(False)
     if kind in ("deep", "deeper"):
         with torch.no_grad():
@@ -142,8 +164,8 @@ def hostile_batches(
     draw: st.DrawFn,
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float64,
-    max_size: int = 5,
+    min_size: int = 0,
 ) -> Tensor:
-    """``[B, *shape]`` with B from 0 to ``max_size``."""
-    rows = [draw(hostile_examples(shape, dtype)) for _ in range(draw(st.integers(0, max_size)))]
+    """``[B, *shape]`` with B from ``min_size`` to 5."""
+    rows = [draw(hostile_examples(shape, dtype)) for _ in range(draw(st.integers(min_size, 5)))]
     return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=dtype)

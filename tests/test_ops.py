@@ -12,7 +12,7 @@ from opacus_bpclip import norms
 from opacus_bpclip.ops import clip_input, clip_upstream, scale_gradient, scale_input
 from opacus_bpclip.rules import RULES
 from tests import reference
-from tests.strategies import BOUNDS, MODES, hostile_batches, layer_cases
+from tests.strategies import BOUNDS, MODES, hostile_batches, product_cases
 
 
 def _rule(layer):
@@ -25,7 +25,7 @@ def _limit(value):
 
 @given(st.data(), st.sampled_from([0.1, 1.0, 7.0]))
 def test_every_column_of_a_clipped_input_is_within_the_norm(data, max_norm):
-    case = data.draw(layer_cases)
+    case = data.draw(product_cases)
     layer = case.layer.double()
     x = data.draw(hostile_batches(case.shape))
     clipped = clip_input(x, _rule(layer), max_norm)

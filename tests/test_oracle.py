@@ -9,7 +9,7 @@ from torch import nn
 from opacus_bpclip import BackpropClipping
 from tests import reference
 from tests.checks import Trainer, joint, squared_loss
-from tests.strategies import BOUNDS, LayerCase, architectures, clippings, layer_cases
+from tests.strategies import BOUNDS, LayerCase, architectures, clippings, product_cases
 
 
 @given(architectures(), st.sampled_from(BOUNDS[1:]), st.sampled_from(["mean", "sum"]))
@@ -29,7 +29,7 @@ def test_without_clipping_the_sum_is_autograds(case: LayerCase, bound, reduction
 
 @st.composite
 def sequential_cases(draw):
-    first = draw(layer_cases)
+    first = draw(product_cases)
     layer = first.layer.double()
     with torch.no_grad():
         features = layer(torch.zeros(1, *first.shape, dtype=torch.float64)).numel()

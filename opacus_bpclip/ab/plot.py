@@ -98,7 +98,7 @@ def _title(record: Record) -> str:
     input_norm = "none" if settings.max_input_norm is None else f"{settings.max_input_norm:g}"
     noise = f", noise multiplier {plan.noise_multiplier:.3g}" if settings.is_private else ""
     return (
-        f"{settings.title}: {plan.parameters:,} parameters, {settings.epochs} epochs, "
+        f"{settings.title}: {plan.parameters:,} parameters, epochs: {settings.epochs}, "
         f"expected batch {plan.train_examples * plan.sample_rate:.0f}{noise}\n"
         f"max_grad_norm {settings.max_grad_norm:g}, max_input_norm {input_norm}, "
         f"bound {settings.bound}"

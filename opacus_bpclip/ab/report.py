@@ -26,8 +26,8 @@ def heading(record: Record) -> str:
     lines = [
         f"{settings.title}: {plan.train_examples} training and {plan.test_examples} test examples, "
         f"model of {plan.parameters:,} parameters",
-        f"{settings.epochs} epochs of {plan.steps_per_epoch} Poisson batches, {batch:.0f} examples "
-        f"expected, SGD with lr {settings.lr:g} and momentum {settings.momentum:g}, "
+        f"epochs: {settings.epochs}, each of {plan.steps_per_epoch} Poisson batches, {batch:.0f} "
+        f"examples expected, SGD with lr {settings.lr:g} and momentum {settings.momentum:g}, "
         f"seeds {' '.join(map(str, settings.seeds))}",
     ]
     if settings.is_private:

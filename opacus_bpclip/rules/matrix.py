@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Measured(NamedTuple):
 @dataclass(frozen=True)
 class MatrixRule(Rule):
     """The shared part: a subclass says what the columns of its layer's input are."""
+
+    clips_input: ClassVar[bool] = True
 
     @abstractmethod
     def measure(self, x: Tensor) -> Measured:

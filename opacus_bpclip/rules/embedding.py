@@ -1,0 +1,108 @@
+"""Embedding: the columns are one-hot vectors, so every position weighs 1 and nothing is clipped.
+
+Proof: ``docs/rules/embedding.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from opacus_bpclip import norms
+from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.rules.base import Keep, Prepared, Rule, per_row, trainable
+
+
+@dataclass(frozen=True)
+class EmbeddingRule(Rule):
+    """``nn.Embedding``: input ``[B, *]`` of token ids, output ``[B, *, C]``."""
+
+    padding_idx: int | None
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> Self:
+        """Read the layer's geometry.
+
+        Raises:
+            CoverageError: an option edits the weight or its gradient beyond one example's own.
+        """
+        layer = cast(nn.Embedding, module)
+        if layer.max_norm is not None:
+            raise CoverageError(
+                "max_norm rewrites the weight's rows that a batch uses, so the parameters reveal "
+                "the batch. Leave max_norm out."
+            )
+        if layer.scale_grad_by_freq:
+            raise CoverageError(
+                "scale_grad_by_freq divides an example's gradient by how often the whole batch "
+                "uses a token. Leave it out."
+            )
+        if layer.sparse:
+            raise CoverageError(
+                "a sparse gradient shows which tokens the batch holds, and noise covers every row. "
+                "Use sparse=False."
+            )
+        return cls(weight=trainable(layer, "weight"), bias=False, padding_idx=layer.padding_idx)
+
+    def expected_dims(self) -> tuple[int, int | None]:
+        """Accept one token an example, and any number of axes of tokens."""
+        return 1, None
+
+    def prepare(self, x: Tensor, max_norm: float | None) -> Prepared:
+        """Weigh each position 1, padding 0; ids are always finite."""
+        ids = self._positions(x)
+        weights = torch.ones(ids.shape, device=x.device)
+        if self.padding_idx is not None:
+            weights = (ids != self.padding_idx).to(weights.dtype)
+        finite = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+        return Prepared(x, weights.unsqueeze(1), finite)
+
+    def keeps(self, kind: str) -> Keep:
+        """Keep the map of weights, and for the exact bound the ids that the layer keeps anyway."""
+        return Keep(x=kind == "exact", norms=kind != "product")
+
+    def bound(
+        self,
+        kind: str,
+        g: Tensor,
+        x: Tensor | None,
+        input_norms: Tensor | None,
+        max_norm: float | None,
+    ) -> Tensor:
+        """Return the bound of this kind; the product bound knows that columns have norm 1."""
+        positions = g.shape[1:-1].numel()
+        upstream = g.reshape(g.shape[0], 1, positions, g.shape[-1]).transpose(2, 3)
+        if kind == "product":
+            return norms.product_bound(upstream, 1.0)
+        assert input_norms is not None
+        if kind == "weighted" or positions == 1:
+            return norms.weighted_bound(upstream, input_norms)
+        assert x is not None
+        return self._exact_bound(upstream[:, 0], self._positions(x), input_norms[:, 0])
+
+    def _exact_bound(self, g: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        # Row v of the gradient is the sum over the positions that hold token v, so the squared
+        # norm is the sum of g_p . g_q over pairs of positions with the same token.
+        dtype = norms.norm_dtype(g.dtype)
+        batch, channels, positions = g.shape
+        g_norm = torch.linalg.vector_norm(g, dim=(1, 2), dtype=dtype)
+        g_norm = g_norm + norms.underflow(channels * positions, dtype)
+        chunk = norms.exact_chunk(positions, 1, channels, positions, dtype.itemsize)
+        squares = []
+        for start in range(0, max(batch, 1), chunk):
+            rows = slice(start, start + chunk)
+            counted = g[rows] * weights[rows].to(dtype)[:, None, :]
+            unit = counted / per_row(g_norm[rows], counted)
+            same = ids[rows][:, :, None] == ids[rows][:, None, :]
+            gram = torch.matmul(unit.transpose(1, 2), unit)
+            squares.append(torch.where(same, gram, 0.0).sum(dim=(1, 2)))
+        square = squares[0] if len(squares) == 1 else torch.cat(squares)
+        slack = norms.rounding_margin(g.dtype, g.device)
+        return g_norm * torch.sqrt(square.clamp(min=0) + slack)
+
+    def _positions(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], x.shape[1:].numel())
