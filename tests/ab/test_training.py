@@ -1,0 +1,232 @@
+"""Real training, in this process and in a child: equal terms, and epsilon as Opacus counts it."""
+
+import json
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+import torch
+from opacus.accountants import PRVAccountant
+from torch.utils.data import TensorDataset
+
+from opacus_bpclip.ab import child, job, training
+from opacus_bpclip.ab.arms import known_warnings_silenced
+from opacus_bpclip.ab.data import Data, load
+from opacus_bpclip.ab.errors import ArmError
+from opacus_bpclip.ab.memory import PeakMemory
+from opacus_bpclip.ab.privacy import domain_warning_silenced
+from opacus_bpclip.ab.results import Plan
+from opacus_bpclip.ab.settings import ARMS, NON_PRIVATE, Output, settings_for
+from opacus_bpclip.cli import main
+
+SETTINGS = settings_for(epochs=1, epsilon=1.0, seeds=(0,), threads=1)
+
+
+def train_here(name, settings, plan, *, progress=False):
+    data = load(settings.dataset, settings.data_root)
+    return training.train_arm(name, settings, plan, data, progress=progress)
+
+
+def opacus_epsilon(noise_multiplier, sample_rate, steps, delta):
+    accountant = PRVAccountant()
+    accountant.history = [(noise_multiplier, sample_rate, steps)]
+    with domain_warning_silenced("prv"):
+        return accountant.get_epsilon(delta=delta)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", "data")
+
+
+@pytest.fixture(scope="module")
+def plan(digits):
+    return job.plan_for(SETTINGS, digits)
+
+
+def test_plan_meets_the_target(plan):
+    assert (plan.steps_per_epoch, plan.sample_rate) == (12, 1 / 12)
+    assert (plan.train_examples, plan.test_examples, plan.parameters) == (1437, 360, 9258)
+    assert 0.98 < plan.epsilons[-1] <= 1.0
+
+
+def test_the_loader_decides_the_number_of_steps(digits):
+    # 1 / (1 / 93) is a little less than 93: Opacus's loader draws 92 batches, not 93.
+    settings = replace(SETTINGS, batch_size=2, epochs=2)
+    subset = Data(TensorDataset(*digits.train[:185]), digits.test)
+    plan = job.plan_for(settings, subset)
+    assert (plan.steps_per_epoch, plan.sample_rate) == (92, 1 / 92)
+    assert training.train_seed("backprop", 0, settings, plan, subset, False).epsilon <= 1.0
+
+
+def test_all_arms_end_to_end(tmp_path):
+    path = tmp_path / "results.json"
+    done = job.compare(SETTINGS, Output(json=path), train=train_here)
+    facts = json.loads(path.read_text())
+    assert facts["complete"] is True
+    expected = opacus_epsilon(done.plan.noise_multiplier, 1 / 12, 12, 1e-5)
+    for name in ARMS:
+        arm = facts["arms"][name]
+        (epoch,) = arm["seeds"][0]["epochs"]
+        assert 0 <= epoch["accuracy"] <= 1
+        assert 0 < epoch["loss"] < 10
+        assert arm["seconds_per_step"] > 0
+        if name == NON_PRIVATE:
+            assert arm["epsilon"] is epoch["epsilon"] is None
+        else:
+            assert arm["epsilon"] == epoch["epsilon"] == expected <= 1.0
+
+
+def test_arms_start_alike_and_see_the_same_batches(digits, plan):
+    weights, batches = [], []
+    for name in ARMS:
+        arm = training._start(name, 5, SETTINGS, plan, digits)
+        weights.append(torch.cat([p.detach().flatten() for p in arm.model.parameters()]))
+        images = [images for images, _ in arm.loader]
+        assert len(images) == plan.steps_per_epoch
+        batches.append(torch.cat(images))
+    for other in (1, 2, 3):
+        assert torch.equal(weights[0], weights[other])
+        assert torch.equal(batches[0], batches[other])
+
+
+def test_private_arms_draw_the_same_noise(digits, plan):
+    quiet = replace(SETTINGS, lr=1e-30)
+    drawn = []
+    for name in ARMS[1:]:
+        arm = training._start(name, 5, quiet, plan, digits)
+        images = digits.train.tensors[0][:0]
+        with known_warnings_silenced():
+            training._step(arm, images, digits.train.tensors[1][:0])
+        drawn.append(torch.cat([p.grad.flatten() for p in arm.model.parameters()]))
+    assert drawn[0].std().item() == pytest.approx(plan.noise_multiplier / 119, rel=0.05)
+    assert torch.allclose(drawn[0], drawn[1])
+    assert torch.allclose(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_runs_can_be_repeated(name, digits, plan):
+    first, second = (training.train_seed(name, 3, SETTINGS, plan, digits, False) for _ in range(2))
+    assert first.epochs == second.epochs
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_empty_batches(name, digits):
+    # Three examples at rate 1/3: three batches in ten are empty.
+    few = Data(TensorDataset(*digits.train[:3]), digits.test)
+    settings = replace(SETTINGS, batch_size=1, epochs=8)
+    plan = Plan(1 / 3, 3, 1.0, (1.0,) * 8, 9258, 3, 360)
+    result = training.train_seed(name, 0, settings, plan, few, False)
+    assert len(result.epochs) == 8
+    assert all(epoch.loss is not None for epoch in result.epochs)
+
+
+def test_progress_bar_goes_to_stderr(digits, plan, capsys):
+    training.train_seed("flat", 0, SETTINGS, plan, digits, True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "flat, seed 0: 100%" in err
+    assert "loss=" in err
+    assert f"epsilon={plan.epsilons[-1]:.3f}" in err
+
+
+def test_an_accountant_charged_otherwise_is_found(digits, plan):
+    wrong = replace(plan, steps_per_epoch=11)
+    with pytest.raises(ArmError) as caught:
+        training.train_seed("flat", 0, SETTINGS, wrong, digits, False)
+    noise = plan.noise_multiplier
+    assert str(caught.value) == (
+        "the accountant was charged (noise multiplier, sample rate, steps) "
+        f"[({noise}, {1 / 12}, 12)] where training took [({noise}, {1 / 12}, 11)]"
+    )
+
+
+def test_accuracy_leaves_the_model_training(digits):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    share = training.accuracy(model, digits.test, torch.device("cpu"))
+    assert share * 360 == pytest.approx(round(share * 360))
+    assert model.training
+
+
+def test_peak_memory_counts_what_is_gone_again():
+    memory = PeakMemory(torch.device("cpu"))
+    assert memory.bytes is None
+    with memory.watch():
+        torch.ones(2**24)  # 64 MiB
+    with memory.watch():
+        pass
+    unwatched = torch.ones(2**25)
+    assert unwatched.numel() == 2**25
+    assert 60 * 2**20 < memory.bytes < 100 * 2**20
+
+
+def test_command_in_a_child_process(tmp_path, capfd):
+    path, plot = tmp_path / "r.json", tmp_path / "r.png"
+    options = ["--arms", "backprop", "--seeds", "0", "--epochs", "1", "--epsilon", "1"]
+    assert main(["ab", *options, "--no-progress", "--json", str(path), "--plot", str(plot)]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out.splitlines()[-2:] == [f"plot: {plot}", f"data: {path}"]
+    assert plot.stat().st_size > 0
+    facts = json.loads(path.read_text())
+    assert facts["arms"]["backprop"]["epsilon"] <= 1.0
+    assert facts["arms"]["backprop"]["peak_memory_bytes"] < 500 * 2**20
+
+
+class InThisProcess:
+    """Stands in for multiprocessing's context: the child's code runs here, or dies at once."""
+
+    Pipe = staticmethod(multiprocessing.Pipe)
+
+    def __init__(self, exitcode=0):
+        self.exitcode = exitcode
+
+    def Process(self, *, target, args, daemon):  # noqa: N802
+        assert daemon
+        self.target, self.args = target, args
+        return self
+
+    def start(self):
+        if self.exitcode == 0:
+            self.target(*self.args)
+
+    def join(self):
+        pass
+
+    def kill(self):
+        pass
+
+
+def test_failing_child_is_one_message(plan, monkeypatch):
+    monkeypatch.setattr(child.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(child.multiprocessing, "get_context", lambda kind: InThisProcess())
+    with pytest.raises(ArmError) as caught:
+        child.train_arm_in_child("flat", SETTINGS, replace(plan, epsilons=()))
+    assert str(caught.value).startswith(
+        "the arm flat failed: IndexError: tuple index out of range (raised at "
+    )
+
+
+def test_dead_child_is_one_message(plan, monkeypatch):
+    monkeypatch.setattr(child.multiprocessing, "get_context", lambda kind: InThisProcess(-9))
+    with pytest.raises(ArmError) as caught:
+        child.train_arm_in_child("flat", SETTINGS, plan)
+    assert str(caught.value) == (
+        "the arm flat failed: its process was ended by SIGKILL; the system may be out of memory"
+    )
+
+
+def test_arm_errors_are_quoted_whole():
+    assert child._in_one_line(ArmError("as it\nis")) == "as it is"
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "text"),
+    [
+        (-9, "its process was ended by SIGKILL; the system may be out of memory"),
+        (-11, "its process was ended by SIGSEGV"),
+        (3, "its process ended with status 3 and no result"),
+    ],
+)
+def test_how_a_child_died(exitcode, text):
+    assert child._how_it_died(exitcode) == text
