@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal, get_args
 
 Bound = Literal["product", "weighted", "exact"]
@@ -15,12 +14,34 @@ Allocation = Literal["equal", "dimension"]
 
 def is_positive_number(value: object) -> bool:
     """Return whether ``value`` is a real, finite number above zero (a bool is not a number)."""
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value > 0
-    )
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return 0 < float(value) < math.inf
+    except OverflowError:  # an integer beyond any float
+        return False
+
+
+class _Shares(Mapping[str, float]):
+    """A mapping that cannot be changed, so that it can be hashed, copied and pickled."""
+
+    def __init__(self, shares: Mapping[str, float]) -> None:
+        self._items = tuple(shares.items())
+
+    def __getitem__(self, name: str) -> float:
+        return dict(self._items)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict(self._items))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items))
+
+    def __repr__(self) -> str:
+        return repr(dict(self._items))
 
 
 @dataclass(frozen=True)
@@ -74,8 +95,7 @@ class BackpropClipping:
                         f"Expected allocation[{name!r}]={share!r} to map a module's name to a "
                         "finite number > 0."
                     )
-            frozen = MappingProxyType(dict(self.allocation))
-            object.__setattr__(self, "allocation", frozen)
+            object.__setattr__(self, "allocation", _Shares(self.allocation))
         else:
             _require_choice("allocation", self.allocation, get_args(Allocation), "or a mapping")
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.rules import RULES, Rule
@@ -25,12 +27,14 @@ class Layer:
     Attributes:
         name: dotted path in the model, ``"(root)"`` for the model itself.
         module: the module.
+        kind: its class when it was examined.
         rule: what bounds its gradient.
         parameters: its trainable parameters.
     """
 
     name: str
     module: nn.Module
+    kind: type[nn.Module]
     rule: Rule
     parameters: tuple[nn.Parameter, ...]
 
@@ -38,6 +42,13 @@ class Layer:
     def size(self) -> int:
         """Return the number of trainable scalars."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def is_patched(self) -> bool:
+        """Return whether the module computes something else than when it was examined."""
+        if type(self.module) is not self.kind:
+            return True
+        return any(method in vars(self.module) for method in self.rule.methods)
 
 
 def trainable_layers(model: nn.Module) -> dict[str, Layer]:
@@ -63,7 +74,12 @@ def trainable_layers(model: nn.Module) -> dict[str, Layer]:
         if rule is None:
             problems.append(f"{name} ({type(module).__name__}): {problem}")
         else:
-            layers[name] = Layer(name, module, rule, tuple(own.values()))
+            layers[name] = Layer(name, module, type(module), rule, tuple(own.values()))
+    problems += [
+        batch_normalization_problem(name)
+        for name, norm in batch_normalizations(model).items()
+        if mixes_examples(norm)
+    ]
     if problems:
         raise CoverageError(
             "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
@@ -74,6 +90,29 @@ def trainable_layers(model: nn.Module) -> dict[str, Layer]:
             "The model has no trainable parameter. Set requires_grad=True on the layers to train."
         )
     return layers
+
+
+def batch_normalizations(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's batch normalisations, trained or not, by dotted name."""
+    return {
+        name or "(root)": module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+    }
+
+
+def mixes_examples(norm: nn.Module) -> bool:
+    """Return whether a batch normalisation would use its batch's statistics now."""
+    return norm.training or cast(_BatchNorm, norm).running_mean is None
+
+
+def batch_normalization_problem(name: str) -> str:
+    """Say what is wrong with a batch normalisation that mixes examples."""
+    return (
+        f"{name} normalises over the batch: each example's value depends on its companions. Use "
+        "GroupNorm (PrivacyEngine.get_compatible_module replaces it), or keep it in evaluation "
+        "mode with running statistics."
+    )
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -21,7 +21,17 @@ from opacus_bpclip.optimizer import BackpropClipOptimizer
 Original = Callable[..., Any]
 
 _REQUEST = "_backprop_request"
-_STOCK_MAKE_PRIVATE = inspect.signature(opacus.PrivacyEngine.make_private)
+
+
+def _options(function: Callable[..., Any]) -> set[str]:
+    """Return the names that a function declares, without ``**kwargs``."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+
+
+# Read before `register` puts functions in place that take anything.
+_MAKE_PRIVATE_OPTIONS = _options(opacus.PrivacyEngine.make_private)
+_WITH_EPSILON_OPTIONS = _options(opacus.PrivacyEngine.make_private_with_epsilon)
 
 
 @dataclass
@@ -104,12 +114,12 @@ def make_private(
     if request is not None and request.entered:
         return original(clipping=clipping, **kwargs)
     if request is None:
-        unknown = sorted(set(kwargs) - set(_STOCK_MAKE_PRIVATE.parameters))
+        unknown = sorted(set(kwargs) - _MAKE_PRIVATE_OPTIONS)
         if unknown:
             raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
     else:
         backprop = request.config
-        kwargs = {key: kwargs[key] for key in kwargs if key in _STOCK_MAKE_PRIVATE.parameters}
+        kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
     config = checked_options(engine, backprop, **kwargs)
     kwargs["grad_sample_mode"] = "hooks"
     with _requested(engine, _Request(config, entered=True)) as request:
@@ -117,7 +127,7 @@ def make_private(
             return original(clipping=clipping, **kwargs)
         except BaseException:
             if request.hooks is not None:
-                request.hooks.remove_hooks()
+                request.hooks.undo()
             raise
 
 
@@ -135,7 +145,7 @@ def make_private_with_epsilon(
         return original(clipping=clipping, **kwargs)
     if getattr(engine, _REQUEST, None) is not None:
         return original(clipping=clipping, **kwargs)
-    _refuse_unknown_for_epsilon(original, kwargs)
+    _refuse_unknown_for_epsilon(kwargs)
     config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
     # Opacus hands unknown options to the noise search as well: the request carries ours past it.
     with _requested(engine, _Request(config)):
@@ -216,11 +226,9 @@ def _refuse_options(clipping: str, backprop: object) -> None:
         )
 
 
-def _refuse_unknown_for_epsilon(original: Original, kwargs: dict[str, Any]) -> None:
-    known = set(_STOCK_MAKE_PRIVATE.parameters) | {"alphas"}
-    for function in (opacus.PrivacyEngine.make_private_with_epsilon, get_noise_multiplier):
-        known |= set(inspect.signature(function).parameters)
-    known |= {"target_epsilon", "target_delta", "epochs"}
-    unknown = sorted(set(kwargs) - known)
+def _refuse_unknown_for_epsilon(kwargs: dict[str, Any]) -> None:
+    # Opacus hands options of its own to the noise search, and of those one to RDP's.
+    known = _MAKE_PRIVATE_OPTIONS | _WITH_EPSILON_OPTIONS | _options(get_noise_multiplier)
+    unknown = sorted(set(kwargs) - known - {"alphas"})
     if unknown:
         raise ValueError(f"Unknown options for make_private_with_epsilon: {', '.join(unknown)}.")

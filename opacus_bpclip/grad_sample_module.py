@@ -9,13 +9,19 @@ import torch
 from opacus.grad_sample import AbstractGradSampleHooks, AbstractGradSampleModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.allocation import layer_fractions
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.coverage import Layer, trainable_layers
-from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard import GradientGuard
-from opacus_bpclip.input_clipping import clip_inputs, unclip_inputs
+from opacus_bpclip.input_clipping import (
+    attach_input_clips,
+    layer_input,
+    take_input_clips,
+    with_input,
+)
 from opacus_bpclip.ops import clip_input, clip_upstream, scale_gradient, scale_input
 from opacus_bpclip.rules import Prepared
 
@@ -60,36 +66,46 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self.config = config = config or BackpropClipping()
         self.batch_first = True
         self.loss_reduction = loss_reduction
-        layers = trainable_layers(m)
+        self._layers = layers = trainable_layers(m)
         sizes = {name: layer.size for name, layer in layers.items()}
         self._fractions = layer_fractions(sizes, config.allocation)
         self._limits = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in layers}
-        self.max_grad_norm = max_grad_norm
         self.guard = GradientGuard(m, layers.values(), unwrap_mean=loss_reduction == "mean")
-        unclip_inputs(m)
+        try:
+            self.max_grad_norm = max_grad_norm
+        except ValueError:
+            self.guard.remove()
+            raise
+        self._put_back_input_clips = take_input_clips(m)
         self._handles = [
             m.register_forward_pre_hook(self._enter_root, with_kwargs=True),
             m.register_forward_hook(self._leave_root, with_kwargs=True),
         ]
         for name, layer in layers.items():
             clip = _LayerClip(layer, config, self._limits[name], self.guard)
-            self._handles += [
-                layer.module.register_forward_pre_hook(clip.enter, with_kwargs=True),
-                # First of all hooks: nothing may stand between the layer and its clip.
-                layer.module.register_forward_hook(clip.leave, prepend=True),
-            ]
+            self._handles += clip.attach()
         setattr(m, _ATTACHED, True)
         self._attached = True
 
     @property
     def max_grad_norm(self) -> float:
-        """Joint L2 sensitivity of the summed gradient; setting it moves every layer's."""
+        """Joint L2 sensitivity of the summed gradient; setting it moves every layer's.
+
+        Raises:
+            ValueError: set to anything but a finite number above zero.
+            PrivacyViolationError: set while clipped gradients wait for their noise.
+        """
         return self._max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float) -> None:
         if not is_positive_number(value):
             raise ValueError(f"Expected max_grad_norm={value!r} to be a finite number > 0.")
+        if self.guard.pending:
+            raise PrivacyViolationError(
+                "max_grad_norm was set in the middle of a logical batch: gradients clipped to the "
+                "old value would get the new value's noise. Set it between step() and backward()."
+            )
         self._max_grad_norm = value
         for name, sensitivity in self.layer_sensitivities.items():
             self._limits[name].fill_(sensitivity)
@@ -134,7 +150,12 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             if hasattr(parameter, "summed_grad"):
                 del parameter.summed_grad
         if attached and self.config.max_input_norm is not None:
-            clip_inputs(self._module, self.config.max_input_norm)
+            attach_input_clips(self._layers.values(), self.config.max_input_norm)
+
+    def undo(self) -> None:
+        """Leave the model as it was before, with the input clipping it had."""
+        self.remove_hooks()
+        self._put_back_input_clips()
 
     def _enter_root(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -181,41 +202,59 @@ class _LayerClip:
         self.limit = limit
         self.guard = guard
         self.clipped: Prepared | None = None
+        self.version = 0
         self.followed = False
+        self.key = 0
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks: input clipping the last of all, upstream clipping the first.
+
+        Nothing may stand between the layer and its clips.
+        """
+        module = self.layer.module
+        before = module.register_forward_pre_hook(self.enter, with_kwargs=True)
+        after = module.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
+        self.key = after.id
+        return [before, after]
 
     def enter(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Clip the input."""
-        max_norm = self.config.max_input_norm
-        name, x = (None, args[0]) if args else next(iter(kwargs.items()))
+        rule, max_norm = self.layer.rule, self.config.max_input_norm
+        x = layer_input(args, kwargs)
         if not torch.is_grad_enabled():
-            if max_norm is None or not self.layer.rule.clips_input:
+            if max_norm is None or not rule.clips_input:
                 return None
-            clipped = scale_input(x, self.layer.rule, max_norm)
+            return with_input(args, kwargs, scale_input(x, rule, max_norm))
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            self.guard.note_compiled()
         else:
-            if torch.compiler.is_compiling():
-                self.guard.note_compiled()
-            else:
-                self.followed = self.guard.enter_layer(self.layer, x)
-            self.clipped = clip_input(x, self.layer.rule, max_norm)
-            clipped = self.clipped.x
-        return ((clipped, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: clipped})
+            self.followed = self.guard.enter_layer(self.layer, x)
+        self.clipped = clip_input(x, rule, max_norm)
+        if not compiling:
+            self.version = self.clipped.x._version
+        return with_input(args, kwargs, self.clipped.x)
 
-    def leave(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+    def leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+    ) -> Tensor | None:
         """Clip the upstream gradient."""
-        if not torch.is_grad_enabled():
-            return None
         clipped, self.clipped = self.clipped, None
+        if not torch.is_grad_enabled() or not y.requires_grad:
+            return None
         assert clipped is not None
         if not torch.compiler.is_compiling():
-            if args and args[0] is not clipped.x:
+            used = layer_input(args, kwargs)
+            self.guard.check_input(self.layer, clipped.x, self.version, used)
+            if next(iter(module._forward_hooks)) != self.key:
                 self.guard.fail(
-                    f"Another forward pre-hook of {self.layer.name} changed the input after it was "
-                    "clipped and measured. Register it before make_private."
+                    f"Another forward hook of {self.layer.name} was put before the one that clips "
+                    "its upstream gradient. Register it without prepend=True."
                 )
             if self.followed:
-                self.guard.follow(self.layer, clipped.x, y)
+                self.guard.follow(self.layer, used, y)
         return clip_upstream(
             y,
             clipped,

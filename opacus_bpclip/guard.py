@@ -4,8 +4,8 @@ The guard watches one model in eager mode. In the forward pass it counts each la
 checks the batch dimension. In the backward pass it follows the gradient itself: the tensor that
 arrives at a parameter must be *the* tensor that the layer's own node produced. Had anything else
 contributed (a second use, a penalty in the loss, ``F.linear(x, layer.weight)``), autograd would
-have summed into another tensor. Finally it notes the version of ``p.grad``, so that a change made
-between backward and step is seen.
+have summed into another tensor. The sum is taken at that moment, so that nothing done to ``p.grad``
+afterwards can change it.
 
 Inside a graph traced by ``torch.compile`` none of this runs; there, a parameter is let through
 only once an eager batch has vouched for it.
@@ -19,7 +19,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.coverage import Layer
+from opacus_bpclip.coverage import (
+    Layer,
+    batch_normalization_problem,
+    batch_normalizations,
+    mixes_examples,
+)
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.provenance import WatchedParameter, parameter_edges
 
@@ -52,8 +57,9 @@ class GradientGuard:
             for name, parameter in layer.module.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     self._watched[parameter] = WatchedParameter(
-                        f"{layer.name}.{name}", parameter, self._receive, self.fail
+                        f"{layer.name}.{name}", parameter, self._judge, self.fail
                     )
+        self._batch_normalizations = batch_normalizations(model)
         self._frozen = [
             (name, parameter)
             for name, parameter in model.named_parameters()
@@ -72,6 +78,14 @@ class GradientGuard:
             watched.clear()
 
     @property
+    def pending(self) -> bool:
+        """Return whether clipped gradients wait for their noise."""
+        sums = (getattr(parameter, "summed_grad", None) for parameter in self._watched)
+        return self.passes > 0 or any(
+            summed is not None and not hasattr(summed, "_processed") for summed in sums
+        )
+
+    @property
     def passes(self) -> int:
         """Return how many backward passes the gradients at hand add up."""
         return max((watched.passes for watched in self._watched.values()), default=0)
@@ -86,6 +100,9 @@ class GradientGuard:
                     f"{name} was frozen when make_private was called and has been unfrozen since: "
                     "nothing clips its gradient. Unfreeze it first, then call make_private again."
                 )
+        for name, norm in self._batch_normalizations.items():
+            if mixes_examples(norm):
+                self.fail(batch_normalization_problem(name))
         self._forward_index += 1
         self._in_forward = True
         self._passed_root = False
@@ -121,6 +138,17 @@ class GradientGuard:
                 "example's contribution, and the bound counts one. Give each use its own layer."
             )
         self._last_call[layer.name] = self._forward_index
+        if layer.is_patched:
+            self.fail(
+                f"{layer.name} was changed after make_private (its forward was replaced, or a "
+                "parametrization was added): its rule no longer describes it. Change the model "
+                "first, then call make_private."
+            )
+        if torch.nn.modules.module._global_forward_hooks:
+            self.fail(
+                "A forward hook on every module (register_module_forward_hook) may change what a "
+                f"layer such as {layer.name} returns before it is clipped. Remove the hook."
+            )
         smallest, largest = layer.rule.expected_dims()
         if x.dim() < smallest or (largest is not None and x.dim() > largest):
             self.fail(
@@ -136,6 +164,16 @@ class GradientGuard:
                 "as position embeddings) and keep the batch axis first."
             )
         return True
+
+    def check_input(self, layer: Layer, clipped: Tensor, version: int, used: Tensor) -> None:
+        """Check that the layer used its input as it was clipped and measured."""
+        # A full backward hook hands on another view of the same numbers.
+        same = used.data_ptr() == clipped.data_ptr() and used.shape == clipped.shape
+        if not same or used.stride() != clipped.stride() or used._version != version:
+            self.fail(
+                f"Another forward pre-hook of {layer.name} changed the input after it was clipped "
+                "and measured. Register it before make_private."
+            )
 
     def follow(self, layer: Layer, x: Tensor, y: Tensor) -> None:
         """Follow the gradients that this call of the layer will send to its parameters."""
@@ -170,8 +208,8 @@ class GradientGuard:
         self.violation = reason
         raise PrivacyViolationError(reason)
 
-    def _receive(self, watched: WatchedParameter, gradient: Tensor) -> None:
-        """Check a gradient that is about to be accumulated in ``p.grad``."""
+    def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
+        """Check a gradient that is about to reach its parameter."""
         sent, watched.sent = watched.sent, None
         stale = watched.parameter.grad
         if sent is None and not (self._compiled and watched.vouched):
@@ -210,16 +248,9 @@ class GradientGuard:
         watched.vouched = True
 
     def take(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the sum of contributions in ``parameter.grad`` and empty it.
-
-        Raises:
-            PrivacyViolationError: it was changed since the backward pass.
-        """
+        """Return the parameter's sum of contributions since the last step, ``None`` without any."""
         watched = self._watched.get(parameter)
-        if watched is None:
-            parameter.grad = None
-            return None
-        return watched.take()
+        return None if watched is None else watched.take()
 
 
 def _in_backward() -> bool:

@@ -6,12 +6,13 @@ after export, and in any comparison with another clipping method.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from opacus_bpclip.config import is_positive_number
-from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.coverage import Layer, trainable_layers
 from opacus_bpclip.ops import scale_input
 from opacus_bpclip.rules import Rule
 
@@ -28,10 +29,26 @@ class InputClip:
         self.rule = rule
         self.max_norm = max_norm
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Replace the layer's input by its clipped value."""
-        x, *rest = args
-        return (scale_input(x, self.rule, self.max_norm), *rest)
+        clipped = scale_input(layer_input(args, kwargs), self.rule, self.max_norm)
+        return with_input(args, kwargs, clipped)
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the one input of a layer's call, passed by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a layer's call with another input."""
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): x}
 
 
 def clip_inputs(model: nn.Module, max_input_norm: float) -> nn.Module:
@@ -63,16 +80,39 @@ def clip_inputs(model: nn.Module, max_input_norm: float) -> nn.Module:
         raise ValueError(f"Expected max_input_norm={max_input_norm!r} to be a finite number > 0.")
     layers = trainable_layers(model)
     unclip_inputs(model)
-    for layer in layers.values():
-        if layer.rule.clips_input:
-            layer.module.register_forward_pre_hook(InputClip(layer.rule, max_input_norm))
+    attach_input_clips(layers.values(), max_input_norm)
     return model
 
 
 def unclip_inputs(model: nn.Module) -> nn.Module:
     """Take the effect of `clip_inputs` away; harmless where there is none."""
-    for module in model.modules():
-        hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, InputClip)]:
-            del hooks[key]
+    take_input_clips(model)
     return model
+
+
+def attach_input_clips(layers: Iterable[Layer], max_input_norm: float) -> None:
+    """Make these layers clip their inputs."""
+    for layer in layers:
+        if layer.rule.clips_input:
+            clip = InputClip(layer.rule, max_input_norm)
+            layer.module.register_forward_pre_hook(clip, with_kwargs=True)
+
+
+def take_input_clips(model: nn.Module) -> Callable[[], None]:
+    """Take every input clip off a model; return what puts them back as they were."""
+    taken = [
+        (module, key, hook)
+        for module in model.modules()
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, InputClip)
+    ]
+    for module, key, _ in taken:
+        del module._forward_pre_hooks[key]
+        del module._forward_pre_hooks_with_kwargs[key]
+
+    def put_back() -> None:
+        for module, key, hook in taken:
+            module._forward_pre_hooks[key] = hook
+            module._forward_pre_hooks_with_kwargs[key] = True
+
+    return put_back

@@ -111,7 +111,9 @@ class _ClipUpstream(torch.autograd.Function):
         max_norm: float | None,
         normalize: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, norms, finite, limit)
+        ctx.save_for_backward(x, norms, finite)
+        # Not saved but looked at: it may be set between forward and backward.
+        ctx.limit = limit
         ctx.rule, ctx.kind, ctx.max_norm, ctx.normalize = rule, kind, max_norm, normalize
         out = _alias(y)
         if _may_rewrite(finite):
@@ -122,9 +124,9 @@ class _ClipUpstream(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, norms, finite, limit = ctx.saved_tensors
+        x, norms, finite = ctx.saved_tensors
         bound = ctx.rule.bound(ctx.kind, g, x, norms, ctx.max_norm)
-        factor = limit * (1 - rounding_margin(g.dtype, g.device)) / bound
+        factor = ctx.limit * (1 - rounding_margin(g.dtype, g.device)) / bound
         if not ctx.normalize:
             factor = factor.clamp(max=1)
         keep = finite & bound.isfinite()

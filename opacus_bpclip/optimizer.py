@@ -17,9 +17,9 @@ from opacus_bpclip.grad_sample_module import BackpropClipHooks
 class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
     """Opacus's optimizer for gradients that arrive clipped and summed.
 
-    A step moves ``p.grad`` into ``p.summed_grad``, adds Gaussian noise of standard deviation
-    ``noise_multiplier * max_grad_norm`` to the sum of a whole logical batch, divides by the
-    expected batch size where the loss is a mean, and steps the wrapped optimizer. A parameter
+    A step takes the sum of contributions into ``p.summed_grad``, adds Gaussian noise of standard
+    deviation ``noise_multiplier * max_grad_norm`` to the sum of a whole logical batch, divides by
+    the expected batch size where the loss is a mean, and steps the wrapped optimizer. A parameter
     without a gradient (an empty batch, an unused layer) gets the noise alone.
 
     Guarantee: one step is one Gaussian mechanism of sensitivity ``max_grad_norm`` and one entry in
@@ -56,6 +56,7 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
             )
         self._hooks = hooks
         self._passes = 1
+        self._refused = False
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -70,20 +71,13 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
         """Joint L2 sensitivity of the summed gradient; setting it moves every layer's.
 
         Raises:
+            ValueError: set to anything but a finite number above zero.
             PrivacyViolationError: set while clipped gradients wait for their noise.
         """
         return self._hooks.max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float) -> None:
-        if self._hooks.guard.passes or any(
-            getattr(p, "summed_grad", None) is not None and not hasattr(p.summed_grad, "_processed")
-            for p in self.params
-        ):
-            raise PrivacyViolationError(
-                "max_grad_norm was set in the middle of a logical batch: gradients clipped to the "
-                "old value would get the new value's noise. Set it between step() and backward()."
-            )
         self._hooks.max_grad_norm = value
 
     @property
@@ -100,11 +94,11 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
         return self._passes
 
     def accumulate(self) -> None:
-        """Move each parameter's clipped sum from ``p.grad`` into ``p.summed_grad``.
+        """Add each parameter's sum of contributions to ``p.summed_grad``.
 
         Raises:
-            PrivacyViolationError: a gradient was not covered, or was changed since the backward
-                pass. Nothing is released; `zero_grad` clears the state.
+            PrivacyViolationError: the gradients are not covered by the guarantee. Nothing is
+                released; `zero_grad` clears the state.
             ValueError: `zero_grad` was not called since the last step.
         """
         guard = self._hooks.guard
@@ -118,10 +112,11 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
         self._passes = max(1, guard.passes)
         for p in self.params:
             gradient = guard.take(p)
-            if p.summed_grad is None:
-                p.summed_grad = torch.zeros_like(p) if gradient is None else gradient
-            elif gradient is not None:
-                p.summed_grad += gradient
+            if gradient is not None:
+                # Out of place: autograd may have sent one tensor to two parameters.
+                p.summed_grad = gradient if p.summed_grad is None else p.summed_grad + gradient
+            elif p.summed_grad is None:
+                p.summed_grad = torch.zeros_like(p)
         guard.clear()
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -130,8 +125,17 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
         Returns:
             Whether the wrapped optimizer is to step.
         """
-        self.accumulate()
-        if self._check_skip_next_step():
+        skip = self._check_skip_next_step()
+        try:
+            self.accumulate()
+        except PrivacyViolationError:
+            self._end_refused_batch(skip)
+            raise
+        for group in self.param_groups:
+            for p in group["params"]:
+                # Whatever is there has no noise: the wrapped optimizer must not see it.
+                p.grad = None
+        if skip:
             self._is_last_step_skipped = True
             return False
         self.add_noise()
@@ -164,5 +168,17 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
         Args:
             set_to_none: set ``p.grad`` to ``None`` instead of zero; ``p.summed_grad`` always is.
         """
+        if self._hooks.guard.violation is not None and not self._refused:
+            self._end_refused_batch(self._check_skip_next_step())
+        self._refused = False
         super().zero_grad(set_to_none)
         self._hooks.guard.clear()
+
+    def _end_refused_batch(self, skip: bool) -> None:
+        # Every physical batch brings one signal, taken here as step() would have. If it ended a
+        # logical batch, what that has collected must not be added to the next one's.
+        self._refused = True
+        if not skip:
+            for p in self.params:
+                p.summed_grad = None
+            self._is_last_step_skipped = False

@@ -12,17 +12,22 @@ Fail = Callable[[str], NoReturn]
 
 
 class WatchedParameter:
-    """A trainable parameter, and where the numbers in its ``grad`` came from.
+    """A trainable parameter, and the sum of what its layer's calls sent to it.
+
+    The sum is taken the moment it is known to be the layer's own, and ``p.grad`` is emptied: what
+    later hooks, gradient clippers or assignments do to ``p.grad`` changes nothing, and the sum
+    without noise is on show to nobody.
 
     Args:
         name: dotted path of the parameter.
         parameter: the parameter.
-        receive: called with this object and the gradient that is about to be accumulated.
-        fail: called with the reason when the gradient cannot be accounted for; raises.
+        judge: called with this object and the gradient that is about to be accumulated; raises if
+            it cannot be accounted for.
+        fail: called with the reason when the backward pass runs twice; raises.
 
     Attributes:
         sent: the gradient that the layer's own node produced, on its way to the parameter.
-        passes: backward passes accumulated in ``p.grad`` since it was last emptied.
+        passes: backward passes collected since the last step.
         vouched: whether an eager batch has passed every check.
     """
 
@@ -30,7 +35,7 @@ class WatchedParameter:
         self,
         name: str,
         parameter: nn.Parameter,
-        receive: Callable[[WatchedParameter, Tensor], None],
+        judge: Callable[[WatchedParameter, Tensor], None],
         fail: Fail,
     ) -> None:
         self.name = name
@@ -38,11 +43,13 @@ class WatchedParameter:
         self.sent: Tensor | None = None
         self.passes = 0
         self.vouched = False
-        self._version = -1
+        self._arrived: Tensor | None = None
+        self._collected: Tensor | None = None
+        self._judge = judge
         self._fail = fail
         self._handles = [
-            parameter.register_hook(lambda gradient: receive(self, gradient)),
-            parameter.register_post_accumulate_grad_hook(self._note_version),
+            parameter.register_hook(self._arrive),
+            parameter.register_post_accumulate_grad_hook(self._collect),
         ]
 
     def remove(self) -> None:
@@ -52,7 +59,7 @@ class WatchedParameter:
 
     def clear(self) -> None:
         """Forget the gradient at hand."""
-        self.sent = None
+        self.sent = self._arrived = self._collected = None
         self.passes = 0
 
     def follow(self, node: torch.autograd.graph.Node, index: int) -> None:
@@ -72,22 +79,22 @@ class WatchedParameter:
         node.register_hook(send)
 
     def take(self) -> Tensor | None:
-        """Return the sum of contributions in ``p.grad``, emptying it; ``None`` without any."""
-        gradient, self.parameter.grad = self.parameter.grad, None
-        if not self.passes:
-            return None
-        if gradient is None or gradient._version != self._version:
-            self._fail(
-                f"{self.name}.grad was changed between backward and step (clip_grad_norm_, "
-                "GradScaler.unscale_, an assignment?): the change depends on the whole batch, so "
-                "the bound no longer holds. Leave gradients alone until the optimizer has stepped."
-            )
-        return gradient
+        """Return the sum of contributions since the last step; ``None`` without any."""
+        collected, self._collected = self._collected, None
+        return collected
 
-    def _note_version(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
+    def _arrive(self, gradient: Tensor) -> None:
+        self._judge(self, gradient)
+        self._arrived = gradient
+
+    def _collect(self, parameter: Tensor) -> None:
+        # Only what is accumulated counts: torch.autograd.grad takes a look and leaves.
+        assert self._arrived is not None
+        gradient, self._arrived = self._arrived, None
+        # Out of place: autograd may have sent the same tensor to another parameter.
+        self._collected = gradient if self._collected is None else self._collected + gradient
         self.passes += 1
-        self._version = parameter.grad._version
+        parameter.grad = None
 
 
 def parameter_edges(
