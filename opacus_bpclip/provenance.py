@@ -44,6 +44,7 @@ class WatchedParameter:
         self.passes = 0
         self.vouched = False
         self._arrived: Tensor | None = None
+        self._version = 0
         self._collected: Tensor | None = None
         self._judge = judge
         self._fail = fail
@@ -75,6 +76,8 @@ class WatchedParameter:
                 )
             spent = True
             self.sent = inputs[index]
+            if self.sent is not None:
+                self._version = self.sent._version
 
         node.register_hook(send)
 
@@ -84,17 +87,28 @@ class WatchedParameter:
         return collected
 
     def _arrive(self, gradient: Tensor) -> None:
+        if self.sent is None:
+            self._version = gradient._version
         self._judge(self, gradient)
+        self._require_unchanged(gradient)
         self._arrived = gradient
 
     def _collect(self, parameter: Tensor) -> None:
         # Only what is accumulated counts: torch.autograd.grad takes a look and leaves.
         assert self._arrived is not None
         gradient, self._arrived = self._arrived, None
+        self._require_unchanged(gradient)
         # Out of place: autograd may have sent the same tensor to another parameter.
         self._collected = gradient if self._collected is None else self._collected + gradient
         self.passes += 1
         parameter.grad = None
+
+    def _require_unchanged(self, gradient: Tensor) -> None:
+        if gradient._version != self._version:
+            self._fail(
+                f"A hook on {self.name} changed its gradient in place, after it was clipped. "
+                "Remove the hook."
+            )
 
 
 def parameter_edges(
