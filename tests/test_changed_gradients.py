@@ -1,0 +1,172 @@
+"""From backward to step, gradients are left alone, and batches add up only where they may."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from opacus_bpclip import (
+    PrivacyViolationError,
+)
+from tests.helpers import (
+    CLASSES,
+    Private,
+    Step,
+    assert_refused_until_zero_grad,
+    backward,
+    batch,
+    loss_of,
+    summed,
+    switchable,
+    train_step,
+    tricked,
+    values,
+)
+
+
+def assign(private: Private) -> None:
+    for p in private.parameters:
+        p.grad = torch.full_like(p, 100.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(
+            lambda private: nn.utils.clip_grad_norm_(private.parameters, 1e-3), id="clip_grad_norm_"
+        ),
+        pytest.param(assign, id="assigned"),
+        pytest.param(lambda private: setattr(private.parameters[0], "grad", None), id="deleted"),
+    ],
+)
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["none", "zeros"])
+def test_what_is_done_to_gradients_between_backward_and_step_changes_nothing(
+    change: Step, set_to_none: bool
+) -> None:
+    plain, changed = switchable(), switchable()
+    train_step(plain)
+    changed.optimizer.zero_grad(set_to_none)
+    backward(changed)
+    change(changed)
+    changed.optimizer.step()
+    assert torch.equal(summed(changed), summed(plain))
+    assert torch.equal(values(changed), values(plain))
+
+
+def test_clipped_gradients_without_noise_are_on_show_to_nobody() -> None:
+    private = switchable()
+    backward(private)
+    assert all(p.grad is None and p.summed_grad is None for p in private.parameters)
+
+
+def test_looking_at_gradients_disturbs_nothing() -> None:
+    plain, looked = switchable(), switchable()
+    train_step(plain)
+    torch.autograd.grad(loss_of(looked.model, *batch()), looked.parameters)
+    train_step(looked)
+    assert torch.equal(summed(looked), summed(plain))
+
+
+def test_gradients_set_by_hand_without_backward_never_reach_the_parameters() -> None:
+    private = switchable()
+    before = values(private)
+    loss = loss_of(private.model, *batch())
+    for p, gradient in zip(
+        private.parameters, torch.autograd.grad(loss, private.parameters), strict=True
+    ):
+        p.grad = gradient * 100
+    private.optimizer.step()
+    assert torch.equal(values(private), before)
+
+
+def test_a_gradient_set_by_hand_on_a_frozen_parameter_never_reaches_it() -> None:
+    private = switchable()
+    bias = private.parameters[1].requires_grad_(False)
+    before = bias.clone()
+    backward(private)
+    bias.grad = torch.ones_like(bias)
+    private.optimizer.step()
+    assert torch.equal(bias, before)
+
+
+def test_a_forgotten_zero_grad_is_refused() -> None:
+    private = switchable()
+    train_step(private)
+    with pytest.raises(PrivacyViolationError) as refusal:
+        backward(private)
+    assert str(refusal.value) == (
+        "head.bias.grad was not empty before the backward pass. Call optimizer.zero_grad() after "
+        "every step, and leave p.grad alone."
+    )
+    assert_refused_until_zero_grad(private)
+
+
+def test_a_second_step_without_zero_grad_is_refused_in_opacus_words() -> None:
+    private = switchable()
+    train_step(private)
+    after = values(private)
+    with pytest.raises(ValueError, match="you must call optimizer"):
+        private.optimizer.step()
+    assert private.steps == 1
+    assert torch.equal(values(private), after)
+
+
+@pytest.mark.parametrize("skip", [True, False], ids=["within a logical batch", "at its end"])
+def test_zero_grad_of_the_model_does_not_replace_the_optimizers(skip: bool) -> None:
+    private = switchable()
+    train_step(private)
+    after = values(private)
+    private.model.zero_grad()
+    backward(private)
+    private.optimizer.signal_skip_step(do_skip=skip)
+    with pytest.raises(ValueError, match="you must call optimizer"):
+        private.optimizer.step()
+    assert private.steps == 1
+    assert torch.equal(values(private), after)
+
+
+def test_accumulation_over_batches_that_may_share_examples_is_refused() -> None:
+    private = switchable()
+    backward(private)
+    with pytest.raises(PrivacyViolationError) as refusal:
+        backward(private)
+    assert str(refusal.value) == (
+        "Poisson sampling is not compatible with grad accumulation: two batches may share an "
+        "example. Call optimizer.step() and zero_grad() after every backward pass, or use "
+        "BatchMemoryManager."
+    )
+    assert_refused_until_zero_grad(private)
+
+
+def test_accumulation_over_disjoint_batches_counts_them_all() -> None:
+    private = switchable(poisson_sampling=False)
+    x, y = batch(8)
+    parts = []
+    for part in (slice(0, 2), slice(2, 8)):
+        alone = switchable(poisson_sampling=False)
+        loss_of(alone.model, x[part], y[part]).backward()
+        alone.optimizer.step()
+        parts.append(summed(alone))
+        loss_of(private.model, x[part], y[part]).backward()
+    private.optimizer.step()
+    torch.testing.assert_close(summed(private), parts[0] + parts[1])
+    assert private.optimizer.accumulated_iterations == 2
+    assert private.optimizer.expected_batch_size == 8
+    for p in private.parameters:
+        torch.testing.assert_close(p.grad, p.summed_grad / 16)
+    assert private.engine.accountant.history == [(0.0, pytest.approx(2 * 8 / 32), 1)]
+    private.optimizer.zero_grad()
+    backward(private)
+    private.optimizer.step()
+    assert private.optimizer.accumulated_iterations == 1
+
+
+def test_accumulation_counts_batches_that_left_a_layer_out() -> None:
+    private = switchable(poisson_sampling=False)
+    backward(private)
+    tricked(lambda m, x: m.body(x)[:, :CLASSES])(private)
+    private.optimizer.step()
+    assert private.optimizer.accumulated_iterations == 2
+    for p in private.parameters:
+        torch.testing.assert_close(p.grad, p.summed_grad / 16)

@@ -1,0 +1,95 @@
+"""A compiled model gives the eager gradient, once an eager batch has vouched for it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from opacus_bpclip import (
+    BackpropClipping,
+    PrivacyViolationError,
+)
+from tests.helpers import (
+    Private,
+    assert_refused_until_zero_grad,
+    backward,
+    make_private,
+    mlp,
+    one_layer,
+    summed,
+    train_step,
+)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        # The compiler's own deprecations and hints are not what these tests are about.
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(private: Private) -> Private:
+    return private._replace(model=torch.compile(private.model, backend="aot_eager", fullgraph=True))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("bound", "wrap_model"), [("product", True), ("weighted", False), ("exact", True)]
+)
+def test_a_compiled_model_gives_the_eager_gradient(bound: Any, wrap_model: bool) -> None:
+    options = {"backprop": BackpropClipping(bound=bound), "wrap_model": wrap_model}
+    eager, fast = make_private(mlp(), **options), make_private(mlp(), **options)
+    train_step(eager)
+    train_step(fast)
+    fast = compiled(fast)
+    for size in (6, 4):
+        train_step(eager, size)
+        train_step(fast, size)
+        torch.testing.assert_close(summed(fast), summed(eager))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_model_is_refused_until_an_eager_batch_has_vouched_for_it() -> None:
+    private = make_private(one_layer())
+    fast = compiled(private)
+    with pytest.raises(PrivacyViolationError) as refusal:
+        backward(fast)
+    assert re.fullmatch(
+        r"0\.(weight|bias) got a gradient that did not come from its layer's call\. Run the first "
+        r"batch before torch\.compile, so that it can be checked\.",
+        str(refusal.value),
+    )
+    assert_refused_until_zero_grad(private)
+    train_step(fast)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_model_follows_max_grad_norm() -> None:
+    private = make_private(one_layer(), backprop=BackpropClipping(upstream="normalize"))
+    train_step(private, size=1)
+    fast = compiled(private)
+    for norm in (1.0, 0.01, 2.0):
+        fast.optimizer.zero_grad()
+        fast.optimizer.max_grad_norm = norm
+        backward(fast, size=1)
+        fast.optimizer.step()
+        assert 0.99 * norm < summed(fast).norm() <= norm
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_model_still_refuses_accumulation() -> None:
+    private = make_private(one_layer())
+    train_step(private)
+    fast = compiled(private)
+    fast.optimizer.zero_grad()
+    backward(fast)
+    with pytest.raises(PrivacyViolationError, match="not compatible with grad accumulation"):
+        backward(fast)

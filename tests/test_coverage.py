@@ -1,0 +1,339 @@
+"""Before training, whatever nobody bounds is refused: by its path, with the reason and a remedy."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from opacus.validators.errors import UnsupportedModuleError
+from torch import Tensor, nn
+from torch.nn.utils import prune, weight_norm
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import weight_norm as parametrized_weight_norm
+
+from opacus_bpclip import CoverageError, PrivacyViolationError
+from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.rules import RULES
+from tests.helpers import assert_refused_until_zero_grad, make_private, mlp, train_step
+
+HEADER = "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
+SUPPORTED = ", ".join(sorted(kind.__name__ for kind in RULES))
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class OddConv(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias)
+
+
+class WithExtra(nn.Linear):
+    """Inherits forward, which never reads ``extra``; something else might."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.extra = nn.Parameter(torch.ones(1))
+
+
+class Renamed(nn.Linear):
+    """A subclass that computes what nn.Linear computes."""
+
+
+def patched_forward() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    return layer
+
+
+def old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        # PyTorch announces the removal of the old style, which models in use still have.
+        warnings.filterwarnings("ignore", message=".*weight_norm.* is deprecated")
+        return weight_norm(nn.Linear(4, 4))
+
+
+def lazy(kind: Callable[..., nn.Module], *arguments: int) -> nn.Module:
+    with warnings.catch_warnings():
+        # PyTorch says so of every lazy layer.
+        warnings.filterwarnings("ignore", message="Lazy modules are a new feature")
+        return kind(*arguments)
+
+
+def no_rule(parameters: str) -> str:
+    return (
+        f"no rule bounds the gradient of {parameters}. Freeze it (requires_grad=False), or build "
+        f"the model from supported layers: {SUPPORTED}."
+    )
+
+
+def overridden(method: str) -> str:
+    kind = method.split(".")[0]
+    return (
+        f"overrides {method}, so the rule for {kind} says nothing about it. Use {kind} itself and "
+        "put the extra work in a module around it."
+    )
+
+
+def foreign(parameters: str, kind: str = "Linear") -> str:
+    return (
+        f"its parameters {parameters} are not {kind}'s own; a reparametrization (weight_norm, "
+        "spectral_norm, pruning) rewrites the weight in the forward pass, outside what the rule "
+        "bounds. Remove it."
+    )
+
+
+def rounded(dtype: str) -> str:
+    return (
+        f"its parameters are torch.{dtype}: the sum over the batch would be rounded by more than "
+        "one example's contribution. Keep trainable parameters in torch.float32."
+    )
+
+
+NOT_YET = "is not initialised yet. Run one batch through the model first."
+
+
+@pytest.mark.parametrize(
+    ("make", "where", "problem"),
+    [
+        pytest.param(lambda: nn.PReLU(), "0 (PReLU)", no_rule("weight"), id="unsupported layer"),
+        pytest.param(Scale, "0 (Scale)", no_rule("gain"), id="raw parameter"),
+        pytest.param(
+            lambda: Doubled(4, 4),
+            "0 (Doubled)",
+            overridden("Linear.forward"),
+            id="overridden forward",
+        ),
+        pytest.param(
+            patched_forward,
+            "0 (Linear)",
+            overridden("Linear.forward"),
+            id="forward replaced on the instance",
+        ),
+        pytest.param(
+            lambda: OddConv(4, 4, 3),
+            "0 (OddConv)",
+            overridden("Conv2d._conv_forward"),
+            id="overridden _conv_forward",
+        ),
+        pytest.param(WithExtra, "0 (WithExtra)", foreign("extra"), id="extra parameter"),
+        pytest.param(
+            old_weight_norm,
+            "0 (Linear)",
+            foreign("weight_g, weight_v"),
+            id="weight_norm, old style",
+        ),
+        pytest.param(
+            lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
+            "0 (Linear)",
+            foreign("weight_orig"),
+            id="pruning",
+        ),
+        pytest.param(
+            lambda: parametrized_weight_norm(nn.Linear(4, 4)),
+            "0.parametrizations.weight (ParametrizationList)",
+            no_rule("original0, original1"),
+            id="weight_norm, new style",
+        ),
+        pytest.param(
+            lambda: spectral_norm(nn.Linear(4, 4)),
+            "0.parametrizations.weight (ParametrizationList)",
+            no_rule("original"),
+            id="spectral_norm",
+        ),
+        pytest.param(lambda: lazy(nn.LazyLinear, 4), "0 (LazyLinear)", NOT_YET, id="lazy linear"),
+        pytest.param(
+            lambda: lazy(nn.LazyConv2d, 4, 3), "0 (LazyConv2d)", NOT_YET, id="lazy convolution"
+        ),
+        pytest.param(
+            lambda: nn.Linear(4, 4, dtype=torch.bfloat16),
+            "0 (Linear)",
+            rounded("bfloat16"),
+            id="bfloat16",
+        ),
+        pytest.param(
+            lambda: nn.Linear(4, 4, dtype=torch.float16),
+            "0 (Linear)",
+            rounded("float16"),
+            id="float16",
+        ),
+        pytest.param(
+            lambda: nn.Linear(4, 4, dtype=torch.complex64),
+            "0 (Linear)",
+            rounded("complex64"),
+            id="complex",
+        ),
+    ],
+)
+def test_what_no_rule_bounds_is_refused(
+    make: Callable[[], nn.Module], where: str, problem: str
+) -> None:
+    with pytest.raises(CoverageError) as refusal:
+        trainable_layers(nn.Sequential(make(), nn.Linear(4, 4)))
+    assert str(refusal.value) == f"{HEADER}- {where}: {problem}"
+
+
+def test_a_parameter_of_the_model_itself_is_named_root() -> None:
+    with pytest.raises(CoverageError) as refusal:
+        trainable_layers(Scale())
+    assert str(refusal.value) == f"{HEADER}- (root) (Scale): {no_rule('gain')}"
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    model = nn.Sequential(Scale(), nn.Linear(4, 4), nn.Sequential(nn.PReLU(), Doubled(4, 4)))
+    with pytest.raises(CoverageError) as refusal:
+        trainable_layers(model)
+    assert str(refusal.value) == HEADER + "\n".join(
+        [
+            f"- 0 (Scale): {no_rule('gain')}",
+            f"- 2.0 (PReLU): {no_rule('weight')}",
+            f"- 2.1 (Doubled): {overridden('Linear.forward')}",
+        ]
+    )
+
+
+def test_tied_weights_are_refused_by_both_names() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    with pytest.raises(CoverageError) as refusal:
+        trainable_layers(model)
+    assert str(refusal.value) == (
+        f"{HEADER}- 2.weight is the same parameter as 0.weight: each use adds to one example's "
+        "contribution. Give each layer its own parameter."
+    )
+
+
+def test_tied_weights_may_stay_where_they_are_frozen() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    model[0].weight.requires_grad_(False)
+    assert list(trainable_layers(model)) == ["0", "2"]
+
+
+def test_multihead_attention_is_refused_because_it_bypasses_its_own_layer() -> None:
+    # out_proj is a Linear, but nn.MultiheadAttention reads its weight and never calls it.
+    with pytest.raises(CoverageError, match=r"\(root\).*in_proj_weight, in_proj_bias"):
+        trainable_layers(nn.MultiheadAttention(4, 2))
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Flatten(), mlp().requires_grad_(False)], ids=["none", "all frozen"]
+)
+def test_a_model_with_nothing_to_train_is_refused(model: nn.Module) -> None:
+    with pytest.raises(CoverageError) as refusal:
+        trainable_layers(model)
+    assert str(refusal.value) == (
+        "The model has no trainable parameter. Set requires_grad=True on the layers to train."
+    )
+
+
+def test_a_subclass_that_changes_nothing_is_accepted() -> None:
+    layers = trainable_layers(nn.Sequential(Renamed(4, 4)))
+    assert layers["0"].rule == RULES[nn.Linear].from_module(nn.Linear(4, 4))
+
+
+def test_a_lazy_layer_is_accepted_once_it_is_initialised() -> None:
+    model = nn.Sequential(lazy(nn.LazyLinear, 4))
+    model(torch.zeros(2, 3))
+    assert trainable_layers(model)["0"].size == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_full_precision_is_accepted(dtype: torch.dtype) -> None:
+    assert list(trainable_layers(mlp(dtype=dtype))) == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [nn.LSTM(4, 4), Scale(), nn.Linear(4, 4, dtype=torch.bfloat16), nn.BatchNorm1d(4).eval()],
+    ids=lambda module: type(module).__name__,
+)
+def test_a_frozen_layer_needs_no_rule(frozen: nn.Module) -> None:
+    model = nn.ModuleList([frozen.requires_grad_(False), nn.Linear(4, 4)])
+    assert list(trainable_layers(model)) == ["1"]
+
+
+def test_size_and_parameters_count_what_is_trained() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    model[0].bias.requires_grad_(False)
+    first, second = trainable_layers(model).values()
+    assert (first.size, second.size) == (32, 27)
+    assert first.parameters == (model[0].weight,)
+    assert second.parameters == (model[1].weight, model[1].bias)
+
+
+def test_lora_style_fine_tuning_leaves_frozen_layers_without_hooks() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    private = make_private(model)
+    assert list(private.optimizer.layer_sensitivities) == ["2"]
+    for hooks in (model[0]._forward_hooks, model[0]._forward_pre_hooks):
+        assert not hooks
+    before = model[0].weight.clone()
+    train_step(private)
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_batch_norm_is_refused_in_opacus_words(dims: int) -> None:
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+    model = nn.Sequential(nn.Linear(4, 4), norm(4))
+    with pytest.raises(UnsupportedModuleError, match="BatchNorm cannot support training with"):
+        make_private(model)
+
+
+def test_batch_norm_in_evaluation_mode_mixes_no_examples_and_is_accepted() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False).eval())
+    private = make_private(model)
+    train_step(private)
+    assert private.steps == 1
+
+
+MIXED = (
+    "1 normalises over the batch: each example's value depends on its companions. Use GroupNorm "
+    "(PrivacyEngine.get_compatible_module replaces it), or keep it in evaluation mode with running "
+    "statistics."
+)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        pytest.param(lambda: nn.BatchNorm1d(3, affine=False), id="no parameters"),
+        pytest.param(lambda: nn.BatchNorm1d(3).requires_grad_(False), id="frozen"),
+        pytest.param(
+            lambda: nn.BatchNorm1d(3, affine=False, track_running_stats=False).eval(),
+            id="no running statistics",
+        ),
+    ],
+)
+def test_batch_norm_mixes_examples_even_with_nothing_to_train(
+    norm: Callable[[], nn.Module],
+) -> None:
+    # Opacus's validator looks at modules with trainable parameters only.
+    with pytest.raises(CoverageError) as refusal:
+        make_private(nn.Sequential(nn.Linear(4, 3), norm()))
+    assert str(refusal.value) == f"{HEADER}- {MIXED}"
+
+
+def test_batch_norm_that_is_put_in_training_mode_later_is_refused_on_that_batch() -> None:
+    # As a training loop's own model.train() does.
+    private = make_private(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False).eval()))
+    private.model.train()
+    with pytest.raises(PrivacyViolationError) as refusal:
+        train_step(private)
+    assert str(refusal.value) == MIXED
+    private.handle._module[1].eval()
+    assert_refused_until_zero_grad(private)

@@ -1,0 +1,344 @@
+"""A refused ``make_private`` says why, leaves nothing behind, and can be repeated."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import opacus
+import pytest
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.validators.errors import UnsupportedModuleError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from opacus_bpclip import (
+    BackpropClipHooks,
+    BackpropClipModule,
+    BackpropClipping,
+    CoverageError,
+    PrivacyEngine,
+    clip_inputs,
+)
+from tests.helpers import (
+    FEATURES,
+    Private,
+    dataset,
+    make_private,
+    mlp,
+    snapshot,
+    train_step,
+)
+
+SGD = torch.optim.SGD
+
+
+class Endless(IterableDataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(*dataset().tensors, strict=True)
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+def with_scale() -> nn.Module:
+    return nn.Sequential(Scale(), *mlp())
+
+
+def with_batch_norm() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(FEATURES), *mlp())
+
+
+def evaluating() -> nn.Module:
+    return mlp().eval()
+
+
+def compiled_in_place() -> nn.Module:
+    model = mlp()
+    model.compile(backend="eager")
+    return model
+
+
+def freeze_first(model: nn.Module) -> nn.Module:
+    model[0].requires_grad_(False)
+    return model
+
+
+def drop_first(model: nn.Module) -> nn.Module:
+    return nn.Sequential(*list(model)[1:])
+
+
+def uncompile(model: nn.Module) -> nn.Module:
+    model._compiled_call_impl = None
+    return model
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A call that must be refused; ``repair`` makes its model fit for a correct one."""
+
+    message: str
+    options: dict[str, Any] = field(default_factory=dict)
+    error: type[Exception] = ValueError
+    model: Callable[[], nn.Module] = mlp
+    repair: Callable[[nn.Module], nn.Module] = lambda model: model
+
+
+MODE = (
+    'grad_sample_mode={mode!r} does not go with clipping="backprop", which has no per-example '
+    "gradients. Leave grad_sample_mode out."
+)
+COMPILED = (
+    "The model is compiled already, and a compiled graph may ignore hooks added later. Call "
+    "make_private first, then torch.compile what it returns."
+)
+NOT_A_NORM = "Expected max_grad_norm={value!r} to be a finite number > 0."
+A_LIST = (
+    "Expected max_grad_norm={value!r} to be one number, the joint sensitivity of all layers. Split "
+    "it over the layers by BackpropClipping(allocation={{name: share}})."
+)
+
+REFUSALS = {
+    "unknown option": Refusal(
+        "Unknown options for make_private: bakcprop, typo.", {"typo": 1, "bakcprop": None}
+    ),
+    **{
+        f"max_grad_norm {value}": Refusal(NOT_A_NORM.format(value=value), {"max_grad_norm": value})
+        for value in (0, -1.0, float("nan"), float("inf"), True, "1", None)
+    },
+    "max_grad_norm list": Refusal(A_LIST.format(value=[1.0, 1.0]), {"max_grad_norm": [1.0, 1.0]}),
+    "max_grad_norm tuple": Refusal(A_LIST.format(value=(1.0,)), {"max_grad_norm": (1.0,)}),
+    **{
+        f"noise_multiplier {value}": Refusal(
+            f"Expected noise_multiplier={value!r} to be a finite number >= 0.",
+            {"noise_multiplier": value},
+        )
+        for value in (-0.1, float("nan"), float("inf"), False, "1", None)
+    },
+    "loss_reduction": Refusal(
+        'Expected loss_reduction=\'none\' to be "mean" or "sum".', {"loss_reduction": "none"}
+    ),
+    **{
+        f"grad_sample_mode {mode}": Refusal(MODE.format(mode=mode), {"grad_sample_mode": mode})
+        for mode in ("ghost", "ew", "functorch", "no_op", "ghost_fsdp")
+    },
+    "batch_first": Refusal(
+        'batch_first=False is not supported with clipping="backprop": layers take the first axis '
+        "for the batch. Move the batch axis to the front.",
+        {"batch_first": False},
+    ),
+    "rand_on_empty": Refusal(
+        "rand_on_empty=True adds a made-up example to empty batches, which would count as data. "
+        'Leave it out: clipping="backprop" steps on empty batches.',
+        {"rand_on_empty": True},
+    ),
+    "backprop as a dict": Refusal(
+        "Expected backprop={} to be a BackpropClipping.", {"backprop": {}}
+    ),
+    "backprop with another clipping": Refusal(
+        f"backprop={BackpropClipping()!r} was given with clipping='flat'; it needs "
+        'clipping="backprop".',
+        {"clipping": "flat", "backprop": BackpropClipping()},
+    ),
+    "backprop as a dict with another clipping": Refusal(
+        "backprop={} was given with clipping='per_layer'; it needs clipping=\"backprop\".",
+        {"clipping": "per_layer", "backprop": {}},
+    ),
+    "allocation": Refusal(
+        "allocation does not fit the model's trainable layers; no such layer: head; no share for: "
+        "2. Name each of: 0, 2.",
+        {"backprop": BackpropClipping(allocation={"0": 1.0, "head": 1.0})},
+        error=CoverageError,
+    ),
+    "raw parameter": Refusal(
+        "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
+        "- 0 (Scale): no rule bounds the gradient of gain.",
+        error=CoverageError,
+        model=with_scale,
+        repair=freeze_first,
+    ),
+    "batch norm": Refusal(
+        "BatchNorm cannot support training with differential privacy",
+        error=UnsupportedModuleError,
+        model=with_batch_norm,
+        repair=drop_first,
+    ),
+    "evaluation mode": Refusal(
+        "Model needs to be in training mode",
+        error=UnsupportedModuleError,
+        model=evaluating,
+        repair=lambda model: model.train(),
+    ),
+    "nothing to train": Refusal(
+        "The model has no trainable parameter. Set requires_grad=True on the layers to train.",
+        error=CoverageError,
+        model=lambda: mlp().requires_grad_(False),
+        repair=lambda model: model.requires_grad_(True),
+    ),
+    "DataParallel": Refusal(
+        'DataParallel is not supported with clipping="backprop" yet. Train on one device.',
+        model=lambda: nn.DataParallel(mlp()),
+        repair=lambda model: model.module,
+    ),
+    "compiled": Refusal(
+        COMPILED,
+        model=lambda: torch.compile(mlp(), backend="eager"),
+        repair=lambda model: model._orig_mod,
+    ),
+    "compiled in place": Refusal(COMPILED, model=compiled_in_place, repair=uncompile),
+    "compiled in part": Refusal(
+        COMPILED,
+        model=lambda: nn.Sequential(compiled_in_place()),
+        repair=lambda model: uncompile(model[0]),
+    ),
+    "wrapped by Opacus": Refusal(
+        "The model is wrapped already (GradSampleModule). Pass the model itself: "
+        "to_standard_module() or cleanup() undoes the wrapping.",
+        model=lambda: GradSampleModule(mlp()),
+        repair=lambda model: model.to_standard_module(),
+    ),
+    "wrapped by us": Refusal(
+        "The model is wrapped already (BackpropClipModule). Pass the model itself: "
+        "to_standard_module() or cleanup() undoes the wrapping.",
+        model=lambda: make_private(mlp()).handle,
+        repair=lambda model: model.to_standard_module(),
+    ),
+    "another model's optimizer": Refusal(
+        "Module parameters are different than optimizer Parameters",
+        {"optimizer": SGD(mlp().parameters(), lr=0.1)},
+    ),
+    "iterable data": Refusal(
+        # Raised inside Opacus, after the model was wrapped.
+        "Uniform sampling is not supported for IterableDataset",
+        {"data_loader": DataLoader(Endless(), batch_size=8)},
+    ),
+    "iterable data, not wrapped": Refusal(
+        "Uniform sampling is not supported for IterableDataset",
+        {"data_loader": DataLoader(Endless(), batch_size=8), "wrap_model": False},
+    ),
+}
+
+
+def call(engine: opacus.PrivacyEngine, model: nn.Module, **options: Any) -> Private:
+    options = {
+        "optimizer": SGD(model.parameters(), lr=0.1),
+        "data_loader": DataLoader(dataset(), batch_size=8),
+        "noise_multiplier": 1.0,
+        "max_grad_norm": 1.0,
+        "clipping": "backprop",
+    } | options
+    with warnings.catch_warnings():
+        # Opacus remembers the data set of a call that failed, and says so in the next.
+        warnings.filterwarnings("ignore", message="PrivacyEngine detected new dataset object")
+        handle, optimizer, loader = engine.make_private(module=model, **options)
+    return Private(engine, handle, optimizer, loader, handle)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refused_call_says_why_leaves_nothing_behind_and_can_be_repeated(name: str) -> None:
+    refusal = REFUSALS[name]
+    model, engine = refusal.model(), PrivacyEngine()
+    # With everything frozen there is no optimizer to make but one of nothing.
+    optimizer = refusal.options.get("optimizer") or SGD(model.parameters(), lr=0.1)
+    before, attributes = snapshot(model, optimizer), set(vars(engine))
+    with pytest.raises(refusal.error) as raised:
+        call(engine, model, **{"optimizer": optimizer, **refusal.options})
+    assert refusal.message in str(raised.value)
+    if raised.type in (ValueError, CoverageError) and "raw parameter" not in name:
+        assert str(raised.value) == refusal.message
+    assert snapshot(model, optimizer) == before
+    assert set(vars(engine)) == attributes
+    private = call(engine, refusal.repair(model))
+    train_step(private)
+    assert private.steps == 1
+
+
+def test_a_model_with_our_hooks_but_no_wrapper_is_refused_and_goes_on_training() -> None:
+    model = mlp()
+    private = make_private(model, wrap_model=False)
+    before = snapshot(model)
+    with pytest.raises(CoverageError) as refusal:
+        make_private(model)
+    assert str(refusal.value) == (
+        "The model has backpropagation clipping attached already. Call cleanup() on what "
+        "make_private returned for it, or pass a fresh model."
+    )
+    assert snapshot(model) == before
+    train_step(private)
+    private.handle.cleanup()
+    train_step(make_private(model))
+
+
+def test_a_model_with_opacus_hooks_but_no_wrapper_is_refused() -> None:
+    model = mlp()
+    handle = make_private(model, clipping="flat", wrap_model=False).handle
+    with pytest.raises(ValueError, match=r"^The model is wrapped already \(Sequential\)\."):
+        make_private(model)
+    handle.cleanup()
+    train_step(make_private(model))
+
+
+@pytest.mark.parametrize("wrap_model", [True, False], ids=["wrapped", "hooks only"])
+def test_a_refused_call_keeps_the_models_own_input_clipping(wrap_model: bool) -> None:
+    model = clip_inputs(mlp(), 0.5)
+    x = dataset().tensors[0]
+    before, clipped = snapshot(model), model(x)
+    with pytest.raises(ValueError, match="not supported for IterableDataset"):
+        call(
+            PrivacyEngine(),
+            model,
+            data_loader=DataLoader(Endless(), batch_size=8),
+            wrap_model=wrap_model,
+        )
+    assert torch.equal(model(x), clipped)
+    assert snapshot(model) == before
+
+
+def test_a_product_bound_without_input_clipping_is_refused_before_make_private() -> None:
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r'^bound="product" needs a max_input_norm'):
+        make_private(model, backprop=BackpropClipping(bound="product", max_input_norm=None))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("hooks", [BackpropClipHooks, BackpropClipModule])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"max_grad_norm": -1.0}, NOT_A_NORM.format(value=-1.0), id="max_grad_norm"),
+        pytest.param(
+            {"loss_reduction": "none"},
+            'Expected loss_reduction=\'none\' to be "mean" or "sum".',
+            id="loss_reduction",
+        ),
+        pytest.param(
+            {"config": BackpropClipping(allocation={"0": 1.0})},
+            "allocation does not fit the model's trainable layers; no share for: 2. Name each of: "
+            "0, 2.",
+            id="allocation",
+        ),
+    ],
+)
+def test_hooks_made_without_an_engine_refuse_as_cleanly(
+    hooks: type[BackpropClipHooks], options: dict[str, Any], message: str
+) -> None:
+    model = clip_inputs(mlp(), 0.5)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="Expected|allocation") as refusal:
+        hooks(model, **options)
+    assert str(refusal.value) == message
+    assert snapshot(model) == before
+    train_step(make_private(model))
