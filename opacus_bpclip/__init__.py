@@ -9,6 +9,7 @@ from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModu
 from opacus_bpclip.input_clipping import clip_inputs, unclip_inputs
 from opacus_bpclip.optimizer import BackpropClipOptimizer
 from opacus_bpclip.registration import register, unregister
+from opacus_bpclip.rules import register_rule
 
 __version__ = version("opacus-bpclip")
 
@@ -22,6 +23,7 @@ __all__ = [
     "PrivacyViolationError",
     "clip_inputs",
     "register",
+    "register_rule",
     "unclip_inputs",
     "unregister",
 ]

@@ -138,7 +138,8 @@ def _rule_for(
     if kind is None:
         return None, (
             f"no rule bounds the gradient of {', '.join(own)}. Freeze it (requires_grad=False), "
-            f"or build the model from supported layers: {supported}."
+            f"build the model from supported layers ({supported}), or write a rule for it and "
+            "register that with opacus_bpclip.register_rule."
         )
     for method in RULES[kind].methods:
         if getattr(type(module), method) is not getattr(kind, method) or method in vars(module):
@@ -151,7 +152,7 @@ def _rule_for(
         isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in own.values()
     ):
         return None, "is not initialised yet. Run one batch through the model first."
-    unknown = sorted(set(own) - {"weight", "bias"})
+    unknown = sorted(set(own) - set(RULES[kind].parameters))
     if unknown:
         return None, (
             f"its parameters {', '.join(unknown)} are not {kind.__name__}'s own; a "

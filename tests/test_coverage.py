@@ -74,8 +74,9 @@ def lazy(kind: Callable[..., nn.Module], *arguments: int) -> nn.Module:
 
 def no_rule(parameters: str) -> str:
     return (
-        f"no rule bounds the gradient of {parameters}. Freeze it (requires_grad=False), or build "
-        f"the model from supported layers: {SUPPORTED}."
+        f"no rule bounds the gradient of {parameters}. Freeze it (requires_grad=False), build "
+        f"the model from supported layers ({SUPPORTED}), or write a rule for it and register that "
+        "with opacus_bpclip.register_rule."
     )
 
 

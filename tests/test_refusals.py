@@ -337,7 +337,7 @@ def test_hooks_made_without_an_engine_refuse_as_cleanly(
 ) -> None:
     model = clip_inputs(mlp(), 0.5)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="Expected|allocation") as refusal:
+    with pytest.raises(ValueError, match=r"Expected|allocation") as refusal:
         hooks(model, **options)
     assert str(refusal.value) == message
     assert snapshot(model) == before

@@ -1,8 +1,4 @@
-"""The registry: which rule bounds which layer. A layer that is not here is refused."""
-
-from __future__ import annotations
-
-from torch import nn
+"""One rule a layer family: which norm of the input, which bound of the gradient, which proof."""
 
 from opacus_bpclip.rules.base import Keep, Prepared, Rule
 from opacus_bpclip.rules.conv import ConvRule
@@ -15,20 +11,7 @@ from opacus_bpclip.rules.normalization import (
     LayerNormRule,
     RMSNormRule,
 )
-
-RULES: dict[type[nn.Module], type[Rule]] = {
-    nn.Linear: LinearRule,
-    nn.Conv1d: ConvRule,
-    nn.Conv2d: ConvRule,
-    nn.Conv3d: ConvRule,
-    nn.Embedding: EmbeddingRule,
-    nn.LayerNorm: LayerNormRule,
-    nn.RMSNorm: RMSNormRule,
-    nn.GroupNorm: GroupNormRule,
-    nn.InstanceNorm1d: GroupNormRule,
-    nn.InstanceNorm2d: GroupNormRule,
-    nn.InstanceNorm3d: GroupNormRule,
-}
+from opacus_bpclip.rules.registry import RULES, register_rule
 
 __all__ = [
     "RULES",
@@ -43,4 +26,5 @@ __all__ = [
     "Prepared",
     "RMSNormRule",
     "Rule",
+    "register_rule",
 ]

@@ -41,12 +41,14 @@ class Rule(ABC):
     Attributes:
         methods: what a subclass of the layer must not override for the rule to hold.
         clips_input: whether the layer's input has a norm to clip.
+        parameters: the names of the layer's parameters that the rule bounds.
         weight: whether the layer has a trainable weight.
         bias: whether the layer has a trainable bias.
     """
 
     methods: ClassVar[tuple[str, ...]] = ("forward",)
     clips_input: ClassVar[bool] = False
+    parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     weight: bool
     bias: bool

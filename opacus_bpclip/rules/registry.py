@@ -1,0 +1,79 @@
+"""The registry: which rule bounds which layer. A layer that is not here is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from opacus_bpclip.rules.base import Rule
+from opacus_bpclip.rules.conv import ConvRule
+from opacus_bpclip.rules.embedding import EmbeddingRule
+from opacus_bpclip.rules.linear import LinearRule
+from opacus_bpclip.rules.normalization import GroupNormRule, LayerNormRule, RMSNormRule
+
+RuleClass = TypeVar("RuleClass", bound=type[Rule])
+
+RULES: dict[type[nn.Module], type[Rule]] = {
+    nn.Linear: LinearRule,
+    nn.Conv1d: ConvRule,
+    nn.Conv2d: ConvRule,
+    nn.Conv3d: ConvRule,
+    nn.Embedding: EmbeddingRule,
+    nn.LayerNorm: LayerNormRule,
+    nn.RMSNorm: RMSNormRule,
+    nn.GroupNorm: GroupNormRule,
+    nn.InstanceNorm1d: GroupNormRule,
+    nn.InstanceNorm2d: GroupNormRule,
+    nn.InstanceNorm3d: GroupNormRule,
+}
+
+
+def register_rule(
+    *kinds: type[nn.Module], replace: bool = False
+) -> Callable[[RuleClass], RuleClass]:
+    """Register the decorated rule for layers of these classes.
+
+    The guarantee then rests on the rule as well: its ``bound`` must never be below the norm of an
+    example's gradient, and nothing it does to one example may depend on another.
+
+    Args:
+        *kinds: the layers' classes. A layer's parameters must be named in the rule's
+            ``parameters``, and it takes one tensor, batch first, and returns one.
+        replace: take the place of a rule that is registered already.
+
+    Raises:
+        TypeError: the decorated object is not a `Rule` class, or a kind is not a module class.
+        ValueError: a kind has a rule already and ``replace`` is not set.
+
+    Example:
+        >>> class Doubled(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(2 * x)
+        >>> @register_rule(Doubled)
+        ... class DoubledRule(LinearRule):
+        ...     def measure(self, x):
+        ...         return super().measure(2 * x)
+        ...
+        ...     def columns(self, x):
+        ...         return super().columns(2 * x)
+        >>> RULES.pop(Doubled).__name__
+        'DoubledRule'
+    """
+
+    def decorate(rule: RuleClass) -> RuleClass:
+        if not (isinstance(rule, type) and issubclass(rule, Rule)):
+            raise TypeError(f"Expected {rule!r} to be a subclass of Rule.")
+        for kind in kinds:
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise TypeError(f"Expected {kind!r} to be a class of modules.")
+            if kind in RULES and not replace:
+                raise ValueError(
+                    f"{kind.__name__} has a rule already, {RULES[kind].__name__}. Pass "
+                    "replace=True to take its place."
+                )
+        RULES.update(dict.fromkeys(kinds, rule))
+        return rule
+
+    return decorate

@@ -1,0 +1,123 @@
+"""Rules for layers that the package does not know."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from opacus_bpclip import BackpropClipping, CoverageError, register_rule
+from opacus_bpclip.rules import RULES, Keep, LinearRule, Prepared, Rule
+from tests.checks import Trainer, check_independence, check_sensitivity, joint
+from tests.strategies import BOUNDS
+
+
+class Shift(nn.Module):
+    """Adds a raw parameter to every example, as a position embedding does."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+@dataclass(frozen=True)
+class ShiftRule(Rule):
+    """The example's gradient is its upstream gradient: the exact norm costs nothing."""
+
+    parameters = ("shift",)
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> Self:
+        return cls(weight=True, bias=False)
+
+    def expected_dims(self) -> tuple[int, int | None]:
+        return 2, None
+
+    def prepare(self, x: Tensor, max_norm: float | None) -> Prepared:
+        return Prepared(x, None, x.detach().flatten(1).isfinite().all(dim=1))
+
+    def keeps(self, kind: str) -> Keep:
+        return Keep(x=False, norms=False)
+
+    def bound(self, kind, g, x, input_norms, max_norm) -> Tensor:
+        return g.flatten(1).norm(dim=1)
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    register_rule(Shift)(ShiftRule)
+    yield
+    del RULES[Shift]
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_raw_parameter_of_ones_own_layer_trains_within_the_bound(bound):
+    model = nn.Sequential(nn.Linear(3, 4), Shift(4), nn.Tanh(), nn.Linear(4, 2))
+    trainer = Trainer(model, (3,), BackpropClipping(bound=bound))
+    x = torch.randn(5, 3, dtype=torch.float64) * 10
+    target = torch.randn(5, 2, dtype=torch.float64) * 1e3
+    check_sensitivity(trainer, x, target)
+    check_independence(trainer, x, target)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_rule_attains_its_limit():
+    trainer = Trainer(Shift(3), (3,), BackpropClipping(), max_grad_norm=0.7)
+    target = torch.full((1, 3), 1e4, dtype=torch.float64)
+    reached = joint(trainer.released(torch.ones(1, 3, dtype=torch.float64), target)).norm()
+    assert 0.999 * 0.7 <= reached <= 0.7
+
+
+def test_without_a_rule_the_layer_is_refused():
+    with pytest.raises(CoverageError, match=r"\(root\) \(Shift\): no rule bounds .* of shift"):
+        Trainer(Shift(3), (3,), BackpropClipping())
+
+
+def test_a_rule_is_not_replaced_silently():
+    with pytest.raises(ValueError, match=r"Linear has a rule already, LinearRule\. Pass replace"):
+        register_rule(nn.Linear)(ShiftRule)
+    assert RULES[nn.Linear] is LinearRule
+
+
+def test_a_rule_is_replaced_on_demand():
+    class Narrower(LinearRule):
+        pass
+
+    try:
+        assert register_rule(nn.Linear, replace=True)(Narrower) is Narrower
+        assert RULES[nn.Linear] is Narrower
+    finally:
+        RULES[nn.Linear] = LinearRule
+
+
+@pytest.mark.usefixtures("registered")
+def test_several_kinds_are_registered_together_or_not_at_all():
+    class New(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="Shift has a rule already"):
+        register_rule(New, Shift)(ShiftRule)
+    assert New not in RULES
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "message"),
+    [
+        (Shift, object, "to be a subclass of Rule"),
+        (Shift, lambda: None, "to be a subclass of Rule"),
+        (int, ShiftRule, "to be a class of modules"),
+        ("Linear", ShiftRule, "to be a class of modules"),
+    ],
+    ids=["no rule", "function", "no module", "a name"],
+)
+def test_only_rules_for_module_classes_are_registered(kind, rule, message):
+    before = dict(RULES)
+    with pytest.raises(TypeError, match=message):
+        register_rule(kind)(rule)
+    assert before == RULES
