@@ -31,8 +31,9 @@ def layer_fractions(
         0.8
     """
     shares = _shares(sizes, allocation)
-    total = math.fsum(shares.values())
-    return {name: math.sqrt(share / total) for name, share in shares.items()}
+    largest = max(shares.values())
+    total = math.fsum(share / largest for share in shares.values())
+    return {name: math.sqrt(share / largest / total) for name, share in shares.items()}
 
 
 def _shares(sizes: Mapping[str, int], allocation: str | Mapping[str, float]) -> dict[str, float]:

@@ -76,7 +76,9 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         except ValueError:
             self.guard.remove()
             raise
-        self._put_back_input_clips = take_input_clips(m)
+        # Clips that the model brings along give way to ours, and stay where there are none.
+        replaced = m if config.max_input_norm is not None else nn.Module()
+        self._put_back_input_clips = take_input_clips(replaced)
         self._handles = [
             m.register_forward_pre_hook(self._enter_root, with_kwargs=True),
             m.register_forward_hook(self._leave_root, with_kwargs=True),

@@ -77,6 +77,11 @@ class GradientGuard:
         for watched in self._watched.values():
             watched.clear()
 
+    def finish(self) -> None:
+        """Forget the gradients at hand, and the forward pass that they came from."""
+        self.clear()
+        self._compiled = False
+
     @property
     def pending(self) -> bool:
         """Return whether clipped gradients wait for their noise."""
@@ -103,6 +108,7 @@ class GradientGuard:
         for name, norm in self._batch_normalizations.items():
             if mixes_examples(norm):
                 self.fail(batch_normalization_problem(name))
+        self._compiled = False
         self._forward_index += 1
         self._in_forward = True
         self._passed_root = False

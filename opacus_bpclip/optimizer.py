@@ -117,7 +117,7 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
                 p.summed_grad = gradient if p.summed_grad is None else p.summed_grad + gradient
             elif p.summed_grad is None:
                 p.summed_grad = torch.zeros_like(p)
-        guard.clear()
+        guard.finish()
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Collect, and at the end of a logical batch add noise, divide and account.

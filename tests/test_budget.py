@@ -13,10 +13,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_bpclip import (
-    BackpropClipping,
-    PrivacyEngine,
-)
+from opacus_bpclip import BackpropClipping, PrivacyEngine
 from tests.helpers import (
     SEARCHES_FOR_NOISE,
     Private,

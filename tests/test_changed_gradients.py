@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from opacus_bpclip import (
-    PrivacyViolationError,
-)
+from opacus_bpclip import PrivacyViolationError
 from tests.helpers import (
     CLASSES,
     Private,

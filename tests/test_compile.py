@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from opacus_bpclip import (
-    BackpropClipping,
-    PrivacyViolationError,
-)
+from opacus_bpclip import BackpropClipping, PrivacyViolationError
 from tests.helpers import (
     Private,
     assert_refused_until_zero_grad,
     backward,
+    batch,
+    loss_of,
     make_private,
     mlp,
     one_layer,
@@ -93,3 +92,17 @@ def test_a_compiled_model_still_refuses_accumulation() -> None:
     backward(fast)
     with pytest.raises(PrivacyViolationError, match="not compatible with grad accumulation"):
         backward(fast)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_an_eager_batch_after_a_compiled_one_is_checked_like_any_other() -> None:
+    private = make_private(one_layer())
+    train_step(private)
+    train_step(compiled(private))
+    private.optimizer.zero_grad()
+    loss = loss_of(private.model, *batch()) + 1e4 * private.parameters[0].sum()
+    with pytest.raises(PrivacyViolationError, match="got gradient from outside its layer's call"):
+        loss.backward()
+    private.optimizer.zero_grad()
+    with pytest.raises(PrivacyViolationError, match="did not come from its layer's call"):
+        (1e4 * private.parameters[0].sum()).backward()

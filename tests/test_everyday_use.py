@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from opacus_bpclip import (
-    BackpropClipping,
-)
+from opacus_bpclip import BackpropClipping
 from tests.helpers import (
     BOUNDS,
     CLASSES,

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from opacus_bpclip import (
-    PrivacyViolationError,
-)
+from opacus_bpclip import PrivacyViolationError
 from tests.helpers import (
     CLASSES,
     FEATURES,

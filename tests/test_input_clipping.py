@@ -11,11 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip import (
-    BackpropClipping,
-    clip_inputs,
-    unclip_inputs,
-)
+from opacus_bpclip import BackpropClipping, clip_inputs, unclip_inputs
 from tests.helpers import (
     CLASSES,
     ByKeyword,

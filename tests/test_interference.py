@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from opacus_bpclip import (
-    BackpropClipping,
-    PrivacyViolationError,
-)
+from opacus_bpclip import BackpropClipping, PrivacyViolationError
 from tests.helpers import (
     BOUNDS,
     ByKeyword,

@@ -9,9 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from opacus_bpclip import (
-    PrivacyEngine,
-)
+from opacus_bpclip import PrivacyEngine
 from tests.helpers import (
     CLASSES,
     FEATURES,

@@ -10,10 +10,7 @@ import torch.nn.functional as F
 from opacus.accountants import create_accountant
 from torch import Tensor, nn
 
-from opacus_bpclip import (
-    BackpropClipOptimizer,
-    PrivacyEngine,
-)
+from opacus_bpclip import BackpropClipOptimizer, PrivacyEngine
 from tests.helpers import (
     FEATURES,
     backward,

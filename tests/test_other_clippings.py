@@ -14,15 +14,8 @@ from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGr
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_bpclip import (
-    PrivacyEngine,
-)
-from tests.helpers import (
-    SEARCHES_FOR_NOISE,
-    dataset,
-    flat,
-    mlp,
-)
+from opacus_bpclip import PrivacyEngine
+from tests.helpers import SEARCHES_FOR_NOISE, dataset, flat, mlp
 
 SGD = torch.optim.SGD
 

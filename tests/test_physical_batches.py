@@ -10,9 +10,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip import (
-    PrivacyViolationError,
-)
+from opacus_bpclip import PrivacyViolationError
 from tests.helpers import (
     Private,
     dataset,

@@ -16,10 +16,7 @@ from opacus.schedulers import (
     StepNoise,
 )
 
-from opacus_bpclip import (
-    BackpropClipping,
-    PrivacyViolationError,
-)
+from opacus_bpclip import BackpropClipping, PrivacyViolationError
 from tests.helpers import (
     backward,
     batch,
