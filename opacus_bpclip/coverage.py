@@ -51,18 +51,35 @@ class Layer:
         return any(method in vars(self.module) for method in self.rule.methods)
 
 
-def trainable_layers(model: nn.Module) -> dict[str, Layer]:
-    """Return the layers to clip, by dotted name, in the model's order.
+@dataclass(frozen=True)
+class Finding:
+    """What the examination of a model found at one module.
 
-    Raises:
-        CoverageError: a trainable parameter has no owner with a rule, or more than one owner, or
-            the model has nothing to train. The message lists every problem with its remedy.
+    Attributes:
+        name: dotted path in the model, ``"(root)"`` for the model itself.
+        module: the module.
+        parameters: its own trainable parameters, by name.
+        rule: what bounds their gradient, ``None`` where nothing does.
+        problems: why the model is refused, each a sentence with the remedy.
     """
-    layers: dict[str, Layer] = {}
-    problems: list[str] = []
+
+    name: str
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    rule: Rule | None
+    problems: tuple[str, ...] = ()
+
+
+def examine(model: nn.Module) -> list[Finding]:
+    """Return a finding for each module with trainable parameters, and for what mixes examples."""
+    findings: list[Finding] = []
     owners: dict[nn.Parameter, str] = {}
+    mixing = {
+        name: norm for name, norm in batch_normalizations(model).items() if mixes_examples(norm)
+    }
     for name, module in _owners(model):
         own = _own_trainable(module)
+        problems = []
         for parameter_name, parameter in own.items():
             if parameter in owners:
                 problems.append(
@@ -70,21 +87,46 @@ def trainable_layers(model: nn.Module) -> dict[str, Layer]:
                     "use adds to one example's contribution. Give each layer its own parameter."
                 )
             owners.setdefault(parameter, f"{name}.{parameter_name}")
-        rule, problem = _rule_for(module, own)
-        if rule is None:
-            problems.append(f"{name} ({type(module).__name__}): {problem}")
+        rule = None
+        if mixing.pop(name, None):
+            problems.append(batch_normalization_problem(name))
         else:
-            layers[name] = Layer(name, module, type(module), rule, tuple(own.values()))
-    problems += [
-        batch_normalization_problem(name)
-        for name, norm in batch_normalizations(model).items()
-        if mixes_examples(norm)
+            rule, problem = _rule_for(module, own)
+            if rule is None:
+                problems.append(f"{name} ({type(module).__name__}): {problem}")
+        findings.append(Finding(name, module, own, rule, tuple(problems)))
+    findings += [
+        Finding(name, norm, {}, None, (batch_normalization_problem(name),))
+        for name, norm in mixing.items()
     ]
+    return findings
+
+
+def trainable_layers(model: nn.Module) -> dict[str, Layer]:
+    """Return the layers to clip, by dotted name, in the model's order.
+
+    Raises:
+        CoverageError: a trainable parameter has no owner with a rule, or more than one owner, or
+            the model has nothing to train. The message lists every problem with its remedy.
+    """
+    findings = examine(model)
+    problems = [problem for finding in findings for problem in finding.problems]
     if problems:
         raise CoverageError(
             "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
             + "\n".join(f"- {problem}" for problem in problems)
         )
+    layers = {
+        found.name: Layer(
+            found.name,
+            found.module,
+            type(found.module),
+            found.rule,
+            tuple(found.parameters.values()),
+        )
+        for found in findings
+        if found.rule is not None
+    }
     if not layers:
         raise CoverageError(
             "The model has no trainable parameter. Set requires_grad=True on the layers to train."

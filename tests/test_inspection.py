@@ -1,0 +1,127 @@
+"""``opacus-bpclip inspect``: the table, the data, the exit status, and what a typo gets."""
+
+import json
+import sys
+
+import pytest
+from torch import nn
+
+from opacus_bpclip import BackpropClipping, CoverageError
+from opacus_bpclip.cli import main
+from opacus_bpclip.inspection import inspect
+
+MODELS = """
+from torch import nn
+
+def good():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 2))
+
+def bad():
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LSTM(4, 4))
+
+def frozen():
+    return nn.Linear(2, 2).requires_grad_(False)
+
+def greedy(size):
+    return nn.Linear(size, size)
+
+INSTANCE = nn.Linear(2, 2)
+NUMBER = 3
+
+def number():
+    return NUMBER
+"""
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A module in the current folder, where a user would have it."""
+    (tmp_path / "my_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("my_models", None)
+
+
+@pytest.mark.usefixtures("models")
+def test_a_model_that_would_train_is_shown_layer_by_layer(capsys):
+    assert main(["inspect", "my_models:good", "--max-grad-norm", "2", "--bound", "exact"]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[0] == [
+        "module",
+        "type",
+        "parameters",
+        "rule",
+        "input",
+        "norm",
+        "bound",
+        "sensitivity",
+    ]
+    assert [row[:6] for row in table[1:]] == [
+        ["0", "Conv2d", "40", "ConvRule", "3", "exact"],
+        ["1", "GroupNorm", "8", "GroupNormRule", "-", "exact"],
+        ["3", "Linear", "34", "LinearRule", "3", "exact"],
+    ]
+    assert sum(float(row[6]) ** 2 for row in table[1:]) == pytest.approx(4.0, abs=1e-3)
+
+
+@pytest.mark.usefixtures("models")
+def test_a_model_that_would_be_refused_says_where_why_and_what_to_do(capsys):
+    assert main(["inspect", "my_models:bad"]) == 1
+    out = capsys.readouterr().out
+    assert "1       BatchNorm1d           8  REFUSED" in out
+    assert "- 1 normalises over the batch: each example's value depends on its companions." in out
+    assert "- 2 (LSTM): no rule bounds the gradient of weight_ih_l0" in out
+    assert "register_rule" in out
+
+
+@pytest.mark.usefixtures("models")
+def test_the_same_facts_as_data(tmp_path):
+    path = tmp_path / "rows.json"
+    assert main(["inspect", "my_models:INSTANCE", "--json", str(path)]) == 0
+    assert json.loads(path.read_text()) == [
+        {
+            "module": "(root)",
+            "type": "Linear",
+            "parameters": 6,
+            "rule": "LinearRule",
+            "max_input_norm": 3.0,
+            "bound": "weighted",
+            "sensitivity": 1.0,
+            "problem": "",
+        }
+    ]
+
+
+@pytest.mark.usefixtures("models")
+def test_a_model_with_nothing_to_train_would_be_refused(capsys):
+    assert main(["inspect", "my_models:frozen"]) == 1
+    assert "no trainable parameter" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["my_models"], "not of the form MODULE:FACTORY"),
+        (["nowhere:good"], "cannot import nowhere"),
+        (["my_models:missing"], "my_models has no missing"),
+        (["my_models:NUMBER"], "neither a model nor callable"),
+        (["my_models:greedy"], "cannot be called without arguments"),
+        (["my_models:number"], "makes a int, not a torch.nn.Module"),
+        (["my_models:good", "--max-input-norm", "-1"], "max_input_norm=-1.0"),
+        (["my_models:good", "--max-grad-norm", "nan"], "max_grad_norm=nan"),
+        (["my_models:good", "--json", "no/such/folder.json"], "No such file"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_wrong_use_gets_one_line_and_status_two(arguments, message, capsys):
+    assert main(["inspect", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("opacus-bpclip inspect: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_allocation_that_does_not_fit_is_an_error():
+    with pytest.raises(CoverageError, match="no such layer: head"):
+        inspect(nn.Linear(2, 2), BackpropClipping(allocation={"head": 1.0}))
