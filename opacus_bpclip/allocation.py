@@ -36,6 +36,15 @@ def layer_fractions(
     return {name: math.sqrt(share / largest / total) for name, share in shares.items()}
 
 
+def limit_of_each_use(sensitivity: float, uses: int) -> float:
+    """Return what each of ``uses`` calls of a layer may contribute: ``Delta_l / K``.
+
+    The calls' contributions to one example's gradient add up, and may point the same way: by the
+    triangle inequality their sum has norm at most ``K * Delta_l / K``.
+    """
+    return sensitivity / uses
+
+
 def _shares(sizes: Mapping[str, int], allocation: str | Mapping[str, float]) -> dict[str, float]:
     if allocation == "equal":
         return dict.fromkeys(sizes, 1.0)

@@ -73,7 +73,7 @@ def checked_options(
     _refuse_wrapped(module)
     # Opacus's own words on what needs replacing (BatchNorm, LSTM, ...) come before ours.
     engine.validate(module=module, optimizer=None, data_loader=None)
-    sizes = {name: layer.size for name, layer in trainable_layers(module).items()}
+    sizes = {name: layer.size for name, layer in trainable_layers(module, backprop.uses).items()}
     layer_fractions(sizes, backprop.allocation)
     return backprop
 

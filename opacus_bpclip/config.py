@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, get_args
 
 Bound = Literal["product", "weighted", "exact"]
 Upstream = Literal["clip", "normalize"]
 Allocation = Literal["equal", "dimension"]
+
+Value = TypeVar("Value", int, float)
 
 
 def is_positive_number(value: object) -> bool:
@@ -22,13 +24,13 @@ def is_positive_number(value: object) -> bool:
         return False
 
 
-class _Shares(Mapping[str, float]):
+class _Frozen(Mapping[str, Value]):
     """A mapping that cannot be changed, so that it can be hashed, copied and pickled."""
 
-    def __init__(self, shares: Mapping[str, float]) -> None:
-        self._items = tuple(shares.items())
+    def __init__(self, items: Mapping[str, Value]) -> None:
+        self._items: tuple[tuple[str, Value], ...] = tuple(items.items())
 
-    def __getitem__(self, name: str) -> float:
+    def __getitem__(self, name: str) -> Value:
         return dict(self._items)[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -61,6 +63,9 @@ class BackpropClipping:
             ``max_grad_norm ** 2`` (shares are normalised to sum to one).
         upstream: ``"clip"`` scales an example down where it exceeds the bound; ``"normalize"``
             scales every example to the bound.
+        uses: how often a layer is used in one forward pass, by dotted name; 1 where it is not
+            named. Each of ``K`` uses is held to ``Delta_l / K``, so that together they stay within
+            ``Delta_l``. More uses than declared are refused, fewer only waste sensitivity.
 
     Raises:
         ValueError: an option outside these values; the message names it and what is accepted.
@@ -74,6 +79,7 @@ class BackpropClipping:
     bound: Bound = "weighted"
     allocation: Allocation | Mapping[str, float] = "dimension"
     upstream: Upstream = "clip"
+    uses: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require_choice("bound", self.bound, get_args(Bound))
@@ -95,9 +101,17 @@ class BackpropClipping:
                         f"Expected allocation[{name!r}]={share!r} to map a module's name to a "
                         "finite number > 0."
                     )
-            object.__setattr__(self, "allocation", _Shares(self.allocation))
+            object.__setattr__(self, "allocation", _Frozen(self.allocation))
         else:
             _require_choice("allocation", self.allocation, get_args(Allocation), "or a mapping")
+        if not isinstance(self.uses, Mapping):
+            raise ValueError(f"Expected uses={self.uses!r} to be a mapping of names to counts.")
+        for name, count in self.uses.items():
+            if not isinstance(name, str) or type(count) is not int or count < 1:
+                raise ValueError(
+                    f"Expected uses[{name!r}]={count!r} to map a module's name to an integer >= 1."
+                )
+        object.__setattr__(self, "uses", _Frozen(self.uses))
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:

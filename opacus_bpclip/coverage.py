@@ -30,6 +30,7 @@ class Layer:
         kind: its class when it was examined.
         rule: what bounds its gradient.
         parameters: its trainable parameters.
+        uses: how often it may be used in one forward pass.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Layer:
     kind: type[nn.Module]
     rule: Rule
     parameters: tuple[nn.Parameter, ...]
+    uses: int = 1
 
     @property
     def size(self) -> int:
@@ -102,13 +104,19 @@ def examine(model: nn.Module) -> list[Finding]:
     return findings
 
 
-def trainable_layers(model: nn.Module) -> dict[str, Layer]:
+def trainable_layers(model: nn.Module, uses: Mapping[str, int] | None = None) -> dict[str, Layer]:
     """Return the layers to clip, by dotted name, in the model's order.
+
+    Args:
+        model: the model.
+        uses: how often a layer is used in one forward pass, where that is more than once.
 
     Raises:
         CoverageError: a trainable parameter has no owner with a rule, or more than one owner, or
-            the model has nothing to train. The message lists every problem with its remedy.
+            the model has nothing to train, or ``uses`` names a layer that it does not have. The
+            message lists every problem with its remedy.
     """
+    uses = uses or {}
     findings = examine(model)
     problems = [problem for finding in findings for problem in finding.problems]
     if problems:
@@ -123,6 +131,7 @@ def trainable_layers(model: nn.Module) -> dict[str, Layer]:
             type(found.module),
             found.rule,
             tuple(found.parameters.values()),
+            uses.get(found.name, 1),
         )
         for found in findings
         if found.rule is not None
@@ -130,6 +139,12 @@ def trainable_layers(model: nn.Module) -> dict[str, Layer]:
     if not layers:
         raise CoverageError(
             "The model has no trainable parameter. Set requires_grad=True on the layers to train."
+        )
+    unknown = sorted(set(uses) - set(layers))
+    if unknown:
+        raise CoverageError(
+            f"uses names no trainable layer of the model: {', '.join(unknown)}. There are: "
+            f"{', '.join(layers)}."
         )
     return layers
 

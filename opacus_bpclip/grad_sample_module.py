@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from opacus_bpclip.allocation import layer_fractions
+from opacus_bpclip import allocation
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.coverage import Layer, trainable_layers
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
@@ -66,9 +66,9 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self.config = config = config or BackpropClipping()
         self.batch_first = True
         self.loss_reduction = loss_reduction
-        self._layers = layers = trainable_layers(m)
+        self._layers = layers = trainable_layers(m, config.uses)
         sizes = {name: layer.size for name, layer in layers.items()}
-        self._fractions = layer_fractions(sizes, config.allocation)
+        self._fractions = allocation.layer_fractions(sizes, config.allocation)
         self._limits = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in layers}
         self.guard = GradientGuard(m, layers.values(), unwrap_mean=loss_reduction == "mean")
         try:
@@ -110,7 +110,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             )
         self._max_grad_norm = value
         for name, sensitivity in self.layer_sensitivities.items():
-            self._limits[name].fill_(sensitivity)
+            limit = allocation.limit_of_each_use(sensitivity, self._layers[name].uses)
+            self._limits[name].fill_(limit)
 
     @property
     def layer_sensitivities(self) -> Mapping[str, float]:

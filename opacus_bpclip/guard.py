@@ -47,17 +47,16 @@ class GradientGuard:
         self.accumulation_allowed = True
         self._unwrap_mean = unwrap_mean
         self._compiled = False
-        self._forward_index = 0
         self._in_forward = False
         self._passed_root = False
         self._batch_size = 0
-        self._last_call: dict[str, int] = {}
+        self._calls: dict[str, int] = {}  # of each layer in the latest forward pass
         self._watched: dict[Tensor, WatchedParameter] = {}
         for layer in layers:
             for name, parameter in layer.module.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     self._watched[parameter] = WatchedParameter(
-                        f"{layer.name}.{name}", parameter, self._judge, self.fail
+                        f"{layer.name}.{name}", parameter, layer.uses, self._judge, self.fail
                     )
         self._batch_normalizations = batch_normalizations(model)
         self._frozen = [
@@ -109,7 +108,7 @@ class GradientGuard:
             if mixes_examples(norm):
                 self.fail(batch_normalization_problem(name))
         self._compiled = False
-        self._forward_index += 1
+        self._calls.clear()
         self._in_forward = True
         self._passed_root = False
         self._batch_size = batch_size
@@ -124,9 +123,9 @@ class GradientGuard:
         A call inside a backward pass is activation checkpointing's second run of a call that was
         checked and counted the first time.
         """
-        called = self._last_call.get(layer.name) == self._forward_index
+        calls = self._calls.get(layer.name, 0)
         if _in_backward():
-            if not called:
+            if not calls:
                 self.fail(
                     f"{layer.name} runs for the first time inside the backward pass, where its "
                     "uses cannot be counted. Use checkpoint(..., use_reentrant=False)."
@@ -138,12 +137,15 @@ class GradientGuard:
                 "the mean loss divides by is unknown there. Call the whole model, and have its "
                 "forward return whatever the loss needs."
             )
-        if called:
+        if calls >= layer.uses:
+            times = "once" if layer.uses == 1 else f"{layer.uses} times"
             self.fail(
-                f"{layer.name} is used more than once in a forward pass: each use adds to one "
-                "example's contribution, and the bound counts one. Give each use its own layer."
+                f"{layer.name} is used more than {times} in a forward pass: each use adds to one "
+                f"example's contribution, and the bound counts {layer.uses}. Give each use its own "
+                f"layer, or declare how many there are: BackpropClipping(uses={{{layer.name!r}: "
+                "...})."
             )
-        self._last_call[layer.name] = self._forward_index
+        self._calls[layer.name] = calls + 1
         if layer.is_patched:
             self.fail(
                 f"{layer.name} was changed after make_private (its forward was replaced, or a "
@@ -216,9 +218,8 @@ class GradientGuard:
 
     def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that is about to reach its parameter."""
-        sent, watched.sent = watched.sent, None
         stale = watched.parameter.grad
-        if sent is None and not (self._compiled and watched.vouched):
+        if not watched.sent and not (self._compiled and watched.vouched):
             self.fail(
                 f"{watched.name} got a gradient that did not come from its layer's call. "
                 + (
@@ -229,7 +230,7 @@ class GradientGuard:
                     "privacy before torch.compile."
                 )
             )
-        if sent is not None and sent is not gradient:
+        if watched.sent and not watched.is_sum_of_sent(gradient):
             self.fail(
                 f"{watched.name} got gradient from outside its layer's call, and nothing bounds "
                 "it. Use the parameter through its layer only, not directly "

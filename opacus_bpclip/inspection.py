@@ -30,6 +30,7 @@ class Row:
         rule: what bounds their gradient, ``None`` where nothing does.
         max_input_norm: what its input is clipped to, ``None`` where it is not.
         bound: how its gradient is bounded.
+        uses: how often it may be used in one forward pass.
         sensitivity: Delta_l; ``None`` while any module is refused.
         problem: why the model is refused, with the remedy; empty if it is not.
     """
@@ -40,6 +41,7 @@ class Row:
     rule: str | None
     max_input_norm: float | None
     bound: str
+    uses: int
     sensitivity: float | None
     problem: str
 
@@ -87,6 +89,7 @@ def inspect(
                 config.max_input_norm if found.rule is not None and found.rule.clips_input else None
             ),
             bound=config.bound,
+            uses=config.uses.get(found.name, 1),
             sensitivity=(
                 fractions[found.name] * max_grad_norm if found.name in fractions else None
             ),
@@ -141,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
 
 def render(rows: list[Row]) -> str:
     """Return the rows as a table, and the problems below it."""
-    lines = [["module", "type", "parameters", "rule", "input norm", "bound", "sensitivity"]]
+    lines = [["module", "type", "parameters", "rule", "input norm", "bound", "uses", "sensitivity"]]
     lines += [
         [
             row.module,
@@ -150,6 +153,7 @@ def render(rows: list[Row]) -> str:
             row.rule or "REFUSED",
             "-" if row.max_input_norm is None else f"{row.max_input_norm:g}",
             row.bound,
+            str(row.uses),
             "-" if row.sensitivity is None else f"{row.sensitivity:.4f}",
         ]
         for row in rows
@@ -157,7 +161,7 @@ def render(rows: list[Row]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = [
         "  ".join(
-            cell.rjust(width) if column in (2, 4, 6) else cell.ljust(width)
+            cell.rjust(width) if column in (2, 4, 6, 7) else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

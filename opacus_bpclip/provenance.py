@@ -21,12 +21,13 @@ class WatchedParameter:
     Args:
         name: dotted path of the parameter.
         parameter: the parameter.
+        uses: how many calls of its layer may send to it in one backward pass.
         judge: called with this object and the gradient that is about to be accumulated; raises if
             it cannot be accounted for.
         fail: called with the reason when the backward pass runs twice; raises.
 
     Attributes:
-        sent: the gradient that the layer's own node produced, on its way to the parameter.
+        sent: the gradients that the layer's own nodes produced, on their way to the parameter.
         passes: backward passes collected since the last step.
         vouched: whether an eager batch has passed every check.
     """
@@ -35,12 +36,14 @@ class WatchedParameter:
         self,
         name: str,
         parameter: nn.Parameter,
+        uses: int,
         judge: Callable[[WatchedParameter, Tensor], None],
         fail: Fail,
     ) -> None:
         self.name = name
         self.parameter = parameter
-        self.sent: Tensor | None = None
+        self.uses = uses
+        self.sent: list[tuple[Tensor, int]] = []
         self.passes = 0
         self.vouched = False
         self._arrived: Tensor | None = None
@@ -60,7 +63,8 @@ class WatchedParameter:
 
     def clear(self) -> None:
         """Forget the gradient at hand."""
-        self.sent = self._arrived = self._collected = None
+        self.sent = []
+        self._arrived = self._collected = None
         self.passes = 0
 
     def follow(self, node: torch.autograd.graph.Node, index: int) -> None:
@@ -75,11 +79,26 @@ class WatchedParameter:
                     "example would contribute twice. Add the losses and call backward once."
                 )
             spent = True
-            self.sent = inputs[index]
-            if self.sent is not None:
-                self._version = self.sent._version
+            gradient = inputs[index]
+            if gradient is not None:
+                self.sent.append((gradient, gradient._version))
 
         node.register_hook(send)
+
+    def is_sum_of_sent(self, gradient: Tensor) -> bool:
+        """Return whether a gradient is what the layer's calls sent, and from no more than allowed.
+
+        One call's gradient arrives as the very tensor that was sent. Several are added up by
+        autograd in the order of their arrival, which can be done again to the bit.
+        """
+        if len(self.sent) > self.uses:
+            return False
+        total, *others = (sent for sent, _ in self.sent)
+        if not others:
+            return total is gradient
+        for sent in others:
+            total = total + sent
+        return torch.equal(total, gradient)
 
     def take(self) -> Tensor | None:
         """Return the sum of contributions since the last step; ``None`` without any."""
@@ -87,24 +106,24 @@ class WatchedParameter:
         return collected
 
     def _arrive(self, gradient: Tensor) -> None:
-        if self.sent is None:
-            self._version = gradient._version
+        for sent, version in self.sent:
+            self._require_unchanged(sent, version)
         self._judge(self, gradient)
-        self._require_unchanged(gradient)
-        self._arrived = gradient
+        self.sent = []
+        self._arrived, self._version = gradient, gradient._version
 
     def _collect(self, parameter: Tensor) -> None:
         # Only what is accumulated counts: torch.autograd.grad takes a look and leaves.
         assert self._arrived is not None
         gradient, self._arrived = self._arrived, None
-        self._require_unchanged(gradient)
+        self._require_unchanged(gradient, self._version)
         # Out of place: autograd may have sent the same tensor to another parameter.
         self._collected = gradient if self._collected is None else self._collected + gradient
         self.passes += 1
         parameter.grad = None
 
-    def _require_unchanged(self, gradient: Tensor) -> None:
-        if gradient._version != self._version:
+    def _require_unchanged(self, gradient: Tensor, version: int) -> None:
+        if gradient._version != version:
             self._fail(
                 f"A hook on {self.name} changed its gradient in place, after it was clipped. "
                 "Remove the hook."

@@ -109,7 +109,8 @@ def reentrant(model: Switchable, x: Tensor) -> Tensor:
 
 MORE_THAN_ONCE = (
     "head is used more than once in a forward pass: each use adds to one example's contribution, "
-    "and the bound counts one. Give each use its own layer."
+    "and the bound counts 1. Give each use its own layer, or declare how many there are: "
+    "BackpropClipping(uses={'head': ...})."
 )
 DIRECT = (
     "Use the parameter through its layer only, not directly (F.linear(x, layer.weight), a penalty "

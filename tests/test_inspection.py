@@ -46,22 +46,14 @@ def models(tmp_path, monkeypatch):
 def test_a_model_that_would_train_is_shown_layer_by_layer(capsys):
     assert main(["inspect", "my_models:good", "--max-grad-norm", "2", "--bound", "exact"]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert table[0] == [
-        "module",
-        "type",
-        "parameters",
-        "rule",
-        "input",
-        "norm",
-        "bound",
-        "sensitivity",
+    heads = ["module", "type", "parameters", "rule", "input", "norm", "bound", "uses"]
+    assert table[0] == [*heads, "sensitivity"]
+    assert [row[:7] for row in table[1:]] == [
+        ["0", "Conv2d", "40", "ConvRule", "3", "exact", "1"],
+        ["1", "GroupNorm", "8", "GroupNormRule", "-", "exact", "1"],
+        ["3", "Linear", "34", "LinearRule", "3", "exact", "1"],
     ]
-    assert [row[:6] for row in table[1:]] == [
-        ["0", "Conv2d", "40", "ConvRule", "3", "exact"],
-        ["1", "GroupNorm", "8", "GroupNormRule", "-", "exact"],
-        ["3", "Linear", "34", "LinearRule", "3", "exact"],
-    ]
-    assert sum(float(row[6]) ** 2 for row in table[1:]) == pytest.approx(4.0, abs=1e-3)
+    assert sum(float(row[7]) ** 2 for row in table[1:]) == pytest.approx(4.0, abs=1e-3)
 
 
 @pytest.mark.usefixtures("models")
@@ -86,6 +78,7 @@ def test_the_same_facts_as_data(tmp_path):
             "rule": "LinearRule",
             "max_input_norm": 3.0,
             "bound": "weighted",
+            "uses": 1,
             "sensitivity": 1.0,
             "problem": "",
         }

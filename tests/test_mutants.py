@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from opacus_bpclip import BackpropClipOptimizer, BackpropClipping, grad_sample_module, norms, ops
+from opacus_bpclip import (
+    BackpropClipOptimizer,
+    BackpropClipping,
+    allocation,
+    grad_sample_module,
+    norms,
+    ops,
+)
 from opacus_bpclip.guard import GradientGuard
+from opacus_bpclip.rules import LayerNormRule
 from tests.checks import (
     Trainer,
     check_independence,
@@ -68,6 +76,34 @@ def not_finite_upstream():
     check_silent(trainer, torch.ones(3, 2, dtype=torch.float64), target)
 
 
+class Sides(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) - self.layer(-x)
+
+
+def sensitivity_of_two_uses():
+    trainer = Trainer(Sides(), (1,), BackpropClipping(uses={"layer": 2}))
+    x = torch.full((1, 1), 1e4, dtype=torch.float64)
+    check_sensitivity(trainer, x, x.clone())
+
+
+def sensitivity_of_a_layer_norm_far_from_zero():
+    layer = nn.LayerNorm(8, eps=1e-12)
+    trainer = Trainer(layer, (3, 8), BackpropClipping(), dtype=torch.float32)
+    x = 1e8 + torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    check_sensitivity(trainer, x, torch.ones(2, 24))
+
+
+def sensitivity_of_a_repeated_token():
+    trainer = Trainer(nn.Embedding(2, 1), (9,), BackpropClipping(bound="product"))
+    ids = torch.zeros(1, 9, dtype=torch.long)
+    check_sensitivity(trainer, ids, torch.ones(1, 9, dtype=torch.float64))
+
+
 CHECKS = (
     noise_scale,
     accounting,
@@ -76,6 +112,9 @@ CHECKS = (
     weighted_sensitivity_with_bias,
     not_finite,
     not_finite_upstream,
+    sensitivity_of_two_uses,
+    sensitivity_of_a_layer_norm_far_from_zero,
+    sensitivity_of_a_repeated_token,
 )
 
 
@@ -137,6 +176,24 @@ def nan_passed_through(patch):
     patch.setattr(ops, "_zero_rows", lambda x, keep: x)
 
 
+def reuse_counted_once(patch):
+    patch.setattr(allocation, "limit_of_each_use", lambda sensitivity, uses: sensitivity)
+
+
+def means_left_in_normalized_layers(patch):
+    """A mean far above the deviations turns rounding errors into normalised values."""
+    patch.setattr(LayerNormRule, "centred", lambda self, x: x)
+
+
+def embedding_positions_not_added_up(patch):
+    """The largest position's norm instead of the sum over positions."""
+
+    def mutant(g, largest):
+        return torch.linalg.vector_norm(g, dim=2).amax(dim=(1, 2)) * largest
+
+    patch.setattr(norms, "product_bound", mutant)
+
+
 MUTANTS = [
     (original_bug, noise_scale),
     (mean_undone_after_clipping, sensitivity_below_the_clip),
@@ -146,6 +203,9 @@ MUTANTS = [
     (accounted_per_layer, accounting),
     (nan_passed_through, not_finite),
     (nan_passed_through, not_finite_upstream),
+    (reuse_counted_once, sensitivity_of_two_uses),
+    (means_left_in_normalized_layers, sensitivity_of_a_layer_norm_far_from_zero),
+    (embedding_positions_not_added_up, sensitivity_of_a_repeated_token),
 ]
 
 

@@ -1,0 +1,129 @@
+"""A layer used several times in one forward pass, as often as declared."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from opacus_bpclip import BackpropClipping, CoverageError, PrivacyViolationError
+from tests.checks import Trainer, check_independence, check_sensitivity, joint, squared_loss
+from tests.strategies import BOUNDS, MODES, hostile_batches, scales, seeds
+
+
+class Recurrent(nn.Module):
+    """Applies one layer ``steps`` times."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.cell, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.steps):
+            x = torch.tanh(self.cell(x))
+        return self.head(x)
+
+
+class Sides(nn.Module):
+    """Applies one layer to the input and to its negative: both uses can pull the same way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) - self.layer(-x)
+
+
+def _trainer(model, uses, **options):
+    clipping = BackpropClipping(uses=uses, **options)
+    return Trainer(model, (3,), clipping, max_grad_norm=0.9)
+
+
+@st.composite
+def recurrences(draw):
+    torch.manual_seed(draw(seeds))
+    steps = draw(st.integers(1, 4))
+    bound, upstream = draw(st.sampled_from(MODES))
+    trainer = _trainer(Recurrent(steps), {"cell": steps}, bound=bound, upstream=upstream)
+    x = draw(hostile_batches((3,), min_size=1))
+    rows = torch.tensor([draw(scales) for _ in x], dtype=torch.float64)
+    return trainer, x, torch.randn(len(x), 2, dtype=torch.float64) * rows[:, None]
+
+
+@given(recurrences())
+def test_all_uses_together_stay_within_the_layers_sensitivity(case):
+    check_sensitivity(*case)
+    check_independence(*case)
+
+
+@pytest.mark.parametrize(("bound", "upstream"), MODES)
+def test_uses_that_agree_reach_the_layers_sensitivity(bound, upstream):
+    trainer = _trainer(Sides(), {"layer": 2}, bound=bound, upstream=upstream)
+    x = torch.tensor([[1e4, 0.0, 0.0]], dtype=torch.float64)
+    target = torch.tensor([[1e4, 0.0]], dtype=torch.float64)
+    assert 0.999 * 0.9 <= joint(trainer.released(x, target)).norm() <= 0.9
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_without_clipping_the_uses_add_up_as_in_autograd(steps):
+    torch.manual_seed(0)
+    model = Recurrent(steps).double()
+    x, target = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    squared_loss(model(x), target, "sum").backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    clipping = BackpropClipping(bound="exact", max_input_norm=None, uses={"cell": steps})
+    trainer = Trainer(model, (3,), clipping, max_grad_norm=1e12, loss=squared_loss)
+    assert torch.allclose(joint(trainer.released(x, target)), expected)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_more_uses_than_declared_are_refused_on_the_batch(bound):
+    trainer = _trainer(Recurrent(3), {"cell": 2}, bound=bound)
+    with pytest.raises(PrivacyViolationError, match=r"^cell is used more than 2 times"):
+        trainer.released(torch.ones(2, 3).double(), torch.ones(2, 2).double())
+
+
+def test_fewer_uses_than_declared_are_fine():
+    trainer = _trainer(Recurrent(2), {"cell": 3})
+    check_sensitivity(trainer, torch.ones(2, 3).double() * 50, torch.ones(2, 2).double() * 50)
+
+
+def test_a_foreign_gradient_beside_several_uses_is_found():
+    trainer = _trainer(Recurrent(2), {"cell": 2})
+    output = trainer.model(torch.ones(2, 3).double())
+    with pytest.raises(PrivacyViolationError, match="gradient from outside its layer's call"):
+        (output.mean() + trainer.plain.cell.weight.square().sum()).backward()
+
+
+def test_two_forward_passes_in_one_loss_are_refused_where_one_use_is_declared():
+    trainer = _trainer(Recurrent(1), {})
+    x = torch.ones(2, 3).double()
+    with pytest.raises(PrivacyViolationError, match="gradient from outside its layer's call"):
+        (trainer.model(x) + trainer.model(2 * x)).mean().backward()
+
+
+def test_the_limit_of_each_use_follows_max_grad_norm():
+    trainer = _trainer(Sides(), {"layer": 2})
+    trainer.optimizer.max_grad_norm = 0.3
+    x = torch.tensor([[1e4, 0.0, 0.0]], dtype=torch.float64)
+    reached = joint(trainer.released(x, torch.tensor([[1e4, 0.0]]).double())).norm()
+    assert 0.999 * 0.3 <= reached <= 0.3
+
+
+def test_uses_of_a_layer_that_does_not_exist_are_refused_before_training():
+    with pytest.raises(CoverageError, match="uses names no trainable layer of the model: body"):
+        _trainer(Recurrent(1), {"body": 2})
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.0, True, "2", None], ids=repr)
+def test_uses_are_whole_numbers_from_one(count):
+    with pytest.raises(ValueError, match=r"Expected uses\['cell'\]=.* an integer >= 1\.$"):
+        BackpropClipping(uses={"cell": count})
+
+
+def test_uses_are_a_mapping():
+    with pytest.raises(ValueError, match="to be a mapping of names to counts"):
+        BackpropClipping(uses=2)
