@@ -22,6 +22,7 @@ from tests.helpers import (
     summed,
     switchable,
     train_step,
+    values,
 )
 
 
@@ -92,3 +93,13 @@ def test_a_layer_that_is_not_used_gets_zeros() -> None:
     private.optimizer.step()
     assert torch.equal(model_of(private).head.weight.summed_grad, torch.zeros(CLASSES, 8))
     assert model_of(private).body.weight.summed_grad.norm() > 0
+
+
+def test_the_optimizer_that_was_passed_in_finds_nothing_to_step_on() -> None:
+    private = make_private(mlp(), noise_multiplier=1.0)
+    before = values(private)
+    backward(private)
+    private.optimizer.original_optimizer.step()
+    assert torch.equal(values(private), before)
+    private.optimizer.step()
+    assert not torch.equal(values(private), before)
