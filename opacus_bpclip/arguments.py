@@ -14,6 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from opacus_bpclip.allocation import layer_fractions
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.tying import tied_groups
 
 
 def checked_options(
@@ -73,8 +74,8 @@ def checked_options(
     _refuse_wrapped(module)
     # Opacus's own words on what needs replacing (BatchNorm, LSTM, ...) come before ours.
     engine.validate(module=module, optimizer=None, data_loader=None)
-    sizes = {name: layer.size for name, layer in trainable_layers(module, backprop.uses).items()}
-    layer_fractions(sizes, backprop.allocation)
+    groups = tied_groups(trainable_layers(module, backprop.uses))
+    layer_fractions({name: group.size for name, group in groups.items()}, backprop.allocation)
     return backprop
 
 

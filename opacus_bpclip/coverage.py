@@ -1,4 +1,4 @@
-"""Before training: every trainable parameter has exactly one owner, and that owner has a rule.
+"""Before training: every module that owns a trainable parameter has a rule.
 
 Backpropagation clipping fails open by nature, since ``p.grad`` exists whether or not anything
 clipped it. These checks, and those that `guard` makes on every batch, make it fail closed.
@@ -41,11 +41,6 @@ class Layer:
     uses: int = 1
 
     @property
-    def size(self) -> int:
-        """Return the number of trainable scalars."""
-        return sum(parameter.numel() for parameter in self.parameters)
-
-    @property
     def is_patched(self) -> bool:
         """Return whether the module computes something else than when it was examined."""
         if type(self.module) is not self.kind:
@@ -75,20 +70,12 @@ class Finding:
 def examine(model: nn.Module) -> list[Finding]:
     """Return a finding for each module with trainable parameters, and for what mixes examples."""
     findings: list[Finding] = []
-    owners: dict[nn.Parameter, str] = {}
     mixing = {
         name: norm for name, norm in batch_normalizations(model).items() if mixes_examples(norm)
     }
     for name, module in _owners(model):
         own = _own_trainable(module)
         problems = []
-        for parameter_name, parameter in own.items():
-            if parameter in owners:
-                problems.append(
-                    f"{name}.{parameter_name} is the same parameter as {owners[parameter]}: each "
-                    "use adds to one example's contribution. Give each layer its own parameter."
-                )
-            owners.setdefault(parameter, f"{name}.{parameter_name}")
         rule = None
         if mixing.pop(name, None):
             problems.append(batch_normalization_problem(name))
@@ -112,9 +99,9 @@ def trainable_layers(model: nn.Module, uses: Mapping[str, int] | None = None) ->
         uses: how often a layer is used in one forward pass, where that is more than once.
 
     Raises:
-        CoverageError: a trainable parameter has no owner with a rule, or more than one owner, or
-            the model has nothing to train, or ``uses`` names a layer that it does not have. The
-            message lists every problem with its remedy.
+        CoverageError: a trainable parameter has an owner without a rule, or the model has nothing
+            to train, or ``uses`` names a layer that it does not have. The message lists every
+            problem with its remedy.
     """
     uses = uses or {}
     findings = examine(model)

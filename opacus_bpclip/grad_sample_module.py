@@ -24,6 +24,7 @@ from opacus_bpclip.input_clipping import (
 )
 from opacus_bpclip.ops import clip_input, clip_upstream, scale_gradient, scale_input
 from opacus_bpclip.rules import Prepared
+from opacus_bpclip.tying import tied_groups
 
 _ATTACHED = "_backprop_clip_hooks"
 
@@ -67,7 +68,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self.batch_first = True
         self.loss_reduction = loss_reduction
         self._layers = layers = trainable_layers(m, config.uses)
-        sizes = {name: layer.size for name, layer in layers.items()}
+        self._groups = tied_groups(layers)
+        sizes = {name: group.size for name, group in self._groups.items()}
         self._fractions = allocation.layer_fractions(sizes, config.allocation)
         self._limits = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in layers}
         self.guard = GradientGuard(m, layers.values(), unwrap_mean=loss_reduction == "mean")
@@ -110,12 +112,17 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             )
         self._max_grad_norm = value
         for name, sensitivity in self.layer_sensitivities.items():
-            limit = allocation.limit_of_each_use(sensitivity, self._layers[name].uses)
-            self._limits[name].fill_(limit)
+            group = self._groups[name]
+            limit = allocation.limit_of_each_use(sensitivity, group.uses)
+            for layer in group.layers:
+                self._limits[layer.name].fill_(limit)
 
     @property
     def layer_sensitivities(self) -> Mapping[str, float]:
-        """Return Delta_l by module name; their squares sum to ``max_grad_norm ** 2``."""
+        """Return Delta_l by module name; their squares sum to ``max_grad_norm ** 2``.
+
+        Layers that share a parameter share one, under the first one's name.
+        """
         return {name: part * self._max_grad_norm for name, part in self._fractions.items()}
 
     def forbid_grad_accumulation(self) -> None:

@@ -54,7 +54,9 @@ class GradientGuard:
         self._watched: dict[Tensor, WatchedParameter] = {}
         for layer in layers:
             for name, parameter in layer.module.named_parameters(recurse=False):
-                if parameter.requires_grad:
+                if parameter in self._watched:
+                    self._watched[parameter].uses += layer.uses
+                elif parameter.requires_grad:
                     self._watched[parameter] = WatchedParameter(
                         f"{layer.name}.{name}", parameter, layer.uses, self._judge, self.fail
                     )

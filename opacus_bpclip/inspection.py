@@ -31,7 +31,8 @@ class Row:
         max_input_norm: what its input is clipped to, ``None`` where it is not.
         bound: how its gradient is bounded.
         uses: how often it may be used in one forward pass.
-        sensitivity: Delta_l; ``None`` while any module is refused.
+        sensitivity: Delta_l, one for all layers that share a parameter; ``None`` while any module
+            is refused.
         problem: why the model is refused, with the remedy; empty if it is not.
     """
 
@@ -66,33 +67,32 @@ def inspect(
         [('(root)', 'LinearRule', 1.0)]
     """
     from opacus_bpclip.allocation import layer_fractions
-    from opacus_bpclip.coverage import examine
+    from opacus_bpclip.coverage import examine, trainable_layers
+    from opacus_bpclip.tying import tied_groups
 
     if not is_positive_number(max_grad_norm):
         raise ValueError(f"Expected max_grad_norm={max_grad_norm!r} to be a finite number > 0.")
     config = config or BackpropClipping()
     findings = examine(model)
-    sizes = {
-        found.name: sum(parameter.numel() for parameter in found.parameters.values())
-        for found in findings
-    }
-    fractions: dict[str, float] = {}
+    sensitivities: dict[str, float] = {}
     if findings and not any(found.problems for found in findings):
-        fractions = layer_fractions(sizes, config.allocation)
+        groups = tied_groups(trainable_layers(model, config.uses))
+        sizes = {name: group.size for name, group in groups.items()}
+        for name, part in layer_fractions(sizes, config.allocation).items():
+            for layer in groups[name].layers:
+                sensitivities[layer.name] = part * max_grad_norm
     return [
         Row(
             module=found.name,
             type=type(found.module).__name__,
-            parameters=sizes[found.name],
+            parameters=sum(parameter.numel() for parameter in found.parameters.values()),
             rule=None if found.rule is None else type(found.rule).__name__,
             max_input_norm=(
                 config.max_input_norm if found.rule is not None and found.rule.clips_input else None
             ),
             bound=config.bound,
             uses=config.uses.get(found.name, 1),
-            sensitivity=(
-                fractions[found.name] * max_grad_norm if found.name in fractions else None
-            ),
+            sensitivity=sensitivities.get(found.name),
             problem=" ".join(found.problems),
         )
         for found in findings

@@ -1,4 +1,4 @@
-"""A layer used several times in one forward pass, as often as declared."""
+"""Layers used several times in one forward pass, as often as declared, and tied weights."""
 
 import pytest
 import torch
@@ -127,3 +127,80 @@ def test_uses_are_whole_numbers_from_one(count):
 def test_uses_are_a_mapping():
     with pytest.raises(ValueError, match="to be a mapping of names to counts"):
         BackpropClipping(uses=2)
+
+
+class Tied(nn.Module):
+    """An embedding and an output head with one weight, and a layer of its own between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.middle = nn.Embedding(6, 3), nn.Linear(3, 3)
+        self.head = nn.Linear(3, 6)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.middle(self.tokens(ids))).mean(1))
+
+
+class TiedSides(nn.Module):
+    """Two layers with one weight that pull it the same way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
+        self.right.weight = self.left.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) - self.right(-x)
+
+
+@given(seeds, st.sampled_from(MODES), st.lists(scales, min_size=1, max_size=4))
+def test_tied_weights_train_within_their_sensitivity(seed, mode, rows):
+    torch.manual_seed(seed)
+    bound, upstream = mode
+    clipping = BackpropClipping(bound=bound, upstream=upstream)
+    trainer = Trainer(Tied(), (4,), clipping, max_grad_norm=0.9)
+    assert set(trainer.optimizer.layer_sensitivities) == {"tokens", "middle"}
+    ids = torch.randint(6, (len(rows), 4))
+    target = torch.randn(len(rows), 6, dtype=torch.float64) * torch.tensor(rows)[:, None]
+    with_z = joint(trainer.released(ids, target))
+    without_z = joint(trainer.released(ids[:-1], target[:-1]))
+    assert (with_z - without_z).norm() <= 0.9 * (1 + 1e-9 * len(rows))
+    check_independence(trainer, ids, target)
+
+
+@pytest.mark.parametrize(("bound", "upstream"), MODES)
+def test_tied_layers_that_agree_reach_their_common_sensitivity(bound, upstream):
+    trainer = _trainer(TiedSides(), {}, bound=bound, upstream=upstream)
+    x = torch.tensor([[1e4, 0.0, 0.0]], dtype=torch.float64)
+    reached = joint(trainer.released(x, torch.tensor([[1e4, 0.0]]).double())).norm()
+    assert 0.999 * 0.9 <= reached <= 0.9
+
+
+def test_without_clipping_tied_weights_add_up_as_in_autograd():
+    torch.manual_seed(0)
+    model = Tied().double()
+    ids, target = torch.randint(6, (5, 4)), torch.randn(5, 6).double()
+    squared_loss(model(ids), target, "sum").backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    clipping = BackpropClipping(bound="exact", max_input_norm=None)
+    trainer = Trainer(model, (4,), clipping, max_grad_norm=1e12, loss=squared_loss)
+    trainer.step(ids, target)
+    summed = torch.cat([p.summed_grad.flatten() for p in model.parameters()])
+    assert torch.allclose(summed, expected)
+
+
+def test_a_shared_parameter_counts_once_in_the_allocation():
+    trainer = Trainer(Tied(), (4,), BackpropClipping(), max_grad_norm=1.0)
+    sensitivities = trainer.optimizer.layer_sensitivities
+    # 18 shared entries and the head's bias of 6, against 9 + 3: squares in proportion of roots.
+    ratio = (sensitivities["tokens"] / sensitivities["middle"]) ** 2
+    assert ratio == pytest.approx((24 / 12) ** 0.5)
+
+
+def test_a_tied_weight_used_outside_its_layers_is_found():
+    trainer = Trainer(Tied(), (4,), BackpropClipping())
+    output = trainer.model(torch.randint(6, (2, 4)))
+    with pytest.raises(PrivacyViolationError, match="gradient from outside its layer's call"):
+        (output.mean() + trainer.plain.head.weight.square().sum()).backward()
