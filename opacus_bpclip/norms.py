@@ -53,7 +53,18 @@ def column_norms(input_norms: Tensor, *, weight: bool, bias: bool) -> Tensor:
     """
     if not weight:
         return torch.ones_like(input_norms)
-    return torch.sqrt(input_norms.square() + 1) if bias else input_norms
+    if bias:
+        return torch.sqrt(input_norms.square() + 1)
+    return input_norms + smallest_column(input_norms.dtype)
+
+
+def smallest_column(dtype: torch.dtype) -> float:
+    """Return the norm that a vanishing column is taken to have: 3e-10 in float32, 1e-77 in float64.
+
+    So no gradient is scaled up by more than its reciprocal. A factor near the largest number would
+    overflow in the layers below, and their zero times infinity would be everybody's nan.
+    """
+    return float(torch.finfo(dtype).tiny ** 0.25)
 
 
 def max_column_norm(max_norm: float, *, weight: bool, bias: bool) -> float:

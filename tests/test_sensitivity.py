@@ -150,3 +150,26 @@ def test_an_example_that_is_not_finite_contributes_nothing(bound, value, where):
     target = torch.randn(4, 2, dtype=torch.float64)
     (x if where == "input" else target)[-1].view(-1)[1] = value
     check_silent(trainer, x, target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("upstream", ["clip", "normalize"])
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_vanishing_columns_do_not_blow_the_gradient_up_to_nan(bound, upstream, dtype):
+    # Scaled up twice without a limit, a gradient is infinite, and infinity times zero nan.
+    model = nn.Sequential(nn.RMSNorm(2), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    clipping = BackpropClipping(bound=bound, upstream=upstream)
+    trainer = Trainer(model, (2,), clipping, max_grad_norm=1e3, dtype=dtype)
+    check_sensitivity(trainer, torch.zeros(2, 2, dtype=dtype), torch.ones(2, 2, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.LayerNorm(2), lambda: nn.RMSNorm(2), lambda: nn.GroupNorm(1, 2)],
+    ids=["layer", "rms", "group"],
+)
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_an_input_whose_squares_overflow_contributes_nothing(bound, make):
+    trainer = Trainer(make(), (2,), BackpropClipping(bound=bound), dtype=torch.float32)
+    x = torch.tensor([[1.0, 2.0], [1.5e28, -2e27]])
+    check_silent(trainer, x, torch.ones(2, 2))

@@ -80,7 +80,8 @@ class EmbeddingRule(Rule):
             return norms.product_bound(upstream, 1.0)
         assert input_norms is not None
         if kind == "weighted" or positions == 1:
-            return norms.weighted_bound(upstream, input_norms)
+            columns = norms.column_norms(input_norms, weight=True, bias=False)
+            return norms.weighted_bound(upstream, columns)
         assert x is not None
         return self._exact_bound(upstream[:, 0], self._positions(x), input_norms[:, 0])
 

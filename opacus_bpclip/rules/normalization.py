@@ -55,8 +55,12 @@ class AffineRule(Rule):
         errors would stand in for normalised values that no bound knows. The means are constants in
         the backward pass: the layer's input gradient sums to zero over what it normalises.
         """
-        finite = x.detach().flatten(1).sum(dim=1).isfinite()
-        return Prepared(self.centred(x), None, finite)
+        centred = self.centred(x)
+        flat = centred.detach().flatten(1)
+        largest = torch.linalg.vector_norm(flat, float("inf"), dim=1)
+        # Beyond this the layer's sum of squares may overflow. Comparing with nan gives False.
+        finite = largest < math.sqrt(torch.finfo(x.dtype).max / (4 * max(flat.shape[1], 1)))
+        return Prepared(centred, None, finite)
 
     def keeps(self, kind: str) -> Keep:
         """Keep the input, as the layer does, but for the product bound."""
