@@ -14,6 +14,7 @@ only once an eager batch has vouched for it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -50,6 +51,8 @@ class GradientGuard:
         self._in_forward = False
         self._passed_root = False
         self._batch_size = 0
+        self._forward = 0  # the number of the latest forward pass
+        self._sources: set[int] = set()  # numbers of those that the gradients at hand came from
         self._calls: dict[str, int] = {}  # of each layer in the latest forward pass
         self._watched: dict[Tensor, WatchedParameter] = {}
         for layer in layers:
@@ -75,6 +78,7 @@ class GradientGuard:
     def clear(self) -> None:
         """Forget the gradients at hand: they have been used or thrown away."""
         self.violation = None
+        self._sources.clear()
         for watched in self._watched.values():
             watched.clear()
 
@@ -111,6 +115,7 @@ class GradientGuard:
                 self.fail(batch_normalization_problem(name))
         self._compiled = False
         self._calls.clear()
+        self._forward += 1
         self._in_forward = True
         self._passed_root = False
         self._batch_size = batch_size
@@ -197,7 +202,7 @@ class GradientGuard:
         for node, index, leaf in parameter_edges(y, stop=x.grad_fn):
             watched = self._watched.get(leaf)
             if watched is not None:
-                watched.follow(node, index)
+                watched.follow(node, index, partial(self._sources.add, self._forward))
 
     # Backward
 
@@ -243,7 +248,7 @@ class GradientGuard:
                 "The loss does not depend on the model's outputs, where the mean over the batch is "
                 "undone. Have the model's forward return whatever the loss needs."
             )
-        if watched.passes and not self.accumulation_allowed:
+        if (watched.passes or len(self._sources) > 1) and not self.accumulation_allowed:
             self.fail(
                 "Poisson sampling is not compatible with grad accumulation: two batches may share "
                 "an example. Call optimizer.step() and zero_grad() after every backward pass, or "

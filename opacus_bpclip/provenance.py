@@ -67,8 +67,14 @@ class WatchedParameter:
         self._arrived = self._collected = None
         self.passes = 0
 
-    def follow(self, node: torch.autograd.graph.Node, index: int) -> None:
-        """Note the gradient that ``node`` sends along its ``index``-th edge, once."""
+    def follow(self, node: torch.autograd.graph.Node, index: int, note: Callable[[], None]) -> None:
+        """Note the gradient that ``node`` sends along its ``index``-th edge, once.
+
+        Args:
+            node: made by a call of the layer.
+            index: of its edge to the parameter.
+            note: called when the gradient is sent.
+        """
         spent = False
 
         def send(inputs: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
@@ -82,6 +88,7 @@ class WatchedParameter:
             gradient = inputs[index]
             if gradient is not None:
                 self.sent.append((gradient, gradient._version))
+                note()
 
         node.register_hook(send)
 

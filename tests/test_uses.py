@@ -204,3 +204,29 @@ def test_a_tied_weight_used_outside_its_layers_is_found():
     output = trainer.model(torch.randint(6, (2, 4)))
     with pytest.raises(PrivacyViolationError, match="gradient from outside its layer's call"):
         (output.mean() + trainer.plain.head.weight.square().sum()).backward()
+
+
+class Heads(nn.Module):
+    """Uses one of two layers, so that two batches can meet in different parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, right: bool) -> Tensor:
+        return (self.right if right else self.left)(x)
+
+
+def test_two_batches_that_meet_in_different_layers_are_refused_in_one_poisson_step():
+    trainer = _trainer(Heads(), {})
+    x = torch.ones(2, 3).double()
+    trainer.model(x, False).mean().backward()
+    with pytest.raises(PrivacyViolationError, match="not compatible with grad accumulation"):
+        trainer.model(2 * x, True).mean().backward()
+
+
+def test_two_batches_do_not_pass_for_two_uses_of_one():
+    trainer = _trainer(Sides(), {"layer": 4})
+    x = torch.ones(2, 3).double()
+    with pytest.raises(PrivacyViolationError, match="not compatible with grad accumulation"):
+        (trainer.model(x) + trainer.model(2 * x)).mean().backward()
