@@ -32,6 +32,16 @@ def one_layer() -> nn.Sequential:
     return nn.Sequential(nn.Linear(FEATURES, CLASSES))
 
 
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 2, 3)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x.unsqueeze(-2)).flatten(-2))
+
+
 def dataset(size: int = 32, features: int = FEATURES) -> TensorDataset:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(size, features, generator=generator) * 3

@@ -17,6 +17,7 @@ from opacus_bpclip import PrivacyViolationError
 from tests.helpers import (
     CLASSES,
     FEATURES,
+    Convolutional,
     Private,
     Step,
     Switchable,
@@ -46,16 +47,6 @@ class Table(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = torch.eye(2)[None] if self.share else torch.eye(2).expand(len(x), 2, 2)
         return self.head(x[:, None] + self.positions(tokens)).mean(dim=1)
-
-
-class Convolutional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(1, 2, 3)
-        self.head = nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.conv(x.unsqueeze(-2)).flatten(-2))
 
 
 @dataclasses.dataclass

@@ -13,24 +13,14 @@ from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping, clip_inputs, unclip_inputs
 from tests.helpers import (
-    CLASSES,
     ByKeyword,
+    Convolutional,
     Private,
     batch,
     make_private,
     mlp,
     train_step,
 )
-
-
-class Convolutional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(1, 2, 3)
-        self.head = nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.conv(x.unsqueeze(-2)).flatten(-2))
 
 
 def outputs(model: nn.Module, grad: bool = False) -> Tensor:
