@@ -61,11 +61,6 @@ def checked_options(
             f'grad_sample_mode={grad_sample_mode!r} does not go with clipping="backprop", which '
             "has no per-example gradients. Leave grad_sample_mode out."
         )
-    if not batch_first:
-        raise ValueError(
-            'batch_first=False is not supported with clipping="backprop": layers take the first '
-            "axis for the batch. Move the batch axis to the front."
-        )
     if rand_on_empty:
         raise ValueError(
             "rand_on_empty=True adds a made-up example to empty batches, which would count as "
@@ -74,7 +69,7 @@ def checked_options(
     _refuse_wrapped(module)
     # Opacus's own words on what needs replacing (BatchNorm, LSTM, ...) come before ours.
     engine.validate(module=module, optimizer=None, data_loader=None)
-    groups = tied_groups(trainable_layers(module, backprop.uses))
+    groups = tied_groups(trainable_layers(module, backprop.uses, batch_first=batch_first))
     layer_fractions({name: group.size for name, group in groups.items()}, backprop.allocation)
     return backprop
 

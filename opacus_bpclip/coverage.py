@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from opacus_bpclip.calls import CallArguments
 from opacus_bpclip.errors import CoverageError
-from opacus_bpclip.rules import RULES, Rule
+from opacus_bpclip.recurrence import recurrent_linears, renamed_parameters
+from opacus_bpclip.rules import Rule, registered_kind, supported_layers
 
 _TRAINABLE_DTYPES = (torch.float32, torch.float64)
 
@@ -30,7 +32,9 @@ class Layer:
         kind: its class when it was examined.
         rule: what bounds its gradient.
         parameters: its trainable parameters.
+        arguments: where a call of it has the inputs that its rule looks at.
         uses: how often it may be used in one forward pass.
+        recurrence: the recurrent network that it is a part of.
     """
 
     name: str
@@ -38,7 +42,9 @@ class Layer:
     kind: type[nn.Module]
     rule: Rule
     parameters: tuple[nn.Parameter, ...]
+    arguments: CallArguments
     uses: int = 1
+    recurrence: nn.Module | None = None
 
     @property
     def is_patched(self) -> bool:
@@ -91,12 +97,15 @@ def examine(model: nn.Module) -> list[Finding]:
     return findings
 
 
-def trainable_layers(model: nn.Module, uses: Mapping[str, int] | None = None) -> dict[str, Layer]:
+def trainable_layers(
+    model: nn.Module, uses: Mapping[str, int] | None = None, *, batch_first: bool = True
+) -> dict[str, Layer]:
     """Return the layers to clip, by dotted name, in the model's order.
 
     Args:
         model: the model.
         uses: how often a layer is used in one forward pass, where that is more than once.
+        batch_first: whether the batch is the first axis of the layers' inputs, or the second.
 
     Raises:
         CoverageError: a trainable parameter has an owner without a rule, or the model has nothing
@@ -111,18 +120,23 @@ def trainable_layers(model: nn.Module, uses: Mapping[str, int] | None = None) ->
             "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
             + "\n".join(f"- {problem}" for problem in problems)
         )
-    layers = {
-        found.name: Layer(
+    recurrences = recurrent_linears(model)
+    layers: dict[str, Layer] = {}
+    for found in findings:
+        if found.rule is None:
+            continue
+        recurrence = recurrences.get(found.module)
+        default = 0 if batch_first or recurrence is not None else 1
+        layers[found.name] = Layer(
             found.name,
             found.module,
             type(found.module),
             found.rule,
             tuple(found.parameters.values()),
+            CallArguments.of(found.module, found.rule, found.rule.batch_axis(default)),
             uses.get(found.name, 1),
+            recurrence,
         )
-        for found in findings
-        if found.rule is not None
-    }
     if not layers:
         raise CoverageError(
             "The model has no trainable parameter. Set requires_grad=True on the layers to train."
@@ -166,10 +180,11 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _own_trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    renamed = renamed_parameters(module)
     return {
         name: parameter
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad
+        if parameter is not None and parameter.requires_grad and name not in renamed
     }
 
 
@@ -177,15 +192,15 @@ def _rule_for(
     module: nn.Module, own: Mapping[str, nn.Parameter]
 ) -> tuple[Rule, None] | tuple[None, str]:
     """Return the module's rule, or why it has none and what to do."""
-    kind = next((base for base in type(module).__mro__ if base in RULES), None)
-    supported = ", ".join(sorted(known.__name__ for known in RULES))
-    if kind is None:
+    registered = registered_kind(type(module))
+    if registered is None:
         return None, (
             f"no rule bounds the gradient of {', '.join(own)}. Freeze it (requires_grad=False), "
-            f"build the model from supported layers ({supported}), or write a rule for it and "
-            "register that with opacus_bpclip.register_rule."
+            f"build the model from supported layers ({', '.join(supported_layers())}), or write a "
+            "rule for it and register that with opacus_bpclip.register_rule."
         )
-    for method in RULES[kind].methods:
+    kind, rule = registered
+    for method in rule.methods:
         if getattr(type(module), method) is not getattr(kind, method) or method in vars(module):
             return None, (
                 f"overrides {kind.__name__}.{method}, so the rule for {kind.__name__} says nothing "
@@ -196,7 +211,7 @@ def _rule_for(
         isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in own.values()
     ):
         return None, "is not initialised yet. Run one batch through the model first."
-    unknown = sorted(set(own) - set(RULES[kind].parameters))
+    unknown = sorted(set(own) - set(rule.parameters))
     if unknown:
         return None, (
             f"its parameters {', '.join(unknown)} are not {kind.__name__}'s own; a "
@@ -211,6 +226,6 @@ def _rule_for(
             "parameters in torch.float32."
         )
     try:
-        return RULES[kind].from_module(module), None
+        return rule.from_module(module), None
     except CoverageError as error:
         return None, str(error)

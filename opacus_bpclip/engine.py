@@ -159,6 +159,7 @@ def prepare_model(
     *,
     max_grad_norm: Any = 1.0,
     loss_reduction: str = "mean",
+    batch_first: bool = True,
     wrap_model: bool = True,
     **kwargs: Any,
 ) -> Any:
@@ -169,6 +170,7 @@ def prepare_model(
             module,
             max_grad_norm=max_grad_norm,
             loss_reduction=loss_reduction,
+            batch_first=batch_first,
             wrap_model=wrap_model,
             **kwargs,
         )
@@ -179,6 +181,7 @@ def prepare_model(
         config=request.config,
         max_grad_norm=max_grad_norm,
         loss_reduction=loss_reduction,
+        batch_first=batch_first,
     )
     return request.hooks
 

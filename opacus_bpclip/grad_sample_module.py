@@ -8,22 +8,17 @@ from typing import Any
 import torch
 from opacus.grad_sample import AbstractGradSampleHooks, AbstractGradSampleModule
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_leaves, tree_map
 
 from opacus_bpclip import allocation
 from opacus_bpclip.config import BackpropClipping, is_positive_number
-from opacus_bpclip.coverage import Layer, trainable_layers
+from opacus_bpclip.coverage import trainable_layers
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard import GradientGuard
-from opacus_bpclip.input_clipping import (
-    attach_input_clips,
-    layer_input,
-    take_input_clips,
-    with_input,
-)
-from opacus_bpclip.ops import clip_input, clip_upstream, scale_gradient, scale_input
-from opacus_bpclip.rules import Prepared
+from opacus_bpclip.input_clipping import attach_input_clips, take_input_clips
+from opacus_bpclip.layer_clips import layer_clips
+from opacus_bpclip.ops import scale_gradient
+from opacus_bpclip.recurrence import is_packed
 from opacus_bpclip.tying import tied_groups
 
 _ATTACHED = "_backprop_clip_hooks"
@@ -41,6 +36,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         config: how to clip.
         max_grad_norm: joint L2 sensitivity of the summed gradient.
         loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
+        batch_first: whether the batch is the first axis of the inputs of the model and its layers,
+            or the second.
 
     Raises:
         CoverageError: something in the model cannot be bounded, or it has hooks already. The model
@@ -54,6 +51,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         config: BackpropClipping | None = None,
         max_grad_norm: float = 1.0,
         loss_reduction: str = "mean",
+        batch_first: bool = True,
     ) -> None:
         # Not Opacus's own __init__: it gives every parameter a grad_sample.
         if hasattr(m, _ATTACHED):
@@ -65,9 +63,9 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
         self._module = m
         self.config = config = config or BackpropClipping()
-        self.batch_first = True
+        self.batch_first = batch_first
         self.loss_reduction = loss_reduction
-        self._layers = layers = trainable_layers(m, config.uses)
+        self._layers = layers = trainable_layers(m, config.uses, batch_first=batch_first)
         self._groups = tied_groups(layers)
         sizes = {name: group.size for name, group in self._groups.items()}
         self._fractions = allocation.layer_fractions(sizes, config.allocation)
@@ -85,8 +83,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             m.register_forward_pre_hook(self._enter_root, with_kwargs=True),
             m.register_forward_hook(self._leave_root, with_kwargs=True),
         ]
-        for name, layer in layers.items():
-            clip = _LayerClip(layer, config, self._limits[name], self.guard)
+        for clip in layer_clips(layers.values(), config, self._limits, self.guard):
             self._handles += clip.attach()
         setattr(m, _ATTACHED, True)
         self._attached = True
@@ -169,7 +166,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
 
     def _enter_root(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.guard.enter_forward(_batch_size(args, kwargs))
+            self.guard.enter_forward(self._batch_size(args, kwargs))
 
     def _leave_root(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -181,7 +178,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self.guard.leave_forward()
         if self.loss_reduction == "sum" or output is None:
             return None
-        batch_size = _batch_size(args, kwargs)
+        batch_size = self._batch_size(args, kwargs)
 
         def undo_mean(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -200,79 +197,16 @@ class BackpropClipHooks(AbstractGradSampleHooks):
 
         return tree_map(undo_mean, output)
 
-
-class _LayerClip:
-    """The two hooks of one layer."""
-
-    def __init__(
-        self, layer: Layer, config: BackpropClipping, limit: Tensor, guard: GradientGuard
-    ) -> None:
-        self.layer = layer
-        self.config = config
-        self.limit = limit
-        self.guard = guard
-        self.clipped: Prepared | None = None
-        self.version = 0
-        self.followed = False
-        self.key = 0
-
-    def attach(self) -> list[RemovableHandle]:
-        """Register the hooks: input clipping the last of all, upstream clipping the first.
-
-        Nothing may stand between the layer and its clips.
-        """
-        module = self.layer.module
-        before = module.register_forward_pre_hook(self.enter, with_kwargs=True)
-        after = module.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
-        self.key = after.id
-        return [before, after]
-
-    def enter(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Clip the input."""
-        rule, max_norm = self.layer.rule, self.config.max_input_norm
-        x = layer_input(args, kwargs)
-        if not torch.is_grad_enabled():
-            if max_norm is None or not rule.clips_input:
-                return None
-            return with_input(args, kwargs, scale_input(x, rule, max_norm))
-        compiling = torch.compiler.is_compiling()
-        if compiling:
-            self.guard.note_compiled()
-        else:
-            self.followed = self.guard.enter_layer(self.layer, x)
-        self.clipped = clip_input(x, rule, max_norm)
-        if not compiling:
-            self.version = self.clipped.x._version
-        return with_input(args, kwargs, self.clipped.x)
-
-    def leave(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
-    ) -> Tensor | None:
-        """Clip the upstream gradient."""
-        clipped, self.clipped = self.clipped, None
-        if not torch.is_grad_enabled() or not y.requires_grad:
-            return None
-        assert clipped is not None
-        if not torch.compiler.is_compiling():
-            used = layer_input(args, kwargs)
-            self.guard.check_input(self.layer, clipped.x, self.version, used)
-            if next(iter(module._forward_hooks)) != self.key:
-                self.guard.fail(
-                    f"Another forward hook of {self.layer.name} was put before the one that clips "
-                    "its upstream gradient. Register it without prepend=True."
-                )
-            if self.followed:
-                self.guard.follow(self.layer, used, y)
-        return clip_upstream(
-            y,
-            clipped,
-            self.layer.rule,
-            self.limit,
-            bound=self.config.bound,
-            upstream=self.config.upstream,
-            max_norm=self.config.max_input_norm,
+    def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        axis = 0 if self.batch_first else 1
+        for leaf in tree_leaves((args, kwargs), is_leaf=is_packed):
+            if is_packed(leaf):
+                return int(leaf.batch_sizes[0]) if len(leaf.batch_sizes) else 0
+            if isinstance(leaf, Tensor) and leaf.dim() > axis:
+                return leaf.shape[axis]
+        raise CoverageError(
+            "The model's inputs hold no tensor with a batch axis, so the number of examples is "
+            f"unknown. Pass the batch as a tensor, batch {('first', 'second')[axis]}."
         )
 
 
@@ -288,13 +222,3 @@ class BackpropClipModule(BackpropClipHooks, AbstractGradSampleModule):
         nn.Module.__init__(self)
         BackpropClipHooks.__init__(self, m, **options)
         self.grad_accumulation_hook = None
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    for leaf in tree_flatten((args, kwargs))[0]:
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return leaf.shape[0]
-    raise CoverageError(
-        "The model's inputs hold no tensor with a batch axis, so the number of examples is "
-        "unknown. Pass the batch as a tensor, batch first."
-    )

@@ -28,6 +28,9 @@ from opacus_bpclip.coverage import (
 )
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.provenance import WatchedParameter, parameter_edges
+from opacus_bpclip.rules import Inputs
+
+Versions = tuple[int, ...]
 
 
 class GradientGuard:
@@ -124,10 +127,10 @@ class GradientGuard:
         """End a forward pass of the root."""
         self._in_forward = False
 
-    def enter_layer(self, layer: Layer, x: Tensor) -> bool:
-        """Check one call of a layer; return whether it is one to follow through the backward pass.
+    def enter_layer(self, layer: Layer) -> bool:
+        """Count one use of a layer; return whether it is one to follow through the backward pass.
 
-        A call inside a backward pass is activation checkpointing's second run of a call that was
+        A use inside a backward pass is activation checkpointing's second run of one that was
         checked and counted the first time.
         """
         calls = self._calls.get(layer.name, 0)
@@ -164,34 +167,51 @@ class GradientGuard:
                 "A forward hook on every module (register_module_forward_hook) may change what a "
                 f"layer such as {layer.name} returns before it is clipped. Remove the hook."
             )
-        smallest, largest = layer.rule.expected_dims()
-        if x.dim() < smallest or (largest is not None and x.dim() > largest):
-            self.fail(
-                f"{layer.name} got an input of shape {tuple(x.shape)}; with the batch first its "
-                f"rule needs {smallest}{' or more' if largest is None else ''} axes. Add the batch "
-                "axis."
-            )
-        if x.shape[0] != self._batch_size:
-            self.fail(
-                f"{layer.name} got an input of shape {tuple(x.shape)} in a batch of "
-                f"{self._batch_size} examples: its first axis must be the batch, or one factor "
-                "would scale a mix of examples. Expand inputs that are shared by the batch (such "
-                "as position embeddings) and keep the batch axis first."
-            )
         return True
 
-    def check_input(self, layer: Layer, clipped: Tensor, version: int, used: Tensor) -> None:
-        """Check that the layer used its input as it was clipped and measured."""
-        # A full backward hook hands on another view of the same numbers.
-        same = used.data_ptr() == clipped.data_ptr() and used.shape == clipped.shape
-        if not same or used.stride() != clipped.stride() or used._version != version:
+    def check_batch(self, layer: Layer, inputs: Inputs) -> None:
+        """Check that the inputs of a layer's call hold the examples of the batch."""
+        first = inputs[0]
+        assert first is not None
+        shape = tuple(layer.arguments.as_passed(first).shape)
+        smallest, largest = layer.rule.expected_dims()
+        if first.dim() < smallest or (largest is not None and first.dim() > largest):
             self.fail(
-                f"Another forward pre-hook of {layer.name} changed the input after it was clipped "
-                "and measured. Register it before make_private."
+                f"{layer.name} got an input of shape {shape}; with the batch first its rule needs "
+                f"{smallest}{' or more' if largest is None else ''} axes. Add the batch axis."
+            )
+        for size in layer.rule.batch_sizes(inputs):
+            self.check_examples(layer.name, shape, size, layer.arguments.batch_axis)
+
+    def check_examples(self, name: str, shape: tuple[int, ...], size: int, axis: int) -> None:
+        """Check that a module's input of this shape holds one row for each example."""
+        if size != self._batch_size:
+            order = ("first", "second")[axis]
+            self.fail(
+                f"{name} got an input of shape {shape} in a batch of {self._batch_size} examples: "
+                f"its {order} axis must be the batch, or one factor would scale a mix of examples. "
+                "Expand inputs that are shared by the batch (such as position embeddings) and keep "
+                f"the batch axis {order}."
             )
 
-    def follow(self, layer: Layer, x: Tensor, y: Tensor) -> None:
-        """Follow the gradients that this call of the layer will send to its parameters."""
+    def check_inputs(self, layer: Layer, clipped: Inputs, versions: Versions, used: Inputs) -> None:
+        """Check that the layer used its inputs as they were clipped and measured."""
+        for one, version, other in zip(clipped, versions, used, strict=True):
+            # A full backward hook hands on another view of the same numbers.
+            if one is not None and (other is None or not _same(one, version, other)):
+                self.fail(
+                    f"Another forward pre-hook of {layer.name} changed the input after it was "
+                    "clipped and measured. Register it before make_private."
+                )
+
+    def follow(self, layer: Layer, y: Tensor, inputs: Inputs) -> None:
+        """Follow the gradients that this call of the layer will send to its parameters.
+
+        Args:
+            layer: the layer.
+            y: what it made.
+            inputs: of what; the graph behind them is somebody else's.
+        """
         for parameter in layer.parameters:
             if y.dtype != parameter.dtype:
                 self.fail(
@@ -199,7 +219,8 @@ class GradientGuard:
                     "(autocast?): its gradient, summed over the batch, would be rounded by more "
                     "than one example's contribution. Run the model without autocast."
                 )
-        for node, index, leaf in parameter_edges(y, stop=x.grad_fn):
+        stop = {x.grad_fn for x in inputs if x is not None}
+        for node, index, leaf in parameter_edges(y, stop):
             watched = self._watched.get(leaf)
             if watched is not None:
                 watched.follow(node, index, partial(self._sources.add, self._forward))
@@ -265,6 +286,16 @@ class GradientGuard:
         """Return the parameter's sum of contributions since the last step, ``None`` without any."""
         watched = self._watched.get(parameter)
         return None if watched is None else watched.take()
+
+
+def versions(inputs: Inputs) -> Versions:
+    """Return the state that `GradientGuard.check_inputs` compares with."""
+    return tuple(0 if x is None else x._version for x in inputs)
+
+
+def _same(one: Tensor, version: int, other: Tensor) -> bool:
+    alike = other.data_ptr() == one.data_ptr() and other.shape == one.shape
+    return alike and other.stride() == one.stride() and other._version == version
 
 
 def _in_backward() -> bool:

@@ -7,10 +7,10 @@ after export, and in any comparison with another clipping method.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from opacus_bpclip.calls import Args, CallArguments, Kwargs
 from opacus_bpclip.config import is_positive_number
 from opacus_bpclip.coverage import Layer, trainable_layers
 from opacus_bpclip.ops import scale_input
@@ -18,40 +18,26 @@ from opacus_bpclip.rules import Rule
 
 
 class InputClip:
-    """A forward pre-hook that clips the input of one layer; picklable with its model.
+    """A forward pre-hook that clips the inputs of one layer; picklable with its model.
 
     Args:
         rule: the layer's rule.
+        arguments: where the inputs are in its call.
         max_norm: largest L2 norm of a column of the input.
     """
 
-    def __init__(self, rule: Rule, max_norm: float) -> None:
+    def __init__(self, rule: Rule, arguments: CallArguments, max_norm: float) -> None:
         self.rule = rule
+        self.arguments = arguments
         self.max_norm = max_norm
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Replace the layer's input by its clipped value."""
-        clipped = scale_input(layer_input(args, kwargs), self.rule, self.max_norm)
-        return with_input(args, kwargs, clipped)
+    def __call__(self, _: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Replace the layer's inputs by their clipped values."""
+        clipped = scale_input(self.arguments.get(args, kwargs), self.rule, self.max_norm)
+        return self.arguments.put(args, kwargs, clipped)
 
 
-def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the one input of a layer's call, passed by position or by name."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def with_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a layer's call with another input."""
-    if args:
-        return (x, *args[1:]), kwargs
-    return args, {**kwargs, next(iter(kwargs)): x}
-
-
-def clip_inputs(model: nn.Module, max_input_norm: float) -> nn.Module:
+def clip_inputs(model: nn.Module, max_input_norm: float, *, batch_first: bool = True) -> nn.Module:
     """Make every trainable layer of the model clip its input, in training and in evaluation.
 
     The same clipping as ``BackpropClipping(max_input_norm=...)``, for any way of training; a
@@ -60,6 +46,7 @@ def clip_inputs(model: nn.Module, max_input_norm: float) -> nn.Module:
     Args:
         model: a model whose trainable layers all have a rule; changed in place.
         max_input_norm: largest L2 norm of a column of a layer's input.
+        batch_first: whether the batch is the first axis of the layers' inputs, or the second.
 
     Returns:
         The model.
@@ -78,7 +65,7 @@ def clip_inputs(model: nn.Module, max_input_norm: float) -> nn.Module:
     """
     if not is_positive_number(max_input_norm):
         raise ValueError(f"Expected max_input_norm={max_input_norm!r} to be a finite number > 0.")
-    layers = trainable_layers(model)
+    layers = trainable_layers(model, batch_first=batch_first)
     unclip_inputs(model)
     attach_input_clips(layers.values(), max_input_norm)
     return model
@@ -94,7 +81,7 @@ def attach_input_clips(layers: Iterable[Layer], max_input_norm: float) -> None:
     """Make these layers clip their inputs."""
     for layer in layers:
         if layer.rule.clips_input:
-            clip = InputClip(layer.rule, max_input_norm)
+            clip = InputClip(layer.rule, layer.arguments, max_input_norm)
             layer.module.register_forward_pre_hook(clip, with_kwargs=True)
 
 

@@ -15,42 +15,43 @@ Edge cases:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from opacus_bpclip.norms import rounding_margin
-from opacus_bpclip.rules.base import Prepared, Rule, per_row
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule, may_rewrite, per_row, zero_rows
 
 
-def scale_input(x: Tensor, rule: Rule, max_norm: float) -> Tensor:
-    """Scale every column of ``x`` down to a norm of at most ``max_norm``; evaluation's half.
+def scale_input(inputs: Inputs, rule: Rule, max_norm: float) -> Inputs:
+    """Scale every column of a layer's inputs down to ``max_norm``; evaluation's half.
 
     Args:
-        x: the layer's input, ``[B, ...]``; rows that are not finite come out as nan.
+        inputs: the layer's inputs, batch first; rows that are not finite come out as nan.
         rule: the layer's rule.
         max_norm: largest L2 norm of a column.
     """
-    return _prepare(x, rule, max_norm).x
+    return _prepare(inputs, rule, max_norm).inputs
 
 
-def clip_input(x: Tensor, rule: Rule, max_norm: float | None) -> Prepared:
-    """Clip a layer's input and measure it for `clip_upstream`.
+def clip_input(inputs: Inputs, rule: Rule, max_norm: float | None) -> Prepared:
+    """Clip a layer's inputs and measure them for `clip_upstream`.
 
     The factor is a constant in the backward pass: the gradient is multiplied by it, nothing flows
     through it. Guarantee: every column of the result that enters the layer's product has norm at
     most ``max_norm``, rounding included.
 
     Args:
-        x: the layer's input, ``[B, ...]``.
+        inputs: the layer's inputs, batch first.
         rule: the layer's rule.
         max_norm: largest L2 norm of a column; ``None`` measures without clipping.
     """
-    x, norms, finite = _prepare(x, rule, max_norm)
+    prepared = _prepare(inputs, rule, max_norm)
+    norms, finite = prepared.norms, prepared.finite
     if norms is not None:
-        norms = _zero_rows(norms, finite)
-    return Prepared(_zero_rows(x, finite), norms, finite)
+        norms = zero_rows(norms, finite)
+    return Prepared(rule.silenced(prepared), norms, finite)
 
 
 def clip_upstream(
@@ -62,30 +63,52 @@ def clip_upstream(
     bound: str = "weighted",
     upstream: str = "clip",
     max_norm: float | None = None,
+    batch_axis: int = 0,
 ) -> Tensor:
     """Return ``y``; in the backward pass, scale each example's gradient to respect ``limit``.
 
     Guarantee: with ``G`` the gradient that leaves this function towards the layer and ``u`` the
-    columns of ``clipped.x``, ``norm(sum_p G_p u_p^T) <= limit`` for every example, and an
+    columns of the clipped input, ``norm(sum_p G_p u_p^T) <= limit`` for every example, and an
     example's factor depends on that example alone. Source: design section 3; proofs in
     ``docs/guarantee.md``.
 
     Args:
-        y: the layer's output, ``[B, ...]``.
-        clipped: the layer's input, from `clip_input`.
+        y: the layer's output, with the batch on ``batch_axis``.
+        clipped: the layer's inputs, from `clip_input`.
         rule: the layer's rule.
         limit: the layer's sensitivity Delta_l, a float64 scalar tensor on the CPU. It is read in
             the backward pass, so that one compiled graph serves every value.
         bound: ``"product"``, ``"weighted"`` or ``"exact"``.
         upstream: ``"clip"`` scales down only, ``"normalize"`` to the limit in either direction.
-        max_norm: what the input was clipped to; needed by ``"product"``.
+        max_norm: what the inputs were clipped to; needed by ``"product"``.
+        batch_axis: which axis of ``y`` is the batch.
     """
     keep = rule.keeps(bound)
-    x = clipped.x if keep.x else None
+    inputs = clipped.inputs if keep.inputs else ()
     norms = clipped.norms if keep.norms else None
-    return _ClipUpstream.apply(
-        y, x, norms, clipped.finite, limit, rule, bound, max_norm, upstream == "normalize"
-    )
+    clip = _Clip(rule, bound, upstream == "normalize", max_norm, batch_axis, limit)
+    return _ClipUpstream.apply(y, clip, norms, clipped.finite, *inputs)
+
+
+def factors(
+    bound: Tensor, finite: Tensor, limit: Tensor, dtype: torch.dtype, *, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what each example's gradient is to be multiplied by, and which are to be kept at all.
+
+    Guarantee: ``factor * bound <= limit``, with room for the rounding of gradients of ``dtype``.
+
+    Args:
+        bound: ``[B]``, on the norms of the examples' gradients.
+        finite: ``[B]`` bool, which examples' inputs are finite.
+        limit: a scalar tensor.
+        dtype: of the gradients.
+        normalize: scale up, too.
+    """
+    factor = limit * (1 - rounding_margin(dtype, bound.device)) / bound
+    if not normalize:
+        factor = factor.clamp(max=1)
+    keep = finite & bound.isfinite()
+    return torch.where(keep, factor, 0.0).to(dtype), keep
 
 
 def scale_gradient(y: Tensor, factor: int) -> Tensor:
@@ -97,42 +120,42 @@ def scale_gradient(y: Tensor, factor: int) -> Tensor:
     return _ScaleGradient.apply(y, factor)
 
 
+class _Clip(NamedTuple):
+    """How to clip one layer's upstream gradient."""
+
+    rule: Rule
+    kind: str
+    normalize: bool
+    max_norm: float | None
+    batch_axis: int
+    limit: Tensor  # not saved but looked at: it may be set between forward and backward
+
+
 class _ClipUpstream(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor | None,
-        norms: Tensor | None,
-        finite: Tensor,
-        limit: Tensor,
-        rule: Rule,
-        kind: str,
-        max_norm: float | None,
-        normalize: bool,
+        ctx: Any, y: Tensor, clip: _Clip, norms: Tensor | None, finite: Tensor, *inputs: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, norms, finite)
-        # Not saved but looked at: it may be set between forward and backward.
-        ctx.limit = limit
-        ctx.rule, ctx.kind, ctx.max_norm, ctx.normalize = rule, kind, max_norm, normalize
+        ctx.save_for_backward(norms, finite, *inputs)
+        ctx.clip = clip
         out = _alias(y)
-        if _may_rewrite(finite):
+        if may_rewrite(finite):
             # The example was zeroed where the layer multiplies; nobody may take that for an output.
-            out.masked_fill_(~per_row(finite, out), float("nan"))
+            rows = out.movedim(clip.batch_axis, 0)
+            rows.masked_fill_(~per_row(finite, rows), float("nan"))
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, norms, finite = ctx.saved_tensors
-        bound = ctx.rule.bound(ctx.kind, g, x, norms, ctx.max_norm)
-        factor = ctx.limit * (1 - rounding_margin(g.dtype, g.device)) / bound
-        if not ctx.normalize:
-            factor = factor.clamp(max=1)
-        keep = finite & bound.isfinite()
-        factor = torch.where(keep, factor, 0.0).to(g.dtype)
-        clipped = _zero_rows(g * per_row(factor, g), keep)
-        return clipped, None, None, None, None, None, None, None, None
+        norms, finite, *inputs = ctx.saved_tensors
+        clip: _Clip = ctx.clip
+        g = g.movedim(clip.batch_axis, 0)
+        bound = clip.rule.bound(clip.kind, g, tuple(inputs), norms, clip.max_norm)
+        factor, keep = factors(bound, finite, clip.limit, g.dtype, normalize=clip.normalize)
+        clipped = zero_rows(g * per_row(factor, g), keep)
+        unused = [None] * (3 + len(inputs))
+        return clipped.movedim(0, clip.batch_axis), *unused
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -147,23 +170,14 @@ class _ScaleGradient(torch.autograd.Function):
         return g * ctx.factor, None
 
 
-def _prepare(x: Tensor, rule: Rule, max_norm: float | None) -> Prepared:
-    if max_norm is not None and x.is_floating_point():
-        max_norm *= 1 - rounding_margin(x.dtype, x.device)
-    return rule.prepare(x, max_norm)
+def _prepare(inputs: Inputs, rule: Rule, max_norm: float | None) -> Prepared:
+    floating = next((x for x in inputs if x is not None and x.is_floating_point()), None)
+    if max_norm is not None and floating is not None:
+        max_norm *= 1 - rounding_margin(floating.dtype, floating.device)
+    return rule.prepare(inputs, max_norm)
 
 
 def _alias(y: Tensor) -> Tensor:
     # Shares y's storage and version counter without being a view of it, so that an activation may
     # work in place on the result. A traced graph has no storage to share; its copy is fused away.
     return y.clone() if torch.compiler.is_compiling() else y.detach()
-
-
-def _may_rewrite(keep: Tensor) -> bool:
-    # Reading a flag stalls an accelerator and breaks a traced graph: there, always rewrite.
-    return torch.compiler.is_compiling() or keep.device.type != "cpu" or not bool(keep.all())
-
-
-def _zero_rows(x: Tensor, keep: Tensor) -> Tensor:
-    # Not a multiplication: zero times nan is nan.
-    return torch.where(per_row(keep, x), x, x.new_zeros(())) if _may_rewrite(keep) else x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import NoReturn
 
 import torch
@@ -138,16 +138,16 @@ class WatchedParameter:
 
 
 def parameter_edges(
-    y: Tensor, stop: torch.autograd.graph.Node | None
+    y: Tensor, stop: Set[torch.autograd.graph.Node | None]
 ) -> Iterator[tuple[torch.autograd.graph.Node, int, Tensor]]:
     """Yield ``(node, index, leaf)`` for each edge from the nodes behind ``y`` to a leaf tensor.
 
     Args:
         y: the layer's output.
-        stop: the node that made the layer's input, which is not crossed.
+        stop: the nodes that made the layer's inputs, which are not crossed.
     """
     assert y.grad_fn is not None
-    queue, seen = [y.grad_fn], {stop, y.grad_fn}
+    queue, seen = [y.grad_fn], {*stop, y.grad_fn}
     while queue:
         node = queue.pop()
         for index, (following, _) in enumerate(node.next_functions):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from opacus_bpclip.coverage import Layer
 
 
@@ -31,10 +33,15 @@ class Group:
         return sum(layer.uses for layer in self.layers)
 
     @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Return the trainable parameters, shared ones once."""
+        own = (parameter for layer in self.layers for parameter in layer.parameters)
+        return tuple(dict.fromkeys(own))
+
+    @property
     def size(self) -> int:
         """Return the number of trainable scalars, shared ones counted once."""
-        parameters = {parameter for layer in self.layers for parameter in layer.parameters}
-        return sum(parameter.numel() for parameter in parameters)
+        return sum(parameter.numel() for parameter in self.parameters)
 
 
 def tied_groups(layers: Mapping[str, Layer]) -> dict[str, Group]:

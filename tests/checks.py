@@ -71,12 +71,10 @@ class Trainer:
     def released(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return the clipped sum that the step would add noise to, one vector per layer."""
         self.step(x, target)
-        sums: dict[str, list[Tensor]] = {}
-        for name, parameter in self.plain.named_parameters():
-            if parameter.requires_grad:
-                layer = name.rpartition(".")[0] or "(root)"
-                sums.setdefault(layer, []).append(parameter.summed_grad.detach().flatten())
-        return {layer: torch.cat(parts) for layer, parts in sums.items()}
+        return {
+            name: torch.cat([p.summed_grad.detach().flatten() for p in group.parameters])
+            for name, group in self.optimizer._hooks._groups.items()
+        }
 
 
 def joint(vectors: Mapping[str, Tensor]) -> Tensor:

@@ -28,29 +28,29 @@ def test_every_column_of_a_clipped_input_is_within_the_norm(data, max_norm):
     case = data.draw(product_cases)
     layer = case.layer.double()
     x = data.draw(hostile_batches(case.shape))
-    clipped = clip_input(x, _rule(layer), max_norm)
+    clipped = clip_input((x,), _rule(layer), max_norm)
     for i, row in enumerate(x):
         if not row.isfinite().all():
             assert not clipped.finite[i]
-            assert not clipped.x[i].any()
+            assert not clipped.inputs[0][i].any()
             continue
-        columns = reference.column_norms(layer, clipped.x[i : i + 1])
+        columns = reference.column_norms(layer, clipped.inputs[0][i : i + 1])
         assert (columns <= max_norm).all()
         assert torch.allclose(clipped.norms[i], columns, rtol=1e-9, atol=1e-140)
         before = reference.column_norms(layer, x[i : i + 1])
         if (before <= max_norm * (1 - 1e-12)).all():
-            assert torch.equal(clipped.x[i], row)
+            assert torch.equal(clipped.inputs[0][i], row)
 
 
 def test_evaluation_and_training_clip_alike():
     rule = _rule(nn.Linear(4, 2))
     x = torch.randn(5, 3, 4) * 10
-    assert torch.equal(scale_input(x, rule, 1.0), clip_input(x, rule, 1.0).x)
+    assert torch.equal(scale_input((x,), rule, 1.0)[0], clip_input((x,), rule, 1.0).inputs[0])
 
 
 def test_the_clip_factor_is_a_constant_in_the_backward_pass():
     x = (torch.randn(3, 4, dtype=torch.float64) * 10).requires_grad_()
-    clip_input(x, _rule(nn.Linear(4, 2)), 1.0).x.sum().backward()
+    clip_input((x,), _rule(nn.Linear(4, 2)), 1.0).inputs[0].sum().backward()
     factor = 1.0 / x.detach().norm(dim=1, keepdim=True)
     assert torch.allclose(x.grad, factor.expand_as(x), rtol=1e-9)
 
@@ -63,11 +63,11 @@ def test_the_limit_holds_for_the_numbers_that_are_summed_in_low_precision(bound,
     rule = _rule(layer)
     x = torch.randn(200, 12, 16, generator=generator).to(dtype)
     g = (torch.randn(200, 12, 8, generator=generator) * 5).to(dtype)
-    clipped = clip_input(x, rule, 2.0)
+    clipped = clip_input((x,), rule, 2.0)
     y = torch.zeros(200, 12, 8, dtype=dtype, requires_grad=True)
     out = clip_upstream(y, clipped, rule, _limit(1.0), bound=bound, upstream=upstream, max_norm=2.0)
     out.backward(g)
-    weight = torch.einsum("bpo,bpi->boi", y.grad.double(), clipped.x.double())
+    weight = torch.einsum("bpo,bpi->boi", y.grad.double(), clipped.inputs[0].double())
     bias = y.grad.double().sum(1)
     norm = torch.cat([weight.flatten(1), bias], dim=1).norm(dim=1)
     assert (norm <= 1.0).all()
@@ -78,7 +78,7 @@ def test_the_limit_holds_for_the_numbers_that_are_summed_in_low_precision(bound,
 def test_nan_and_inf_rows_are_nan_forward_and_zero_backward(bound):
     rule = _rule(nn.Linear(2, 2))
     x = torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [float("inf"), 0.0]])
-    clipped = clip_input(x, rule, 3.0)
+    clipped = clip_input((x,), rule, 3.0)
     y = torch.ones(3, 2, requires_grad=True)
     out = clip_upstream(y * 1.0, clipped, rule, _limit(9.0), bound=bound, max_norm=3.0)
     assert out[0].isfinite().all()
@@ -93,9 +93,9 @@ def test_in_place_activations_may_follow(bound, upstream):
     def gradient(inplace):
         torch.manual_seed(0)
         layer = nn.Linear(4, 3)
-        clipped = clip_input(torch.randn(5, 2, 4), _rule(layer), 1.0)
+        clipped = clip_input((torch.randn(5, 2, 4),), _rule(layer), 1.0)
         y = clip_upstream(
-            layer(clipped.x),
+            layer(clipped.inputs[0]),
             clipped,
             _rule(layer),
             _limit(0.1),
@@ -118,9 +118,9 @@ class _Clipped(nn.Module):
         self.rule, self.limit = _rule(layer), _limit(0.5)
 
     def forward(self, x):
-        clipped = clip_input(x, self.rule, 2.0)
+        clipped = clip_input((x,), self.rule, 2.0)
         y = clip_upstream(
-            self.layer(clipped.x),
+            self.layer(clipped.inputs[0]),
             clipped,
             self.rule,
             self.limit,
@@ -161,9 +161,9 @@ def test_the_primitives_trace_without_a_graph_break(layer, shape, bound, upstrea
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_an_empty_batch_gives_zero_gradients(bound):
     layer = nn.Conv2d(1, 2, 3)
-    clipped = clip_input(torch.zeros(0, 1, 5, 5), _rule(layer), 1.0)
+    clipped = clip_input((torch.zeros(0, 1, 5, 5),), _rule(layer), 1.0)
     out = clip_upstream(
-        layer(clipped.x), clipped, _rule(layer), _limit(1.0), bound=bound, max_norm=1.0
+        layer(clipped.inputs[0]), clipped, _rule(layer), _limit(1.0), bound=bound, max_norm=1.0
     )
     out.sum().backward()
     assert not layer.weight.grad.any()
@@ -174,10 +174,10 @@ def test_exact_works_in_chunks_and_gives_the_same(monkeypatch):
     rule = _rule(layer)
     x, g = torch.randn(7, 2, 6, 6), torch.randn(7, 3, 4, 4)
     measured = rule.measure(x)
-    whole = rule.bound("exact", g, x, measured.norms, None)
+    whole = rule.bound("exact", g, (x,), measured.norms, None)
     monkeypatch.setattr(norms, "EXACT_MEMORY_CAP", 1)
     assert norms.exact_chunk(16, 1, 3, 18, 4) == 1
-    assert torch.allclose(rule.bound("exact", g, x, measured.norms, None), whole, rtol=1e-6)
+    assert torch.allclose(rule.bound("exact", g, (x,), measured.norms, None), whole, rtol=1e-6)
 
 
 def test_scale_gradient_multiplies_the_gradient_alone():

@@ -134,11 +134,6 @@ REFUSALS = {
         f"grad_sample_mode {mode}": Refusal(MODE.format(mode=mode), {"grad_sample_mode": mode})
         for mode in ("ghost", "ew", "functorch", "no_op", "ghost_fsdp")
     },
-    "batch_first": Refusal(
-        'batch_first=False is not supported with clipping="backprop": layers take the first axis '
-        "for the batch. Move the batch axis to the front.",
-        {"batch_first": False},
-    ),
     "rand_on_empty": Refusal(
         "rand_on_empty=True adds a made-up example to empty batches, which would count as data. "
         'Leave it out: clipping="backprop" steps on empty batches.',

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip import BackpropClipping, CoverageError, register_rule
-from opacus_bpclip.rules import RULES, Keep, LinearRule, Prepared, Rule
+from opacus_bpclip.rules import RULES, Inputs, Keep, LinearRule, Prepared, Rule
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
 from tests.strategies import BOUNDS
 
@@ -38,13 +38,13 @@ class ShiftRule(Rule):
     def expected_dims(self) -> tuple[int, int | None]:
         return 2, None
 
-    def prepare(self, x: Tensor, max_norm: float | None) -> Prepared:
-        return Prepared(x, None, x.detach().flatten(1).isfinite().all(dim=1))
+    def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
+        return Prepared(inputs, None, inputs[0].detach().flatten(1).isfinite().all(dim=1))
 
     def keeps(self, kind: str) -> Keep:
-        return Keep(x=False, norms=False)
+        return Keep(inputs=False, norms=False)
 
-    def bound(self, kind, g, x, input_norms, max_norm) -> Tensor:
+    def bound(self, kind, g, inputs, input_norms, max_norm) -> Tensor:
         return g.flatten(1).norm(dim=1)
 
 

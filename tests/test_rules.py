@@ -123,7 +123,7 @@ def test_taking_the_means_away_changes_neither_output_nor_input_gradient(layer):
     layer = layer.double()
     rule = RULES[type(layer)].from_module(layer)
     gradients = []
-    for prepare in (lambda x: x, lambda x: rule.prepare(x, None).x):
+    for prepare in (lambda x: x, lambda x: rule.prepare((x,), None).inputs[0]):
         torch.manual_seed(0)
         x = (torch.randn(3, 4, 6, dtype=torch.float64) + 2).requires_grad_()
         y = layer(prepare(x))

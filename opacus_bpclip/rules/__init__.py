@@ -1,6 +1,7 @@
 """One rule a layer family: which norm of the input, which bound of the gradient, which proof."""
 
-from opacus_bpclip.rules.base import Keep, Prepared, Rule
+from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
+from opacus_bpclip.rules.broadcast import BroadcastRule
 from opacus_bpclip.rules.conv import ConvRule
 from opacus_bpclip.rules.embedding import EmbeddingRule
 from opacus_bpclip.rules.linear import LinearRule
@@ -11,14 +12,16 @@ from opacus_bpclip.rules.normalization import (
     LayerNormRule,
     RMSNormRule,
 )
-from opacus_bpclip.rules.registry import RULES, register_rule
+from opacus_bpclip.rules.registry import RULES, register_rule, registered_kind, supported_layers
 
 __all__ = [
     "RULES",
     "AffineRule",
+    "BroadcastRule",
     "ConvRule",
     "EmbeddingRule",
     "GroupNormRule",
+    "Inputs",
     "Keep",
     "LayerNormRule",
     "LinearRule",
@@ -27,4 +30,6 @@ __all__ = [
     "RMSNormRule",
     "Rule",
     "register_rule",
+    "registered_kind",
+    "supported_layers",
 ]

@@ -1,4 +1,4 @@
-"""What a rule is: how one layer prepares its input and bounds its gradient."""
+"""What a rule is: how one layer prepares its inputs and bounds its gradient."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+# What a layer was called with: the first arguments of its forward, ``None`` where one was left out.
+Inputs = tuple[Tensor | None, ...]
+
 
 class Prepared(NamedTuple):
-    """A layer's input as the rule lets it into the layer.
+    """A layer's inputs as the rule lets them into the layer, batch first.
 
     Attributes:
-        x: the input.
+        inputs: the inputs.
         norms: ``[B, R, P]``, the L2 norm of each column that enters the weight product; ``None``
             where the rule does not need them.
         finite: ``[B]`` bool, whether every number of the example is finite.
     """
 
-    x: Tensor
+    inputs: Inputs
     norms: Tensor | None
     finite: Tensor
 
 
 class Keep(NamedTuple):
-    """What a bound needs of the input in the backward pass."""
+    """What a bound needs in the backward pass: the prepared inputs, their norms."""
 
-    x: bool
+    inputs: bool
     norms: bool
 
 
@@ -42,6 +46,7 @@ class Rule(ABC):
         methods: what a subclass of the layer must not override for the rule to hold.
         clips_input: whether the layer's input has a norm to clip.
         parameters: the names of the layer's parameters that the rule bounds.
+        arguments: how many of the forward's first arguments the layer's gradient depends on.
         weight: whether the layer has a trainable weight.
         bias: whether the layer has a trainable bias.
     """
@@ -49,6 +54,7 @@ class Rule(ABC):
     methods: ClassVar[tuple[str, ...]] = ("forward",)
     clips_input: ClassVar[bool] = False
     parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    arguments: ClassVar[int] = 1
 
     weight: bool
     bias: bool
@@ -64,18 +70,37 @@ class Rule(ABC):
 
     @abstractmethod
     def expected_dims(self) -> tuple[int, int | None]:
-        """Return the smallest and the largest number of axes of a batched input."""
+        """Return the smallest and the largest number of axes of a batched first input."""
+
+    def batch_axis(self, default: int) -> int:
+        """Return which axis of inputs and output is the batch.
+
+        Args:
+            default: 0, or 1 in a model with ``batch_first=False``.
+        """
+        return default
+
+    def batch_sizes(self, inputs: Inputs) -> tuple[int, ...]:
+        """Return how many examples each input holds, batch first."""
+        return tuple(x.shape[0] for x in inputs if x is not None)
 
     @abstractmethod
-    def prepare(self, x: Tensor, max_norm: float | None) -> Prepared:
-        """Measure the input ``x``, ``[B, ...]``, and clip it where the layer has something to clip.
+    def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
+        """Measure the inputs, ``[B, ...]``, and clip them where the layer has something to clip.
 
         Each example's result depends on that example alone.
 
         Args:
-            x: the layer's input.
+            inputs: the layer's first `arguments` inputs.
             max_norm: largest norm of a column; ``None`` clips nothing.
         """
+
+    def silenced(self, prepared: Prepared) -> Inputs:
+        """Return the prepared inputs, with zeros for examples that are not finite."""
+        return tuple(
+            x if x is None or not x.is_floating_point() else zero_rows(x, prepared.finite)
+            for x in prepared.inputs
+        )
 
     @abstractmethod
     def keeps(self, kind: str) -> Keep:
@@ -86,7 +111,7 @@ class Rule(ABC):
         self,
         kind: str,
         g: Tensor,
-        x: Tensor | None,
+        inputs: Inputs,
         input_norms: Tensor | None,
         max_norm: float | None,
     ) -> Tensor:
@@ -94,10 +119,10 @@ class Rule(ABC):
 
         Args:
             kind: ``"product"``, ``"weighted"`` or ``"exact"``.
-            g: gradient of the layer's output.
-            x: the prepared input, if kept.
-            input_norms: its norms, if kept.
-            max_norm: what the input's norms were clipped to.
+            g: gradient of the layer's output, batch first.
+            inputs: the prepared inputs; empty if not kept.
+            input_norms: their norms, if kept.
+            max_norm: what the inputs' norms were clipped to.
         """
 
 
@@ -110,3 +135,15 @@ def trainable(module: nn.Module, name: str) -> bool:
 def per_row(values: Tensor, like: Tensor) -> Tensor:
     """View ``[B]`` so that it broadcasts over the rows of ``like``, ``[B, ...]``."""
     return values.view(-1, *(1,) * (like.dim() - 1))
+
+
+def may_rewrite(keep: Tensor) -> bool:
+    """Return whether rows must be rewritten where ``keep``, ``[B]``, is false."""
+    # Reading a flag stalls an accelerator and breaks a traced graph: there, always rewrite.
+    return torch.compiler.is_compiling() or keep.device.type != "cpu" or not bool(keep.all())
+
+
+def zero_rows(x: Tensor, keep: Tensor) -> Tensor:
+    """Return ``x``, ``[B, ...]``, with zeros in the rows where ``keep``, ``[B]``, is false."""
+    # Not a multiplication: zero times nan is nan.
+    return torch.where(per_row(keep, x), x, x.new_zeros(())) if may_rewrite(keep) else x

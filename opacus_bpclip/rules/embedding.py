@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from opacus_bpclip import norms
 from opacus_bpclip.errors import CoverageError
-from opacus_bpclip.rules.base import Keep, Prepared, Rule, per_row, trainable
+from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, per_row, trainable
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,26 @@ class EmbeddingRule(Rule):
         """Accept one token an example, and any number of axes of tokens."""
         return 1, None
 
-    def prepare(self, x: Tensor, max_norm: float | None) -> Prepared:
+    def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
         """Weigh each position 1, padding 0; ids are always finite."""
+        (x,) = inputs
+        assert x is not None
         ids = self._positions(x)
         weights = torch.ones(ids.shape, device=x.device)
         if self.padding_idx is not None:
             weights = (ids != self.padding_idx).to(weights.dtype)
         finite = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        return Prepared(x, weights.unsqueeze(1), finite)
+        return Prepared((x,), weights.unsqueeze(1), finite)
 
     def keeps(self, kind: str) -> Keep:
         """Keep the map of weights, and for the exact bound the ids that the layer keeps anyway."""
-        return Keep(x=kind == "exact", norms=kind != "product")
+        return Keep(inputs=kind == "exact", norms=kind != "product")
 
     def bound(
         self,
         kind: str,
         g: Tensor,
-        x: Tensor | None,
+        inputs: Inputs,
         input_norms: Tensor | None,
         max_norm: float | None,
     ) -> Tensor:
@@ -82,6 +84,7 @@ class EmbeddingRule(Rule):
         if kind == "weighted" or positions == 1:
             columns = norms.column_norms(input_norms, weight=True, bias=False)
             return norms.weighted_bound(upstream, columns)
+        (x,) = inputs
         assert x is not None
         return self._exact_bound(upstream[:, 0], self._positions(x), input_norms[:, 0])
 

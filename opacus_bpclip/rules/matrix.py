@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip import norms
-from opacus_bpclip.rules.base import Keep, Prepared, Rule, per_row
+from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, per_row
 
 
 class Measured(NamedTuple):
@@ -56,24 +56,26 @@ class MatrixRule(Rule):
     def column_size(self) -> int:
         """Return ``D``."""
 
-    def prepare(self, x: Tensor, max_norm: float | None) -> Prepared:
+    def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
         """Scale every column down to ``max_norm``; the factor is a constant in the backward."""
+        (x,) = inputs
+        assert x is not None
         column_norms, finite = self.measure(x.detach())
         if max_norm is not None:
             factor = self.clip_factor(column_norms, max_norm)
             x = self.scale_input(x, factor)
             column_norms = column_norms * factor
-        return Prepared(x, column_norms, finite)
+        return Prepared((x,), column_norms, finite)
 
     def keeps(self, kind: str) -> Keep:
         """Keep the map of norms, and for the exact bound the input that the layer keeps anyway."""
-        return Keep(x=kind == "exact", norms=kind != "product")
+        return Keep(inputs=kind == "exact", norms=kind != "product")
 
     def bound(
         self,
         kind: str,
         g: Tensor,
-        x: Tensor | None,
+        inputs: Inputs,
         input_norms: Tensor | None,
         max_norm: float | None,
     ) -> Tensor:
@@ -87,6 +89,7 @@ class MatrixRule(Rule):
         columns = norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
         if kind == "weighted":
             return norms.weighted_bound(upstream, columns)
+        (x,) = inputs
         assert x is not None
         return self.exact_bound(upstream, x, columns)
 

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from opacus_bpclip import norms
 from opacus_bpclip.errors import CoverageError
-from opacus_bpclip.rules.base import Keep, Prepared, Rule, trainable
+from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, trainable
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,31 @@ class AffineRule(Rule):
     def largest(self, x: Tensor) -> float:
         """Return the largest absolute value that normalisation can give for ``x``'s shape."""
 
-    def prepare(self, x: Tensor, max_norm: float | None) -> Prepared:
+    def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
         """Take the means away; there is nothing to clip, since the output's scale is fixed.
 
         A mean far larger than the deviations cancels badly in the layer's arithmetic, and rounding
         errors would stand in for normalised values that no bound knows. The means are constants in
         the backward pass: the layer's input gradient sums to zero over what it normalises.
         """
+        (x,) = inputs
+        assert x is not None
         centred = self.centred(x)
         flat = centred.detach().flatten(1)
         largest = torch.linalg.vector_norm(flat, float("inf"), dim=1)
         # Beyond this the layer's sum of squares may overflow. Comparing with nan gives False.
         finite = largest < math.sqrt(torch.finfo(x.dtype).max / (4 * max(flat.shape[1], 1)))
-        return Prepared(centred, None, finite)
+        return Prepared((centred,), None, finite)
 
     def keeps(self, kind: str) -> Keep:
         """Keep the input, as the layer does, but for the product bound."""
-        return Keep(x=kind != "product", norms=False)
+        return Keep(inputs=kind != "product", norms=False)
 
     def bound(
         self,
         kind: str,
         g: Tensor,
-        x: Tensor | None,
+        inputs: Inputs,
         input_norms: Tensor | None,
         max_norm: float | None,
     ) -> Tensor:
@@ -81,6 +83,7 @@ class AffineRule(Rule):
         if kind == "product":
             largest = norms.max_column_norm(self.largest(g), weight=self.weight, bias=self.bias)
             return norms.product_bound(upstream[:, None], largest)
+        (x,) = inputs
         assert x is not None
         value = self.channels_first(self.normalized(x)).to(dtype)
         columns = norms.column_norms(value.abs(), weight=self.weight, bias=self.bias)

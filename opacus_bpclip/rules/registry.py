@@ -12,10 +12,12 @@ from opacus_bpclip.rules.conv import ConvRule
 from opacus_bpclip.rules.embedding import EmbeddingRule
 from opacus_bpclip.rules.linear import LinearRule
 from opacus_bpclip.rules.normalization import GroupNormRule, LayerNormRule, RMSNormRule
+from opacus_bpclip.rules.torchvision import ClassTokenRule, LayerScaleRule, PositionEmbeddingRule
 
 RuleClass = TypeVar("RuleClass", bound=type[Rule])
 
-RULES: dict[type[nn.Module], type[Rule]] = {
+# By class; by dotted path where the class belongs to a package that need not be installed.
+RULES: dict[type[nn.Module] | str, type[Rule]] = {
     nn.Linear: LinearRule,
     nn.Conv1d: ConvRule,
     nn.Conv2d: ConvRule,
@@ -27,7 +29,25 @@ RULES: dict[type[nn.Module], type[Rule]] = {
     nn.InstanceNorm1d: GroupNormRule,
     nn.InstanceNorm2d: GroupNormRule,
     nn.InstanceNorm3d: GroupNormRule,
+    "torchvision.models.vision_transformer.VisionTransformer": ClassTokenRule,
+    "torchvision.models.vision_transformer.Encoder": PositionEmbeddingRule,
+    "torchvision.models.convnext.CNBlock": LayerScaleRule,
 }
+
+
+def registered_kind(kind: type[nn.Module]) -> tuple[type[nn.Module], type[Rule]] | None:
+    """Return the nearest class in ``kind``'s ancestry that has a rule, and the rule."""
+    for base in kind.__mro__:
+        rule = RULES.get(base) or RULES.get(f"{base.__module__}.{base.__qualname__}")
+        if rule is not None:
+            return base, rule
+    return None
+
+
+def supported_layers() -> list[str]:
+    """Return the names of the classes that have a rule."""
+    names = (kind if isinstance(kind, str) else kind.__name__ for kind in RULES)
+    return sorted(name.rpartition(".")[2] for name in names)
 
 
 def register_rule(

@@ -1,0 +1,71 @@
+"""A layer's call: the arguments that its rule looks at, with the batch moved to the front."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from opacus_bpclip.rules import Inputs, Rule
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """Where in a call the inputs of a layer's rule are.
+
+    Attributes:
+        names: of the forward's first arguments.
+        batch_axis: which of their axes is the batch.
+    """
+
+    names: tuple[str, ...]
+    batch_axis: int
+
+    @classmethod
+    def of(cls, module: nn.Module, rule: Rule, batch_axis: int) -> Self:
+        """Read the names off the layer's forward."""
+        _, *names = inspect.signature(type(module).forward).parameters
+        return cls(tuple(names[: rule.arguments]), batch_axis)
+
+    def passed(self, args: Args, kwargs: Kwargs) -> Inputs:
+        """Return the inputs of a call as they are.
+
+        Raises:
+            TypeError: the first one is missing.
+        """
+        inputs = tuple(
+            args[index] if index < len(args) else kwargs.get(name)
+            for index, name in enumerate(self.names)
+        )
+        if inputs[0] is None:
+            raise TypeError(f"The layer was called without {self.names[0]!r}.")
+        return inputs
+
+    def get(self, args: Args, kwargs: Kwargs) -> Inputs:
+        """Return the inputs of a call, batch first."""
+        return tuple(x if x is None else self._batch_first(x) for x in self.passed(args, kwargs))
+
+    def put(self, args: Args, kwargs: Kwargs, inputs: Inputs) -> tuple[Args, Kwargs]:
+        """Return the arguments of a call with other inputs, given batch first."""
+        positional, named = list(args), dict(kwargs)
+        for index, (name, x) in enumerate(zip(self.names, inputs, strict=True)):
+            value = x if x is None else self.as_passed(x)
+            if index < len(args):
+                positional[index] = value
+            elif name in kwargs or value is not None:
+                named[name] = value
+        return tuple(positional), named
+
+    def as_passed(self, x: Tensor) -> Tensor:
+        """Move the batch from the front to where the layer has it."""
+        return x.movedim(0, self.batch_axis) if self.batch_axis else x
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        # Too few axes are refused with the layer's name, by the guard.
+        return x.movedim(self.batch_axis, 0) if 0 < self.batch_axis < x.dim() else x

@@ -1,0 +1,35 @@
+"""What the ways of clipping a layer have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.guard import GradientGuard
+
+
+class Settings(NamedTuple):
+    """How to clip, and who watches.
+
+    Attributes:
+        config: the public options.
+        limits: what one use of a layer may contribute, by the layer's name; read when needed.
+        guard: watches the layers.
+    """
+
+    config: BackpropClipping
+    limits: Mapping[str, Tensor]
+    guard: GradientGuard
+
+
+class Clip(ABC):
+    """Keeps an example's contribution to some parameters within their limit."""
+
+    @abstractmethod
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks."""

@@ -1,0 +1,102 @@
+"""Parameters that a module broadcasts over the batch: clipped where autograd adds up the rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from opacus_bpclip.calls import Args, Kwargs
+from opacus_bpclip.coverage import Layer
+from opacus_bpclip.layer_clips.base import Clip, Settings
+from opacus_bpclip.ops import factors
+from opacus_bpclip.rules import BroadcastRule
+from opacus_bpclip.rules.base import per_row, zero_rows
+
+
+class ParameterClip(Clip):
+    """Hands a module's forward one copy of its parameters for each example.
+
+    All uses of a copy add up in its gradient before it is clipped, so it matters neither how often
+    the forward uses the parameter nor how.
+    """
+
+    def __init__(self, layer: Layer, rule: BroadcastRule, settings: Settings) -> None:
+        self.layer = layer
+        self.rule = rule
+        self.config, limits, self.guard = settings
+        self.limit = limits[layer.name]
+        self.names = [
+            name
+            for name in rule.parameters
+            if (parameter := layer.module._parameters.get(name)) is not None
+            and parameter.requires_grad
+        ]
+        self.originals: dict[str, nn.Parameter | None] = {}
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks."""
+        module = self.layer.module
+        return [
+            module.register_forward_pre_hook(self.enter, with_kwargs=True),
+            module.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Put the copies in the parameters' place."""
+        if not torch.is_grad_enabled():
+            return
+        inputs = self.layer.arguments.get(args, kwargs)
+        compiling = torch.compiler.is_compiling()
+        followed = False
+        if compiling:
+            self.guard.note_compiled()
+        else:
+            followed = self.guard.enter_layer(self.layer)
+            if followed:
+                self.guard.check_batch(self.layer, inputs)
+        (batch_size,) = self.rule.batch_sizes(inputs)
+        parameters = {name: module._parameters[name] for name in self.names}
+        copies = _Copies.apply(self, batch_size, *parameters.values())
+        if followed:
+            self.guard.follow(self.layer, copies[0], ())
+        self.originals = parameters
+        for name, copy in zip(parameters, copies, strict=True):
+            module._parameters[name] = copy
+
+    def leave(self, module: nn.Module, args: Args, output: Any) -> None:
+        """Put the parameters back, also after an error."""
+        module._parameters.update(self.originals)
+        self.originals = {}
+
+
+class _Copies(torch.autograd.Function):
+    """Expand parameters over the batch; clip each example's gradient of all, and add up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, clip: ParameterClip, batch_size: int, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.clip = clip
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        return tuple(
+            clip.rule.copies(name, parameter, batch_size)
+            for name, parameter in zip(clip.names, parameters, strict=True)
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        clip: ParameterClip = ctx.clip
+        joint = torch.cat([g.flatten(1) for g in gradients], dim=1)
+        bound = clip.rule.bound(clip.config.bound, joint, (), None, None)
+        finite = torch.ones_like(bound, dtype=torch.bool)
+        normalize = clip.config.upstream == "normalize"
+        factor, keep = factors(bound, finite, clip.limit, joint.dtype, normalize=normalize)
+        sums = [
+            zero_rows(g * per_row(factor, g), keep).sum(dim=0).view(shape)
+            for g, shape in zip(gradients, ctx.shapes, strict=True)
+        ]
+        return None, None, *sums

@@ -1,0 +1,90 @@
+"""The ordinary layer: each use clips its input, and its upstream gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from opacus_bpclip.calls import Args, Kwargs
+from opacus_bpclip.coverage import Layer
+from opacus_bpclip.guard import versions
+from opacus_bpclip.layer_clips.base import Clip, Settings
+from opacus_bpclip.ops import clip_input, clip_upstream, scale_input
+from opacus_bpclip.rules import Inputs, Prepared
+
+
+class SingleClip(Clip):
+    """The two hooks of one layer."""
+
+    def __init__(self, layer: Layer, settings: Settings) -> None:
+        self.layer = layer
+        self.config, limits, self.guard = settings
+        self.limit = limits[layer.name]
+        self.clipped: Prepared | None = None
+        self.passed: Inputs = ()
+        self.versions: tuple[int, ...] = ()
+        self.followed = False
+        self.key = 0
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks: input clipping the last of all, upstream clipping the first.
+
+        Nothing may stand between the layer and its clips.
+        """
+        module = self.layer.module
+        before = module.register_forward_pre_hook(self.enter, with_kwargs=True)
+        after = module.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
+        self.key = after.id
+        return [before, after]
+
+    def enter(self, _: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Clip the inputs."""
+        rule, arguments = self.layer.rule, self.layer.arguments
+        max_norm = self.config.max_input_norm
+        inputs = arguments.get(args, kwargs)
+        if not torch.is_grad_enabled():
+            if max_norm is None or not rule.clips_input:
+                return None
+            return arguments.put(args, kwargs, scale_input(inputs, rule, max_norm))
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            self.guard.note_compiled()
+        else:
+            self.followed = self.guard.enter_layer(self.layer)
+            if self.followed:
+                self.guard.check_batch(self.layer, inputs)
+        self.clipped = clip_input(inputs, rule, max_norm)
+        args, kwargs = arguments.put(args, kwargs, self.clipped.inputs)
+        if not compiling:
+            self.passed = arguments.passed(args, kwargs)
+            self.versions = versions(self.passed)
+        return args, kwargs
+
+    def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
+        """Clip the upstream gradient."""
+        clipped, self.clipped = self.clipped, None
+        passed, self.passed = self.passed, ()
+        if not torch.is_grad_enabled() or not y.requires_grad:
+            return None
+        assert clipped is not None
+        if not torch.compiler.is_compiling():
+            used = self.layer.arguments.passed(args, kwargs)
+            self.guard.check_inputs(self.layer, passed, self.versions, used)
+            if next(iter(module._forward_hooks)) != self.key:
+                self.guard.fail(
+                    f"Another forward hook of {self.layer.name} was put before the one that clips "
+                    "its upstream gradient. Register it without prepend=True."
+                )
+            if self.followed:
+                self.guard.follow(self.layer, y, used)
+        return clip_upstream(
+            y,
+            clipped,
+            self.layer.rule,
+            self.limit,
+            bound=self.config.bound,
+            upstream=self.config.upstream,
+            max_norm=self.config.max_input_norm,
+            batch_axis=self.layer.arguments.batch_axis,
+        )

@@ -1,0 +1,58 @@
+"""Opacus's recurrent networks: which linear layers run once a time step, rows always aligned.
+
+`DPRNN`, `DPLSTM` and `DPGRU` call the layers of their cells once for each time step. Row ``i`` of
+every call belongs to the same example, also in packed sequences, where later steps have the first
+rows only. Code of anybody else promises no such thing.
+"""
+
+from __future__ import annotations
+
+from opacus.layers.dp_rnn import DPGRUCell, DPLSTMCell, DPRNNBase, DPRNNCell, RNNLinear
+from opacus.layers.param_rename import RenameParamsMixin
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import TypeIs
+
+_CELL_FORWARDS = {cell.forward for cell in (DPRNNCell, DPLSTMCell, DPGRUCell)}
+_NETWORK_METHODS = ("forward", "forward_layer", "iterate_layers")
+
+
+def recurrent_linears(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return the linear layers of the model's recurrent networks, each with its network.
+
+    Left out is every network or cell that overrides what aligns the rows.
+    """
+    return {
+        linear: network
+        for network in model.modules()
+        if isinstance(network, DPRNNBase) and aligns_rows(network)
+        for linear in network.modules()
+        if isinstance(linear, RNNLinear)
+    }
+
+
+def renamed_parameters(module: nn.Module) -> set[str]:
+    """Return the names under which a module only repeats the parameters of its submodules."""
+    if not isinstance(module, RenameParamsMixin):
+        return set()
+    below = {parameter for child in module.children() for parameter in child.parameters()}
+    own = module._parameters.items()
+    return {name for name, parameter in own if parameter in below}
+
+
+def aligns_rows(network: DPRNNBase) -> bool:
+    """Return whether a network is Opacus's own code, which keeps each example in one row."""
+    own = all(
+        getattr(type(network), method) is getattr(DPRNNBase, method) and method not in vars(network)
+        for method in _NETWORK_METHODS
+    )
+    cells = (
+        type(cell).forward in _CELL_FORWARDS and "forward" not in vars(cell)
+        for cell in network.cells
+    )
+    return own and all(cells)
+
+
+def is_packed(value: object) -> TypeIs[PackedSequence]:
+    """Return whether a value is a batch of sequences of several lengths."""
+    return isinstance(value, PackedSequence)

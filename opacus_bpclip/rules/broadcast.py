@@ -1,0 +1,109 @@
+"""Parameters that every example meets as they are: added to it, multiplied with it, put beside it.
+
+The module owns them directly (a class token, a position embedding, a scale). While its forward
+runs, each is a copy for every example, so that autograd itself yields each example's gradient.
+Proof: ``docs/rules/broadcast.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from opacus_bpclip import norms
+from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
+
+
+@dataclass(frozen=True)
+class BroadcastRule(Rule):
+    """A subclass names the ``parameters`` of its module that are broadcast over the batch.
+
+    What its author promises: the module's forward uses each of them as a tensor whose first axis
+    is the batch, row ``i`` for example ``i`` alone. Broadcasting, ``expand(batch, ...)`` and
+    ``torch.cat`` along other axes do; ``parameter[0]`` and reductions over the first axis do not.
+
+    Attributes:
+        dims: by parameter, the number of axes of the tensor that it is broadcast against, batch
+            included; needed unless the parameter's own first axis stands for the batch (size 1).
+
+    Example:
+        >>> from opacus_bpclip import register_rule
+        >>> class Scale(nn.Module):
+        ...     def __init__(self, features):
+        ...         super().__init__()
+        ...         self.scale = nn.Parameter(torch.ones(features))
+        ...
+        ...     def forward(self, x):  # [B, T, features]
+        ...         return self.scale * x
+        >>> @register_rule(Scale)
+        ... class ScaleRule(BroadcastRule):
+        ...     parameters = ("scale",)
+        ...     dims = {"scale": 3}
+    """
+
+    parameters: ClassVar[tuple[str, ...]] = ()
+    dims: ClassVar[Mapping[str, int]] = {}
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> Self:
+        """Check that each parameter can be told apart from the batch.
+
+        Raises:
+            CoverageError: a parameter has no axis to spare for the batch.
+        """
+        for name in cls.parameters:
+            parameter = module._parameters.get(name)
+            if parameter is None:
+                continue
+            dims = cls.dims.get(name)
+            if dims is None and (parameter.dim() == 0 or parameter.shape[0] != 1):
+                raise CoverageError(
+                    f"{name}, of shape {tuple(parameter.shape)}, has no first axis of size 1 for "
+                    f"the batch. Say in {cls.__name__}.dims how many axes the tensors have that it "
+                    "is broadcast against."
+                )
+            if dims is not None and dims <= parameter.dim():
+                raise CoverageError(
+                    f"{name}, of shape {tuple(parameter.shape)}, is said to be broadcast against "
+                    f"tensors of {dims} axes, the batch included, which leaves none for the batch."
+                )
+        return cls(weight=True, bias=False)
+
+    def expected_dims(self) -> tuple[int, int | None]:
+        """Accept any batch."""
+        return 1, None
+
+    def copies(self, name: str, parameter: Tensor, batch_size: int) -> Tensor:
+        """Return the parameter as one row for each example, without copying."""
+        axes = self.dims.get(name, parameter.dim())
+        shape = (1,) * (axes - parameter.dim()) + tuple(parameter.shape)
+        return parameter.view(shape).expand(batch_size, *shape[1:])
+
+    def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
+        """Leave the input alone: nothing of it is known to be multiplied with a parameter."""
+        (x,) = inputs
+        assert x is not None
+        return Prepared(inputs, None, torch.ones(len(x), dtype=torch.bool, device=x.device))
+
+    def keeps(self, kind: str) -> Keep:
+        """Keep nothing."""
+        return Keep(inputs=False, norms=False)
+
+    def bound(
+        self,
+        kind: str,
+        g: Tensor,
+        inputs: Inputs,
+        input_norms: Tensor | None,
+        max_norm: float | None,
+    ) -> Tensor:
+        """Return the norm of ``g``, ``[B, ...]``, which is the example's own gradient."""
+        dtype = norms.norm_dtype(g.dtype)
+        g = g.flatten(1)
+        return torch.linalg.vector_norm(g, dim=1, dtype=dtype) + norms.underflow(g.shape[1], dtype)

@@ -1,0 +1,27 @@
+"""Modules of torchvision that own parameters themselves, or override what their base class does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from opacus_bpclip.rules.broadcast import BroadcastRule
+
+
+class ClassTokenRule(BroadcastRule):
+    """``VisionTransformer``: a token, ``[1, 1, D]``, put before the patches of every example."""
+
+    parameters: ClassVar[tuple[str, ...]] = ("class_token",)
+
+
+class PositionEmbeddingRule(BroadcastRule):
+    """``vision_transformer.Encoder``: an embedding, ``[1, T, D]``, added to every example."""
+
+    parameters: ClassVar[tuple[str, ...]] = ("pos_embedding",)
+
+
+class LayerScaleRule(BroadcastRule):
+    """``convnext.CNBlock``: a scale, ``[C, 1, 1]``, multiplied with every example."""
+
+    parameters: ClassVar[tuple[str, ...]] = ("layer_scale",)
+    dims: ClassVar[Mapping[str, int]] = {"layer_scale": 4}
