@@ -142,10 +142,12 @@ class GradientGuard:
                 )
             return False
         if not self._in_forward:
+            compiled = layer.recurrence is not None
             self.fail(
                 f"{layer.name} was called outside its model's forward pass: the batch size that "
-                "the mean loss divides by is unknown there. Call the whole model, and have its "
-                "forward return whatever the loss needs."
+                "the mean loss divides by is unknown there. Call the whole model, "
+                + ("without torch.compile (it cannot trace recurrent networks), " * compiled)
+                + "and have its forward return whatever the loss needs."
             )
         if calls >= layer.uses:
             times = "once" if layer.uses == 1 else f"{layer.uses} times"

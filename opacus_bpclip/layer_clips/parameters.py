@@ -28,13 +28,11 @@ class ParameterClip(Clip):
         self.rule = rule
         self.config, limits, self.guard = settings
         self.limit = limits[layer.name]
-        self.names = [
-            name
-            for name in rule.parameters
-            if (parameter := layer.module._parameters.get(name)) is not None
-            and parameter.requires_grad
-        ]
-        self.originals: dict[str, nn.Parameter | None] = {}
+        self.parameters = {
+            name: parameter
+            for name, parameter in layer.module.named_parameters(recurse=False)
+            if name in rule.parameters and parameter.requires_grad
+        }
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks."""
@@ -58,18 +56,21 @@ class ParameterClip(Clip):
             if followed:
                 self.guard.check_batch(self.layer, inputs)
         (batch_size,) = self.rule.batch_sizes(inputs)
-        parameters = {name: module._parameters[name] for name in self.names}
-        copies = _Copies.apply(self, batch_size, *parameters.values())
+        copies = _Copies.apply(self, batch_size, *self.parameters.values())
         if followed:
             self.guard.follow(self.layer, copies[0], ())
-        self.originals = parameters
-        for name, copy in zip(parameters, copies, strict=True):
+        for name, copy in zip(self.parameters, copies, strict=True):
+            if module._parameters[name] is not self.parameters[name]:
+                self.guard.fail(
+                    f"{self.layer.name}.{name} is not the parameter that make_private saw: it was "
+                    "replaced, or the module's forward calls the module. Change the model first, "
+                    "then call make_private."
+                )
             module._parameters[name] = copy
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> None:
         """Put the parameters back, also after an error."""
-        module._parameters.update(self.originals)
-        self.originals = {}
+        module._parameters.update(self.parameters)
 
 
 class _Copies(torch.autograd.Function):
@@ -83,7 +84,7 @@ class _Copies(torch.autograd.Function):
         ctx.shapes = [parameter.shape for parameter in parameters]
         return tuple(
             clip.rule.copies(name, parameter, batch_size)
-            for name, parameter in zip(clip.names, parameters, strict=True)
+            for name, parameter in zip(clip.parameters, parameters, strict=True)
         )
 
     @staticmethod

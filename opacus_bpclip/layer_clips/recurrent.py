@@ -71,10 +71,14 @@ class RecurrentClip(Clip):
         if all(followed):
             axis = 0 if network.batch_first else 1
             if is_packed(x):
-                shape, size = tuple(x.data.shape), int(x.batch_sizes[0])
+                guard.check_examples(name, tuple(x.data.shape), int(x.batch_sizes[0]), axis)
+            elif x.dim() != 3:
+                guard.fail(
+                    f"{name} got an input of shape {tuple(x.shape)}; it needs 3 axes, the batch "
+                    f"{('first', 'second')[axis]}. Add the batch axis."
+                )
             else:
-                shape, size = tuple(x.shape), x.shape[axis]
-            guard.check_examples(name, shape, size, axis)
+                guard.check_examples(name, tuple(x.shape), x.shape[axis], axis)
         for layer, follow in zip(self.layers, followed, strict=True):
             sequence = _Sequence(layer, self.settings)
             if follow:
