@@ -1,0 +1,123 @@
+"""`check_rule` passes every rule of the package, and convicts a rule that breaks a promise."""
+
+import pytest
+import torch
+from torch import nn
+
+from opacus_bpclip.rules import RULES, LinearRule
+from opacus_bpclip.testing import check_rule
+
+
+def _floats(*shape):
+    return lambda count: torch.randn(count, *shape)
+
+
+def _ids(vocabulary, *shape):
+    return lambda count: torch.randint(vocabulary, (count, *shape))
+
+
+LAYERS = {
+    nn.Linear: (lambda: nn.Linear(3, 2), _floats(4, 3)),
+    nn.Conv1d: (lambda: nn.Conv1d(2, 4, 3, groups=2, padding=1), _floats(2, 6)),
+    nn.Conv2d: (lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1), _floats(2, 5, 5)),
+    nn.Conv3d: (lambda: nn.Conv3d(1, 2, 2, padding=1, padding_mode="reflect"), _floats(1, 3, 3, 3)),
+    nn.Embedding: (lambda: nn.Embedding(5, 3), _ids(5, 4)),
+    nn.LayerNorm: (lambda: nn.LayerNorm(6), _floats(3, 6)),
+    nn.RMSNorm: (lambda: nn.RMSNorm(6), _floats(3, 6)),
+    nn.GroupNorm: (lambda: nn.GroupNorm(2, 4), _floats(4, 3, 3)),
+    nn.InstanceNorm1d: (lambda: nn.InstanceNorm1d(4, affine=True), _floats(4, 6)),
+    nn.InstanceNorm2d: (lambda: nn.InstanceNorm2d(2, affine=True), _floats(2, 3, 3)),
+    nn.InstanceNorm3d: (lambda: nn.InstanceNorm3d(1, affine=True), _floats(1, 3, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
+def test_a_rule_of_the_package_keeps_its_promises(kind):
+    make_layer, inputs = LAYERS[kind]
+    check_rule(RULES[kind], make_layer, inputs)
+
+
+class HalfTheBound(LinearRule):
+    def bound(self, *args):
+        return super().bound(*args) / 2
+
+
+class TwiceTheBound(LinearRule):
+    def bound(self, *args):
+        return super().bound(*args) * 2
+
+
+class ByTheBatch(LinearRule):
+    def bound(self, *args):
+        own = super().bound(*args)
+        return own.amax().expand_as(own) if len(own) else own
+
+
+class Changed(LinearRule):
+    def prepare(self, inputs, max_norm):
+        return super().prepare((inputs[0].abs(),), max_norm)
+
+
+class NotFinite(LinearRule):
+    def prepare(self, inputs, max_norm):
+        prepared = super().prepare(inputs, max_norm)
+        return prepared._replace(finite=torch.ones_like(prepared.finite))
+
+
+class BiasUncovered(LinearRule):
+    """Reports the bias's gradient as covered, and is not."""
+
+    def bound(self, *args):
+        return (
+            replace(self, bias=False).__class__.__mro__[1].bound(replace(self, bias=False), *args)
+        )
+
+
+@pytest.mark.parametrize(
+    ("rule", "promise"),
+    [
+        (HalfTheBound, "bound"),
+        (TwiceTheBound, "attainment"),
+        (ByTheBatch, "independence"),
+        (Changed, "direction"),
+        (NotFinite, "not finite"),
+        (BiasUncovered, "bound"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_broken_promise_is_named(rule, promise):
+    with pytest.raises(AssertionError, match=rf"{rule.__name__} with bound=.* promise: {promise}:"):
+        check_rule(rule, *LAYERS[nn.Linear])
+
+
+def test_the_registry_is_as_before():
+    before = dict(RULES)
+
+    class Own(nn.Linear):
+        pass
+
+    check_rule(LinearRule, lambda: Own(2, 2), _floats(2), rounds=1)
+    assert before == RULES
+
+
+def test_a_worst_case_may_be_given():
+    worst = (torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]]))
+    check_rule(LinearRule, lambda: nn.Linear(2, 2), _floats(2), worst_case=worst, rounds=1)
+    idle = (torch.zeros(1, 2), torch.zeros(1, 2))
+    with pytest.raises(AssertionError, match=r"attainment: 0\.0000 of the limit"):
+        check_rule(LinearRule, lambda: nn.Linear(2, 2), _floats(2), worst_case=idle, rounds=1)
+
+
+def test_the_random_state_is_left_alone():
+    state = torch.get_rng_state()
+    check_rule(LinearRule, lambda: nn.Linear(2, 2), _floats(2), rounds=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_frozen_weight_is_checked_by_its_bias():
+    def bias_alone():
+        layer = nn.Linear(3, 2)
+        layer.weight.requires_grad_(False)
+        return layer
+
+    check_rule(LinearRule, bias_alone, _floats(3), rounds=1)
