@@ -75,6 +75,16 @@ def max_column_norm(max_norm: float, *, weight: bool, bias: bool) -> float:
     return math.sqrt(max_norm**2 * weight + bias)
 
 
+def row_norms(g: Tensor) -> Tensor:
+    """Return the norm of each example's row of ``g``, ``[B, ...]``, never below the true one. ``[B]``.
+
+    The whole bound where ``g`` is the example's gradient itself.
+    """
+    dtype = norm_dtype(g.dtype)
+    g = g.flatten(1)
+    return torch.linalg.vector_norm(g, dim=1, dtype=dtype) + underflow(g.shape[1], dtype)
+
+
 def product_bound(g: Tensor, max_column_norm: float) -> Tensor:
     """Return ``max_column_norm * N(g)``: L1 over positions, then L2 over channels. ``[B]``.
 

@@ -68,9 +68,7 @@ class BiasUncovered(LinearRule):
     """Reports the bias's gradient as covered, and is not."""
 
     def bound(self, *args):
-        return (
-            replace(self, bias=False).__class__.__mro__[1].bound(replace(self, bias=False), *args)
-        )
+        return LinearRule(self.weight, False, self.in_features).bound(*args)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,4 @@ class BroadcastRule(Rule):
         max_norm: float | None,
     ) -> Tensor:
         """Return the norm of ``g``, ``[B, ...]``, which is the example's own gradient."""
-        dtype = norms.norm_dtype(g.dtype)
-        g = g.flatten(1)
-        return torch.linalg.vector_norm(g, dim=1, dtype=dtype) + norms.underflow(g.shape[1], dtype)
+        return norms.row_norms(g)
