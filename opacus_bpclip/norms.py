@@ -76,9 +76,9 @@ def max_column_norm(max_norm: float, *, weight: bool, bias: bool) -> float:
 
 
 def row_norms(g: Tensor) -> Tensor:
-    """Return the norm of each example's row of ``g``, ``[B, ...]``, never below the true one. ``[B]``.
+    """Return the norm of each row of ``g``, ``[B, ...]``, never below the true one. ``[B]``.
 
-    The whole bound where ``g`` is the example's gradient itself.
+    The whole bound where ``g`` is the examples' gradient itself.
     """
     dtype = norm_dtype(g.dtype)
     g = g.flatten(1)

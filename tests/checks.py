@@ -68,6 +68,17 @@ class Trainer:
         self.loss(self.model(x), target, self.reduction).backward()
         self.optimizer.step()
 
+    def move(self, x: Tensor, target: Tensor, lr: float = 0.1) -> None:
+        """Take a step that changes the parameters."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        before = [p.detach().clone() for p in self.plain.parameters()]
+        self.step(x, target)
+        after = list(self.plain.parameters())
+        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+
     def released(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return the clipped sum that the step would add noise to, one vector per layer."""
         self.step(x, target)
@@ -96,6 +107,14 @@ def check_sensitivity(trainer: Trainer, x: Tensor, target: Tensor) -> None:
         assert moved[layer].norm() <= limit * slack, f"{layer}: {moved[layer].norm()} > {limit}"
     limit = trainer.optimizer.max_grad_norm
     assert joint(moved).norm() <= limit * slack, f"joint: {joint(moved).norm()} > {limit}"
+
+
+def check_training(trainer: Trainer, x: Tensor, target: Tensor, steps: int = 3) -> None:
+    """Every step, with parameters that move, is within the sensitivity and independent."""
+    for _ in range(steps):
+        check_sensitivity(trainer, x, target)
+        check_independence(trainer, x, target)
+        trainer.move(x, target)
 
 
 def check_independence(trainer: Trainer, x: Tensor, target: Tensor) -> None:

@@ -1,13 +1,19 @@
-"""Whole architectures that people train, within the bound through the real engine."""
+"""Whole architectures that people train: three steps of each through the real engine.
+
+Dropout is off where a model has it: the bound is measured by taking one example out, and the others
+would draw other masks.
+"""
 
 import pytest
 import torch
 import torchvision
+import transformers
+from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opacus_bpclip import BackpropClipping, PrivacyEngine
-from tests.checks import Trainer, check_sensitivity
+from opacus_bpclip import BackpropClipping, PrivacyEngine, PrivacyViolationError
+from tests.checks import Trainer, check_sensitivity, check_training
 from tests.strategies import BOUNDS
 
 
@@ -44,16 +50,124 @@ def test_a_transformer_over_tokens_stays_within_its_sensitivity(bound):
     torch.manual_seed(0)
     trainer = Trainer(TextClassifier(), (12,), BackpropClipping(bound=bound))
     ids = torch.randint(50, (5, 12))
-    check_sensitivity(trainer, ids, torch.randn(5, 3, dtype=torch.float64) * 100)
+    check_training(trainer, ids, torch.randn(5, 3, dtype=torch.float64) * 100)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_resnet18_with_group_norm_stays_within_its_sensitivity(bound):
     torch.manual_seed(0)
     model = PrivacyEngine.get_compatible_module(torchvision.models.resnet18(num_classes=3))
-    trainer = Trainer(model, (3, 32, 32), BackpropClipping(bound=bound), expected_batch_size=2)
-    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    check_sensitivity(trainer, x, torch.randn(3, 3, dtype=torch.float64) * 100)
+    trainer = Trainer(model, (3, 16, 16), BackpropClipping(bound=bound), expected_batch_size=2)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    check_training(trainer, x, torch.randn(2, 3, dtype=torch.float64) * 100)
+
+
+def _vision_transformer() -> nn.Module:
+    """``vit_b_16`` with fewer and smaller of everything."""
+    model = torchvision.models.VisionTransformer(
+        image_size=16, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32
+    )
+    model.heads = nn.Linear(16, 3)  # its own starts at zero, and hides every layer below
+    return PrivacyEngine.get_compatible_module(model)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_vision_transformer_stays_within_its_sensitivity(bound):
+    torch.manual_seed(0)
+    trainer = Trainer(_vision_transformer(), (3, 16, 16), BackpropClipping(bound=bound))
+    assert {"(root)", "encoder"} <= set(trainer.optimizer.layer_sensitivities)
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    check_training(trainer, x, torch.randn(4, 3, dtype=torch.float64) * 100)
+
+
+class CharacterClassifier(nn.Module):
+    """The model of Opacus's character-level example: names by their letters, last state to head."""
+
+    def __init__(self, characters: int = 20, classes: int = 3) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, 8)
+        self.lstm = DPLSTM(8, 10, num_layers=2, batch_first=True)
+        self.head = nn.Linear(10, classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embedding(ids))[0][:, -1])
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_character_lstm_stays_within_its_sensitivity(bound):
+    torch.manual_seed(0)
+    trainer = Trainer(CharacterClassifier(), (7,), BackpropClipping(bound=bound))
+    ids = torch.randint(20, (4, 7))
+    check_training(trainer, ids, torch.randn(4, 3, dtype=torch.float64) * 100)
+
+
+class HuggingFace(nn.Module):
+    """A model of transformers, with positions for each example (see docs/supported-layers.md)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1]).expand(ids.shape)
+        return self.model(ids, position_ids=positions).logits
+
+
+def _bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def _gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=50,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize(("make", "outputs"), [(_bert, 3), (_gpt2, 8 * 50)], ids=["bert", "gpt2"])
+def test_a_hugging_face_model_stays_within_its_sensitivity(make, outputs, bound):
+    torch.manual_seed(0)
+    trainer = Trainer(HuggingFace(make()), (8,), BackpropClipping(bound=bound))
+    ids = torch.randint(1, 50, (3, 8))
+    check_training(trainer, ids, torch.randn(3, outputs, dtype=torch.float64) * 100)
+
+
+def test_a_head_tied_to_the_embedding_shares_its_sensitivity():
+    trainer = Trainer(HuggingFace(_gpt2()), (8,), BackpropClipping())
+    names = set(trainer.optimizer.layer_sensitivities)
+    assert "model.transformer.wte" in names
+    assert "model.lm_head" not in names
+
+
+def test_positions_shared_by_the_batch_are_refused_with_the_remedy():
+    trainer = Trainer(_bert(), (8,), BackpropClipping())
+    with pytest.raises(
+        PrivacyViolationError,
+        match=r"position_embeddings got an input of shape \(1, 8\) in a batch of 3 examples: .*"
+        r"Expand inputs that are shared by the batch \(such as position embeddings\)",
+    ):
+        trainer.model(torch.randint(1, 50, (3, 8)))
 
 
 def test_a_frozen_backbone_trains_its_head_alone():
