@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from opacus.grad_sample import AbstractGradSampleHooks, AbstractGradSampleModule
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from opacus_bpclip import allocation
 from opacus_bpclip.config import BackpropClipping, is_positive_number
@@ -17,7 +17,6 @@ from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.input_clipping import attach_input_clips, take_input_clips
 from opacus_bpclip.layer_clips import layer_clips
-from opacus_bpclip.ops import scale_gradient
 from opacus_bpclip.recurrence import is_packed
 from opacus_bpclip.tying import tied_groups
 
@@ -70,7 +69,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         sizes = {name: group.size for name, group in self._groups.items()}
         self._fractions = allocation.layer_fractions(sizes, config.allocation)
         self._limits = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in layers}
-        self.guard = GradientGuard(m, layers.values(), unwrap_mean=loss_reduction == "mean")
+        self.guard = GradientGuard(m, layers.values())
         try:
             self.max_grad_norm = max_grad_norm
         except ValueError:
@@ -81,9 +80,10 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._put_back_input_clips = take_input_clips(replaced)
         self._handles = [
             m.register_forward_pre_hook(self._enter_root, with_kwargs=True),
-            m.register_forward_hook(self._leave_root, with_kwargs=True),
+            m.register_forward_hook(self._leave_root),
         ]
-        for clip in layer_clips(layers.values(), config, self._limits, self.guard):
+        mean = loss_reduction == "mean"
+        for clip in layer_clips(layers.values(), config, self._limits, self.guard, mean=mean):
             self._handles += clip.attach()
         setattr(m, _ATTACHED, True)
         self._attached = True
@@ -168,34 +168,9 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.guard.enter_forward(self._batch_size(args, kwargs))
 
-    def _leave_root(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        if not torch.is_grad_enabled():
-            return None
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
+    def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.guard.leave_forward()
-        if self.loss_reduction == "sum" or output is None:
-            return None
-        batch_size = self._batch_size(args, kwargs)
-
-        def undo_mean(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                if leaf is not None and not isinstance(leaf, (bool, int, float, complex, str)):
-                    self.guard.fail(
-                        f"The model returned a {type(leaf).__name__}, inside which the mean loss "
-                        "cannot be undone. Return tensors, or tuples, lists or dicts of them."
-                    )
-                return leaf
-            if not leaf.requires_grad:
-                return leaf
-            scaled = scale_gradient(leaf, batch_size)
-            if not compiling:
-                scaled.register_hook(lambda _: self.guard.pass_root())
-            return scaled
-
-        return tree_map(undo_mean, output)
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = 0 if self.batch_first else 1

@@ -39,20 +39,17 @@ class GradientGuard:
     Args:
         model: the root module.
         layers: its trainable layers.
-        unwrap_mean: whether the loss is a mean, undone at the root's outputs.
 
     Attributes:
         violation: why the gradients at hand must not be used, or ``None``.
         accumulation_allowed: whether several backward passes may add up before one step.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[Layer], *, unwrap_mean: bool) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
         self.violation: str | None = None
         self.accumulation_allowed = True
-        self._unwrap_mean = unwrap_mean
         self._compiled = False
         self._in_forward = False
-        self._passed_root = False
         self._batch_size = 0
         self._forward = 0  # the number of the latest forward pass
         self._sources: set[int] = set()  # numbers of those that the gradients at hand came from
@@ -120,7 +117,6 @@ class GradientGuard:
         self._calls.clear()
         self._forward += 1
         self._in_forward = True
-        self._passed_root = False
         self._batch_size = batch_size
 
     def leave_forward(self) -> None:
@@ -144,8 +140,8 @@ class GradientGuard:
         if not self._in_forward:
             compiled = layer.recurrence is not None
             self.fail(
-                f"{layer.name} was called outside its model's forward pass: the batch size that "
-                "the mean loss divides by is unknown there. Call the whole model, "
+                f"{layer.name} was called outside its model's forward pass, where nothing "
+                "ties its rows to the examples of the batch. Call the whole model, "
                 + ("without torch.compile (it cannot trace recurrent networks), " * compiled)
                 + "and have its forward return whatever the loss needs."
             )
@@ -229,10 +225,6 @@ class GradientGuard:
 
     # Backward
 
-    def pass_root(self) -> None:
-        """Note that the backward pass came through the root's outputs."""
-        self._passed_root = True
-
     def note_compiled(self) -> None:
         """Note that part of the model runs as a compiled graph, unseen by the guard."""
         self._compiled = True
@@ -265,11 +257,6 @@ class GradientGuard:
                 f"{watched.name} got gradient from outside its layer's call, and nothing bounds "
                 "it. Use the parameter through its layer only, not directly "
                 "(F.linear(x, layer.weight), a penalty on the weights in the loss)."
-            )
-        if self._unwrap_mean and not self._passed_root and not self._compiled:
-            self.fail(
-                "The loss does not depend on the model's outputs, where the mean over the batch is "
-                "undone. Have the model's forward return whatever the loss needs."
             )
         if (watched.passes or len(self._sources) > 1) and not self.accumulation_allowed:
             self.fail(

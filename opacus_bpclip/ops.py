@@ -1,4 +1,4 @@
-"""The two primitives, `clip_input` and `clip_upstream`, and the gradient scaling at the root.
+"""The two primitives, `clip_input` and `clip_upstream`.
 
 Pure functions on tensors. They trace under ``torch.compile`` without a graph break, leave the
 layer's output free for in-place activations, and never look at one example to treat another.
@@ -32,10 +32,13 @@ def scale_input(inputs: Inputs, rule: Rule, max_norm: float) -> Inputs:
         rule: the layer's rule.
         max_norm: largest L2 norm of a column.
     """
-    return _prepare(inputs, rule, max_norm).inputs
+    prepared = _prepare(inputs, rule, max_norm)
+    return _attached(inputs, prepared.inputs, prepared.scales, divisor=1)
 
 
-def clip_input(inputs: Inputs, rule: Rule, max_norm: float | None) -> Prepared:
+def clip_input(
+    inputs: Inputs, rule: Rule, max_norm: float | None, *, mean: bool = False
+) -> Prepared:
     """Clip a layer's inputs and measure them for `clip_upstream`.
 
     The factor is a constant in the backward pass: the gradient is multiplied by it, nothing flows
@@ -46,12 +49,16 @@ def clip_input(inputs: Inputs, rule: Rule, max_norm: float | None) -> Prepared:
         inputs: the layer's inputs, batch first.
         rule: the layer's rule.
         max_norm: largest L2 norm of a column; ``None`` measures without clipping.
+        mean: whether the loss is a mean over the batch; as for `clip_upstream`.
     """
     prepared = _prepare(inputs, rule, max_norm)
     norms, finite = prepared.norms, prepared.finite
     if norms is not None:
         norms = zero_rows(norms, finite)
-    return Prepared(rule.silenced(prepared), norms, finite)
+    scales = tuple(x if x is None else zero_rows(x, finite) for x in prepared.scales)
+    divisor = rule.batch_sizes(inputs)[0] if mean else 1
+    clipped = _attached(inputs, rule.silenced(prepared), scales, divisor)
+    return Prepared(clipped, norms, finite, scales)
 
 
 def clip_upstream(
@@ -64,8 +71,14 @@ def clip_upstream(
     upstream: str = "clip",
     max_norm: float | None = None,
     batch_axis: int = 0,
+    mean: bool = False,
 ) -> Tensor:
     """Return ``y``; in the backward pass, scale each example's gradient to respect ``limit``.
+
+    With a loss that is a mean over ``n`` examples, every gradient between layers is divided by
+    ``n``. The layer's own stretch of the backward pass, from here to `clip_input`, works with the
+    examples' own gradients: multiplied by ``n`` here, before anything is clipped, and divided by
+    ``n`` there.
 
     Guarantee: with ``G`` the gradient that leaves this function towards the layer and ``u`` the
     columns of the clipped input, ``norm(sum_p G_p u_p^T) <= limit`` for every example, and an
@@ -82,11 +95,12 @@ def clip_upstream(
         upstream: ``"clip"`` scales down only, ``"normalize"`` to the limit in either direction.
         max_norm: what the inputs were clipped to; needed by ``"product"``.
         batch_axis: which axis of ``y`` is the batch.
+        mean: whether the loss is a mean over the batch.
     """
     keep = rule.keeps(bound)
     inputs = clipped.inputs if keep.inputs else ()
     norms = clipped.norms if keep.norms else None
-    clip = _Clip(rule, bound, upstream == "normalize", max_norm, batch_axis, limit)
+    clip = _Clip(rule, bound, upstream == "normalize", max_norm, batch_axis, mean, limit)
     return _ClipUpstream.apply(y, clip, norms, clipped.finite, *inputs)
 
 
@@ -111,15 +125,6 @@ def factors(
     return torch.where(keep, factor, 0.0).to(dtype), keep
 
 
-def scale_gradient(y: Tensor, factor: int) -> Tensor:
-    """Return ``y``; in the backward pass, multiply its gradient by ``factor``.
-
-    At the root's outputs, with the number of examples as the factor, this turns the gradients of
-    a mean loss into each example's own gradient, before anything is clipped.
-    """
-    return _ScaleGradient.apply(y, factor)
-
-
 class _Clip(NamedTuple):
     """How to clip one layer's upstream gradient."""
 
@@ -128,6 +133,7 @@ class _Clip(NamedTuple):
     normalize: bool
     max_norm: float | None
     batch_axis: int
+    mean: bool
     limit: Tensor  # not saved but looked at: it may be set between forward and backward
 
 
@@ -151,6 +157,10 @@ class _ClipUpstream(torch.autograd.Function):
         norms, finite, *inputs = ctx.saved_tensors
         clip: _Clip = ctx.clip
         g = g.movedim(clip.batch_axis, 0)
+        if clip.mean:
+            # Before anything is measured: what is too small or too large to be measured must not
+            # depend on the size of the batch.
+            g = g * g.shape[0]
         bound = clip.rule.bound(clip.kind, g, tuple(inputs), norms, clip.max_norm)
         factor, keep = factors(bound, finite, clip.limit, g.dtype, normalize=clip.normalize)
         clipped = zero_rows(g * per_row(factor, g), keep)
@@ -158,23 +168,40 @@ class _ClipUpstream(torch.autograd.Function):
         return clipped.movedim(0, clip.batch_axis), *unused
 
 
-class _ScaleGradient(torch.autograd.Function):
+class _Attach(torch.autograd.Function):
+    """Put a prepared input in the input's place; its gradient is scaled and divided."""
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, factor: int) -> Tensor:
-        ctx.factor = factor
-        return _alias(y)
+    def forward(
+        ctx: Any, x: Tensor, prepared: Tensor, scale: Tensor | None, divisor: int
+    ) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.divisor = divisor
+        return _alias(prepared)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g * ctx.factor, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        (scale,) = ctx.saved_tensors
+        return (g / ctx.divisor if scale is None else g * (scale / ctx.divisor)), None, None, None
+
+
+def _attached(inputs: Inputs, values: Inputs, scales: Inputs, divisor: int) -> Inputs:
+    scales = scales or (None,) * len(inputs)
+    return tuple(
+        value
+        if x is None or value is None or not x.requires_grad
+        else _Attach.apply(x, value, scale, divisor)
+        for x, value, scale in zip(inputs, values, scales, strict=True)
+    )
 
 
 def _prepare(inputs: Inputs, rule: Rule, max_norm: float | None) -> Prepared:
     floating = next((x for x in inputs if x is not None and x.is_floating_point()), None)
     if max_norm is not None and floating is not None:
         max_norm *= 1 - rounding_margin(floating.dtype, floating.device)
-    return rule.prepare(inputs, max_norm)
+    with torch.no_grad():
+        return rule.prepare(tuple(x if x is None else x.detach() for x in inputs), max_norm)
 
 
 def _alias(y: Tensor) -> Tensor:

@@ -172,22 +172,10 @@ TWICE = (
         ),
         pytest.param(
             call_outside,
-            "body was called outside its model's forward pass: the batch size that the mean loss "
-            "divides by is unknown there. Call the whole model, and have its forward return "
-            "whatever the loss needs.",
+            "body was called outside its model's forward pass, where nothing ties its rows to the "
+            "examples of the batch. Call the whole model, and have its forward return whatever the "
+            "loss needs.",
             id="layer called outside the model's forward",
-        ),
-        pytest.param(
-            loss_on_hidden_alone,
-            "The loss does not depend on the model's outputs, where the mean over the batch is "
-            "undone. Have the model's forward return whatever the loss needs.",
-            id="loss on an intermediate only",
-        ),
-        pytest.param(
-            tricked(lambda m, x: Output(m.head(m.body(x)))),
-            "The model returned a Output, inside which the mean loss cannot be undone. Return "
-            "tensors, or tuples, lists or dicts of them.",
-            id="dataclass returned",
         ),
         pytest.param(backward_twice, TWICE.format(name="head.bias"), id="backward twice"),
         pytest.param(

@@ -24,6 +24,13 @@ from tests.checks import (
 )
 
 
+def independence_of_two_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    trainer = Trainer(model, (4,), BackpropClipping())
+    check_independence(trainer, torch.randn(5, 4).double(), torch.randn(5, 2).double() * 0.1)
+
+
 def _noisy():
     model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +146,7 @@ def original_bug(patch):
 def mean_undone_after_clipping(patch):
     """The repaired reference code: g_i / |B| is clipped."""
     take = GradientGuard.take
-    patch.setattr(grad_sample_module, "scale_gradient", lambda y, factor: y * 1.0)
+    mean_never_undone(patch)
 
     def mutant(self, parameter):
         gradient = take(self, parameter)
@@ -149,7 +156,18 @@ def mean_undone_after_clipping(patch):
 
 
 def mean_never_undone(patch):
-    patch.setattr(grad_sample_module, "scale_gradient", lambda y, factor: y * 1.0)
+    layer_clips = grad_sample_module.layer_clips
+
+    def mutant(*args, mean):
+        return layer_clips(*args, mean=False)
+
+    patch.setattr(grad_sample_module, "layer_clips", mutant)
+
+
+def mean_undone_in_every_layer_anew(patch):
+    """What goes on to the layers below is not divided again."""
+    attached = ops._attached
+    patch.setattr(ops, "_attached", lambda *args, **_: attached(*args[:3], divisor=1))
 
 
 def bias_uncovered_by_product(patch):
@@ -199,6 +217,7 @@ MUTANTS = [
     (original_bug, noise_scale),
     (mean_undone_after_clipping, sensitivity_below_the_clip),
     (mean_never_undone, sensitivity_below_the_clip),
+    (mean_undone_in_every_layer_anew, independence_of_two_layers),
     (bias_uncovered_by_product, sensitivity_with_bias),
     (bias_uncovered_by_columns, weighted_sensitivity_with_bias),
     (accounted_per_layer, accounting),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opacus_bpclip import norms
-from opacus_bpclip.ops import clip_input, clip_upstream, scale_gradient, scale_input
+from opacus_bpclip.ops import clip_input, clip_upstream, scale_input
 from opacus_bpclip.rules import RULES
 from tests import reference
 from tests.strategies import BOUNDS, MODES, hostile_batches, product_cases
@@ -118,7 +118,7 @@ class _Clipped(nn.Module):
         self.rule, self.limit = _rule(layer), _limit(0.5)
 
     def forward(self, x):
-        clipped = clip_input((x,), self.rule, 2.0)
+        clipped = clip_input((x,), self.rule, 2.0, mean=True)
         y = clip_upstream(
             self.layer(clipped.inputs[0]),
             clipped,
@@ -127,8 +127,9 @@ class _Clipped(nn.Module):
             bound=self.bound,
             upstream=self.upstream,
             max_norm=2.0,
+            mean=True,
         )
-        return scale_gradient(torch.relu_(y), len(x))
+        return torch.relu_(y)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +181,27 @@ def test_exact_works_in_chunks_and_gives_the_same(monkeypatch):
     assert torch.allclose(rule.bound("exact", g, (x,), measured.norms, None), whole, rtol=1e-6)
 
 
-def test_scale_gradient_multiplies_the_gradient_alone():
-    y = torch.ones(3, requires_grad=True)
-    out = scale_gradient(y, 7)
-    assert torch.equal(out, y)
-    out.sum().backward()
-    assert torch.equal(y.grad, torch.full((3,), 7.0))
+@given(st.integers(1, 5), st.sampled_from(BOUNDS), st.sampled_from([None, 1.0]))
+def test_a_mean_is_undone_for_the_layer_alone(count, bound, max_norm):
+    layer = nn.Linear(4, 2).double()
+    torch.manual_seed(count)
+    x, g = torch.randn(count, 4).double(), torch.randn(count, 2).double() * 10
+    found = []
+    for mean in (False, True):
+        leaf = x.clone().requires_grad_()
+        norm = max_norm or (1.0 if bound == "product" else None)
+        clipped = clip_input((leaf,), _rule(layer), norm, mean=mean)
+        y = clip_upstream(
+            layer(clipped.inputs[0]),
+            clipped,
+            _rule(layer),
+            _limit(1.0),
+            bound=bound,
+            max_norm=norm,
+            mean=mean,
+        )
+        arriving = g / count if mean else g
+        found.append(torch.autograd.grad(y, [layer.weight, leaf], arriving))
+    (weight, flow), (weight_of_mean, flow_of_mean) = found
+    assert torch.allclose(weight_of_mean, weight, rtol=1e-12)
+    assert torch.allclose(flow_of_mean, flow / count, rtol=1e-12)

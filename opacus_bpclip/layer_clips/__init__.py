@@ -23,6 +23,8 @@ def layer_clips(
     config: BackpropClipping,
     limits: Mapping[str, Tensor],
     guard: GradientGuard,
+    *,
+    mean: bool,
 ) -> Iterator[Clip]:
     """Yield what clips each layer; the layers of one recurrent network are clipped together.
 
@@ -31,9 +33,10 @@ def layer_clips(
         config: how to clip.
         limits: what one use of a layer may contribute, by the layer's name; read when needed.
         guard: watches them.
+        mean: whether the loss is a mean over the batch.
     """
     networks: dict[int, list[Layer]] = {}
-    settings = Settings(config, limits, guard)
+    settings = Settings(config, limits, guard, mean)
     for layer in layers:
         if layer.recurrence is not None:
             networks.setdefault(id(layer.recurrence), []).append(layer)

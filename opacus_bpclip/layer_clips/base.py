@@ -20,11 +20,13 @@ class Settings(NamedTuple):
         config: the public options.
         limits: what one use of a layer may contribute, by the layer's name; read when needed.
         guard: watches the layers.
+        mean: whether the loss is a mean over the batch.
     """
 
     config: BackpropClipping
     limits: Mapping[str, Tensor]
     guard: GradientGuard
+    mean: bool
 
 
 class Clip(ABC):

@@ -26,7 +26,7 @@ class ParameterClip(Clip):
     def __init__(self, layer: Layer, rule: BroadcastRule, settings: Settings) -> None:
         self.layer = layer
         self.rule = rule
-        self.config, limits, self.guard = settings
+        self.config, limits, self.guard, self.mean = settings
         self.limit = limits[layer.name]
         self.parameters = {
             name: parameter
@@ -91,6 +91,8 @@ class _Copies(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         clip: ParameterClip = ctx.clip
+        if clip.mean:
+            gradients = tuple(g * len(g) for g in gradients)
         joint = torch.cat([g.flatten(1) for g in gradients], dim=1)
         bound = clip.rule.bound(clip.config.bound, joint, (), None, None)
         finite = torch.ones_like(bound, dtype=torch.bool)

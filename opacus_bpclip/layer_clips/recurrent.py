@@ -68,19 +68,18 @@ class RecurrentClip(Clip):
             )
         followed = [guard.enter_layer(layer) for layer in self.layers]
         x = args[0] if args else kwargs["input"]
+        axis = 0 if network.batch_first else 1
+        shape = tuple(x.data.shape if is_packed(x) else x.shape)
+        if not is_packed(x) and len(shape) != 3:
+            guard.fail(
+                f"{name} got an input of shape {shape}; it needs 3 axes, the batch "
+                f"{('first', 'second')[axis]}. Add the batch axis."
+            )
+        batch_size = int(x.batch_sizes[0]) if is_packed(x) else shape[axis]
         if all(followed):
-            axis = 0 if network.batch_first else 1
-            if is_packed(x):
-                guard.check_examples(name, tuple(x.data.shape), int(x.batch_sizes[0]), axis)
-            elif x.dim() != 3:
-                guard.fail(
-                    f"{name} got an input of shape {tuple(x.shape)}; it needs 3 axes, the batch "
-                    f"{('first', 'second')[axis]}. Add the batch axis."
-                )
-            else:
-                guard.check_examples(name, tuple(x.shape), x.shape[axis], axis)
+            guard.check_examples(name, shape, batch_size, axis)
         for layer, follow in zip(self.layers, followed, strict=True):
-            sequence = _Sequence(layer, self.settings)
+            sequence = _Sequence(layer, batch_size, self.settings)
             if follow:
                 guard.follow(layer, sequence.token, ())
             self.sequences[layer.name] = sequence
@@ -148,10 +147,11 @@ class _Sequence:
         steps: in the order of the backward pass.
     """
 
-    def __init__(self, layer: Layer, settings: Settings) -> None:
+    def __init__(self, layer: Layer, batch_size: int, settings: Settings) -> None:
         self.layer = layer
-        self.config, limits, _ = settings
+        self.config, limits, _, mean = settings
         self.limit = limits[layer.name]
+        self.examples = batch_size if mean else 1  # by what a mean loss divides
         self.steps: list[_Kept] = []
         weight, bias = (layer.module._parameters.get(name) for name in ("weight", "bias"))
         self.token: Tensor = _Sum.apply(self, weight, bias)
@@ -164,6 +164,7 @@ class _Sequence:
             torch.stack([_padded(getattr(step, part), rows) for step in steps], dim=1)
             for part in ("g", "x")
         )
+        g = g * self.examples
         norms = torch.cat([_padded(step.norms, rows) for step in steps], dim=2)
         finite = torch.stack([_padded(step.finite, rows, fill=True) for step in steps]).all(dim=0)
         rule, config = self.layer.rule, self.config

@@ -19,7 +19,7 @@ class SingleClip(Clip):
 
     def __init__(self, layer: Layer, settings: Settings) -> None:
         self.layer = layer
-        self.config, limits, self.guard = settings
+        self.config, limits, self.guard, self.mean = settings
         self.limit = limits[layer.name]
         self.clipped: Prepared | None = None
         self.passed: Inputs = ()
@@ -54,7 +54,7 @@ class SingleClip(Clip):
             self.followed = self.guard.enter_layer(self.layer)
             if self.followed:
                 self.guard.check_batch(self.layer, inputs)
-        self.clipped = clip_input(inputs, rule, max_norm)
+        self.clipped = clip_input(inputs, rule, max_norm, mean=self.mean)
         args, kwargs = arguments.put(args, kwargs, self.clipped.inputs)
         if not compiling:
             self.passed = arguments.passed(args, kwargs)
@@ -87,4 +87,5 @@ class SingleClip(Clip):
             upstream=self.config.upstream,
             max_norm=self.config.max_input_norm,
             batch_axis=self.layer.arguments.batch_axis,
+            mean=self.mean,
         )

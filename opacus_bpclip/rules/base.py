@@ -22,11 +22,14 @@ class Prepared(NamedTuple):
         norms: ``[B, R, P]``, the L2 norm of each column that enters the weight product; ``None``
             where the rule does not need them.
         finite: ``[B]`` bool, whether every number of the example is finite.
+        scales: by what each input was multiplied, broadcastable over it; ``None`` for 1, empty if
+            none was.
     """
 
     inputs: Inputs
     norms: Tensor | None
     finite: Tensor
+    scales: Inputs = ()
 
 
 class Keep(NamedTuple):
@@ -88,7 +91,8 @@ class Rule(ABC):
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
         """Measure the inputs, ``[B, ...]``, and clip them where the layer has something to clip.
 
-        Each example's result depends on that example alone.
+        Each example's result depends on that example alone. An input may be multiplied by scales
+        and shifted; in the backward pass, where autograd does not look, both are constants.
 
         Args:
             inputs: the layer's first `arguments` inputs.

@@ -74,9 +74,9 @@ class ConvRule(MatrixRule):
         """Clip the example by its largest patch."""
         return (max_norm / norms.amax(dim=(1, 2), keepdim=True)).clamp(max=1)
 
-    def scale_input(self, x: Tensor, factor: Tensor) -> Tensor:
-        """Multiply each example by its factor."""
-        return x * per_row(factor.to(x.dtype), x)
+    def spread(self, factor: Tensor, x: Tensor) -> Tensor:
+        """Give each example its factor."""
+        return per_row(factor, x)
 
     def upstream(self, g: Tensor) -> Tensor:
         """View ``[B, R * C, *spatial]`` as ``[B, R, C, P]``."""

@@ -50,9 +50,9 @@ class LinearRule(MatrixRule):
         """Clip each position by its own norm."""
         return (max_norm / norms).clamp(max=1)
 
-    def scale_input(self, x: Tensor, factor: Tensor) -> Tensor:
-        """Multiply each position by its factor."""
-        return x * factor.to(x.dtype).view(*x.shape[:-1], 1)
+    def spread(self, factor: Tensor, x: Tensor) -> Tensor:
+        """Give each position its factor."""
+        return factor.view(*x.shape[:-1], 1)
 
     def upstream(self, g: Tensor) -> Tensor:
         """View ``[B, *, C]`` as ``[B, 1, C, P]``."""

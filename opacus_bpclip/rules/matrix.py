@@ -41,8 +41,8 @@ class MatrixRule(Rule):
         """
 
     @abstractmethod
-    def scale_input(self, x: Tensor, factor: Tensor) -> Tensor:
-        """Multiply the input by the factors of `clip_factor`."""
+    def spread(self, factor: Tensor, x: Tensor) -> Tensor:
+        """View the factors of `clip_factor` so that they broadcast over the input."""
 
     @abstractmethod
     def upstream(self, g: Tensor) -> Tensor:
@@ -57,15 +57,15 @@ class MatrixRule(Rule):
         """Return ``D``."""
 
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
-        """Scale every column down to ``max_norm``; the factor is a constant in the backward."""
+        """Scale every column down to ``max_norm``."""
         (x,) = inputs
         assert x is not None
-        column_norms, finite = self.measure(x.detach())
-        if max_norm is not None:
-            factor = self.clip_factor(column_norms, max_norm)
-            x = self.scale_input(x, factor)
-            column_norms = column_norms * factor
-        return Prepared((x,), column_norms, finite)
+        column_norms, finite = self.measure(x)
+        if max_norm is None:
+            return Prepared(inputs, column_norms, finite)
+        factor = self.clip_factor(column_norms, max_norm)
+        scale = self.spread(factor.to(x.dtype), x)
+        return Prepared((x * scale,), column_norms * factor, finite, (scale,))
 
     def keeps(self, kind: str) -> Keep:
         """Keep the map of norms, and for the exact bound the input that the layer keeps anyway."""

@@ -52,13 +52,13 @@ class AffineRule(Rule):
         """Take the means away; there is nothing to clip, since the output's scale is fixed.
 
         A mean far larger than the deviations cancels badly in the layer's arithmetic, and rounding
-        errors would stand in for normalised values that no bound knows. The means are constants in
-        the backward pass: the layer's input gradient sums to zero over what it normalises.
+        errors would stand in for normalised values that no bound knows. The means may count as
+        constants: the layer's input gradient sums to zero over what it normalises.
         """
         (x,) = inputs
         assert x is not None
         centred = self.centred(x)
-        flat = centred.detach().flatten(1)
+        flat = centred.flatten(1)
         largest = torch.linalg.vector_norm(flat, float("inf"), dim=1)
         # Beyond this the layer's sum of squares may overflow. Comparing with nan gives False.
         finite = largest < math.sqrt(torch.finfo(x.dtype).max / (4 * max(flat.shape[1], 1)))
@@ -130,7 +130,7 @@ class LayerNormRule(AffineRule):
 
     def centred(self, x: Tensor) -> Tensor:
         """Take the mean over the last axes away."""
-        return x - x.detach().mean(dim=self._axes(), keepdim=True)
+        return x - x.mean(dim=self._axes(), keepdim=True)
 
     def channels_first(self, x: Tensor) -> Tensor:
         """Every normalised entry is a channel, every axis before a position."""
@@ -224,7 +224,7 @@ class GroupNormRule(AffineRule):
     def centred(self, x: Tensor) -> Tensor:
         """Take the mean over each group away."""
         grouped = x.unflatten(1, (self.groups, -1))
-        mean = grouped.detach().mean(dim=tuple(range(2, grouped.dim())), keepdim=True)
+        mean = grouped.mean(dim=tuple(range(2, grouped.dim())), keepdim=True)
         return (grouped - mean).reshape(x.shape)
 
     def channels_first(self, x: Tensor) -> Tensor:
