@@ -19,6 +19,7 @@ from opacus_bpclip.bench.settings import (
     default_arms,
     points,
 )
+from opacus_bpclip.jobs.arguments import StoreTuple
 from opacus_bpclip.jobs.errors import JobError, UsageError
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(given: dict[str, Any]) -> None:
     names = ("from_json", "json", "markdown", "plot", "update", "progress")
     output = Output(**{name: given.pop(name) for name in names if name in given})
-    todo, settings = _what(given, measures=output.from_json is None or bool(given))
-    if output.plot and not todo and output.from_json is None:
-        raise UsageError("--plot needs --growth")
+    todo, settings = _what(given, output)
 
     from opacus_bpclip.bench.documents import update
     from opacus_bpclip.bench.job import measure
@@ -85,15 +84,19 @@ def _run(given: dict[str, Any]) -> None:
         draw(record, output.plot)
 
 
-def _what(given: dict[str, Any], *, measures: bool) -> tuple[list[Point], Settings]:
-    """Return what to measure, and how; nothing for a file that is only rendered."""
-    growth = given.pop("growth", None)
-    if growth is not None and "case" in given:
+def _what(given: dict[str, Any], output: Output) -> tuple[list[Point], Settings]:
+    """Return what to measure, nothing for a file that is only rendered, and how."""
+    case, growth = given.pop("case", None), given.pop("growth", None)
+    if case is not None and growth is not None:
         raise UsageError("--growth has a case of its own: leave --case out")
-    cases = given.pop("case", ACCEPTANCE)
-    todo = points(tuple(CASES) if tuple(cases) == ("all",) else tuple(cases), growth)
-    given.setdefault("arms", default_arms(growth))
-    return (todo if measures else []), Settings(**given)
+    if output.plot and growth is None and output.from_json is None:
+        raise UsageError("--plot draws growth curves: it needs --growth or --from-json")
+    if output.from_json and case is None and growth is None:
+        if given:
+            raise UsageError(f"--{next(iter(given))} with --from-json needs --case or --growth")
+        return [], Settings()
+    names = tuple(CASES) if case == ("all",) else case or ACCEPTANCE
+    return points(names, growth), Settings(**{"arms": default_arms(growth), **given})
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +104,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--case",
         nargs="+",
+        action=StoreTuple,
         metavar="CASE",
         help=f"all, or some of {', '.join(CASES)} (default: {' '.join(ACCEPTANCE)})",
     )
@@ -108,7 +112,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--growth", metavar="SIZE", help=f"a growth curve in place of cases: {', '.join(GROWTHS)}"
     )
     group.add_argument(
-        "--arms", nargs="+", metavar="ARM", help=f"some of {', '.join(ARMS)} (default: all)"
+        "--arms",
+        nargs="+",
+        action=StoreTuple,
+        metavar="ARM",
+        help=f"some of {', '.join(ARMS)} (default: all; for a growth curve "
+        f"{' '.join(default_arms('batch'))})",
     )
     group.add_argument(
         "--rounds",
@@ -146,6 +155,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--update",
         nargs="+",
+        action=StoreTuple,
         type=Path,
         metavar="FILE",
         help="rewrite the generated blocks of these documents",

@@ -8,6 +8,7 @@ from pathlib import Path
 from opacus_bpclip.bench.record import Record
 from opacus_bpclip.bench.report import summary, tables
 from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.files import write_whole
 
 BLOCKS: dict[str, Callable[[Record], str]] = {"bench-summary": summary, "bench-tables": tables}
 
@@ -36,13 +37,22 @@ def updated(text: str, record: Record) -> str:
     return text
 
 
+def read(path: Path, record: Record) -> str:
+    """Return the text that a document is to have.
+
+    Raises:
+        UsageError: it cannot be read or has no whole block.
+    """
+    try:
+        return updated(path.read_text(), record)
+    except (OSError, UsageError) as error:
+        raise UsageError(f"--update {path}: {error}") from error
+
+
 def update(path: Path, record: Record) -> None:
     """Rewrite the blocks of a document.
 
     Raises:
         UsageError: it cannot be read or has no whole block.
     """
-    try:
-        path.write_text(updated(path.read_text(), record))
-    except (OSError, UsageError) as error:
-        raise UsageError(f"--update {path}: {error}") from error
+    write_whole(path, read(path, record))

@@ -6,7 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
+from opacus_bpclip.ab.models import count_parameters
+from opacus_bpclip.bench import documents
 from opacus_bpclip.bench import record as records
+from opacus_bpclip.bench.cases import build
+from opacus_bpclip.bench.measure import peak_memory, step_times
 from opacus_bpclip.bench.record import Record
 from opacus_bpclip.bench.results import ArmResult, Comparison
 from opacus_bpclip.bench.settings import Output, Point, Settings, is_compiled
@@ -62,8 +68,7 @@ def compare(point: Point, settings: Settings, *, progress: bool = False) -> Comp
         if running:
             _say(progress, point, f"time of {', '.join(running)}")
             _add_times(results, running, point, settings)
-    parameters = call_in_child(_count_parameters, point)
-    return Comparison(point, parameters, tuple(results.values()))
+    return Comparison(point, _count_parameters(point), tuple(results.values()))
 
 
 def check(settings: Settings, output: Output) -> None:
@@ -72,11 +77,8 @@ def check(settings: Settings, output: Output) -> None:
     Raises:
         UsageError: a package or the device is missing, or a file cannot be written.
     """
-    if settings.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UsageError("--device cuda: torch finds no GPU here")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no GPU here")
     if output.plot:
         require("matplotlib", "a plot")
         check_plot_format(output.plot)
@@ -84,11 +86,12 @@ def check(settings: Settings, output: Output) -> None:
         path = getattr(output, option)
         if path:
             check_writable(f"--{option}", path)
+    for path in output.update:
+        # What has no block would be found out only after everything is measured.
+        documents.read(path, Record())
 
 
 def _memory(arm: str, point: Point, settings: Settings, progress: bool) -> ArmResult:
-    from opacus_bpclip.bench.measure import peak_memory
-
     _say(progress, point, f"memory of {arm}")
     try:
         peaks = call_in_child(
@@ -102,8 +105,6 @@ def _memory(arm: str, point: Point, settings: Settings, progress: bool) -> ArmRe
 def _add_times(
     results: dict[str, ArmResult], arms: Sequence[str], point: Point, settings: Settings
 ) -> None:
-    from opacus_bpclip.bench.measure import step_times
-
     times = call_in_child(step_times, arms, point.case, settings, environment=_ENVIRONMENT)
     for arm, found in times.items():
         if isinstance(found, str):
@@ -113,10 +114,8 @@ def _add_times(
 
 
 def _count_parameters(point: Point) -> int:
-    from opacus_bpclip.ab.models import count_parameters
-    from opacus_bpclip.bench.cases import build
-
-    return count_parameters(build(point.case))
+    with torch.device("meta"):
+        return count_parameters(build(point.case))
 
 
 def _say(progress: bool, point: Point, text: str) -> None:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 
 from opacus_bpclip.bench.record import Record
-from opacus_bpclip.bench.results import ArmResult, Comparison, Spread
+from opacus_bpclip.bench.results import ArmResult, Comparison, Spread, median_of
 from opacus_bpclip.bench.settings import ARMS, GROWTHS, base_of
 from opacus_bpclip.bench.targets import verdicts
 
@@ -64,7 +64,7 @@ def _targets(record: Record) -> Iterator[str]:
     rows = [["case", "arm", "what", "target", "measured", "met"]]
     for comparison in record.comparisons:
         for own in verdicts(comparison):
-            sign = "<=" if own.at_most else ">"
+            sign = "<=" if own.at_most else ">="
             met = {True: "yes", False: "**no**", None: "-"}[own.met]
             limit = f"{sign} {own.limit:.2f}"
             row = [own.case, f"`{own.arm}`", own.what, limit, _number(own.measured), met]
@@ -136,7 +136,7 @@ def _table(rows: list[list[str]]) -> str:
 def _pair(time: Spread | None, memory: Spread | None) -> str:
     if time is None:
         return "-"
-    return f"{time.median:.2f} / {_number(memory and memory.median)}"
+    return f"{time.median:.2f} / {_number(median_of(memory))}"
 
 
 def _spread(spread: Spread | None) -> str:

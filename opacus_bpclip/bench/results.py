@@ -31,6 +31,11 @@ class Spread:
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
+def median_of(spread: Spread | None) -> float | None:
+    """Return a spread's median, if there is a spread."""
+    return None if spread is None else spread.median
+
+
 @dataclass(frozen=True)
 class ArmResult:
     """One arm of one comparison.

@@ -138,7 +138,7 @@ class Settings:
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if not self.limit >= 0:
-            raise UsageError(f"--limit must be a number of seconds, not {self.limit}")
+            raise UsageError(f"--limit must be a number of seconds at least 0, not {self.limit}")
         _require_choices("--device", (self.device,), DEVICES)
 
 

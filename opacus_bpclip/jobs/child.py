@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 from opacus_bpclip.jobs.errors import ChildError, JobError
@@ -57,7 +58,11 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, JobError):
         return text
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" (raised at {frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    place = ""
+    if frames:
+        # The end of the path tells the file; the start tells only whose machine it is.
+        file = "/".join(Path(frames[-1].filename).parts[-3:])
+        place = f" (raised at {file}:{frames[-1].lineno})"
     return f"{type(error).__name__}: {text}{place}"
 
 

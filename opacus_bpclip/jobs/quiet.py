@@ -17,4 +17,6 @@ def known_warnings_silenced() -> Iterator[None]:
         warnings.filterwarnings(
             "ignore", message="Full backward hook is firing", category=UserWarning
         )
+        # Opacus's functorch mode asks for no autocast in a way that torch takes amiss on a CPU.
+        warnings.filterwarnings("ignore", message="In CPU autocast", category=UserWarning)
         yield
