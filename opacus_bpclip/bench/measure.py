@@ -38,10 +38,10 @@ def peak_memory(arm: str, case: Case, settings: Settings) -> list[int] | None:
         step = make_step(arm, case, device)
         for _ in range(WARM_UP_STEPS):
             step()
+        gc.collect()
+        held = tensor_bytes()
         peaks: list[int] = []
         for _ in range(MEMORY_STEPS):
-            gc.collect()
-            held = tensor_bytes()
             _return_free_memory()
             memory = PeakMemory(device)
             with memory.watch():

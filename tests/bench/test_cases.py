@@ -23,10 +23,10 @@ CPU = torch.device("cpu")
 PARAMETERS = {
     "cnn26k": 26_010,
     "resnet18-gn": 11_173_962,
-    "transformer": 3_436_042,
+    "transformer": 3_434_506,
     "mlp": 5_824_522,
     "cnn26k-2048": 26_010,
-    "transformer-512": 3_550_730,
+    "transformer-512": 3_549_194,
     "text": 6_417_802,
     "lstm": 100_618,
 }

@@ -27,9 +27,10 @@ def test_blocks_are_rewritten_and_nothing_else(tmp_path):
     path = tmp_path / "page.md"
     path.write_text(TEXT)
     update(path, record(CNN))
+    short, long = summary(record(CNN)), tables(record(CNN))
     assert path.read_text() == (
-        f"before\n<!-- bench-summary -->\n\n{summary(record(CNN))}\n\n<!-- /bench-summary -->\n"
-        f"between\n<!-- bench-tables -->\n\n{tables(record(CNN))}\n\n<!-- /bench-tables -->\nafter\n"
+        f"before\n<!-- bench-summary -->\n\n{short}\n\n<!-- /bench-summary -->\n"
+        f"between\n<!-- bench-tables -->\n\n{long}\n\n<!-- /bench-tables -->\nafter\n"
     )
     assert updated(path.read_text(), record(CNN)) == path.read_text()
 

@@ -15,5 +15,5 @@ def test_growth_curve(suffix, tmp_path):
 
 
 def test_no_growth_curve(tmp_path):
-    with pytest.raises(UsageError, match="^--plot needs a growth curve"):
+    with pytest.raises(UsageError, match=r"^--plot needs a growth curve"):
         draw(record(CNN), tmp_path / "plot.png")
