@@ -123,11 +123,11 @@ class Settings:
 
     arms: tuple[str, ...] = ARMS
     rounds: int = 40
-    limit: float = 120.0
+    limit: float = 60.0
     threads: int = 1
     device: str = "cpu"
 
-    least_rounds: ClassVar[int] = 8
+    least_rounds: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
         _require_choices("--arms", self.arms, ARMS)

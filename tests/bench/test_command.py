@@ -33,7 +33,7 @@ def error_of(capsys, *options):
 def test_defaults_are_the_acceptance_cases_with_every_arm():
     todo, how = what()
     assert [point.name for point in todo] == list(ACCEPTANCE)
-    assert how == Settings(arms=ARMS, rounds=40, limit=120.0, threads=1, device="cpu")
+    assert how == Settings(arms=ARMS, rounds=40, limit=60.0, threads=1, device="cpu")
 
 
 def test_every_option_reaches_the_settings():
