@@ -1,4 +1,4 @@
-"""The subcommand ``opacus-bpclip audit``: options in, exit status out. Imports no torch by itself."""
+"""The subcommand ``opacus-bpclip audit``: options in, status out. Imports no torch by itself."""
 
 from __future__ import annotations
 

@@ -43,16 +43,16 @@ class Verdict:
     def violations(self) -> tuple[str, ...]:
         """Say what breaks the claim, in one line each; empty for a pass."""
         found = [*self.neighbours.violations, *self.replay.violations]
-        for check in (*self.noise, *self.empirical):
-            found += check.violations
+        found += [text for law in self.noise for text in law.violations]
+        found += [text for attack in self.empirical for text in attack.violations]
         return tuple(found)
 
     @property
     def doubts(self) -> tuple[str, ...]:
         """Say why a pass would mean little, in one line each."""
         found = [*self.neighbours.doubts]
-        for check in (*self.noise, *self.empirical):
-            found += check.doubts
+        found += [text for law in self.noise for text in law.doubts]
+        found += [text for attack in self.empirical for text in attack.doubts]
         return tuple(found)
 
     @property
