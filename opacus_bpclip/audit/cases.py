@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.audit.engine_target import EngineTrainer, linear_loss
+from opacus_bpclip.audit.settings import MAX_GRAD_NORM
 from opacus_bpclip.audit.target import Batch, Target, Trainer
 from opacus_bpclip.config import BackpropClipping
 
@@ -51,7 +52,7 @@ class Case:
         name: str,
         *,
         loss_reduction: Reduction = "mean",
-        max_grad_norm: float = 1.0,
+        max_grad_norm: float = MAX_GRAD_NORM,
         clipping: BackpropClipping | None = None,
     ) -> Target:
         """Return the case as something to audit, trained by the package's engine."""

@@ -13,6 +13,7 @@ from opacus_bpclip.audit.settings import (
     BOUNDS,
     CASE_NAMES,
     DELTA,
+    MAX_GRAD_NORM,
     REDUCTIONS,
     TRIALS,
     Output,
@@ -141,7 +142,12 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
         help="makes an opacus_bpclip.audit.Target: training code of any kind; for example "
         "opacus_bpclip.audit.published:original",
     )
-    group.add_argument("--max-grad-norm", type=float, metavar="X", help="(default: 1)")
+    group.add_argument(
+        "--max-grad-norm",
+        type=float,
+        metavar="X",
+        help=f"joint L2 sensitivity (default: {MAX_GRAD_NORM:g})",
+    )
     group.add_argument(
         "--max-input-norm", type=_number_or_none, metavar="X", help="a number or none (default: 3)"
     )

@@ -36,7 +36,10 @@ def draw(record: Record, path: Path) -> None:
         _panel(axes, name, found)
     if panels:
         figure.legend(
-            *grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3
+            *grid.flat[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=columns,
+            fontsize=8,
         )
     figure.savefig(path)
 

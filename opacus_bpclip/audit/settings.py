@@ -27,6 +27,8 @@ BOUNDS: tuple[str, ...] = get_args(Bound)
 REDUCTIONS = ("mean", "sum")
 
 TRIALS, ALPHA, DELTA = 10_000, 1e-6, 1e-5
+# Not 1: a sensitivity that was squared or left out must show.
+MAX_GRAD_NORM = 0.7
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Settings:
     loss_reductions: tuple[str, ...] = REDUCTIONS
     full: bool = False
     noise_multiplier: float = 1.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = MAX_GRAD_NORM
     max_input_norm: float | None = 3.0
     trials: int = TRIALS
     alpha: float = ALPHA
