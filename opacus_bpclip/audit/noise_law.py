@@ -104,7 +104,8 @@ def judge(noise: Array, batch: str, level: float) -> NoiseLaw:
     limits, correlations = [], []
     for lags in ((0,), _LAGS):
         count = sum(entries * entries if lag else entries * (entries - 1) // 2 for lag in lags)
-        limits.append(_cosine_limit(steps, level / max(count, 1)))
+        # The longest lag leaves the fewest steps to compare, and the loosest limit.
+        limits.append(_cosine_limit(steps - max(lags), level / max(count, 1)))
         correlations.append(max((_largest_correlation(noise, lag) for lag in lags), default=0.0))
     return NoiseLaw(
         batch=batch,
