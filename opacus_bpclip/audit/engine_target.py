@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_bpclip.audit.target import Batch, Trainer
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.engine import PrivacyEngine
+from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 
 Loss = Callable[..., Tensor]
@@ -94,8 +95,8 @@ class EngineTrainer(Trainer):
             return
         try:
             self._loss(self._model(inputs), *targets).backward()
-        except (IndexError, RuntimeError, ValueError):
-            if len(inputs):
+        except (IndexError, RuntimeError, ValueError) as error:
+            if len(inputs) or isinstance(error, PrivacyViolationError):
                 raise
             self._runs_empty = False
             self._optimizer.zero_grad()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import cast
 
 import torch
@@ -176,6 +178,18 @@ def _inputs(settings: Settings) -> Inputs:
     return draw
 
 
+def _end_with_parent() -> None:
+    """Let a worker die with the process that wants its answer, however that one dies."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 Done = Iterator[tuple[Task, Verdict]]
 
 
@@ -187,8 +201,12 @@ def _one_by_one(settings: Settings, open_tasks: Iterable[Task]) -> Done:
 def _side_by_side(settings: Settings, open_tasks: Iterable[Task], processes: int) -> Done:
     # The long ones first, so that none is left over for the end.
     ordered = sorted(open_tasks, key=lambda task: -task.trials)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(run_task, settings, task): task for task in ordered}
+    with ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_end_with_parent
+    ) as pool:
+        futures: dict[Future[Verdict], Task] = {
+            pool.submit(run_task, settings, task): task for task in ordered
+        }
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()

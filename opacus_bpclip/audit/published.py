@@ -78,6 +78,8 @@ class PublishedTrainer(Trainer):
     ) -> None:
         pairs = itertools.pairwise(widths)
         self._layers = [nn.Linear(inputs, outputs, bias=False) for inputs, outputs in pairs]
+        # Every class is as likely as the other at first, so that rows' gradients are alike.
+        nn.init.zeros_(self._layers[-1].weight)
         self._upstream_bound = upstream_bound
         joint = math.sqrt(len(self._layers)) * layer_sensitivity
         super().__init__(

@@ -20,6 +20,7 @@ replay: neighbours under the same randomness; every random call, skip and entry 
 
 _STATISTICAL_NOTES = """\
 mu: of the Gaussian mechanism that is claimed; bound: lower bound from the attacker's mistakes.
+4 steps: at twice the noise multiplier, from an empty batch, with parameters that move.
 epsilon: claimed; bound: lower bound that assumes nothing about the noise's law.
 scale: of the noise over the claimed one; p-value: of the Kolmogorov-Smirnov test for its law.
 correlation: the largest over parameters and over steps, as a share of what is allowed."""
