@@ -9,11 +9,11 @@ from opacus_bpclip.audit.empirical import Empirical, estimate
 from opacus_bpclip.audit.neighbours import SEARCHES, NeighbourSearch
 from opacus_bpclip.audit.noise_law import judge
 from opacus_bpclip.audit.replay import replay
-from opacus_bpclip.audit.settings import ALPHA, DELTA, MAX_GRAD_NORM, TRIALS
+from opacus_bpclip.audit.settings import ALPHA, DELTA, FEWEST_TRIALS, MAX_GRAD_NORM, TRIALS
 from opacus_bpclip.audit.target import Batch, Target, empty
 from opacus_bpclip.audit.trials import Trials, run_trials
 from opacus_bpclip.audit.verdict import Verdict
-from opacus_bpclip.config import BackpropClipping, Bound
+from opacus_bpclip.config import BackpropClipping, Bound, is_positive_number
 
 # A few trials of several steps: a tenth of the trials, 4 steps each. Their noise multiplier is
 # another one, so that one which was squared or left out shows.
@@ -54,11 +54,18 @@ def audit(
     Returns:
         The verdict; ``verdict.violations`` is empty for a pass.
 
+    Raises:
+        ValueError: the noise multiplier is not above zero, or there are too few trials to judge by.
+
     Example:
         >>> from opacus_bpclip.audit import CASES
         >>> audit(CASES["linear"].target("linear"), trials=0).outcome
         'pass'
     """
+    if not is_positive_number(noise_multiplier):
+        raise ValueError(f"Expected noise_multiplier={noise_multiplier!r} to be a number > 0.")
+    if trials != 0 and trials < FEWEST_TRIALS:
+        raise ValueError(f"Expected trials={trials!r} to be 0 or at least {FEWEST_TRIALS}.")
     with torch.random.fork_rng(devices=[]):
         found = NeighbourSearch(target, seed=seed, searches=searches)
         replayed = replay(target, found.canary, noise_multiplier=noise_multiplier, seed=seed)
@@ -92,7 +99,7 @@ def audit(
             )
 
         one, one_step = attacked(first, trials, 1, noise_multiplier)
-        few = max(trials // _SHARE_OF_TRIALS, 1)
+        few = trials // _SHARE_OF_TRIALS
         several, some_steps = attacked(empty(first), few, _STEPS, _MORE_NOISE * noise_multiplier)
 
         return Verdict(

@@ -27,6 +27,7 @@ BOUNDS: tuple[str, ...] = get_args(Bound)
 REDUCTIONS = ("mean", "sum")
 
 TRIALS, ALPHA, DELTA = 10_000, 1e-6, 1e-5
+FEWEST_TRIALS = 100
 # Not 1: a sensitivity that was squared or left out must show.
 MAX_GRAD_NORM = 0.7
 
@@ -88,8 +89,8 @@ class Settings:
         for option, value in (("--alpha", self.alpha), ("--delta", self.delta)):
             if not 0 < value < 1:
                 raise UsageError(f"{option} must be between 0 and 1, not {value}")
-        if self.trials != 0 and self.trials < 100:
-            raise UsageError(f"--trials must be 0 or at least 100, not {self.trials}")
+        if self.trials != 0 and self.trials < FEWEST_TRIALS:
+            raise UsageError(f"--trials must be 0 or at least {FEWEST_TRIALS}, not {self.trials}")
         if self.seed < 0:
             raise UsageError(f"--seed must be 0 or above, not {self.seed}")
         if self.max_input_norm is None and "product" in self.bounds:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,19 @@ def test_an_audit_repeats_itself_and_leaves_the_global_generator_alone():
     assert first == second
     assert audit(target(), trials=200, seed=4) != first
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"trials": 99}, "Expected trials=99 to be 0 or at least 100."),
+        ({"trials": -1}, "Expected trials=-1 to be 0 or at least 100."),
+        ({"noise_multiplier": 0.0}, "Expected noise_multiplier=0.0 to be a number > 0."),
+    ],
+)
+def test_too_little_to_judge_by_is_an_error(options, text):
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        audit(target(), **options)
 
 
 class ClippedTooHigh(Gaussian):
