@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from opacus_bpclip.audit import Batch, Target, Trainer
+from opacus_bpclip.audit import Batch, Target, Trainer, audit
 
 ENTRIES = 30
 
@@ -49,3 +49,11 @@ def target(kind: type[Trainer] = Gaussian, *, attained: bool = True) -> Target:
         canaries=((spike,),),
         attained=attained,
     )
+
+
+def convicted(kind: type[Gaussian], trials: int = 0) -> str:
+    """Audit a mechanism that is wrong, and return what it is convicted of."""
+    verdict = audit(target(kind), trials=trials, alpha=1e-4)
+    assert verdict.outcome == "violation"
+    assert verdict.violations
+    return "; ".join(verdict.violations)
