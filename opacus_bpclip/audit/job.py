@@ -94,7 +94,7 @@ def run_task(settings: Settings, task: Task) -> Verdict:
             trials=task.trials,
             alpha=settings.alpha,
             delta=settings.delta,
-            seed=settings.seed,
+            seed=task.seed(settings.seed),
         )
     except JobError:
         raise

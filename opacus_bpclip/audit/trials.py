@@ -68,6 +68,8 @@ def run_trials(
     worlds = [batch, batch if canary is None else join(batch, canary)]
     quiet = quiet_trainer(target, seed)
     sums = [sum_without_noise(quiet, world) for world in worlds]
+    # Where the parameters start is the seed's; the noise is this attack's own.
+    torch.manual_seed(seed + steps)
     unit = noise_multiplier * trainer.sensitivity
     direction, change = _direction(sums[1] - sums[0])
     if canary is None:

@@ -192,3 +192,10 @@ def test_public_names_are_found_when_asked_for():
         assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'absent'"):
         _ = package.absent
+
+
+def test_every_target_has_a_seed_of_its_own_that_stays():
+    planned = tasks(Settings())
+    assert len({task.seed(0) for task in planned}) == len(planned)
+    assert planned[0].seed(0) != planned[0].seed(1)
+    assert planned[0].seed(0) == tasks(Settings())[0].seed(0)
