@@ -34,7 +34,7 @@ def original() -> Target:
     return Target(
         name="published algorithm, original",
         make=lambda noise_multiplier: PublishedTrainer(
-            (_FEATURES, 16, _CLASSES), upstream_bound, sensitivity, noise_multiplier
+            (_FEATURES, _FEATURES, _CLASSES), upstream_bound, sensitivity, noise_multiplier
         ),
         batches=(batch,),
         canaries=(canary,),
@@ -78,7 +78,9 @@ class PublishedTrainer(Trainer):
     ) -> None:
         pairs = itertools.pairwise(widths)
         self._layers = [nn.Linear(inputs, outputs, bias=False) for inputs, outputs in pairs]
-        # Every class is as likely as the other at first, so that rows' gradients are alike.
+        # Nothing random at the start: hidden layers pass their input on, classes are equally likely.
+        for layer in self._layers[:-1]:
+            nn.init.eye_(layer.weight)
         nn.init.zeros_(self._layers[-1].weight)
         self._upstream_bound = upstream_bound
         joint = math.sqrt(len(self._layers)) * layer_sensitivity

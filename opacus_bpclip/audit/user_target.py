@@ -95,7 +95,7 @@ def _canaries(batch: Batch, *, spiked: bool) -> Iterator[Batch]:
         spike = torch.zeros_like(x)
         if not x.is_floating_point():
             spike = x
-        elif x.numel():
+        else:
             # The same relative place in input and output: layers that keep positions meet there.
             spike.view(-1)[place * x.numel() // g.numel()] = _LARGE
         upstream = torch.zeros_like(g)

@@ -160,7 +160,7 @@ def empty_batches_skipped(patch):
 MUTANTS = [
     (noise_shrunk(1.2), "linear", 200, "does not follow its law: its scale is 0.8"),
     (noise_shrunk(1.41), "linear", 200, "does not follow its law: its scale is 0.7"),
-    (noise_shrunk(2), "linear", 200, "one step: mu is at least 1."),
+    (noise_shrunk(2), "linear", 200, "does not follow its law: its scale is 0.5"),
     (noise_shrunk(32), "linear", 200, "one step: mu is at least 2."),
     (divided_by_the_batch_size_again, "linear", 100, "one step: mu is at least "),
     (sensitivity_squared, "linear", 100, "does not follow its law: its scale is 0.7"),

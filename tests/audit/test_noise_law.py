@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,13 @@ def test_a_sample_too_small_to_reject_is_a_doubt_only_where_it_should_have_been_
     few = judge(np.random.default_rng(2).standard_normal((20, 5)), "a batch", 1e-6)
     assert not few.rejects_wrong_scale
     assert few.doubts == ()
+
+
+def test_a_test_that_would_pass_wrong_noise_is_a_doubt():
+    law = judge(np.random.default_rng(1).standard_normal((10_000, 10)), "a batch", 1e-6)
+    blind = replace(law, rejects_wrong_scale=False)
+    assert blind.doubts == ("noise 5 % off its scale would pass on a batch",)
+    assert replace(blind, p_value=0.0).doubts == ()
 
 
 @pytest.mark.parametrize("steps", [5, 40, 300])

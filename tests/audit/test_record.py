@@ -1,7 +1,9 @@
 """An audit as a file that can be continued, as tables, and as a picture."""
 
 import json
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -141,6 +143,23 @@ def test_a_process_that_dies_is_one_message(monkeypatch):
     monkeypatch.setattr(job, "ProcessPoolExecutor", Pool)
     with pytest.raises(JobError, match=r"^an audit's process died: out of memory$"):
         job.run_audits(SETTINGS, Output(processes=2))
+
+
+def test_a_worker_dies_with_its_parent(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(job, "parent_process", lambda: SimpleNamespace(join=lambda: None))
+    monkeypatch.setattr(job.os, "_exit", lambda status: ended.set() if status == 1 else None)
+    job._end_with_parent()
+    assert ended.wait(timeout=60)
+
+
+def test_a_usage_error_that_shows_late_keeps_its_words(monkeypatch):
+    def vanished(*args):
+        raise UsageError("cannot import users_code")
+
+    monkeypatch.setattr(job, "build", vanished)
+    with pytest.raises(UsageError, match=r"^cannot import users_code$"):
+        job.run_task(SETTINGS, tasks(SETTINGS)[0])
 
 
 def test_the_report_of_a_pass(verdicts):

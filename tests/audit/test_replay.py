@@ -68,6 +68,11 @@ def test_replay_convicts(kind, text):
     assert text in convicted(kind)
 
 
+def test_steps_that_release_nothing_are_no_evidence_in_trials():
+    text = convicted(SkipsAll, trials=100)
+    assert "the noise on an ordinary batch does not follow its law: its scale is nan" in text
+
+
 def test_replay_ignores_what_is_random_before_the_step():
     class Dropout(Gaussian):
         def compute(self, batch):
