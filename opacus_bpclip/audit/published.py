@@ -78,7 +78,7 @@ class PublishedTrainer(Trainer):
     ) -> None:
         pairs = itertools.pairwise(widths)
         self._layers = [nn.Linear(inputs, outputs, bias=False) for inputs, outputs in pairs]
-        # Nothing random at the start: hidden layers pass their input on, classes are equally likely.
+        # Nothing random: hidden layers pass their input on, and classes are equally likely.
         for layer in self._layers[:-1]:
             nn.init.eye_(layer.weight)
         nn.init.zeros_(self._layers[-1].weight)
