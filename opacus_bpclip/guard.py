@@ -156,9 +156,9 @@ class GradientGuard:
         self._calls[layer.name] = calls + 1
         if layer.is_patched:
             self.fail(
-                f"{layer.name} was changed after make_private (its forward was replaced, or a "
-                "parametrization was added): its rule no longer describes it. Change the model "
-                "first, then call make_private."
+                f"{layer.name} was changed after make_private (its forward was replaced, an option "
+                "was set, or a parametrization was added): its rule no longer describes it. Change "
+                "the model first, then call make_private."
             )
         if torch.nn.modules.module._global_forward_hooks:
             self.fail(
@@ -192,6 +192,16 @@ class GradientGuard:
                 f"the batch axis {order}."
             )
 
+    def check_parameters(self, layer: Layer) -> None:
+        """Check that a layer uses the very parameters that are watched, and not a multiple."""
+        name = layer.replaced_parameter()
+        if name is not None:
+            self.fail(
+                f"{layer.name}.{name} is not the parameter that make_private saw: it was replaced, "
+                "it is computed from another (functional_call, spectral_norm), or the module's "
+                "forward calls the module. Change the model first, then call make_private."
+            )
+
     def check_inputs(self, layer: Layer, clipped: Inputs, versions: Versions, used: Inputs) -> None:
         """Check that the layer used its inputs as they were clipped and measured."""
         for one, version, other in zip(clipped, versions, used, strict=True):
@@ -210,6 +220,7 @@ class GradientGuard:
             y: what it made.
             inputs: of what; the graph behind them is somebody else's.
         """
+        self.check_parameters(layer)
         for parameter in layer.parameters:
             if y.dtype != parameter.dtype:
                 self.fail(

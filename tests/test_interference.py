@@ -184,9 +184,9 @@ def test_a_hook_that_changes_the_input_later_is_named() -> None:
     [
         pytest.param(
             replace_forward,
-            "0 was changed after make_private (its forward was replaced, or a parametrization was "
-            "added): its rule no longer describes it. Change the model first, then call "
-            "make_private.",
+            "0 was changed after make_private (its forward was replaced, an option was set, or a "
+            "parametrization was added): its rule no longer describes it. Change the model first, "
+            "then call make_private.",
             id="forward replaced",
         ),
         pytest.param(
