@@ -229,9 +229,11 @@ class GradientGuard:
                     "than one example's contribution. Run the model without autocast."
                 )
         stop = {x.grad_fn for x in inputs if x is not None}
+        own = set(layer.parameters)
         for node, index, leaf in parameter_edges(y, stop):
-            watched = self._watched.get(leaf)
-            if watched is not None:
+            # Another layer's parameter, used in here, is not what this layer's rule bounds.
+            if leaf in own:
+                watched = self._watched[leaf]
                 watched.follow(node, index, partial(self._sources.add, self._forward))
 
     # Backward
