@@ -19,7 +19,7 @@ from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.recurrence import recurrent_linears, renamed_parameters
 from opacus_bpclip.rules import Rule, registered_kind, supported_layers
 
-_TRAINABLE_DTYPES = (torch.float32, torch.float64)
+TRAINABLE_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _rule_for(
             "forward pass, outside what the rule bounds. Remove it."
         )
     dtypes = {parameter.dtype for parameter in own.values()}
-    if not dtypes <= set(_TRAINABLE_DTYPES):
+    if not dtypes <= set(TRAINABLE_DTYPES):
         return None, (
             f"its parameters are {', '.join(str(dtype) for dtype in dtypes)}: the sum over the "
             "batch would be rounded by more than one example's contribution. Keep trainable "

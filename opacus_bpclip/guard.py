@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.coverage import (
+    TRAINABLE_DTYPES,
     Layer,
     batch_normalization_problem,
     batch_normalizations,
@@ -254,6 +255,12 @@ class GradientGuard:
     def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that is about to reach its parameter."""
         stale = watched.parameter.grad
+        if gradient.dtype not in TRAINABLE_DTYPES:
+            self.fail(
+                f"{watched.name} was turned to {gradient.dtype} after make_private: the sum over "
+                "the batch would be rounded by more than one example's contribution. Keep "
+                "trainable parameters in torch.float32."
+            )
         if not watched.sent and not (self._compiled and watched.vouched):
             self.fail(
                 f"{watched.name} got a gradient that did not come from its layer's call. "

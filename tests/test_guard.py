@@ -243,6 +243,31 @@ def test_structured_outputs_undo_the_mean_like_a_tensor(wrap: Callable[[Tensor],
     assert torch.equal(summed(plain), summed(nested))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_lower_precision_after_make_private_is_refused(dtype: torch.dtype) -> None:
+    # In bfloat16 one example moved the sum by 1.021 times its limit.
+    private = switchable()
+    private.model.to(dtype)
+    with pytest.raises(PrivacyViolationError) as refusal:
+        private.model(batch()[0].to(dtype)).sum().backward()
+    assert str(refusal.value) == (
+        f"head.bias was turned to {dtype} after make_private: the sum over the batch would be "
+        "rounded by more than one example's contribution. Keep trainable parameters in "
+        "torch.float32."
+    )
+    private.model.float()
+    assert_refused_until_zero_grad(private)
+
+
+def test_higher_precision_after_make_private_is_fine() -> None:
+    private = switchable()
+    private.model.double()
+    private.model(batch()[0].double()).sum().backward()
+    private.optimizer.step()
+    assert {p.summed_grad.dtype for p in private.parameters} == {torch.float64}
+    assert summed(private).norm() <= 6
+
+
 class Borrowing(nn.Linear):
     """Uses the weight of a layer that it does not own, as hand-made weight tying does."""
 
