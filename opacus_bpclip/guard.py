@@ -28,7 +28,7 @@ from opacus_bpclip.coverage import (
     mixes_examples,
 )
 from opacus_bpclip.errors import PrivacyViolationError
-from opacus_bpclip.provenance import WatchedParameter, parameter_edges
+from opacus_bpclip.provenance import WatchedParameter, parameter_edges, watch_edge
 from opacus_bpclip.rules import Inputs
 
 Versions = tuple[int, ...]
@@ -236,6 +236,25 @@ class GradientGuard:
             if leaf in own:
                 watched = self._watched[leaf]
                 watched.follow(node, index, partial(self._sources.add, self._forward))
+
+    def join(self, layer: Layer, clipped: Tensor, y: Tensor) -> None:
+        """Check, when the time comes, that the layer gets the very gradient that was clipped.
+
+        Args:
+            layer: the layer.
+            clipped: what its clip made of ``y``.
+            y: what the layer made.
+        """
+
+        def changed() -> None:
+            self.fail(
+                f"{layer.name} got another gradient than the one that was clipped for it: a "
+                "backward hook changed it (register_backward_hook, or a hook on grad_fn), or the "
+                "layer's output went around the clip. Use register_full_backward_hook, which sees "
+                "gradients before they are clipped."
+            )
+
+        watch_edge(clipped, y, changed)
 
     # Backward
 

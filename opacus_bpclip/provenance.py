@@ -153,6 +153,36 @@ def _is_alias(alias: Tensor, gradient: Tensor) -> bool:
     )
 
 
+def watch_edge(later: Tensor, earlier: Tensor, changed: Callable[[], None]) -> None:
+    """Call ``changed`` if the gradient that arrives at a tensor is not the one that was sent.
+
+    Args:
+        later: made from ``earlier`` alone, by one autograd function; not used by anybody yet.
+        earlier: the tensor; whatever else is made from it is found, too.
+        changed: called in the backward pass.
+    """
+    assert later.grad_fn is not None
+    assert earlier.grad_fn is not None
+    index = earlier.output_nr
+    sent: list[tuple[Tensor, int]] = []
+
+    def send(gradients: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[0]
+        if gradient is not None:
+            sent[:] = [(gradient, gradient._version)]
+
+    def arrive(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[index]
+        if gradient is None:
+            return
+        expected, version = sent.pop() if sent else (None, 0)
+        if gradient is not expected or gradient._version != version:
+            changed()
+
+    later.grad_fn.register_hook(send)
+    earlier.grad_fn.register_prehook(arrive)
+
+
 def parameter_edges(
     y: Tensor, stop: Set[torch.autograd.graph.Node | None]
 ) -> Iterator[tuple[torch.autograd.graph.Node, int, Tensor]]:

@@ -78,7 +78,7 @@ class SingleClip(Clip):
                 )
             if self.followed:
                 self.guard.follow(self.layer, y, used)
-        return clip_upstream(
+        out = clip_upstream(
             y,
             clipped,
             self.layer.rule,
@@ -89,3 +89,6 @@ class SingleClip(Clip):
             batch_axis=self.layer.arguments.batch_axis,
             mean=self.mean,
         )
+        if self.followed and not torch.compiler.is_compiling():
+            self.guard.join(self.layer, out, y)
+        return out
