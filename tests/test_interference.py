@@ -51,6 +51,10 @@ def scale_grad_of(parameter: nn.Parameter) -> None:
         parameter.grad.mul_(100)
 
 
+def scale_without_a_trace(gradient: Tensor) -> None:
+    gradient.data.mul_(100)
+
+
 class TimesHundred(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight * 100
@@ -92,6 +96,10 @@ def contributed(private: Private) -> float:
         pytest.param(
             lambda layer: [p.register_hook(lambda g: g.mul_(100)) for p in layer.parameters()],
             id="hook on the parameter in place",
+        ),
+        pytest.param(
+            lambda layer: [p.register_hook(scale_without_a_trace) for p in layer.parameters()],
+            id="hook on the parameter through .data",
         ),
         pytest.param(
             lambda layer: [
