@@ -47,6 +47,7 @@ class GradientGuard:
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+        self._model = model
         self.violation: str | None = None
         self.accumulation_allowed = True
         self._compiled = False
@@ -64,7 +65,6 @@ class GradientGuard:
                     self._watched[parameter] = WatchedParameter(
                         f"{layer.name}.{name}", parameter, layer.uses, self._judge, self.fail
                     )
-        self._batch_normalizations = batch_normalizations(model)
         self._frozen = [
             (name, parameter)
             for name, parameter in model.named_parameters()
@@ -111,7 +111,8 @@ class GradientGuard:
                     f"{name} was frozen when make_private was called and has been unfrozen since: "
                     "nothing clips its gradient. Unfreeze it first, then call make_private again."
                 )
-        for name, norm in self._batch_normalizations.items():
+        # Looked up anew: a module may have been put in the place of another.
+        for name, norm in batch_normalizations(self._model).items():
             if mixes_examples(norm):
                 self.fail(batch_normalization_problem(name))
         self._compiled = False
@@ -165,6 +166,14 @@ class GradientGuard:
             self.fail(
                 "A forward hook on every module (register_module_forward_hook) may change what a "
                 f"layer such as {layer.name} returns before it is clipped. Remove the hook."
+            )
+        saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if saving is not None and not _of_torch(saving[0]):
+            self.fail(
+                f"{layer.name} runs under hooks on saved tensors (saved_tensors_hooks) that are "
+                "not torch's own: if they change a number, as lossy compression of activations "
+                "does, the layer's gradient is not the one that is bounded. Use save_on_cpu or "
+                "checkpoint(..., use_reentrant=False)."
             )
         return True
 
@@ -310,10 +319,13 @@ class GradientGuard:
             )
         watched.vouched = True
 
+    def watches(self, parameter: nn.Parameter) -> bool:
+        """Return whether what arrives at a parameter is checked and collected."""
+        return parameter in self._watched
+
     def take(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the parameter's sum of contributions since the last step, ``None`` without any."""
-        watched = self._watched.get(parameter)
-        return None if watched is None else watched.take()
+        return self._watched[parameter].take()
 
 
 def versions(inputs: Inputs) -> Versions:
@@ -324,6 +336,10 @@ def versions(inputs: Inputs) -> Versions:
 def _same(one: Tensor, version: int, other: Tensor) -> bool:
     alike = other.data_ptr() == one.data_ptr() and other.shape == one.shape
     return alike and other.stride() == one.stride() and other._version == version
+
+
+def _of_torch(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
 def _in_backward() -> bool:
