@@ -1,0 +1,136 @@
+"""Wrong noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from opacus.optimizers import optimizer_fast_gradient_clipping as opacus_noise
+from torch import Tensor
+
+from opacus_bpclip import BackpropClipOptimizer
+from tests.mutants import killers
+from tests.mutants.registry import mutant
+
+
+def _scale_noise(
+    patch: pytest.MonkeyPatch, factor: Callable[[BackpropClipOptimizer], float]
+) -> None:
+    add_noise = BackpropClipOptimizer.add_noise
+
+    def scaled(self: BackpropClipOptimizer) -> None:
+        noise_multiplier = self.noise_multiplier
+        self.noise_multiplier = noise_multiplier * factor(self)
+        add_noise(self)
+        self.noise_multiplier = noise_multiplier
+
+    patch.setattr(BackpropClipOptimizer, "add_noise", scaled)
+
+
+@mutant(killed_by=killers.noise_scale, says="times as wide", audited=True)
+def original_bug(patch: pytest.MonkeyPatch) -> None:
+    """The withdrawn results: the sensitivity is divided by the batch size once more, so the noise
+    is as many times too small as the batch has examples."""
+    _scale_noise(patch, lambda optimizer: 1 / optimizer.expected_batch_size)
+
+
+@mutant(killed_by=killers.noise_scale, says="times as wide", audited=True)
+def delta_squared_for_delta(patch: pytest.MonkeyPatch) -> None:
+    """The noise is scaled by `max_grad_norm` squared, which is too little where that is below 1."""
+    _scale_noise(patch, lambda optimizer: optimizer.max_grad_norm)
+
+
+@mutant(killed_by=killers.noise_scale, says="times as wide", audited=True)
+@mutant(killed_by=killers.accounting, says="the accountant saw")
+def layers_as_separate_steps(patch: pytest.MonkeyPatch) -> None:
+    """The repaired reference code: each layer is a step of its own, with noise for its own
+    sensitivity. The accountant is told of L samples where there was one, and a central-limit
+    accountant then claims an epsilon of 3 where it is 23.6."""
+
+    def add_noise(self: BackpropClipOptimizer) -> None:
+        sensitivities = self.layer_sensitivities
+        for name, group in self._hooks._groups.items():
+            std = self.noise_multiplier * sensitivities[name]
+            for p in group.parameters:
+                noise = torch.randn(p.shape, generator=self.generator, dtype=p.dtype)
+                p.grad = p.summed_grad + std * noise
+                p.summed_grad._processed = True
+
+    pre_step = BackpropClipOptimizer.pre_step
+
+    def accounted(self: BackpropClipOptimizer, closure: None = None) -> bool:
+        done = pre_step(self, closure)
+        for _ in list(self.layer_sensitivities)[1:]:
+            self.step_hook(self)
+        return done
+
+    patch.setattr(BackpropClipOptimizer, "add_noise", add_noise)
+    patch.setattr(BackpropClipOptimizer, "pre_step", accounted)
+
+
+def _around_each_draw(
+    patch: pytest.MonkeyPatch, change: Callable[[Callable[[], Tensor], torch.Generator], Tensor]
+) -> None:
+    generate = opacus_noise._generate_noise
+
+    def changed(**options: object) -> Tensor:
+        return change(lambda: generate(**options), options["generator"])
+
+    patch.setattr(opacus_noise, "_generate_noise", changed)
+
+
+@mutant(killed_by=killers.fresh_noise, says="drawn twice")
+def one_seed_for_all_layers(patch: pytest.MonkeyPatch) -> None:
+    """Every layer's noise starts from the same state of the generator, so it cancels in the
+    difference of two layers' gradients."""
+    add_noise = BackpropClipOptimizer.add_noise
+    states: list[Tensor] = []
+
+    def remembering(self: BackpropClipOptimizer) -> None:
+        states[:] = [self.generator.get_state()]
+        add_noise(self)
+
+    def from_the_start(draw: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
+        generator.set_state(states[0])
+        return draw()
+
+    patch.setattr(BackpropClipOptimizer, "add_noise", remembering)
+    _around_each_draw(patch, from_the_start)
+
+
+@mutant(killed_by=killers.fresh_noise, says="drawn twice")
+def same_noise_in_every_step(patch: pytest.MonkeyPatch) -> None:
+    """The generator is set back after each step, so the noise cancels in the difference of two
+    steps."""
+    add_noise = BackpropClipOptimizer.add_noise
+
+    def set_back(self: BackpropClipOptimizer) -> None:
+        state = self.generator.get_state()
+        add_noise(self)
+        self.generator.set_state(state)
+
+    patch.setattr(BackpropClipOptimizer, "add_noise", set_back)
+
+
+@mutant(killed_by=killers.fresh_noise, says="(drawn twice|lower precision)")
+def noise_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    """The noise is drawn in bfloat16: it lies on a coarse grid, and what lies between the grid's
+    points is the sum itself."""
+    _around_each_draw(patch, lambda draw, _: (z := draw()).to(torch.bfloat16).to(z.dtype))
+
+
+@mutant(killed_by=killers.noise_scale, says="noise 0.0 times as wide")
+@mutant(killed_by=killers.noise_of_an_empty_batch, says="noise 0.0 times as wide")
+def no_noise_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
+    """A parameter whose sum is zero gets no noise, which shows that nobody in the batch moved it,
+    or that the batch is empty."""
+    add_noise = BackpropClipOptimizer.add_noise
+
+    def where_needed(self: BackpropClipOptimizer) -> None:
+        add_noise(self)
+        for p in self.params:
+            if not p.summed_grad.any():
+                p.grad = p.summed_grad.clone()
+
+    patch.setattr(BackpropClipOptimizer, "add_noise", where_needed)
