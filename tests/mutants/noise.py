@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
-from opacus.optimizers import optimizer_fast_gradient_clipping as opacus_noise
 from torch import Tensor
 
-from opacus_bpclip import BackpropClipOptimizer
+from opacus_bpclip import BackpropClipOptimizer, noise, optimizer
 from tests.mutants import killers
 from tests.mutants.registry import mutant
 
@@ -32,13 +32,13 @@ def _scale_noise(
 def original_bug(patch: pytest.MonkeyPatch) -> None:
     """The withdrawn results: the sensitivity is divided by the batch size once more, so the noise
     is as many times too small as the batch has examples."""
-    _scale_noise(patch, lambda optimizer: 1 / optimizer.expected_batch_size)
+    _scale_noise(patch, lambda own: 1 / own.expected_batch_size)
 
 
 @mutant(killed_by=killers.noise_scale, says="times as wide", audited=True)
 def delta_squared_for_delta(patch: pytest.MonkeyPatch) -> None:
     """The noise is scaled by `max_grad_norm` squared, which is too little where that is below 1."""
-    _scale_noise(patch, lambda optimizer: optimizer.max_grad_norm)
+    _scale_noise(patch, lambda own: own.max_grad_norm)
 
 
 @mutant(killed_by=killers.noise_scale, says="times as wide", audited=True)
@@ -53,8 +53,8 @@ def layers_as_separate_steps(patch: pytest.MonkeyPatch) -> None:
         for name, group in self._hooks._groups.items():
             std = self.noise_multiplier * sensitivities[name]
             for p in group.parameters:
-                noise = torch.randn(p.shape, generator=self.generator, dtype=p.dtype)
-                p.grad = p.summed_grad + std * noise
+                drawn = torch.randn(p.shape, generator=self.generator, dtype=p.dtype)
+                p.grad = p.summed_grad + std * drawn
                 p.summed_grad._processed = True
 
     pre_step = BackpropClipOptimizer.pre_step
@@ -69,34 +69,18 @@ def layers_as_separate_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BackpropClipOptimizer, "pre_step", accounted)
 
 
-def _around_each_draw(
-    patch: pytest.MonkeyPatch, change: Callable[[Callable[[], Tensor], torch.Generator], Tensor]
-) -> None:
-    generate = opacus_noise._generate_noise
-
-    def changed(**options: object) -> Tensor:
-        return change(lambda: generate(**options), options["generator"])
-
-    patch.setattr(opacus_noise, "_generate_noise", changed)
-
-
 @mutant(killed_by=killers.fresh_noise, says="drawn twice")
 def one_seed_for_all_layers(patch: pytest.MonkeyPatch) -> None:
     """Every layer's noise starts from the same state of the generator, so it cancels in the
     difference of two layers' gradients."""
-    add_noise = BackpropClipOptimizer.add_noise
-    states: list[Tensor] = []
 
-    def remembering(self: BackpropClipOptimizer) -> None:
-        states[:] = [self.generator.get_state()]
-        add_noise(self)
+    def anew(sums: Sequence[Tensor], *, generator: torch.Generator, **options: Any) -> None:
+        state = generator.get_state()
+        for one in sums:
+            generator.set_state(state)
+            noise.add_noise_([one], generator=generator, **options)
 
-    def from_the_start(draw: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
-        generator.set_state(states[0])
-        return draw()
-
-    patch.setattr(BackpropClipOptimizer, "add_noise", remembering)
-    _around_each_draw(patch, from_the_start)
+    patch.setattr(optimizer, "add_noise_", anew)
 
 
 @mutant(killed_by=killers.fresh_noise, says="drawn twice")
@@ -117,7 +101,13 @@ def same_noise_in_every_step(patch: pytest.MonkeyPatch) -> None:
 def noise_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     """The noise is drawn in bfloat16: it lies on a coarse grid, and what lies between the grid's
     points is the sum itself."""
-    _around_each_draw(patch, lambda draw, _: (z := draw()).to(torch.bfloat16).to(z.dtype))
+    generate = noise._generate_noise
+
+    def coarse(**options: Any) -> Tensor:
+        drawn = generate(**options)
+        return drawn.to(torch.bfloat16).to(drawn.dtype)
+
+    patch.setattr(noise, "_generate_noise", coarse)
 
 
 @mutant(killed_by=killers.noise_scale, says="noise 0.0 times as wide")
