@@ -10,9 +10,10 @@ from typing import NoReturn
 
 from opacus_bpclip import inspection
 from opacus_bpclip.ab import command as ab
+from opacus_bpclip.audit import command as audit
 
 # A command is a module with add_parser(subparsers), which sets run(args) -> int as a default.
-COMMANDS = (ab, inspection)
+COMMANDS = (ab, audit, inspection)
 
 
 class _Parser(argparse.ArgumentParser):

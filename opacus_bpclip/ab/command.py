@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from opacus_bpclip.ab.errors import JobError
 from opacus_bpclip.ab.settings import (
     ACCOUNTANTS,
     ARMS,
@@ -19,6 +18,7 @@ from opacus_bpclip.ab.settings import (
     settings_for,
 )
 from opacus_bpclip.config import Allocation, Bound, Upstream
+from opacus_bpclip.jobs.errors import JobError
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
