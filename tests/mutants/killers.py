@@ -8,6 +8,7 @@ from opacus.layers import DPRNN
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
+from opacus_bpclip.audit import audit_case
 from opacus_bpclip.rules import RULES, BroadcastRule
 from tests.checks import (
     Trainer,
@@ -63,6 +64,21 @@ def noise_of_an_empty_batch() -> None:
 def fresh_noise() -> None:
     """Noise of a model with three layers, over several steps."""
     check_noise_is_fresh(*_noisy(), steps=5)
+
+
+def _audit(case: str) -> None:
+    verdict = audit_case(case, trials=100, searches=0)
+    assert verdict.outcome == "pass", f"the audit says: {'; '.join(verdict.violations)}"
+
+
+def audit() -> None:
+    """The statistical audit of a linear layer, 100 trials in each world."""
+    _audit("linear")
+
+
+def audit_of_branches() -> None:
+    """The statistical audit of four layers side by side, 100 trials in each world."""
+    _audit("branches")
 
 
 def accounting() -> None:

@@ -28,21 +28,24 @@ def _scale_noise(
     patch.setattr(BackpropClipOptimizer, "add_noise", scaled)
 
 
-@mutant(killed_by=killers.noise_scale, says="times as wide", audited=True)
+@mutant(killed_by=killers.noise_scale, says="times as wide")
+@mutant(killed_by=killers.audit, says="the audit says: .*mu is at least")
 def original_bug(patch: pytest.MonkeyPatch) -> None:
     """The withdrawn results: the sensitivity is divided by the batch size once more, so the noise
     is as many times too small as the batch has examples."""
     _scale_noise(patch, lambda own: 1 / own.expected_batch_size)
 
 
-@mutant(killed_by=killers.noise_scale, says="times as wide", audited=True)
+@mutant(killed_by=killers.noise_scale, says="times as wide")
+@mutant(killed_by=killers.audit, says="the audit says: .*does not follow its law")
 def delta_squared_for_delta(patch: pytest.MonkeyPatch) -> None:
     """The noise is scaled by `max_grad_norm` squared, which is too little where that is below 1."""
     _scale_noise(patch, lambda own: own.max_grad_norm)
 
 
-@mutant(killed_by=killers.noise_scale, says="times as wide", audited=True)
+@mutant(killed_by=killers.noise_scale, says="times as wide")
 @mutant(killed_by=killers.accounting, says="the accountant saw")
+@mutant(killed_by=killers.audit_of_branches, says="the audit says: .*does not follow its law")
 def layers_as_separate_steps(patch: pytest.MonkeyPatch) -> None:
     """The repaired reference code: each layer is a step of its own, with noise for its own
     sensitivity. The accountant is told of L samples where there was one, and a central-limit
@@ -70,34 +73,39 @@ def layers_as_separate_steps(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant(killed_by=killers.fresh_noise, says="drawn twice")
+@mutant(killed_by=killers.audit_of_branches, says="the audit says: .*correlated over parameters")
 def one_seed_for_all_layers(patch: pytest.MonkeyPatch) -> None:
     """Every layer's noise starts from the same state of the generator, so it cancels in the
     difference of two layers' gradients."""
 
-    def anew(sums: Sequence[Tensor], *, generator: torch.Generator, **options: Any) -> None:
-        state = generator.get_state()
+    def anew(sums: Sequence[Tensor], *, generator: torch.Generator | None, **options: Any) -> None:
+        source = generator or torch.default_generator
+        state = source.get_state()
         for one in sums:
-            generator.set_state(state)
+            source.set_state(state)
             noise.add_noise_([one], generator=generator, **options)
 
     patch.setattr(optimizer, "add_noise_", anew)
 
 
 @mutant(killed_by=killers.fresh_noise, says="drawn twice")
+@mutant(killed_by=killers.audit, says="the audit says: .*correlated over steps")
 def same_noise_in_every_step(patch: pytest.MonkeyPatch) -> None:
     """The generator is set back after each step, so the noise cancels in the difference of two
     steps."""
     add_noise = BackpropClipOptimizer.add_noise
 
     def set_back(self: BackpropClipOptimizer) -> None:
-        state = self.generator.get_state()
+        source = self.generator or torch.default_generator
+        state = source.get_state()
         add_noise(self)
-        self.generator.set_state(state)
+        source.set_state(state)
 
     patch.setattr(BackpropClipOptimizer, "add_noise", set_back)
 
 
 @mutant(killed_by=killers.fresh_noise, says="(drawn twice|lower precision)")
+@mutant(killed_by=killers.audit, says="the audit says: .*low precision")
 def noise_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     """The noise is drawn in bfloat16: it lies on a coarse grid, and what lies between the grid's
     points is the sum itself."""
@@ -112,15 +120,16 @@ def noise_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.noise_scale, says="noise 0.0 times as wide")
 @mutant(killed_by=killers.noise_of_an_empty_batch, says="noise 0.0 times as wide")
+@mutant(killed_by=killers.audit, says="the audit says: .*gives other noise")
 def no_noise_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
     """A parameter whose sum is zero gets no noise, which shows that nobody in the batch moved it,
     or that the batch is empty."""
     add_noise = BackpropClipOptimizer.add_noise
 
     def where_needed(self: BackpropClipOptimizer) -> None:
+        silent = [p for p in self.params if not p.summed_grad.any()]
         add_noise(self)
-        for p in self.params:
-            if not p.summed_grad.any():
-                p.grad = p.summed_grad.clone()
+        for p in silent:
+            p.grad.zero_()
 
     patch.setattr(BackpropClipOptimizer, "add_noise", where_needed)

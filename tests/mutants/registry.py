@@ -23,13 +23,11 @@ class Mutant:
         killer: passes on the real code, and must fail on this; a check of `tests.checks` on an
             example that matters.
         says: what the killer's message must match, so that it dies of what it breaks.
-        audited: whether it concerns the noise, so that the statistical audit must kill it as well.
     """
 
     patch: Patch
     killer: Killer
     says: str
-    audited: bool
 
     @property
     def name(self) -> str:
@@ -55,14 +53,15 @@ class Mutant:
 MUTANTS: list[Mutant] = []
 
 
-def mutant(*, killed_by: Killer, says: str, audited: bool = False) -> Callable[[Patch], Patch]:
+def mutant(*, killed_by: Killer, says: str) -> Callable[[Patch], Patch]:
     """Enter a function that patches the code; its docstring says what is wrong, and why it matters.
 
-    One function may be entered several times, with several killers.
+    One function may be entered several times, with several killers. Mutants of the noise must be
+    killed by the statistical audit, too.
     """
 
     def enter(patch: Patch) -> Patch:
-        MUTANTS.append(Mutant(patch, killed_by, says, audited))
+        MUTANTS.append(Mutant(patch, killed_by, says))
         return patch
 
     return enter
