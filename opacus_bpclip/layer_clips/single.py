@@ -48,7 +48,7 @@ class SingleClip(Clip):
                 return None
             return arguments.put(args, kwargs, scale_input(inputs, rule, max_norm))
         compiling = torch.compiler.is_compiling()
-        if compiling:
+        if compiling:  # pragma: no cover (torch.compile traces it, unseen by coverage)
             self.guard.note_compiled()
         else:
             self.followed = self.guard.enter_layer(self.layer)
