@@ -7,7 +7,7 @@ clipped it. These checks, and those that `guard` makes on every batch, make it f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -19,7 +19,7 @@ from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.recurrence import recurrent_linears, renamed_parameters
 from opacus_bpclip.rules import Rule, registered_kind, supported_layers
 
-_TRAINABLE_DTYPES = (torch.float32, torch.float64)
+TRAINABLE_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Layer:
         name: dotted path in the model, ``"(root)"`` for the model itself.
         module: the module.
         kind: its class when it was examined.
+        code: the methods that the rule relies on, as they were then.
         rule: what bounds its gradient.
-        parameters: its trainable parameters.
+        named_parameters: its trainable parameters, by name.
         arguments: where a call of it has the inputs that its rule looks at.
         uses: how often it may be used in one forward pass.
         recurrence: the recurrent network that it is a part of.
@@ -40,18 +41,38 @@ class Layer:
     name: str
     module: nn.Module
     kind: type[nn.Module]
+    code: tuple[object, ...]
     rule: Rule
-    parameters: tuple[nn.Parameter, ...]
+    named_parameters: Mapping[str, nn.Parameter]
     arguments: CallArguments
     uses: int = 1
     recurrence: nn.Module | None = None
 
     @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Return the layer's trainable parameters."""
+        return tuple(self.named_parameters.values())
+
+    @property
     def is_patched(self) -> bool:
         """Return whether the module computes something else than when it was examined."""
-        if type(self.module) is not self.kind:
+        if type(self.module) is not self.kind or _code(self.kind, self.rule) != self.code:
             return True
-        return any(method in vars(self.module) for method in self.rule.methods)
+        if any(method in vars(self.module) for method in self.rule.methods):
+            return True
+        try:
+            now = type(self.rule).from_module(self.module)
+        except CoverageError:
+            return True
+        # A parameter may be frozen since: the rule then bounds more than there is.
+        return replace(now, weight=self.rule.weight, bias=self.rule.bias) != self.rule
+
+    def replaced_parameter(self) -> str | None:
+        """Return the name of a parameter that the module no longer uses as it is, if any."""
+        for name, parameter in self.named_parameters.items():
+            if getattr(self.module, name, None) is not parameter:
+                return name
+        return None
 
 
 @dataclass(frozen=True)
@@ -131,8 +152,9 @@ def trainable_layers(
             found.name,
             found.module,
             type(found.module),
+            _code(type(found.module), found.rule),
             found.rule,
-            tuple(found.parameters.values()),
+            found.parameters,
             CallArguments.of(found.module, found.rule, found.rule.batch_axis(default)),
             uses.get(found.name, 1),
             recurrence,
@@ -171,6 +193,10 @@ def batch_normalization_problem(name: str) -> str:
         "GroupNorm (PrivacyEngine.get_compatible_module replaces it), or keep it in evaluation "
         "mode with running statistics."
     )
+
+
+def _code(kind: type[nn.Module], rule: Rule) -> tuple[object, ...]:
+    return tuple(getattr(kind, method) for method in rule.methods)
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -219,7 +245,7 @@ def _rule_for(
             "forward pass, outside what the rule bounds. Remove it."
         )
     dtypes = {parameter.dtype for parameter in own.values()}
-    if not dtypes <= set(_TRAINABLE_DTYPES):
+    if not dtypes <= set(TRAINABLE_DTYPES):
         return None, (
             f"its parameters are {', '.join(str(dtype) for dtype in dtypes)}: the sum over the "
             "batch would be rounded by more than one example's contribution. Keep trainable "

@@ -80,7 +80,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._put_back_input_clips = take_input_clips(replaced)
         self._handles = [
             m.register_forward_pre_hook(self._enter_root, with_kwargs=True),
-            m.register_forward_hook(self._leave_root),
+            m.register_forward_hook(self._leave_root, always_call=True),
         ]
         mean = loss_reduction == "mean"
         for clip in layer_clips(layers.values(), config, self._limits, self.guard, mean=mean):
