@@ -23,7 +23,7 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
 _SCALES = (1e-30, 1e-3, 1.0, 1e3, 1e30)
 _LIMIT = 0.7
 
-Inputs = tuple[Tensor, ...]
+Inputs = tuple[Tensor | None, ...]  # None for an argument that is left out
 MakeInputs = Callable[[int], "Tensor | Inputs"]
 
 
@@ -69,7 +69,8 @@ def check_rule(
     Args:
         rule: the rule's class; registered for the layer's class while the check runs.
         make_layer: makes the layer, the same one each time.
-        inputs: makes the layer's arguments for that many examples; called under a fixed seed.
+        inputs: makes the layer's arguments for that many examples, ``None`` for one that is left
+            out; called under a fixed seed.
         worst_case: arguments and upstream gradient of one example that reaches the limit of every
             bound; searched among single spikes if left out.
         rounds: hostile batches in each setting.
@@ -129,12 +130,12 @@ class _Layer:
         made = inputs(count)
         dtype = next(self.layer.parameters()).dtype
         arguments = made if isinstance(made, tuple) else (made,)
-        return tuple(x.to(dtype) if x.is_floating_point() else x for x in arguments)
+        return _each(arguments, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     def rows(self, arguments: Inputs, rows: Sequence[int]) -> Inputs:
         """Return the arguments for some of the examples."""
         index = torch.tensor(rows, dtype=torch.long)
-        return tuple(x.index_select(self.axis, index) for x in arguments)
+        return _each(arguments, lambda x: x.index_select(self.axis, index))
 
     def contribution(self, arguments: Inputs, upstream: Tensor) -> Tensor:
         """Return the clipped sum over the examples, all parameters flattened."""
@@ -173,7 +174,7 @@ def _check_sums(case: _Case, inputs: MakeInputs) -> None:
         case = replace(case, max_input_norm=max_input_norm)
         layer = _Layer(case)
         count = 5
-        arguments = tuple(_hostile(x, layer.axis) for x in layer.make(inputs, count))
+        arguments = _each(layer.make(inputs, count), lambda x: _hostile(x, layer.axis))
         upstream = _hostile(layer.upstream(layer.make(inputs, count)), layer.axis)
         tolerance = _ROUNDING[case.dtype] * _LIMIT * (count + 1)
         together = layer.contribution(arguments, upstream)
@@ -235,6 +236,7 @@ def _candidates(
         return
     template = layer.make(inputs, 1)
     first = template[0]
+    assert first is not None
     spikes = [template]
     if first.is_floating_point():
         spikes = []
@@ -258,11 +260,13 @@ def _check_not_finite(case: _Case, inputs: MakeInputs) -> None:
     for value, where in itertools.product(
         (float("nan"), float("inf"), -float("inf")), range(len(arguments) + 1)
     ):
-        spoiled = [x.clone() for x in (*arguments, upstream)]
-        if not spoiled[where].is_floating_point():
+        *changed, g = spoiled = _each((*arguments, upstream), torch.clone)
+        target = spoiled[where]
+        if target is None or not target.is_floating_point():
             continue
-        spoiled[where].select(layer.axis, 2).view(-1)[-1] = value
-        *changed, g = spoiled
+        row = target.select(layer.axis, 2)
+        row[(-1,) * row.dim()] = value
+        assert g is not None
         moved = float((layer.contribution(tuple(changed), g) - others).norm())
         # Not `moved > 0`: with nan that is false.
         zero = moved <= 1e-12 * _LIMIT if case.dtype == torch.float64 else moved <= 1e-6 * _LIMIT
@@ -278,6 +282,10 @@ def _check_empty(case: _Case, inputs: MakeInputs) -> None:
         return  # the layer itself cannot run on an empty batch
     gradient = layer.contribution(arguments, upstream)
     _require(not bool(gradient.any()), case, "empty batch", "the gradient is not zero")
+
+
+def _each(arguments: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    return tuple(x if x is None else function(x) for x in arguments)
 
 
 def _hostile(x: Tensor, axis: int) -> Tensor:
