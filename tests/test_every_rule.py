@@ -1,0 +1,261 @@
+"""For each class of layers: the bound searched and attained, and plain autograd as the measure."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from opacus.grad_sample import GradSampleModule
+from opacus.layers.dp_multihead_attention import SequenceBias
+from opacus.layers.dp_rnn import RNNLinear
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from opacus_bpclip import BackpropClipping
+from opacus_bpclip.rules import RULES, registered_kind
+from tests.checks import Trainer, check_sensitivity, check_silent, joint
+from tests.layers import Bags, BatchSecond, Pair, Steps, Tokens
+from tests.strategies import (
+    BOUNDS,
+    CASES,
+    MODES,
+    NO_EMPTY_BATCH,
+    NORMS,
+    clippings,
+    hostile_batches,
+    hostile_examples,
+    scales,
+    seed_torch,
+    single_layers,
+)
+
+# test_sensitivity.py searches their families in every run; class by class takes another minute.
+SEARCHED_AS_FAMILIES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *NORMS)
+
+KINDS = pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
+
+
+def test_every_layer_that_opacus_trains_is_searched_here():
+    assert set(GradSampleModule.GRAD_SAMPLERS) <= set(CASES)
+
+
+def test_every_rule_is_searched_here():
+    # torchvision's are broadcast parameters: tests/test_broadcast.py, tests/test_architectures.py.
+    elsewhere = {name for name in RULES if str(name).startswith("torchvision.")}
+    searched = {registered_kind(kind)[0] for kind in CASES}
+    by_path = {f"{kind.__module__}.{kind.__qualname__}" for kind in searched}
+    assert set(RULES) - elsewhere - searched <= by_path
+
+
+def _outputs(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    with torch.no_grad():
+        return model(torch.zeros(1, *shape, dtype=dtype)).numel()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind in SEARCHED_AS_FAMILIES else ())
+        for kind in CASES
+    ],
+    ids=lambda kind: kind.__name__,
+)
+@given(data=st.data())
+def test_one_example_moves_the_sum_by_at_most_its_sensitivity(kind, data):
+    draw = data.draw
+    case = draw(single_layers(kind))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32]))
+    trainer = Trainer(
+        case.layer,
+        case.shape,
+        draw(clippings()),
+        max_grad_norm=draw(st.sampled_from([1e-3, 1.0, 1e3])),
+        reduction=draw(st.sampled_from(["mean", "sum"])),
+        dtype=dtype,
+    )
+    fewest = 1 if kind in NO_EMPTY_BATCH else 0
+    companions = draw(hostile_batches(case.shape, dtype, min_size=fewest))
+    x = torch.cat([companions, draw(hostile_examples(case.shape, dtype))[None]])
+    seed_torch(draw)
+    target = torch.randn(len(x), _outputs(case.layer, case.shape, dtype), dtype=dtype)
+    rows = torch.tensor([draw(scales) for _ in range(len(x))], dtype=dtype)
+    check_sensitivity(trainer, x, target * rows[:, None])
+
+
+@given(data=st.data())
+def test_a_contribution_is_autograds_gradient_of_the_example_times_one_factor(data):
+    case = data.draw(single_layers(data.draw(st.sampled_from(list(CASES)))))
+    limit = data.draw(st.sampled_from([1e-2, 1.0, 1e3]))
+    bound = data.draw(st.sampled_from(BOUNDS))
+    seed_torch(data.draw)
+    model = case.layer.double()
+    x = torch.randn(3, *case.shape, dtype=torch.float64)
+    target = torch.randn(3, model(x).flatten(1).shape[1], dtype=torch.float64)
+    own = [_own_gradient(model, x[i : i + 1], target[i : i + 1]) for i in range(3)]
+    # Inputs this small are clipped by no norm but one that the product bound can name.
+    clipping = BackpropClipping(bound=bound, max_input_norm=1e6 if bound == "product" else None)
+    trainer = Trainer(model, case.shape, clipping, max_grad_norm=limit)
+    total = joint(trainer.released(x, target))
+    for i, gradient in enumerate(own):
+        contribution = joint(trainer.released(x[i : i + 1], target[i : i + 1]))
+        factor = float(gradient @ contribution / (gradient @ gradient).clamp(min=1e-300))
+        assert torch.allclose(contribution, factor * gradient, rtol=1e-6, atol=1e-9 * limit)
+        largest = min(1, limit / float(gradient.norm() + 1e-300))
+        assert factor <= largest * (1 + 1e-9)
+        if bound == "exact" and gradient.any():
+            assert factor == pytest.approx(largest, rel=1e-6)
+        total = total - contribution
+    assert torch.allclose(total, torch.zeros_like(total), atol=1e-9 * limit)
+
+
+def _own_gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    loss = (model(x).flatten(1) * target).sum()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """An example that reaches the limit in every mode.
+
+    Attributes:
+        make: the model.
+        shape: of one example.
+        spikes: by flat position, the entries of the example that are not zero.
+        output: the flat position of the upstream gradient's only entry; ``None``: the output that
+            answers the spikes most.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    spikes: dict[int, float]
+    output: int | None = None
+
+    @property
+    def example(self) -> Tensor:
+        x = torch.zeros(1, *self.shape, dtype=torch.float64)
+        for position, height in self.spikes.items():
+            x.view(-1)[position] = height
+        return x
+
+
+def _no_memory() -> nn.Module:
+    """A recurrent network whose earlier steps get no gradient: only one column counts."""
+    model = Steps(2, 3)
+    nn.init.zeros_(model.network.cells[0].hh.weight)
+    nn.init.ones_(model.network.cells[0].ih.weight)
+    return model
+
+
+SPIKE = {7: 1e4}
+WORST_CASES = {
+    # One column as large as clipping lets it be, met by one upstream entry.
+    nn.Linear: WorstCase(lambda: nn.Linear(5, 3), (4, 5), SPIKE),
+    nn.Conv1d: WorstCase(lambda: nn.Conv1d(2, 4, 3, groups=2, padding=1), (2, 7), SPIKE),
+    nn.Conv2d: WorstCase(lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1), (2, 5, 5), SPIKE),
+    nn.Conv3d: WorstCase(lambda: nn.Conv3d(1, 2, 2, padding="same"), (1, 3, 3, 3), SPIKE),
+    Conv1D: WorstCase(lambda: Conv1D(3, 5), (4, 5), SPIKE),
+    RNNLinear: WorstCase(_no_memory, (4, 2), {7: 1e4}),
+    # One channel as large as clipping lets it be at every pixel that the upstream entry meets.
+    nn.ConvTranspose1d: WorstCase(
+        lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, groups=2),
+        (4, 5),
+        dict.fromkeys(range(5), 1e4),
+    ),
+    nn.ConvTranspose2d: WorstCase(
+        lambda: nn.ConvTranspose2d(2, 3, (2, 3), stride=(1, 2), output_padding=(0, 1)),
+        (2, 3, 3),
+        dict.fromkeys(range(9), 1e4),
+    ),
+    nn.ConvTranspose3d: WorstCase(
+        lambda: nn.ConvTranspose3d(2, 2, 2, dilation=2),
+        (2, 2, 2, 2),
+        dict.fromkeys(range(8), 1e4),
+    ),
+    # Both inputs of one position as large as clipping lets them be.
+    nn.Bilinear: WorstCase(lambda: Pair(nn.Bilinear(3, 2, 4)), (3, 5), {6: 1e4, 9: 1e4}),
+    # A negative input, met by one upstream entry.
+    nn.PReLU: WorstCase(lambda: nn.PReLU(3), (3, 4), {7: -1e4}),
+    # The largest value that normalisation can give, met by one upstream entry.
+    nn.LayerNorm: WorstCase(lambda: nn.LayerNorm(6), (3, 6), SPIKE),
+    nn.RMSNorm: WorstCase(lambda: nn.RMSNorm(6), (3, 6), SPIKE),
+    nn.GroupNorm: WorstCase(lambda: nn.GroupNorm(2, 4), (4, 3, 3), SPIKE),
+    nn.InstanceNorm1d: WorstCase(lambda: nn.InstanceNorm1d(4, affine=True), (4, 6), SPIKE),
+    nn.InstanceNorm2d: WorstCase(lambda: nn.InstanceNorm2d(2, affine=True), (2, 3, 3), SPIKE),
+    nn.InstanceNorm3d: WorstCase(lambda: nn.InstanceNorm3d(1, affine=True), (1, 2, 3, 3), SPIKE),
+    # Any token, met by one upstream entry.
+    nn.Embedding: WorstCase(lambda: Tokens(nn.Embedding(5, 3)), (4,), {}, 7),
+    # One token three times: its weights add up.
+    nn.EmbeddingBag: WorstCase(
+        lambda: Bags(nn.EmbeddingBag(5, 3, mode="sum"), weighted=True),
+        (2, 4),
+        {0: 1.0, 1: 1.0, 3: 1.0, 4: 1e2, 5: 1e2, 7: 1e2},
+    ),
+    # An upstream gradient of the added token alone.
+    SequenceBias: WorstCase(lambda: BatchSecond(SequenceBias(3)), (4, 3), {}, 13),
+}
+
+
+@pytest.mark.parametrize(("bound", "upstream"), MODES)
+@KINDS
+def test_the_named_worst_case_reaches_the_bound(kind, bound, upstream):
+    torch.manual_seed(0)
+    worst = WORST_CASES[kind]
+    model, x = worst.make().double(), worst.example
+    with torch.no_grad():
+        response = (model(x) - model(torch.zeros_like(x))).flatten(1)
+    target = torch.zeros_like(response)
+    target[0, response.abs().argmax() if worst.output is None else worst.output] = 1e4
+    trainer = Trainer(
+        model, worst.shape, BackpropClipping(bound=bound, upstream=upstream), max_grad_norm=2.0
+    )
+    assert 0.999 * 2.0 <= joint(trainer.released(x, target)).norm() <= 2.0
+
+
+def _trainer(kind: type[nn.Module], bound: str) -> tuple[Trainer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    worst = WORST_CASES[kind]
+    model = worst.make()
+    x = torch.randn(4, *worst.shape, dtype=torch.float64)
+    target = torch.randn(4, _outputs(model, worst.shape, torch.float32), dtype=torch.float64)
+    return Trainer(model, worst.shape, BackpropClipping(bound=bound)), x, target
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["input", "target"])
+@KINDS
+def test_an_example_that_is_not_finite_contributes_nothing(kind, where, value, bound):
+    trainer, x, target = _trainer(kind, bound)
+    if where == "input" and kind is nn.Embedding:
+        return  # token ids are finite
+    (x if where == "input" else target)[-1].view(-1)[-1] = value
+    check_silent(trainer, x, target)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@KINDS
+def test_an_empty_batch_contributes_nothing(kind, bound):
+    trainer, x, target = _trainer(kind, bound)
+    if kind in NO_EMPTY_BATCH:
+        trainer.optimizer.step()
+        assert trainer.optimizer.accumulated_iterations == 1
+        return
+    assert not joint(trainer.released(x[:0], target[:0])).any()
+
+
+@KINDS
+def test_a_subclass_with_a_forward_of_its_own_has_no_rule(kind):
+    from opacus_bpclip.coverage import examine
+
+    layer = next(m for m in WORST_CASES[kind].make().modules() if isinstance(m, kind))
+    own = type("Own", (kind,), {"forward": lambda self, *args, **kwargs: None})
+    layer.__class__ = own
+    (found,) = examine(layer)
+    assert found.rule is None
+    assert "overrides" in found.problems[0]
+    layer.__class__ = type("Same", (kind,), {})
+    (found,) = examine(layer)
+    assert found.rule is not None
