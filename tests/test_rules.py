@@ -131,3 +131,16 @@ def test_taking_the_means_away_changes_neither_output_nor_input_gradient(layer):
         gradients.append((y.detach(), x.grad))
     for plain, centred in zip(*gradients, strict=True):
         assert torch.allclose(plain, centred, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bound", ["product", "weighted"])
+def test_a_token_that_stands_everywhere_is_rounded_within_the_bound(bound):
+    # In float32, a sum of 20,000 equal numbers, one by one, is off by 1e-4 of itself.
+    count = 20_000
+    trainer = Trainer(
+        nn.Embedding(2, 1), (count,), BackpropClipping(bound=bound), dtype=torch.float32
+    )
+    for height in (0.7, 1.1, 3.3, 9.1):
+        target = torch.full((1, count), height)
+        reached = joint(trainer.released(torch.zeros(1, count, dtype=torch.long), target)).norm()
+        assert 0.99 <= reached <= 1.0
