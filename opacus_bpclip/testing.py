@@ -132,6 +132,10 @@ class _Layer:
         arguments = made if isinstance(made, tuple) else (made,)
         return _each(arguments, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
+    def hostile(self, inputs: MakeInputs, count: int) -> Inputs:
+        """Return the same with every example scaled to a size of its own."""
+        return _each(self.make(inputs, count), lambda x: _hostile(x, self.axis))
+
     def rows(self, arguments: Inputs, rows: Sequence[int]) -> Inputs:
         """Return the arguments for some of the examples."""
         index = torch.tensor(rows, dtype=torch.long)
@@ -174,7 +178,7 @@ def _check_sums(case: _Case, inputs: MakeInputs) -> None:
         case = replace(case, max_input_norm=max_input_norm)
         layer = _Layer(case)
         count = 5
-        arguments = _each(layer.make(inputs, count), lambda x: _hostile(x, layer.axis))
+        arguments = layer.hostile(inputs, count)
         upstream = _hostile(layer.upstream(layer.make(inputs, count)), layer.axis)
         tolerance = _ROUNDING[case.dtype] * _LIMIT * (count + 1)
         together = layer.contribution(arguments, upstream)

@@ -123,7 +123,8 @@ class ConvTransposeRule(MatrixRule):
             parts.append(self._weight_bound(kind, g, inputs, input_norms, max_norm))
         if self.output_bias:
             parts.append(self._bias_bound(kind, g))
-        return parts[0] if len(parts) == 1 else torch.hypot(*parts)
+        joint = parts[0] if len(parts) == 1 else torch.hypot(*parts)
+        return joint * bounds.accumulation(g.shape[2:].numel(), g.dtype)
 
     def _weight_bound(
         self,

@@ -64,9 +64,9 @@ class EmbeddingRule(Rule):
         """Return the bound of this kind; the product bound knows that columns have norm 1."""
         positions = g.shape[1:-1].numel()
         upstream = g.reshape(g.shape[0], 1, positions, g.shape[-1]).transpose(2, 3)
-        # A row of the weight takes its positions one after another, each with a rounding error.
-        drift = 1 + torch.finfo(norms.norm_dtype(g.dtype)).eps * positions
-        return drift * self._sum_bound(kind, upstream, inputs, input_norms)
+        # A row of the weight takes its positions one after another.
+        own = self._sum_bound(kind, upstream, inputs, input_norms)
+        return own * norms.accumulation(positions, g.dtype)
 
     def _sum_bound(
         self, kind: str, upstream: Tensor, inputs: Inputs, input_norms: Tensor | None

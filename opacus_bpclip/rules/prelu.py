@@ -68,6 +68,7 @@ class PReLURule(Rule):
         columns = norms.column_norms(value.abs(), weight=True, bias=False)
         if kind == "product":
             sums = norms.product_bound(upstream.unsqueeze(1), 1.0)
+            sums = sums * norms.accumulation(upstream.shape[2], dtype)
             return sums * columns.flatten(1).amax(dim=1) + norms.underflow(1, dtype)
         per_slope = (upstream.abs() * columns).sum(dim=2)
         slack = norms.underflow(self.slopes * upstream.shape[2], dtype)
