@@ -144,3 +144,20 @@ def test_a_token_that_stands_everywhere_is_rounded_within_the_bound(bound):
         target = torch.full((1, count), height)
         reached = joint(trainer.released(torch.zeros(1, count, dtype=torch.long), target)).norm()
         assert 0.99 <= reached <= 1.0
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(2, 2, 1),
+        nn.ConvTranspose1d(2, 2, 1),
+        nn.GroupNorm(1, 2),
+        nn.InstanceNorm1d(2, affine=True),
+        nn.PReLU(2),
+        nn.EmbeddingBag(2, 2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_layer_with_channels_second_has_the_batch_first_in_any_model(layer):
+    # With as many examples as channels, a model's batch_first=False would pass unnoticed.
+    assert RULES[type(layer)].from_module(layer).batch_axis(1) == 0

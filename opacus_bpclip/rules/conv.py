@@ -54,6 +54,10 @@ class ConvRule(MatrixRule):
         dims = 2 + len(self.kernel)
         return dims, dims
 
+    def batch_axis(self, default: int) -> int:
+        """Return 0: channels are on PyTorch's second axis, whatever the model's layout."""
+        return 0
+
     def measure(self, x: Tensor) -> Measured:
         """Measure each patch by a box filter over the squared norms of the pixels."""
         dtype = bounds.norm_dtype(x.dtype)

@@ -216,6 +216,10 @@ class GroupNormRule(AffineRule):
         """Accept any number of positions' axes."""
         return self.smallest_dims, None
 
+    def batch_axis(self, default: int) -> int:
+        """Return 0: channels are on PyTorch's second axis, whatever the model's layout."""
+        return 0
+
     def normalized(self, x: Tensor) -> Tensor:
         """Normalise over each group."""
         assert self.eps is not None
