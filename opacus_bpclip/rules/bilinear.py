@@ -61,19 +61,7 @@ class BilinearRule(LinearRule):
         input_norms: Tensor | None,
         max_norm: float | None,
     ) -> Tensor:
-        """Return the bound of this kind, rounding over the positions included."""
-        own = self._outer_bound(kind, g, inputs, input_norms, max_norm)
-        return own * bounds.accumulation(g.shape[1:-1].numel(), g.dtype)
-
-    def _outer_bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
-    ) -> Tensor:
-        # Outer products are made for a chunk of examples.
+        """Return the bound of this kind; outer products are made for a chunk of examples."""
         positions = g.shape[1:-1].numel()
         if kind != "exact" or positions == 1:
             kind = "weighted" if kind == "exact" else kind

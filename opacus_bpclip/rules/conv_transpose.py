@@ -123,8 +123,7 @@ class ConvTransposeRule(MatrixRule):
             parts.append(self._weight_bound(kind, g, inputs, input_norms, max_norm))
         if self.output_bias:
             parts.append(self._bias_bound(kind, g))
-        joint = parts[0] if len(parts) == 1 else torch.hypot(*parts)
-        return joint * bounds.accumulation(g.shape[2:].numel(), g.dtype)
+        return parts[0] if len(parts) == 1 else torch.hypot(*parts)
 
     def _weight_bound(
         self,
@@ -154,12 +153,13 @@ class ConvTransposeRule(MatrixRule):
     def _bias_bound(self, kind: str, g: Tensor) -> Tensor:
         dtype = bounds.norm_dtype(g.dtype)
         channels = g.flatten(2)
+        rounded = bounds.accumulation(channels.shape[2], dtype)
         if kind != "exact":
-            return bounds.product_bound(channels.unsqueeze(1), 1.0)
+            return bounds.product_bound(channels.unsqueeze(1), 1.0) * rounded
         # The sums may cancel, but not their rounding errors.
         frobenius = torch.linalg.vector_norm(channels, dim=(1, 2), dtype=dtype)
         slack = bounds.rounding_margin(g.dtype, g.device) * math.sqrt(channels.shape[2])
-        return bounds.row_norms(channels.to(dtype).sum(dim=2)) + slack * frobenius
+        return (bounds.row_norms(channels.to(dtype).sum(dim=2)) + slack * frobenius) * rounded
 
     def _aligned(self, g: Tensor, x: Tensor) -> Tensor:
         """Pad or cut the output's gradient to what the windows of the input's positions span."""

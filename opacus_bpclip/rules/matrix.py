@@ -81,14 +81,15 @@ class MatrixRule(Rule):
     ) -> Tensor:
         """Return the bound of this kind. Source: design section 3, proofs in docs/guarantee.md."""
         upstream = self.upstream(g)
+        rounded = norms.accumulation(upstream.shape[3], g.dtype)
         if kind == "product":
             assert max_norm is not None
             largest = norms.max_column_norm(max_norm, weight=self.weight, bias=self.bias)
-            return norms.product_bound(upstream, largest)
+            return norms.product_bound(upstream, largest) * rounded
         assert input_norms is not None
         columns = norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
         if kind == "weighted":
-            return norms.weighted_bound(upstream, columns)
+            return norms.weighted_bound(upstream, columns) * rounded
         (x,) = inputs
         assert x is not None
         return self.exact_bound(upstream, x, columns)
@@ -118,4 +119,5 @@ class MatrixRule(Rule):
                 )
             )
         unit = bounds[0] if len(bounds) == 1 else torch.cat(bounds)
-        return unit * g_norm * u_norm + norms.underflow(1, dtype)
+        bound = unit * g_norm * u_norm + norms.underflow(1, dtype)
+        return bound * norms.accumulation(positions, dtype)
