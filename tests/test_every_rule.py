@@ -1,5 +1,6 @@
 """For each class of layers: the bound searched and attained, and plain autograd as the measure."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -259,3 +260,24 @@ def test_a_subclass_with_a_forward_of_its_own_has_no_rule(kind):
     layer.__class__ = type("Same", (kind,), {})
     (found,) = examine(layer)
     assert found.rule is not None
+
+
+@KINDS
+def test_a_model_computes_in_evaluation_what_it_computes_in_training(kind):
+    trainer, x, _ = _trainer(kind, "weighted")
+    x = x * 10  # beyond what inputs are clipped to
+    with torch.no_grad():
+        evaluated = trainer.model(x)
+    assert torch.allclose(trainer.model(x).detach(), evaluated, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [nn.Bilinear, nn.EmbeddingBag], ids=lambda kind: kind.__name__)
+def test_a_compiled_layer_gives_the_eager_sum(kind):
+    trainer, x, target = _trainer(kind, "exact")
+    eager = joint(trainer.released(x, target))
+    trainer.model = torch.compile(trainer.model, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings():
+        # The compiler's own deprecations and hints are not what this test is about.
+        warnings.simplefilter("ignore")
+        assert torch.allclose(joint(trainer.released(x, target)), eager, rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
