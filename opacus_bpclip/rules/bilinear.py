@@ -39,9 +39,9 @@ class BilinearRule(LinearRule):
         )
 
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
-        """Scale each position of each input down to ``sqrt(max_norm)``, their product to the rest.
+        """Scale each position of each input down to ``sqrt(max_norm)``, so that products obey it.
 
-        Each on its own, so that no example holds one very large and one vanishing vector.
+        Each on its own: a common factor could leave one vector very large and one vanishing.
         """
         each = None if max_norm is None else math.sqrt(max_norm)
         first, second = (super(BilinearRule, self).prepare((x,), each) for x in inputs)
