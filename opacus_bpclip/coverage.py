@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from opacus_bpclip.attention import attention_axes
 from opacus_bpclip.calls import CallArguments
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.recurrence import recurrent_linears, renamed_parameters
@@ -142,12 +143,13 @@ def trainable_layers(
             + "\n".join(f"- {problem}" for problem in problems)
         )
     recurrences = recurrent_linears(model)
+    axes = {**attention_axes(model), **dict.fromkeys(recurrences, 0)}
     layers: dict[str, Layer] = {}
     for found in findings:
         if found.rule is None:
             continue
         recurrence = recurrences.get(found.module)
-        default = 0 if batch_first or recurrence is not None else 1
+        default = axes.get(found.module, 0 if batch_first else 1)
         layers[found.name] = Layer(
             found.name,
             found.module,

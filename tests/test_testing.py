@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from opacus.layers.dp_multihead_attention import SequenceBias
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from opacus_bpclip.rules import RULES, ConvRule, LinearRule
+from opacus_bpclip.rules import RULES, ConvRule, LinearRule, registered_kind
 from opacus_bpclip.testing import check_rule
 
 
@@ -22,7 +24,25 @@ LAYERS = {
     nn.Conv1d: (lambda: nn.Conv1d(2, 4, 3, groups=2, padding=1), _floats(2, 6)),
     nn.Conv2d: (lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1), _floats(2, 5, 5)),
     nn.Conv3d: (lambda: nn.Conv3d(1, 2, 2, padding=1, padding_mode="reflect"), _floats(1, 3, 3, 3)),
+    nn.ConvTranspose1d: (
+        lambda: nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1, groups=2),
+        _floats(4, 4),
+    ),
+    nn.ConvTranspose2d: (
+        lambda: nn.ConvTranspose2d(2, 3, 2, stride=2, output_padding=1),
+        _floats(2, 3, 2),
+    ),
+    nn.ConvTranspose3d: (
+        lambda: nn.ConvTranspose3d(1, 2, 2, dilation=2, bias=False),
+        _floats(1, 2, 2, 2),
+    ),
     nn.Embedding: (lambda: nn.Embedding(5, 3), _ids(5, 4)),
+    nn.EmbeddingBag: (
+        lambda: nn.EmbeddingBag(5, 3, mode="sum"),
+        lambda count: (torch.randint(5, (count, 4)), None, torch.randn(count, 4)),
+    ),
+    SequenceBias: (lambda: SequenceBias(3), lambda count: torch.randn(4, count, 3)),
+    Conv1D: (lambda: Conv1D(2, 3), _floats(4, 3)),
     nn.LayerNorm: (lambda: nn.LayerNorm(6), _floats(3, 6)),
     nn.RMSNorm: (lambda: nn.RMSNorm(6), _floats(3, 6)),
     nn.GroupNorm: (lambda: nn.GroupNorm(2, 4), _floats(4, 3, 3)),
@@ -35,7 +55,33 @@ LAYERS = {
 @pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
 def test_a_rule_of_the_package_keeps_its_promises(kind):
     make_layer, inputs = LAYERS[kind]
-    check_rule(RULES[kind], make_layer, inputs)
+    check_rule(registered_kind(kind)[1], make_layer, inputs)
+
+
+def _spike(*shape: int, height: float = 1e4) -> torch.Tensor:
+    x = torch.zeros(1, *shape)
+    x.view(-1)[0] = height
+    return x
+
+
+def test_bilinear_keeps_its_promises():
+    # Its worst case is large in both inputs.
+    check_rule(
+        RULES[nn.Bilinear],
+        lambda: nn.Bilinear(2, 3, 2),
+        lambda count: (torch.randn(count, 4, 2), torch.randn(count, 4, 3)),
+        worst_case=((_spike(4, 2), _spike(4, 3)), _spike(4, 2)),
+    )
+
+
+def test_prelu_keeps_its_promises():
+    # Its worst case is negative.
+    check_rule(
+        RULES[nn.PReLU],
+        lambda: nn.PReLU(3),
+        _floats(3, 4),
+        worst_case=(_spike(3, 4, height=-1e4), _spike(3, 4)),
+    )
 
 
 class HalfTheBound(LinearRule):
