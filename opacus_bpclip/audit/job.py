@@ -200,7 +200,7 @@ def _one_by_one(settings: Settings, open_tasks: Iterable[Task]) -> Done:
 
 def _side_by_side(settings: Settings, open_tasks: Sequence[Task], processes: int) -> Done:
     # The long ones first, so that none is left over for the end; the last case is the largest.
-    ordered = sorted(reversed(open_tasks), key=lambda task: -task.trials)
+    ordered = sorted(open_tasks[::-1], key=lambda task: -task.trials)
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_end_with_parent
     ) as pool:
