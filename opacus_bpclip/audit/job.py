@@ -200,12 +200,12 @@ def _one_by_one(settings: Settings, open_tasks: Iterable[Task]) -> Done:
 
 def _side_by_side(settings: Settings, open_tasks: Sequence[Task], processes: int) -> Done:
     # The long ones first, so that none is left over for the end; the last case is the largest.
-    ordered = sorted(open_tasks[::-1], key=lambda task: -task.trials)
+    order = sorted(enumerate(open_tasks), key=lambda pair: (-pair[1].trials, -pair[0]))
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_end_with_parent
     ) as pool:
         futures: dict[Future[Verdict], Task] = {
-            pool.submit(run_task, settings, task): task for task in ordered
+            pool.submit(run_task, settings, task): task for _, task in order
         }
         try:
             for future in as_completed(futures):
