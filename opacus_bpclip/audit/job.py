@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
@@ -198,14 +198,14 @@ def _one_by_one(settings: Settings, open_tasks: Iterable[Task]) -> Done:
         yield task, run_task(settings, task)
 
 
-def _side_by_side(settings: Settings, open_tasks: Iterable[Task], processes: int) -> Done:
-    # The long ones first, so that none is left over for the end.
-    ordered = sorted(open_tasks, key=lambda task: -task.trials)
+def _side_by_side(settings: Settings, open_tasks: Sequence[Task], processes: int) -> Done:
+    # The long ones first, so that none is left over for the end; the last case is the largest.
+    order = sorted(enumerate(open_tasks), key=lambda pair: (-pair[1].trials, -pair[0]))
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_end_with_parent
     ) as pool:
         futures: dict[Future[Verdict], Task] = {
-            pool.submit(run_task, settings, task): task for task in ordered
+            pool.submit(run_task, settings, task): task for _, task in order
         }
         try:
             for future in as_completed(futures):
