@@ -110,7 +110,12 @@ NOT_YET = "is not initialised yet. Run one batch through the model first."
 @pytest.mark.parametrize(
     ("make", "where", "problem"),
     [
-        pytest.param(lambda: nn.PReLU(), "0 (PReLU)", no_rule("weight"), id="unsupported layer"),
+        pytest.param(
+            lambda: nn.RNNCell(4, 4, bias=False),
+            "0 (RNNCell)",
+            no_rule("weight_ih, weight_hh"),
+            id="unsupported layer",
+        ),
         pytest.param(Scale, "0 (Scale)", no_rule("gain"), id="raw parameter"),
         pytest.param(
             lambda: Doubled(4, 4),
@@ -194,13 +199,14 @@ def test_a_parameter_of_the_model_itself_is_named_root() -> None:
 
 
 def test_every_problem_is_listed_at_once() -> None:
-    model = nn.Sequential(Scale(), nn.Linear(4, 4), nn.Sequential(nn.PReLU(), Doubled(4, 4)))
+    cell = nn.RNNCell(4, 4, bias=False)
+    model = nn.Sequential(Scale(), nn.Linear(4, 4), nn.Sequential(cell, Doubled(4, 4)))
     with pytest.raises(CoverageError) as refusal:
         trainable_layers(model)
     assert str(refusal.value) == HEADER + "\n".join(
         [
             f"- 0 (Scale): {no_rule('gain')}",
-            f"- 2.0 (PReLU): {no_rule('weight')}",
+            f"- 2.0 (RNNCell): {no_rule('weight_ih, weight_hh')}",
             f"- 2.1 (Doubled): {overridden('Linear.forward')}",
         ]
     )
