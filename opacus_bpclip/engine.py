@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import opacus
@@ -15,8 +15,10 @@ from torch import nn
 
 from opacus_bpclip.arguments import checked_options
 from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
 from opacus_bpclip.optimizer import BackpropClipOptimizer
+from opacus_bpclip.probe import Prober, with_uses
 
 Original = Callable[..., Any]
 
@@ -39,6 +41,7 @@ class _Request:
     """What one call of make_private hands to the engine's inner steps."""
 
     config: BackpropClipping
+    passed: set[object]
     entered: bool = False
     hooks: BackpropClipHooks | None = None
 
@@ -117,12 +120,12 @@ def make_private(
         unknown = sorted(set(kwargs) - _MAKE_PRIVATE_OPTIONS)
         if unknown:
             raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
+        request = _tried_out(checked_options(engine, backprop, **kwargs), **kwargs)
     else:
-        backprop = request.config
         kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
-    config = checked_options(engine, backprop, **kwargs)
+        checked_options(engine, request.config, **kwargs)
     kwargs["grad_sample_mode"] = "hooks"
-    with _requested(engine, _Request(config, entered=True)) as request:
+    with _requested(engine, replace(request, entered=True)) as request:
         try:
             return original(clipping=clipping, **kwargs)
         except BaseException:
@@ -148,7 +151,7 @@ def make_private_with_epsilon(
     _refuse_unknown_for_epsilon(kwargs)
     config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
     # Opacus hands unknown options to the noise search as well: the request carries ours past it.
-    with _requested(engine, _Request(config)):
+    with _requested(engine, _tried_out(config, **kwargs)):
         return original(clipping=clipping, **kwargs)
 
 
@@ -183,6 +186,7 @@ def prepare_model(
         loss_reduction=loss_reduction,
         batch_first=batch_first,
     )
+    request.hooks.prober.passed |= request.passed
     return request.hooks
 
 
@@ -206,6 +210,29 @@ def prepare_optimizer(
         generator=engine.secure_rng if engine.secure_mode else kwargs["noise_generator"],
         secure_mode=engine.secure_mode,
     )
+
+
+def _tried_out(
+    config: BackpropClipping,
+    *,
+    module: nn.Module,
+    data_loader: object,
+    loss_reduction: str = "mean",
+    batch_first: bool = True,
+    **_: Any,
+) -> _Request:
+    """Run the model on made-up examples: count uses, search for coupling.
+
+    Raises:
+        CoverageError: its examples are coupled, or the uses cannot be counted.
+    """
+    config = with_uses(config, module, data_loader, batch_first=batch_first)
+    prober = Prober(module, loss_reduction=loss_reduction)
+    if config.probe:
+        problem = prober.before_training(data_loader, batch_first=batch_first)
+        if problem:
+            raise CoverageError(problem)
+    return _Request(config, prober.passed)
 
 
 @contextmanager

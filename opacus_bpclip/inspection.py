@@ -76,7 +76,7 @@ def inspect(
     findings = examine(model)
     sensitivities: dict[str, float] = {}
     if findings and not any(found.problems for found in findings):
-        groups = tied_groups(trainable_layers(model, config.uses))
+        groups = tied_groups(trainable_layers(model, config.declared_uses))
         sizes = {name: group.size for name, group in groups.items()}
         for name, part in layer_fractions(sizes, config.allocation).items():
             for layer in groups[name].layers:
@@ -91,7 +91,7 @@ def inspect(
                 config.max_input_norm if found.rule is not None and found.rule.clips_input else None
             ),
             bound=config.bound,
-            uses=config.uses.get(found.name, 1),
+            uses=config.declared_uses.get(found.name, 1),
             sensitivity=sensitivities.get(found.name),
             problem=" ".join(found.problems),
         )

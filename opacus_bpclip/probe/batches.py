@@ -94,8 +94,9 @@ class Batch(NamedTuple):
         def move(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) and not is_packed(leaf):
                 return leaf
-            data = leaf.data if is_packed(leaf) else leaf
-            return leaf.to(device, dtype if data.is_floating_point() else None)
+            floating = leaf.data.is_floating_point()
+            moved: Any = leaf.to(device)
+            return moved.to(dtype) if floating and dtype is not None else moved
 
         args, kwargs = map_leaves((self.args, self.kwargs), move)
         return self._replace(args=args, kwargs=kwargs)
@@ -166,9 +167,7 @@ def _rows(leaf: Any, rows: Sequence[int], axis: int) -> Any:
     return leaf.index_select(axis, torch.tensor(rows, device=leaf.device))
 
 
-def _invented(
-    leaf: Any, count: int, axis: int, scale: float, generator: torch.Generator
-) -> Any:
+def _invented(leaf: Any, count: int, axis: int, scale: float, generator: torch.Generator) -> Any:
     if is_packed(leaf):
         # Of equal length: how long the examples are is not a question of shapes.
         longest = len(leaf.batch_sizes)

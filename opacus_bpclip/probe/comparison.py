@@ -76,6 +76,8 @@ def vanish(
     one: Tensor, other: Tensor, where: Sequence[Layout], companions: Companions, tolerance: float
 ) -> bool:
     """Return whether rows are gone from the other batch, in whatever order it has them."""
+    if not differ(one, other, where, companions, tolerance):
+        return False
     one, other = _overlap(one, other, {layout.axis for layout in where})
     for layout in where:
         after = _rows(other, layout, companions.after)
@@ -105,10 +107,10 @@ def _overlap(one: Tensor, other: Tensor, batch: set[int]) -> tuple[Tensor, Tenso
 
 def distance(one: Tensor, other: Tensor) -> Tensor:
     """Return the largest change of an entry of each row, relative to the largest entry of all."""
+    if torch.equal(one, other):
+        return one.new_zeros(one.shape[:-1])
     one, other = one.double(), other.double()
-    finite = one[one.isfinite()].abs()
-    scale = finite.max() if finite.numel() else one.new_ones(())
-    gap = (one - other).abs() / scale.clamp(min=torch.finfo(one.dtype).tiny)
+    scale = one.abs().nan_to_num(nan=0.0, posinf=0.0).amax().clamp(min=torch.finfo(one.dtype).tiny)
     alike = (one == other) | (one.isnan() & other.isnan())
-    gap = torch.where(alike, 0.0, gap.nan_to_num(nan=torch.inf))
-    return gap.amax(dim=-1) if gap.shape[-1] else gap.new_zeros(gap.shape[:-1])
+    gap = torch.where(alike, 0.0, ((one - other).abs() / scale).nan_to_num(nan=torch.inf))
+    return gap.amax(dim=-1)

@@ -97,8 +97,9 @@ class _Search:
     def problem(self) -> str | None:
         """Return what is wrong; values of companions are looked at first, then their number."""
         base = self.copy.run(self.batch, self.steady)
-        if not any(bool(x.isfinite().any()) for x in base.outputs):
-            raise Unusable("the model returned no finite tensor")
+        made = (x for call in base.calls for x in call.outputs)
+        if not any(bool(x.isfinite().any()) for x in made):
+            raise Unusable("nothing in it makes a finite number")
         self.tolerance = _UNITS * self.steady.eps
         for name in self.copy.edited():
             return _edited(name)
@@ -194,7 +195,9 @@ class _Search:
         again = self.copy.run(self.batch, trial.steady, inputs=True)
         once_more = self.copy.run(self.batch, trial.steady)
         whole = range(self.batch.size)
-        if self._coupled(again, once_more, Companions(self.batch.size, self.batch.size, whole, whole)):
+        if self._coupled(
+            again, once_more, Companions(self.batch.size, self.batch.size, whole, whole)
+        ):
             return _NOT_REPEATABLE
         rows = next(_partitions(self.batch.size))[0]
         part = self.copy.run(self.batch.select(rows), self.steady, inputs=True)
@@ -262,5 +265,6 @@ def _not_additive(mean: bool) -> str:
         "The model returns a tensor without a batch axis that is not "
         f"{'the mean' if mean else 'the sum'} of what its examples give alone, as "
         f"loss_reduction={'mean' if mean else 'sum'!r} has it. {_WHY} Return one value for each "
-        "example. If you are certain that the loss never sees it, set BackpropClipping(probe=False)."
+        "example. If you are certain that the loss never sees it, set "
+        "BackpropClipping(probe=False)."
     )

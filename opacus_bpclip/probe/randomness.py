@@ -20,16 +20,23 @@ _SWITCHES = {"dropout_p": 0.0, "train": False, "training": False}
 def repeatable(device: torch.device) -> Iterator[None]:
     """Seed every global random number generator, and put each back as it was."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = [] if device.type == "cpu" else [device]
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
     try:
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
+        random.seed(0)
+        np.random.seed(0)
+        for generator in generators:
+            generator.manual_seed(0)
+        yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 class Steady(TorchDispatchMode):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_packed_sequence
 
-from opacus_bpclip.probe.batches import Batch, device_of, leaves
+from opacus_bpclip.probe.batches import Batch, device_of, map_leaves
 from opacus_bpclip.probe.randomness import Steady, repeatable
 from opacus_bpclip.recurrence import is_packed
 
@@ -121,20 +121,38 @@ class Copy:
 
 def alike(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors hold the same numbers, nan included."""
-    return one.shape == other.shape and bool(((one == other) | (one != one) & (other != other)).all())
+    return one.shape == other.shape and bool(
+        ((one == other) | (one != one) & (other != other)).all()
+    )
 
 
 def floats(value: Any) -> list[Tensor]:
-    """Return the floating-point tensors in a value, packed sequences padded, as real numbers."""
-    found = []
-    for leaf in leaves(value):
-        tensor = pad_packed_sequence(leaf, batch_first=True)[0] if is_packed(leaf) else leaf
-        if isinstance(tensor, Tensor) and tensor.is_complex():
-            tensor = torch.view_as_real(tensor)
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            # A copy: an activation may work in place on it afterwards.
-            found.append(tensor.detach().clone())
+    """Return the floating-point tensors in a value, packed sequences padded, as real numbers.
+
+    Objects that are no containers are looked into as well: a model may return any.
+    """
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def visit(leaf: Any) -> None:
+        if is_packed(leaf):
+            leaf = pad_packed_sequence(leaf, batch_first=True)[0]
+        if isinstance(leaf, Tensor):
+            if leaf.is_complex():
+                leaf = torch.view_as_real(leaf)
+            if leaf.is_floating_point():
+                # A copy: an activation may work in place on it afterwards.
+                found.append(leaf.detach().clone())
+        elif _is_plain_object(leaf) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            map_leaves(dict(vars(leaf)), visit)
+
+    map_leaves(value, visit)
     return found
+
+
+def _is_plain_object(value: object) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type))
 
 
 @contextmanager
