@@ -88,7 +88,7 @@ def make_step(make: Callable[[], nn.Module], x: Tensor, *, guarded: bool) -> Ste
     assert isinstance(optimizer, BackpropClipOptimizer)
 
     def step() -> None:
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
 

@@ -17,7 +17,7 @@ from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.input_clipping import attach_input_clips, take_input_clips
 from opacus_bpclip.layer_clips import layer_clips
-from opacus_bpclip.probe import Batch, Prober, Unusable
+from opacus_bpclip.probe import Batch, Prober, UntriedError
 from opacus_bpclip.recurrence import is_packed
 from opacus_bpclip.tying import tied_groups
 
@@ -176,7 +176,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             batch = Batch(args, kwargs, size, 0 if self.batch_first else 1)
             try:
                 problem = self.prober.on_batch(batch)
-            except Unusable as error:
+            except UntriedError as error:
                 # The forward pass itself may tell better what is wrong with the batch.
                 problem, self._untried = None, str(error)
             if problem:

@@ -7,12 +7,17 @@ batch holds any.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, unpack_sequence
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    unpack_sequence,
+)
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -92,10 +97,10 @@ class Batch(NamedTuple):
         """Return the batch on another device, real floats in another dtype."""
 
         def move(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) and not is_packed(leaf):
+            if not isinstance(leaf, (Tensor, PackedSequence)):
                 return leaf
+            moved: Any = leaf.to(device)  # type: ignore[arg-type]
             floating = leaf.data.is_floating_point()
-            moved: Any = leaf.to(device)
             return moved.to(dtype) if floating and dtype is not None else moved
 
         args, kwargs = map_leaves((self.args, self.kwargs), move)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.comparison import (
     Companions,
@@ -22,6 +23,7 @@ from opacus_bpclip.probe.comparison import (
     layouts,
     vanish,
 )
+from opacus_bpclip.probe.problems import UntriedError
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.recording import CallRecord, Copy, Recording, alike
 
@@ -29,23 +31,9 @@ from opacus_bpclip.probe.recording import CallRecord, Copy, Recording, alike
 # ``benchmarks/probe_margin.py`` measures both sides.
 _UNITS = 2.0**10
 
-_WHY = (
-    "The bound holds for what an example contributes on its own; coupled examples move each "
-    "other's gradients beyond it."
-)
-_REMEDY = (
-    "Compute from each example alone: no mean, softmax, normalisation or division over the batch, "
-    "no neighbours (GroupNorm or LayerNorm in place of BatchNorm). If you are certain that the "
-    "loss never sees it, set BackpropClipping(probe=False)."
-)
-
 _SIDES = ("inputs", "outputs")
 
 Compare = Callable[[Tensor, Tensor, Sequence[Layout], Companions, float], bool]
-
-
-class Unusable(Exception):
-    """The model cannot be run on this batch or on parts of it: nothing was found out."""
 
 
 class _Trial(NamedTuple):
@@ -69,7 +57,7 @@ def find_coupling(model: nn.Module, batch: Batch, *, loss_reduction: str) -> str
             that the model computes itself, must be over its examples.
 
     Raises:
-        Unusable: the model does not run on this batch or on parts of it.
+        UntriedError: the model does not run on this batch or on parts of it.
     """
     batch = batch.select(range(min(batch.size, EXAMPLES)))
     reason = ""
@@ -80,7 +68,7 @@ def find_coupling(model: nn.Module, batch: Batch, *, loss_reduction: str) -> str
             return _Search(Copy(model, double=double), batch, loss_reduction).problem()
         except Exception as error:  # whatever the model's own code raises
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise Unusable(reason)
+    raise UntriedError(reason)
 
 
 class _Search:
@@ -99,10 +87,10 @@ class _Search:
         base = self.copy.run(self.batch, self.steady)
         made = (x for call in base.calls for x in call.outputs)
         if not any(bool(x.isfinite().any()) for x in made):
-            raise Unusable("nothing in it makes a finite number")
+            raise UntriedError("nothing in it makes a finite number")
         self.tolerance = _UNITS * self.steady.eps
         for name in self.copy.edited():
-            return _edited(name)
+            return problems.edited(name)
         parts = [
             (_Trial(self.batch.select(rows), self._among(rows), self.steady), rows)
             for pair in _partitions(self.batch.size)
@@ -120,14 +108,14 @@ class _Search:
             if self._coupled(seeded, run, among):
                 return self._told(trial, "the values of its companions in the batch")
             for name in _taken_up(self.copy.model, seeded, run):
-                return _buffered(name)
+                return problems.buffered(name)
         for (trial, _), run in zip(parts, runs, strict=True):
             if self._coupled(base, run, trial.companions):
                 return self._told(trial, "the number of its companions in the batch")
         for first in range(0, len(parts), 2):
             halves = [(runs[at], len(parts[at][1])) for at in (first, first + 1)]
             if not self._adds_up(base, halves):
-                return _not_additive(self.mean)
+                return problems.not_additive(mean=self.mean)
         return None
 
     def _among(self, rows: Sequence[int]) -> Companions:
@@ -198,7 +186,7 @@ class _Search:
         if self._coupled(
             again, once_more, Companions(self.batch.size, self.batch.size, whole, whole)
         ):
-            return _NOT_REPEATABLE
+            return problems.NOT_REPEATABLE
         rows = next(_partitions(self.batch.size))[0]
         part = self.copy.run(self.batch.select(rows), self.steady, inputs=True)
         self._learn(again, part, self._among(rows))
@@ -214,10 +202,7 @@ class _Search:
             "(root)",
         )
         module = self.copy.model if name == "(root)" else self.copy.model.get_submodule(name)
-        return (
-            f"{name} ({type(module).__name__}) couples examples: what it makes of one changes with "
-            f"{cause}. {_WHY} {_REMEDY}"
-        )
+        return problems.coupled(name, type(module).__name__, cause)
 
 
 def _partitions(count: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -234,37 +219,3 @@ def _taken_up(model: nn.Module, one: Recording, other: Recording) -> Iterator[st
     for name, _ in model.named_buffers():
         if name in one.state and not alike(one.state[name], other.state[name]):
             yield name
-
-
-_NOT_REPEATABLE = (
-    "The model returned something else when it was run on the same batch again, from the same "
-    "state of the random number generators: whether its examples are coupled cannot be seen. Keep "
-    "what changes from call to call in buffers, and draw from torch's own generator. If you are "
-    "certain that no example's output depends on another's, set BackpropClipping(probe=False)."
-)
-
-
-def _edited(name: str) -> str:
-    return (
-        f"{name} is changed by the model's forward pass itself: what it takes up from the batch is "
-        "neither bounded nor noised. Compute with a changed copy of it in a module with a rule, or "
-        "change it between steps, from public values."
-    )
-
-
-def _buffered(name: str) -> str:
-    return (
-        f"The buffer {name} takes up values of the batch, and no noise is added to it: whoever "
-        "gets the model gets them. Keep its module from updating it (evaluation mode, frozen "
-        "statistics), or register it with persistent=False if it never influences an output."
-    )
-
-
-def _not_additive(mean: bool) -> str:
-    return (
-        "The model returns a tensor without a batch axis that is not "
-        f"{'the mean' if mean else 'the sum'} of what its examples give alone, as "
-        f"loss_reduction={'mean' if mean else 'sum'!r} has it. {_WHY} Return one value for each "
-        "example. If you are certain that the loss never sees it, set "
-        "BackpropClipping(probe=False)."
-    )

@@ -10,8 +10,10 @@ from torch import nn
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.coverage import trainable_layers
 from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import EXAMPLES, Batch, made_up_batches
-from opacus_bpclip.probe.coupling import Unusable, find_coupling
+from opacus_bpclip.probe.coupling import find_coupling
+from opacus_bpclip.probe.problems import UntriedError
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.recording import Copy
 
@@ -41,7 +43,7 @@ class Prober:
         for batch in made_up_batches(loader, batch_first=batch_first):
             try:
                 return self._search(batch)
-            except Unusable:
+            except UntriedError:
                 continue
         return None
 
@@ -52,7 +54,7 @@ class Prober:
         only for whether they influence each other.
 
         Raises:
-            Unusable: neither can be tried; the message is for the user.
+            UntriedError: neither can be tried; the message is for the user.
         """
         if self._key(batch) in self.passed:
             return None
@@ -62,15 +64,9 @@ class Prober:
                 return None  # No companions; a later batch will have some.
             try:
                 return self._search(trial)
-            except Unusable as error:
+            except UntriedError as error:
                 reason = str(error)
-        raise Unusable(
-            "Whether examples influence each other inside the model cannot be tried, since it does "
-            f"not run on a part of its batch ({reason}): nothing would bound what one example does "
-            f"to the others. Pass the examples as tensors that have one row each, batch "
-            f"{('first', 'second')[batch.axis]}. If you are certain that no example's output "
-            "depends on another's, set BackpropClipping(probe=False)."
-        )
+        raise UntriedError(problems.untried(reason, ("first", "second")[batch.axis]))
 
     def _search(self, batch: Batch) -> str | None:
         key = self._key(batch)
@@ -90,7 +86,7 @@ def count_uses(model: nn.Module, batch: Batch) -> dict[str, int]:
     A layer that this batch does not reach counts once.
 
     Raises:
-        Unusable: the model does not run on this batch.
+        UntriedError: the model does not run on this batch.
     """
     reason = ""
     for double in (True, False):
@@ -106,7 +102,7 @@ def count_uses(model: nn.Module, batch: Batch) -> dict[str, int]:
             name: 1 if layer.recurrence is not None else max(1, calls[name])
             for name, layer in trainable_layers(model).items()
         }
-    raise Unusable(reason)
+    raise UntriedError(reason)
 
 
 def with_uses(
@@ -125,7 +121,7 @@ def with_uses(
     for batch in made_up_batches(loader, batch_first=batch_first):
         try:
             return replace(config, uses=count_uses(model, batch))
-        except Unusable as error:
+        except UntriedError as error:
             reason = str(error)
     raise CoverageError(
         'uses="auto" counts how often each layer is used by running the model on made-up examples '
