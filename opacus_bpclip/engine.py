@@ -11,14 +11,15 @@ from typing import Any
 import opacus
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.optimizers import DPOptimizer
+from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 
 from opacus_bpclip.arguments import checked_options
+from opacus_bpclip.compatibility import require_compatible, try_out
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
 from opacus_bpclip.optimizer import BackpropClipOptimizer
-from opacus_bpclip.probe import Prober, with_uses
 
 Original = Callable[..., Any]
 
@@ -90,6 +91,63 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """Make training private for a target epsilon; as ``make_private`` otherwise."""
         return make_private_with_epsilon(super().make_private_with_epsilon, self, **kwargs)
 
+    def validate(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Any = None,
+        data_loader: Any = None,
+        clipping: str = "flat",
+        backprop: BackpropClipping | None = None,
+    ) -> None:
+        """Raise if the model cannot be trained privately.
+
+        Args:
+            module: the model; it is not changed.
+            optimizer: not looked at, as in Opacus.
+            data_loader: for ``clipping="backprop"``, gives the shapes of the made-up examples that
+                the model is tried out on; without one it is not run.
+            clipping: the clipping that it is meant for; ``"backprop"`` has requirements of its own.
+            backprop: its options.
+
+        Raises:
+            CoverageError: with ``clipping="backprop"``, something nobody bounds.
+            UnsupportedModuleError: what Opacus itself refuses.
+        """
+        if clipping == "backprop":
+            require_compatible(module, backprop, data_loader)
+        else:
+            _refuse_options(clipping, backprop)
+        super().validate(module=module, optimizer=optimizer, data_loader=data_loader)
+
+    def is_compatible(self, **kwargs: Any) -> bool:
+        """Return whether `validate`, with the same arguments, would raise nothing."""
+        try:
+            self.validate(**kwargs)
+        except (CoverageError, UnsupportedModuleError):
+            return False
+        return True
+
+    @classmethod
+    def get_compatible_module(cls, module: nn.Module, *, clipping: str = "flat") -> nn.Module:
+        """Return a copy with what Opacus can replace replaced, and checked.
+
+        BatchNorm becomes GroupNorm, ``LSTM``, ``GRU``, ``RNN`` and ``MultiheadAttention`` become
+        Opacus's own, whose linear layers have rules.
+
+        Args:
+            module: the model.
+            clipping: the clipping that it is meant for.
+
+        Raises:
+            CoverageError: with ``clipping="backprop"``, something nobody bounds is left.
+            UnsupportedModuleError: what Opacus itself refuses is left.
+        """
+        module = super().get_compatible_module(module)
+        if clipping == "backprop":
+            require_compatible(module)
+        return module
+
     def _prepare_model(self, module: nn.Module, **kwargs: Any) -> Any:
         return prepare_model(super()._prepare_model, self, module, **kwargs)
 
@@ -120,7 +178,8 @@ def make_private(
         unknown = sorted(set(kwargs) - _MAKE_PRIVATE_OPTIONS)
         if unknown:
             raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
-        request = _tried_out(checked_options(engine, backprop, **kwargs), **kwargs)
+        config = checked_options(engine, backprop, **kwargs)
+        request = _Request(*try_out(config, **kwargs))
     else:
         kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
         checked_options(engine, request.config, **kwargs)
@@ -151,7 +210,7 @@ def make_private_with_epsilon(
     _refuse_unknown_for_epsilon(kwargs)
     config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
     # Opacus hands unknown options to the noise search as well: the request carries ours past it.
-    with _requested(engine, _tried_out(config, **kwargs)):
+    with _requested(engine, _Request(*try_out(config, **kwargs))):
         return original(clipping=clipping, **kwargs)
 
 
@@ -210,29 +269,6 @@ def prepare_optimizer(
         generator=engine.secure_rng if engine.secure_mode else kwargs["noise_generator"],
         secure_mode=engine.secure_mode,
     )
-
-
-def _tried_out(
-    config: BackpropClipping,
-    *,
-    module: nn.Module,
-    data_loader: object,
-    loss_reduction: str = "mean",
-    batch_first: bool = True,
-    **_: Any,
-) -> _Request:
-    """Run the model on made-up examples: count uses, search for coupling.
-
-    Raises:
-        CoverageError: its examples are coupled, or the uses cannot be counted.
-    """
-    config = with_uses(config, module, data_loader, batch_first=batch_first)
-    prober = Prober(module, loss_reduction=loss_reduction)
-    if config.probe:
-        problem = prober.before_training(data_loader, batch_first=batch_first)
-        if problem:
-            raise CoverageError(problem)
-    return _Request(config, prober.passed)
 
 
 @contextmanager

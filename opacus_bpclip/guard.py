@@ -24,6 +24,7 @@ from opacus_bpclip.coverage import (
     Layer,
     batch_normalization_problem,
     batch_normalizations,
+    edited_problem,
     mixes_examples,
 )
 from opacus_bpclip.errors import PrivacyViolationError
@@ -64,9 +65,11 @@ class GradientGuard:
                         f"{layer.name}.{name}", parameter, layer.uses, self._judge, self.fail
                     )
         self._batch_normalizations = batch_normalizations(model)
+        self._parameters = dict(model.named_parameters())
+        self._versions: list[int] = []
         self._frozen = [
             (name, parameter)
-            for name, parameter in model.named_parameters()
+            for name, parameter in self._parameters.items()
             if parameter not in self._watched
         ]
 
@@ -118,10 +121,15 @@ class GradientGuard:
         self._forward += 1
         self._in_forward = True
         self._batch_size = batch_size
+        self._versions = [parameter._version for parameter in self._parameters.values()]
 
     def leave_forward(self) -> None:
         """End a forward pass of the root."""
         self._in_forward = False
+        versions, self._versions = self._versions, []
+        for (name, parameter), version in zip(self._parameters.items(), versions, strict=False):
+            if parameter._version != version:
+                self.fail(edited_problem(name))
 
     def enter_layer(self, layer: Layer) -> bool:
         """Count one use of a layer; return whether it is one to follow through the backward pass.

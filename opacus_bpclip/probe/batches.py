@@ -82,13 +82,21 @@ class Batch(NamedTuple):
         return self.map(made_up)._replace(size=count)
 
     def swapped(self, kept: Sequence[int], *, seed: int) -> Batch:
-        """Return the batch with other values for all examples but those kept."""
+        """Return the batch with other values for all examples but those kept.
+
+        Floats are made up, larger than usual. Integers are taken from other examples, where they
+        are ids of something that exists.
+        """
         others = self.invent(self.size, seed=seed, scale=10.0)
         fresh = iter(list(leaves((others.args, others.kwargs))))
 
         def mix(leaf: Any) -> Any:
             other = next(fresh)
-            return _mixed(leaf, other, kept, self.axis) if self.holds_examples(leaf) else leaf
+            if not self.holds_examples(leaf):
+                return leaf
+            if not leaf.data.is_floating_point():
+                other = _rows(leaf, range(self.size)[::-1], self.axis)
+            return _mixed(leaf, other, kept, self.axis)
 
         args, kwargs = map_leaves((self.args, self.kwargs), mix)
         return self._replace(args=args, kwargs=kwargs)

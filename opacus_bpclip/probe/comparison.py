@@ -106,8 +106,11 @@ def _overlap(one: Tensor, other: Tensor, batch: set[int]) -> tuple[Tensor, Tenso
 
 
 def distance(one: Tensor, other: Tensor) -> Tensor:
-    """Return the largest change of an entry of each row, relative to the largest entry of all."""
-    if torch.equal(one, other):
+    """Return the largest change of an entry of each row, relative to the largest entry of all.
+
+    The last axis is within a row; both are broadcast against each other.
+    """
+    if torch.equal(one, other) or not one.shape[-1]:
         return one.new_zeros(one.shape[:-1])
     one, other = one.double(), other.double()
     scale = one.abs().nan_to_num(nan=0.0, posinf=0.0).amax().clamp(min=torch.finfo(one.dtype).tiny)

@@ -45,15 +45,6 @@ NOT_REPEATABLE = (
 )
 
 
-def edited(name: str) -> str:
-    """Say that the forward pass edits a parameter."""
-    return (
-        f"{name} is changed by the model's forward pass itself: what it takes up from the batch is "
-        "neither bounded nor noised. Compute with a changed copy of it in a module with a rule, or "
-        "change it between steps, from public values."
-    )
-
-
 def buffered(name: str) -> str:
     """Say that a buffer takes up the batch."""
     return (
