@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+# To a gradient in a hook: the hook's own, and autograd's list of arguments.
+_OWN_REFERENCES = 2
 
 Fail = Callable[[str], NoReturn]
 
@@ -46,7 +49,7 @@ class WatchedParameter:
         self.sent: list[tuple[Tensor, int]] = []
         self.passes = 0
         self.vouched = False
-        self._arrived: Tensor | None = None
+        self._arrived: Tensor | _Lent | None = None
         self._version = 0
         self._collected: Tensor | None = None
         self._judge = judge
@@ -117,12 +120,23 @@ class WatchedParameter:
             self._require_unchanged(sent, version)
         self._judge(self, gradient)
         self.sent = []
-        self._arrived, self._version = gradient, gradient._version
+        # Autograd copies a gradient that somebody else holds on to. Where it can be told from any
+        # other without holding it, it is let go.
+        self._arrived = _Lent.of(gradient, self.parameter) or gradient
+        self._version = gradient._version
 
     def _collect(self, parameter: Tensor) -> None:
         # Only what is accumulated counts: torch.autograd.grad takes a look and leaves.
         assert self._arrived is not None
         gradient, self._arrived = self._arrived, None
+        if isinstance(gradient, _Lent):
+            assert parameter.grad is not None
+            if not gradient.is_in(parameter.grad):
+                self._fail(
+                    f"Something replaced the gradient of {self.name} after it was clipped, on its "
+                    f"way to {self.name}.grad. Remove the hook that did."
+                )
+            gradient = parameter.grad
         self._require_unchanged(gradient, self._version)
         # Out of place: autograd may have sent the same tensor to another parameter.
         self._collected = gradient if self._collected is None else self._collected + gradient
@@ -135,6 +149,47 @@ class WatchedParameter:
                 f"A hook on {self.name} changed its gradient in place, after it was clipped. "
                 "Remove the hook."
             )
+
+
+class _Lent(NamedTuple):
+    """A gradient that autograd may keep as ``p.grad``, recognised by the memory it is in.
+
+    The storage is held, so that no other tensor can come to lie there.
+    """
+
+    storage: torch.UntypedStorage
+    place: tuple[int, tuple[int, ...], tuple[int, ...]]
+
+    @classmethod
+    def of(cls, gradient: Tensor, parameter: nn.Parameter) -> _Lent | None:
+        """Return the gradient as lent, if autograd is going to keep it rather than a copy."""
+        kept = (
+            parameter.grad is None
+            and gradient.stride() == parameter.stride()
+            and gradient.dtype == parameter.dtype
+            and gradient.layout == torch.strided
+            and not torch.is_grad_enabled()
+            and _references(gradient) <= _OWN_REFERENCES
+            # Ours; another one may put something else in its place.
+            and len(parameter._backward_hooks or ()) == 1
+            and len(parameter._post_accumulate_grad_hooks or ()) == 1
+        )
+        return cls(gradient.untyped_storage(), _place(gradient)) if kept else None
+
+    def is_in(self, gradient: Tensor) -> bool:
+        """Return whether a tensor is the one that was lent."""
+        same = gradient.untyped_storage()._cdata == self.storage._cdata
+        return same and _place(gradient) == self.place
+
+
+def _references(x: Tensor) -> int:
+    # Not public: where a release of torch lacks it, every gradient is held and copied.
+    count: int = getattr(x, "_use_count", lambda: _OWN_REFERENCES + 1)()
+    return count
+
+
+def _place(x: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return int(x.storage_offset()), tuple(x.shape), tuple(x.stride())
 
 
 def parameter_edges(
