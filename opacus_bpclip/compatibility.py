@@ -54,5 +54,5 @@ def try_out(
     if config.probe:
         problem = prober.before_training(data_loader, batch_first=batch_first)
         if problem:
-            raise CoverageError(problem)
+            raise CoverageError(problem.text)
     return config, prober.passed

@@ -180,7 +180,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
                 # The forward pass itself may tell better what is wrong with the batch.
                 problem, self._untried = None, str(error)
             if problem:
-                self.guard.fail(problem)
+                self.guard.fail(problem.text)
         self.guard.enter_forward(size)
 
     def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -28,7 +28,7 @@ from opacus_bpclip.coverage import (
     mixes_examples,
 )
 from opacus_bpclip.errors import PrivacyViolationError
-from opacus_bpclip.provenance import WatchedParameter, parameter_edges
+from opacus_bpclip.provenance import WatchedParameter, follow, parameter_edges
 from opacus_bpclip.rules import Inputs
 
 Versions = tuple[int, ...]
@@ -226,10 +226,10 @@ class GradientGuard:
                     "than one example's contribution. Run the model without autocast."
                 )
         stop = {x.grad_fn for x in inputs if x is not None}
-        for node, index, leaf in parameter_edges(y, stop):
-            watched = self._watched.get(leaf)
-            if watched is not None:
-                watched.follow(node, index, partial(self._sources.add, self._forward))
+        for node, edges in parameter_edges(y, stop):
+            own = [(index, self._watched[leaf]) for index, leaf in edges if leaf in self._watched]
+            if own:
+                follow(node, own, partial(self._sources.add, self._forward), self.fail)
 
     # Backward
 
@@ -291,6 +291,8 @@ def versions(inputs: Inputs) -> Versions:
 
 
 def _same(one: Tensor, version: int, other: Tensor) -> bool:
+    if one is other:
+        return other._version == version
     alike = other.data_ptr() == one.data_ptr() and other.shape == one.shape
     return alike and other.stride() == one.stride() and other._version == version
 

@@ -7,9 +7,9 @@ import importlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound, is_positive_number
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
     from torch import nn
+
+    from opacus_bpclip.probe import Batch
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class Row:
 
 
 def inspect(
-    model: nn.Module, config: BackpropClipping | None = None, max_grad_norm: float = 1.0
+    model: nn.Module,
+    config: BackpropClipping | None = None,
+    max_grad_norm: float = 1.0,
+    batch: Batch | None = None,
 ) -> list[Row]:
     """Return a row for each module that would be trained or refused.
 
@@ -56,9 +61,11 @@ def inspect(
         model: the model; it is not changed.
         config: how it would be clipped.
         max_grad_norm: joint L2 sensitivity of the summed gradient.
+        batch: examples to try the model on, for coupling and for ``uses="auto"``.
 
     Raises:
-        CoverageError: the allocation names other layers than the model has.
+        CoverageError: the allocation or the uses name other layers than the model has.
+        UntriedError: the model does not run on the batch.
         ValueError: ``max_grad_norm`` is not a finite number above zero.
 
     Example:
@@ -67,16 +74,28 @@ def inspect(
         [('(root)', 'LinearRule', 1.0)]
     """
     from opacus_bpclip.allocation import layer_fractions
-    from opacus_bpclip.coverage import examine, trainable_layers
+    from opacus_bpclip.coverage import Finding, examine, trainable_layers
+    from opacus_bpclip.probe import count_uses, find_coupling
     from opacus_bpclip.tying import tied_groups
 
     if not is_positive_number(max_grad_norm):
         raise ValueError(f"Expected max_grad_norm={max_grad_norm!r} to be a finite number > 0.")
     config = config or BackpropClipping()
-    findings = examine(model)
+    findings = {found.name: found for found in examine(model)}
+    fine = bool(findings) and not any(found.problems for found in findings.values())
+    if fine and batch is not None:
+        if config.uses == "auto":
+            config = replace(config, uses=count_uses(model, batch))
+        problem = find_coupling(model, batch, loss_reduction="mean") if config.probe else None
+        if problem is not None:
+            fine = False
+            module = model if problem.module == "(root)" else model.get_submodule(problem.module)
+            found = findings.get(problem.module, Finding(problem.module, module, {}, None))
+            findings[problem.module] = replace(found, problems=(problem.text,))
+    uses = config.declared_uses if fine else {}
     sensitivities: dict[str, float] = {}
-    if findings and not any(found.problems for found in findings):
-        groups = tied_groups(trainable_layers(model, config.declared_uses))
+    if fine:
+        groups = tied_groups(trainable_layers(model, uses))
         sizes = {name: group.size for name, group in groups.items()}
         for name, part in layer_fractions(sizes, config.allocation).items():
             for layer in groups[name].layers:
@@ -91,11 +110,11 @@ def inspect(
                 config.max_input_norm if found.rule is not None and found.rule.clips_input else None
             ),
             bound=config.bound,
-            uses=config.declared_uses.get(found.name, 1),
+            uses=uses.get(found.name, 1),
             sensitivity=sensitivities.get(found.name),
             problem=" ".join(found.problems),
         )
-        for found in findings
+        for found in findings.values()
     ]
 
 
@@ -119,6 +138,23 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--bound", choices=get_args(Bound), default="weighted")
     parser.add_argument("--allocation", choices=get_args(Allocation), default="dimension")
+    parser.add_argument(
+        "--uses",
+        action="append",
+        default=[],
+        metavar="NAME=K",
+        help="how often a layer is used in one forward pass, if more than once; auto counts",
+    )
+    parser.add_argument(
+        "--input-shape",
+        type=_shape,
+        metavar="N,N,...",
+        help="shape of one example, without the batch: the model is run on made-up examples to see "
+        "whether they influence each other; for example 3,32,32",
+    )
+    parser.add_argument(
+        "--input-dtype", choices=("float", "int"), default="float", help="int makes up ids 0 and 1"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same facts as data")
     parser.set_defaults(run=run)
 
@@ -127,9 +163,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the subcommand; 0 if the model would train, 1 if it would be refused, 2 if misused."""
     try:
         config = BackpropClipping(
-            max_input_norm=args.max_input_norm, bound=args.bound, allocation=args.allocation
+            max_input_norm=args.max_input_norm,
+            bound=args.bound,
+            allocation=args.allocation,
+            uses=_uses(args.uses),
         )
-        rows = inspect(_load(args.model), config, args.max_grad_norm)
+        batch = None if args.input_shape is None else _batch(args.input_shape, args.input_dtype)
+        rows = _inspected(_load(args.model), config, args.max_grad_norm, batch)
         if args.json:
             args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     except (ValueError, OSError) as error:
@@ -166,10 +206,58 @@ def render(rows: list[Row]) -> str:
         ).rstrip()
         for line in lines
     ]
-    problems = [f"- {row.problem}" for row in rows if row.problem]
+    problems = _grouped(rows)
     if problems:
         table += ["", "Refused:", *problems]
     return "\n".join(table)
+
+
+def _grouped(rows: list[Row]) -> list[str]:
+    """Return the problems, each once, with the modules that have it."""
+    modules: dict[str, list[str]] = {}
+    for row in rows:
+        if row.problem:
+            modules.setdefault(row.problem.replace(row.module, "{}", 1), []).append(row.module)
+    lines = []
+    for problem, names in modules.items():
+        more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+        shown = ", ".join(names[:2] if more else names) + more
+        lines.append(f"- {problem.replace('{}', shown, 1)}")
+    return lines
+
+
+def _inspected(
+    model: nn.Module, config: BackpropClipping, max_grad_norm: float, batch: Batch | None
+) -> list[Row]:
+    from opacus_bpclip.probe import UntriedError
+
+    if config.uses == "auto" and batch is None:
+        raise ValueError("--uses auto counts on made-up examples: give their --input-shape")
+    try:
+        return inspect(model, config, max_grad_norm, batch)
+    except UntriedError as error:
+        raise ValueError(f"the model does not run on such an input: {error}") from error
+
+
+def _batch(shape: tuple[int, ...], dtype: str) -> Batch:
+    import torch
+
+    from opacus_bpclip.probe import EXAMPLES, Batch
+
+    like = torch.zeros(EXAMPLES, *shape, dtype=torch.float32 if dtype == "float" else torch.int64)
+    return Batch((like,), {}, EXAMPLES, 0).invent(EXAMPLES)
+
+
+def _uses(texts: list[str]) -> Literal["auto"] | dict[str, int]:
+    if texts == ["auto"]:
+        return "auto"
+    uses = {}
+    for text in texts:
+        name, separator, count = text.rpartition("=")
+        if not separator or not count.isdecimal():
+            raise ValueError(f"--uses {text!r} is neither NAME=K nor auto alone")
+        uses[name] = int(count)
+    return uses
 
 
 def _load(path: str) -> nn.Module:
@@ -209,3 +297,7 @@ def _load(path: str) -> nn.Module:
 
 def _norm_or_none(text: str) -> float | None:
     return None if text == "none" else float(text)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-
-# To a gradient in a hook: the hook's own, and autograd's list of arguments.
-_OWN_REFERENCES = 2
 
 Fail = Callable[[str], NoReturn]
 
@@ -49,7 +46,7 @@ class WatchedParameter:
         self.sent: list[tuple[Tensor, int]] = []
         self.passes = 0
         self.vouched = False
-        self._arrived: Tensor | _Lent | None = None
+        self._arrived: Tensor | None = None
         self._version = 0
         self._collected: Tensor | None = None
         self._judge = judge
@@ -70,31 +67,6 @@ class WatchedParameter:
         self._arrived = self._collected = None
         self.passes = 0
 
-    def follow(self, node: torch.autograd.graph.Node, index: int, note: Callable[[], None]) -> None:
-        """Note the gradient that ``node`` sends along its ``index``-th edge, once.
-
-        Args:
-            node: made by a call of the layer.
-            index: of its edge to the parameter.
-            note: called when the gradient is sent.
-        """
-        spent = False
-
-        def send(inputs: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
-            nonlocal spent
-            if spent:
-                self._fail(
-                    f"The backward pass ran twice for one forward pass through {self.name}: one "
-                    "example would contribute twice. Add the losses and call backward once."
-                )
-            spent = True
-            gradient = inputs[index]
-            if gradient is not None:
-                self.sent.append((gradient, gradient._version))
-                note()
-
-        node.register_hook(send)
-
     def is_sum_of_sent(self, gradient: Tensor) -> bool:
         """Return whether a gradient is what the layer's calls sent, and from no more than allowed.
 
@@ -113,6 +85,8 @@ class WatchedParameter:
     def take(self) -> Tensor | None:
         """Return the sum of contributions since the last step; ``None`` without any."""
         collected, self._collected = self._collected, None
+        if collected is not None:
+            self._require_unchanged(collected, self._version)
         return collected
 
     def _arrive(self, gradient: Tensor) -> None:
@@ -120,26 +94,17 @@ class WatchedParameter:
             self._require_unchanged(sent, version)
         self._judge(self, gradient)
         self.sent = []
-        # Autograd copies a gradient that somebody else holds on to. Where it can be told from any
-        # other without holding it, it is let go.
-        self._arrived = _Lent.of(gradient, self.parameter) or gradient
-        self._version = gradient._version
+        # Another name for the same memory: autograd copies a gradient that somebody holds on to.
+        self._arrived, self._version = gradient.detach(), gradient._version
 
     def _collect(self, parameter: Tensor) -> None:
         # Only what is accumulated counts: torch.autograd.grad takes a look and leaves.
         assert self._arrived is not None
         gradient, self._arrived = self._arrived, None
-        if isinstance(gradient, _Lent):
-            assert parameter.grad is not None
-            if not gradient.is_in(parameter.grad):
-                self._fail(
-                    f"Something replaced the gradient of {self.name} after it was clipped, on its "
-                    f"way to {self.name}.grad. Remove the hook that did."
-                )
-            gradient = parameter.grad
         self._require_unchanged(gradient, self._version)
         # Out of place: autograd may have sent the same tensor to another parameter.
         self._collected = gradient if self._collected is None else self._collected + gradient
+        self._version = self._collected._version
         self.passes += 1
         parameter.grad = None
 
@@ -151,51 +116,43 @@ class WatchedParameter:
             )
 
 
-class _Lent(NamedTuple):
-    """A gradient that autograd may keep as ``p.grad``, recognised by the memory it is in.
+def follow(
+    node: torch.autograd.graph.Node,
+    edges: Sequence[tuple[int, WatchedParameter]],
+    note: Callable[[], None],
+    fail: Fail,
+) -> None:
+    """Note the gradients that ``node`` sends along its edges to parameters, once.
 
-    The storage is held, so that no other tensor can come to lie there.
+    Args:
+        node: made by a call of a layer.
+        edges: their indices, and the parameters that they lead to.
+        note: called when gradients are sent.
+        fail: called with the reason when they are sent a second time; raises.
     """
+    spent = False
 
-    storage: torch.UntypedStorage
-    place: tuple[int, tuple[int, ...], tuple[int, ...]]
+    def send(inputs: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
+        nonlocal spent
+        if spent:
+            fail(
+                f"The backward pass ran twice for one forward pass through {edges[-1][1].name}: "
+                "one example would contribute twice. Add the losses and call backward once."
+            )
+        spent = True
+        for index, watched in edges:
+            gradient = inputs[index]
+            if gradient is not None:
+                watched.sent.append((gradient, gradient._version))
+        note()
 
-    @classmethod
-    def of(cls, gradient: Tensor, parameter: nn.Parameter) -> _Lent | None:
-        """Return the gradient as lent, if autograd is going to keep it rather than a copy."""
-        kept = (
-            parameter.grad is None
-            and gradient.stride() == parameter.stride()
-            and gradient.dtype == parameter.dtype
-            and gradient.layout == torch.strided
-            and not torch.is_grad_enabled()
-            and _references(gradient) <= _OWN_REFERENCES
-            # Ours; another one may put something else in its place.
-            and len(parameter._backward_hooks or ()) == 1
-            and len(parameter._post_accumulate_grad_hooks or ()) == 1
-        )
-        return cls(gradient.untyped_storage(), _place(gradient)) if kept else None
-
-    def is_in(self, gradient: Tensor) -> bool:
-        """Return whether a tensor is the one that was lent."""
-        same = gradient.untyped_storage()._cdata == self.storage._cdata
-        return same and _place(gradient) == self.place
-
-
-def _references(x: Tensor) -> int:
-    # Not public: where a release of torch lacks it, every gradient is held and copied.
-    count: int = getattr(x, "_use_count", lambda: _OWN_REFERENCES + 1)()
-    return count
-
-
-def _place(x: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    return int(x.storage_offset()), tuple(x.shape), tuple(x.stride())
+    node.register_hook(send)
 
 
 def parameter_edges(
     y: Tensor, stop: Set[torch.autograd.graph.Node | None]
-) -> Iterator[tuple[torch.autograd.graph.Node, int, Tensor]]:
-    """Yield ``(node, index, leaf)`` for each edge from the nodes behind ``y`` to a leaf tensor.
+) -> Iterator[tuple[torch.autograd.graph.Node, list[tuple[int, Tensor]]]]:
+    """Yield the nodes behind ``y`` that have edges to leaf tensors, with ``(index, leaf)`` of each.
 
     Args:
         y: the layer's output.
@@ -205,10 +162,15 @@ def parameter_edges(
     queue, seen = [y.grad_fn], {*stop, y.grad_fn}
     while queue:
         node = queue.pop()
+        edges = []
         for index, (following, _) in enumerate(node.next_functions):
+            if following is None or following in seen:
+                continue
             leaf = getattr(following, "variable", None)
             if leaf is not None:
-                yield node, index, leaf
-            elif following is not None and following not in seen:
+                edges.append((index, leaf))
+            else:
                 seen.add(following)
                 queue.append(following)
+        if edges:
+            yield node, edges

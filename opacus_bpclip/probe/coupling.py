@@ -24,7 +24,7 @@ from opacus_bpclip.probe.comparison import (
     layouts,
     vanish,
 )
-from opacus_bpclip.probe.problems import UntriedError
+from opacus_bpclip.probe.problems import Problem, UntriedError
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.recording import CallRecord, Copy, Recording, alike
 
@@ -45,7 +45,7 @@ class _Trial(NamedTuple):
     steady: Steady | None
 
 
-def find_coupling(model: nn.Module, batch: Batch, *, loss_reduction: str) -> str | None:
+def find_coupling(model: nn.Module, batch: Batch, *, loss_reduction: str) -> Problem | None:
     """Return what couples the examples of a batch, with the remedy; ``None`` if nothing is found.
 
     The model is left as it was: its parameters, buffers and training flags, and the random number
@@ -83,7 +83,7 @@ class _Search:
         self.tolerance = 0.0
         self.layouts: dict[tuple[str, int, str, int], list[Layout] | None] = {}
 
-    def problem(self) -> str | None:
+    def problem(self) -> Problem | None:
         """Return what is wrong; values of companions are looked at first, then their number."""
         base = self.copy.run(self.batch, self.steady)
         made = (x for call in base.calls for x in call.outputs)
@@ -91,7 +91,7 @@ class _Search:
             raise UntriedError("nothing in it makes a finite number")
         self.tolerance = _UNITS * self.steady.eps
         for name in self.copy.edited():
-            return edited_problem(name)
+            return Problem(_owner(name), edited_problem(name))
         parts = [
             (_Trial(self.batch.select(rows), self._among(rows), self.steady), rows)
             for pair in _partitions(self.batch.size)
@@ -109,14 +109,14 @@ class _Search:
             if self._coupled(seeded, run, among):
                 return self._told(trial, "the values of its companions in the batch")
             for name in _taken_up(self.copy.model, seeded, run):
-                return problems.buffered(name)
+                return Problem(_owner(name), problems.buffered(name))
         for (trial, _), run in zip(parts, runs, strict=True):
             if self._coupled(base, run, trial.companions):
                 return self._told(trial, "the number of its companions in the batch")
         for first in range(0, len(parts), 2):
             halves = [(runs[at], len(parts[at][1])) for at in (first, first + 1)]
             if not self._adds_up(base, halves):
-                return problems.not_additive(mean=self.mean)
+                return Problem("(root)", problems.not_additive(mean=self.mean))
         return None
 
     def _among(self, rows: Sequence[int]) -> Companions:
@@ -186,11 +186,11 @@ class _Search:
                 return False
         return True
 
-    def _told(self, trial: _Trial, cause: str) -> str:
+    def _told(self, trial: _Trial, cause: str) -> Problem:
         """Say where the coupling comes from."""
         again = self.copy.run(self.batch, trial.steady, inputs=True)
         if not self._same(again, self.copy.run(self.batch, trial.steady)):
-            return problems.NOT_REPEATABLE
+            return Problem("(root)", problems.NOT_REPEATABLE)
         rows = next(_partitions(self.batch.size))[0]
         part = self.copy.run(self.batch.select(rows), self.steady, inputs=True)
         self._learn(again, part, self._among(rows))
@@ -206,7 +206,11 @@ class _Search:
             "(root)",
         )
         module = self.copy.model if name == "(root)" else self.copy.model.get_submodule(name)
-        return problems.coupled(name, type(module).__name__, cause)
+        return Problem(name, problems.coupled(name, type(module).__name__, cause))
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0] or "(root)"
 
 
 def _partitions(count: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -13,7 +13,7 @@ from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import EXAMPLES, Batch, made_up_batches
 from opacus_bpclip.probe.coupling import find_coupling
-from opacus_bpclip.probe.problems import UntriedError
+from opacus_bpclip.probe.problems import Problem, UntriedError
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.recording import Copy
 
@@ -34,7 +34,7 @@ class Prober:
         self.loss_reduction = loss_reduction
         self.passed: set[object] = set()
 
-    def before_training(self, loader: object, *, batch_first: bool) -> str | None:
+    def before_training(self, loader: object, *, batch_first: bool) -> Problem | None:
         """Return what couples made-up examples of the shapes that a data loader has.
 
         Where they cannot be made up, or do not fit the model, nothing is found: the first batch
@@ -47,7 +47,7 @@ class Prober:
                 continue
         return None
 
-    def on_batch(self, batch: Batch) -> str | None:
+    def on_batch(self, batch: Batch) -> Problem | None:
         """Return what couples examples when the model is called like this.
 
         Made-up values are tried first. The batch's own are looked at only if those do not fit, and
@@ -68,7 +68,7 @@ class Prober:
                 reason = str(error)
         raise UntriedError(problems.untried(reason, ("first", "second")[batch.axis]))
 
-    def _search(self, batch: Batch) -> str | None:
+    def _search(self, batch: Batch) -> Problem | None:
         key = self._key(batch)
         problem = find_coupling(self.model, batch, loss_reduction=self.loss_reduction)
         if problem is None:

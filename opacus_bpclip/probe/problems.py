@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """What is wrong, and where.
+
+    Attributes:
+        module: dotted path in the model, ``"(root)"`` for the model itself.
+        text: says so, with the reason and the remedy.
+    """
+
+    module: str
+    text: str
+
 
 class UntriedError(Exception):
     """The model cannot be run on this batch or on parts of it: nothing was found out."""
