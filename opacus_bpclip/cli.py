@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from opacus_bpclip import inspection
+from opacus_bpclip import inspect_command
 from opacus_bpclip.ab import command as ab
 
 # A command is a module with add_parser(subparsers), which sets run(args) -> int as a default.
-COMMANDS = (ab, inspection)
+COMMANDS = (ab, inspect_command)
 
 
 class _Parser(argparse.ArgumentParser):
