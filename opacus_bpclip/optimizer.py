@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from opacus.optimizers.optimizer import _check_processed_flag
+from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
 from torch.optim import Optimizer
 
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.grad_sample_module import BackpropClipHooks
+from opacus_bpclip.noise import add_noise_, with_own_memory
 
 
 class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
@@ -33,6 +34,11 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
         expected_batch_size: the public divisor for ``loss_reduction="mean"``.
         loss_reduction: ``"mean"`` or ``"sum"``; must be the hooks' own.
         **options: as for Opacus's ``DPOptimizer``.
+
+    Attributes:
+        keep_summed_grad: whether ``p.summed_grad``, the sum without noise, outlives the step, for
+            tests and audits. By default the noise is added to it in place: nothing without noise
+            is left, and the parameters' gradients are in memory once.
 
     Raises:
         ValueError: ``max_grad_norm`` is not positive, or ``loss_reduction`` is not the hooks' own.
@@ -57,6 +63,8 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
         self._hooks = hooks
         self._passes = 1
         self._refused = False
+        self._stepped = False
+        self.keep_summed_grad = False
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -106,9 +114,11 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
             raise PrivacyViolationError(
                 f"These gradients are not covered by the guarantee: {guard.violation}"
             )
-        for p in self.params:
-            if p.summed_grad is not None:
-                _check_processed_flag(p.summed_grad)
+        if self._stepped:
+            raise ValueError(
+                "Gradients haven't been cleared since the last optimizer step. To obtain privacy "
+                "guarantees you must call optimizer.zero_grad() on each step."
+            )
         self._passes = max(1, guard.passes)
         for p in self.params:
             gradient = guard.take(p)
@@ -118,6 +128,37 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
             elif p.summed_grad is None:
                 p.summed_grad = torch.zeros_like(p)
         guard.finish()
+
+    def add_noise(self) -> None:
+        """Turn each ``p.summed_grad`` into ``p.grad`` by Gaussian noise, drawn anew for each entry.
+
+        The standard deviation is ``noise_multiplier * max_grad_norm``, here and nowhere else.
+        """
+        sums = [p.summed_grad for p in self.params]
+        for summed in sums:
+            _check_processed_flag(summed)
+        if self.keep_summed_grad:
+            noised = [summed.clone() for summed in sums]
+        else:
+            noised = with_own_memory(sums)
+        add_noise_(
+            noised,
+            std=self.noise_multiplier * self.max_grad_norm,
+            generator=self.generator,
+            secure_mode=self.secure_mode,
+        )
+        for p, gradient in zip(self.params, noised, strict=True):
+            p.grad = gradient
+            if self.keep_summed_grad:
+                _mark_as_processed(p.summed_grad)
+            else:
+                p.summed_grad = None
+
+    def scale_grad(self) -> None:
+        """Divide ``p.grad`` by the expected batch size, where the loss is a mean."""
+        if self.loss_reduction == "mean":
+            divisor = self.expected_batch_size * self.accumulated_iterations
+            torch._foreach_div_([p.grad for p in self.params], divisor)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Collect, and at the end of a logical batch add noise, divide and account.
@@ -140,6 +181,7 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
             return False
         self.add_noise()
         self.scale_grad()
+        self._stepped = True
         if self.step_hook:
             self.step_hook(self)
         self._is_last_step_skipped = False
@@ -162,12 +204,14 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
             self.original_optimizer.step()
         return loss
 
-    def zero_grad(self, set_to_none: bool = False) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Throw the gradients at hand away; physical batches collected so far stay.
 
         Args:
-            set_to_none: set ``p.grad`` to ``None`` instead of zero; ``p.summed_grad`` always is.
+            set_to_none: set ``p.grad`` to ``None`` instead of zero, as torch does by default;
+                ``p.summed_grad`` always is.
         """
+        self._stepped = False
         if self._hooks.guard.violation is not None and not self._refused:
             self._end_refused_batch(self._check_skip_next_step())
         self._refused = False

@@ -49,6 +49,7 @@ class WatchedParameter:
         self._arrived: Tensor | None = None
         self._version = 0
         self._collected: Tensor | None = None
+        self._collected_version = 0
         self._judge = judge
         self._fail = fail
         self._handles = [
@@ -77,7 +78,7 @@ class WatchedParameter:
             return False
         total, *others = (sent for sent, _ in self.sent)
         if not others:
-            return total is gradient
+            return _is_alias(total, gradient)
         for sent in others:
             total = total + sent
         return torch.equal(total, gradient)
@@ -86,7 +87,7 @@ class WatchedParameter:
         """Return the sum of contributions since the last step; ``None`` without any."""
         collected, self._collected = self._collected, None
         if collected is not None:
-            self._require_unchanged(collected, self._version)
+            self._require_unchanged(collected, self._collected_version)
         return collected
 
     def _arrive(self, gradient: Tensor) -> None:
@@ -94,17 +95,16 @@ class WatchedParameter:
             self._require_unchanged(sent, version)
         self._judge(self, gradient)
         self.sent = []
-        # Another name for the same memory: autograd copies a gradient that somebody holds on to.
-        self._arrived, self._version = gradient.detach(), gradient._version
+        self._arrived, self._version = _alias(gradient), gradient._version
 
     def _collect(self, parameter: Tensor) -> None:
         # Only what is accumulated counts: torch.autograd.grad takes a look and leaves.
         assert self._arrived is not None
         gradient, self._arrived = self._arrived, None
         self._require_unchanged(gradient, self._version)
-        # Out of place: autograd may have sent the same tensor to another parameter.
+        # Out of place: autograd may have sent the same memory to another parameter.
         self._collected = gradient if self._collected is None else self._collected + gradient
-        self._version = self._collected._version
+        self._collected_version = self._collected._version
         self.passes += 1
         parameter.grad = None
 
@@ -114,6 +114,22 @@ class WatchedParameter:
                 f"A hook on {self.name} changed its gradient in place, after it was clipped. "
                 "Remove the hook."
             )
+
+
+def _alias(gradient: Tensor) -> Tensor:
+    # Keeps the memory from being used for anything else, as a reference to the tensor would.
+    # Unlike that, it lets autograd take the tensor over into p.grad instead of copying it.
+    return gradient.detach()
+
+
+def _is_alias(alias: Tensor, gradient: Tensor) -> bool:
+    """Return whether two tensors are the same numbers in the same memory."""
+    return (
+        alias.data_ptr() == gradient.data_ptr()
+        and alias.shape == gradient.shape
+        and alias.stride() == gradient.stride()
+        and alias.dtype == gradient.dtype
+    )
 
 
 def follow(
@@ -143,7 +159,7 @@ def follow(
         for index, watched in edges:
             gradient = inputs[index]
             if gradient is not None:
-                watched.sent.append((gradient, gradient._version))
+                watched.sent.append((_alias(gradient), gradient._version))
         note()
 
     node.register_hook(send)

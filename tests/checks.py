@@ -66,6 +66,7 @@ class Trainer:
             noise_generator=noise_generator,
         )
         assert isinstance(self.optimizer, BackpropClipOptimizer)
+        self.optimizer.keep_summed_grad = True
 
     def step(self, x: Tensor, target: Tensor) -> None:
         self.optimizer.zero_grad()

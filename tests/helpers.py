@@ -106,6 +106,8 @@ def make_private(
         wrap_model=wrap_model,
         **options,
     )
+    if clipping == "backprop":
+        optimizer.keep_summed_grad = True
     return Private(engine, handle if wrap_model else model, optimizer, loader, handle)
 
 

@@ -188,3 +188,10 @@ def test_the_wrapped_optimizer_does_the_step(make: Callable[..., torch.optim.Opt
         plain_schedule.step()
     assert torch.equal(values(private), flat(reference.parameters()))
     assert private.optimizer.state_dict() == inner.state_dict()
+
+
+def test_nothing_without_noise_outlives_a_step_unless_asked():
+    private = make_private(mlp(), noise_multiplier=1.0)
+    private.optimizer.keep_summed_grad = False
+    train_step(private)
+    assert all(p.summed_grad is None and p.grad is not None for p in private.parameters)
