@@ -52,7 +52,7 @@ class Layer:
         """Return whether the module computes something else than when it was examined."""
         if type(self.module) is not self.kind:
             return True
-        return any(method in vars(self.module) for method in self.rule.methods)
+        return not vars(self.module).keys().isdisjoint(self.rule.methods)
 
 
 @dataclass(frozen=True)

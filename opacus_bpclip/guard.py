@@ -179,15 +179,21 @@ class GradientGuard:
         """Check that the inputs of a layer's call hold the examples of the batch."""
         first = inputs[0]
         assert first is not None
-        shape = tuple(layer.arguments.as_passed(first).shape)
         smallest, largest = layer.rule.expected_dims()
         if first.dim() < smallest or (largest is not None and first.dim() > largest):
             self.fail(
-                f"{layer.name} got an input of shape {shape}; with the batch first its rule needs "
-                f"{smallest}{' or more' if largest is None else ''} axes. Add the batch axis."
+                f"{layer.name} got an input of shape {self._passed_shape(layer, first)}; with the "
+                f"batch first its rule needs {smallest}{' or more' if largest is None else ''} "
+                "axes. Add the batch axis."
             )
         for size in layer.rule.batch_sizes(inputs):
-            self.check_examples(layer.name, shape, size, layer.arguments.batch_axis)
+            if size != self._batch_size:
+                shape = self._passed_shape(layer, first)
+                self.check_examples(layer.name, shape, size, layer.arguments.batch_axis)
+
+    @staticmethod
+    def _passed_shape(layer: Layer, x: Tensor) -> tuple[int, ...]:
+        return tuple(layer.arguments.as_passed(x).shape)
 
     def check_examples(self, name: str, shape: tuple[int, ...], size: int, axis: int) -> None:
         """Check that a module's input of this shape holds one row for each example."""
