@@ -89,6 +89,22 @@ def test_a_model_that_runs_in_single_precision_only_is_searched_there(
     assert bool(found(Single(strength))) is coupled
 
 
+def test_a_frozen_backbone_in_half_precision_is_searched_for_what_can_be_seen() -> None:
+    class Half(nn.Module):
+        def __init__(self, strength: float) -> None:
+            super().__init__()
+            self.backbone = nn.Linear(FEATURES, 8, dtype=torch.bfloat16).requires_grad_(False)
+            self.head, self.strength = nn.Linear(8, CLASSES), strength
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.backbone(x.to(torch.bfloat16)).to(self.head.weight.dtype)
+            return self.head(h + self.strength * h.mean(dim=0))
+
+    torch.manual_seed(0)
+    assert found(Half(1.0))
+    assert found(Half(0.0)) is None
+
+
 @pytest.mark.parametrize(
     "couple",
     [
