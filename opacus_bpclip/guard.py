@@ -216,6 +216,24 @@ class GradientGuard:
                     "clipped and measured. Register it before make_private."
                 )
 
+    def require_first_hook(self, layer: Layer, key: int) -> None:
+        """Check that the forward hook with this key is the first of its layer's."""
+        if next(iter(layer.module._forward_hooks)) != key:
+            self.fail(
+                f"Another forward hook of {layer.name} was put before the one that clips its "
+                "upstream gradient. Register it without prepend=True."
+            )
+
+    def check_dtype(self, layer: Layer, y: Tensor) -> None:
+        """Check that a layer computes in the dtype of its parameters."""
+        for parameter in layer.parameters:
+            if y.dtype != parameter.dtype:
+                self.fail(
+                    f"{layer.name} computes in {y.dtype} with parameters in {parameter.dtype} "
+                    "(autocast?): its gradient, summed over the batch, would be rounded by more "
+                    "than one example's contribution. Run the model without autocast."
+                )
+
     def follow(self, layer: Layer, y: Tensor, inputs: Inputs) -> None:
         """Follow the gradients that this call of the layer will send to its parameters.
 
@@ -224,13 +242,7 @@ class GradientGuard:
             y: what it made.
             inputs: of what; the graph behind them is somebody else's.
         """
-        for parameter in layer.parameters:
-            if y.dtype != parameter.dtype:
-                self.fail(
-                    f"{layer.name} computes in {y.dtype} with parameters in {parameter.dtype} "
-                    "(autocast?): its gradient, summed over the batch, would be rounded by more "
-                    "than one example's contribution. Run the model without autocast."
-                )
+        self.check_dtype(layer, y)
         stop = {x.grad_fn for x in inputs if x is not None}
         for node, edges in parameter_edges(y, stop):
             own = [(index, self._watched[leaf]) for index, leaf in edges if leaf in self._watched]

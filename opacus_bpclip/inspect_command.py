@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
 from opacus_bpclip.inspection import Row, inspect, render
+from opacus_bpclip.jobs.loading import load_object, made_by
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -128,28 +127,11 @@ def _load(path: str) -> nn.Module:
     """
     from torch import nn
 
-    module_name, separator, attribute = path.partition(":")
-    if not (separator and module_name and attribute):
-        raise ValueError(f"{path!r} is not of the form MODULE:FACTORY, as in my_package.models:Net")
-    # A console script does not look for modules where it is started.
-    sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"cannot import {module_name}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{module_name} has no {attribute}")
-        found = getattr(found, part)
+    found = load_object(path)
     if not isinstance(found, nn.Module):
         if not callable(found):
             raise ValueError(f"{path} is neither a model nor callable")
-        try:
-            found = found()
-        except TypeError as error:
-            raise ValueError(f"{path} cannot be called without arguments: {error}") from error
+        found = made_by(path)
     if not isinstance(found, nn.Module):
         raise ValueError(f"{path} makes a {type(found).__name__}, not a torch.nn.Module")
     return found

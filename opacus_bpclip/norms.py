@@ -85,23 +85,32 @@ def row_norms(g: Tensor) -> Tensor:
     return torch.linalg.vector_norm(g, dim=1, dtype=dtype) + underflow(g.shape[1], dtype)
 
 
-def product_bound(g: Tensor, max_column_norm: float) -> Tensor:
+def product_bound(g: Tensor, max_column_norm: float, room: Tensor | None = None) -> Tensor:
     """Return ``max_column_norm * N(g)``: L1 over positions, then L2 over channels. ``[B]``.
 
     Source: design section 3; for each channel, ``norm(sum_p g_p u_p) <= max norm(u) sum |g_p|``.
+
+    Args:
+        g: ``[B, R, C, P]``.
+        max_column_norm: the largest norm of a column.
+        room: as ``g``, overwritten; saves fresh memory.
     """
     dtype = norm_dtype(g.dtype)
-    summed = torch.linalg.vector_norm(g, 1, dim=-1, dtype=dtype)
-    bound = torch.linalg.vector_norm(summed, dim=(1, 2))
-    return (bound + underflow(g.shape[1] * g.shape[2], dtype)) * max_column_norm
+    slack = underflow(g.shape[1] * g.shape[2], dtype)
+    if g.shape[-1] == 1:
+        return (torch.linalg.vector_norm(g, dim=(1, 2, 3), dtype=dtype) + slack) * max_column_norm
+    # Not a vector_norm of order 1, whose kernel is many times slower.
+    summed = torch.abs(g, out=room).sum(dim=-1, dtype=dtype)
+    return (torch.linalg.vector_norm(summed, dim=(1, 2)) + slack) * max_column_norm
 
 
-def weighted_bound(g: Tensor, norms: Tensor) -> Tensor:
+def weighted_bound(g: Tensor, norms: Tensor, room: Tensor | None = None) -> Tensor:
     """Return the L2 norm over channels of ``sum_p |g[c, p]| norm(u_p)``. ``[B]``.
 
     Args:
         g: ``[B, R, C, P]``.
         norms: ``[B, R, P]``, from `column_norms`.
+        room: as ``g``, overwritten; saves fresh memory.
     """
     dtype = norm_dtype(g.dtype)
     channels = g.shape[1] * g.shape[2]
@@ -110,8 +119,10 @@ def weighted_bound(g: Tensor, norms: Tensor) -> Tensor:
         # One position: each group's bound is norm(g) norm(u), and with one group nothing is lost.
         per_group = torch.linalg.vector_norm(g, dim=(2, 3), dtype=dtype) + slack
         return torch.linalg.vector_norm(per_group * norms[..., 0], dim=1) + slack
-    summed = torch.matmul(g.abs().to(dtype), norms.to(dtype).unsqueeze(-1)).squeeze(-1)
-    return torch.linalg.vector_norm(summed, dim=(1, 2)) + slack
+    magnitudes = torch.abs(g, out=room).to(dtype)
+    # The vector first: the other way round the batched product is many times slower.
+    summed = torch.matmul(norms.to(dtype).unsqueeze(-2), magnitudes.transpose(-1, -2))
+    return torch.linalg.vector_norm(summed, dim=(1, 2, 3)) + slack
 
 
 def exact_bound(

@@ -104,25 +104,49 @@ def clip_upstream(
     return _ClipUpstream.apply(y, clip, norms, clipped.finite, *inputs)
 
 
-def factors(
-    bound: Tensor, finite: Tensor, limit: Tensor, dtype: torch.dtype, *, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """Return what each example's gradient is to be multiplied by, and which are to be kept at all.
+class Factors(NamedTuple):
+    """What the examples' gradients are to be multiplied by.
 
-    Guarantee: ``factor * bound <= limit``, with room for the rounding of gradients of ``dtype``.
+    Attributes:
+        factor: ``[B]``, of the gradients' dtype; 0 where nothing is kept.
+        keep: ``[B]`` bool; where false, the gradient may not be finite and is to be replaced.
+    """
+
+    factor: Tensor
+    keep: Tensor
+
+
+def clip_factors(
+    bound: Tensor,
+    finite: Tensor,
+    limit: Tensor,
+    dtype: torch.dtype,
+    *,
+    examples: int = 1,
+    normalize: bool = False,
+) -> Factors:
+    """Return what brings each example's gradient, times ``examples``, within ``limit``.
+
+    Guarantee: ``factor * examples * bound <= limit``, with room for the rounding of gradients of
+    ``dtype``; an example's factor depends on ``examples`` by rounding alone.
 
     Args:
-        bound: ``[B]``, on the norms of the examples' gradients.
+        bound: ``[B]``, on the norms of the gradients at hand.
         finite: ``[B]`` bool, which examples' inputs are finite.
         limit: a scalar tensor.
         dtype: of the gradients.
+        examples: by what a mean loss has divided the gradients at hand.
         normalize: scale up, too.
     """
-    factor = limit * (1 - rounding_margin(dtype, bound.device)) / bound
+    part = (1 - rounding_margin(dtype, bound.device)) / max(examples, 1)
+    # As a number where that is possible: a scalar tensor costs a kernel for each operation.
+    factor = (limit if torch.compiler.is_compiling() else limit.item()) * part / bound
     if not normalize:
         factor = factor.clamp(max=1)
-    keep = finite & bound.isfinite()
-    return torch.where(keep, factor, 0.0).to(dtype), keep
+    # Squares overflow above this at the latest: a threshold that is the same for every `examples`.
+    largest = torch.finfo(bound.dtype).max ** 0.5 / (16 * max(examples, 1))
+    keep = finite & (bound < largest)
+    return Factors(torch.where(keep, factor, 0.0).to(dtype), keep)
 
 
 class _Clip(NamedTuple):
@@ -157,13 +181,16 @@ class _ClipUpstream(torch.autograd.Function):
         norms, finite, *inputs = ctx.saved_tensors
         clip: _Clip = ctx.clip
         g = g.movedim(clip.batch_axis, 0)
-        if clip.mean:
-            # Before anything is measured: what is too small or too large to be measured must not
-            # depend on the size of the batch.
-            g = g * g.shape[0]
+        examples = g.shape[0] if clip.mean else 1
+        if clip.normalize:
+            # Scaling up turns what underflow took into something; it must take the same whatever
+            # the size of the batch.
+            g, examples = g * examples, 1
         bound = clip.rule.bound(clip.kind, g, tuple(inputs), norms, clip.max_norm)
-        factor, keep = factors(bound, finite, clip.limit, g.dtype, normalize=clip.normalize)
-        clipped = zero_rows(g * per_row(factor, g), keep)
+        factor, keep = clip_factors(
+            bound, finite, clip.limit, g.dtype, examples=examples, normalize=clip.normalize
+        )
+        clipped = zero_rows(g * per_row(factor * examples, g), keep)
         unused = [None] * (3 + len(inputs))
         return clipped.movedim(0, clip.batch_axis), *unused
 

@@ -37,6 +37,11 @@ def test_input_clipping_is_the_same_in_training_and_evaluation() -> None:
     assert not torch.equal(outputs(mlp()), training)
 
 
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Return whether two outputs are the same: one scales what the other makes of scaled inputs."""
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "export",
     [
@@ -55,8 +60,8 @@ def test_input_clipping_survives_export_until_it_is_taken_away(
     trained = outputs(private.model)
     exported = export(private)
     assert exported is plain
-    assert torch.equal(outputs(exported), trained)
-    assert torch.equal(outputs(exported, grad=True), trained)
+    assert alike(outputs(exported), trained)
+    assert alike(outputs(exported, grad=True), trained)
     for p in exported.parameters():
         assert not vars(p).keys() & {"grad_sample", "summed_grad"}
     assert unclip_inputs(exported) is exported
@@ -71,13 +76,13 @@ def test_freezing_before_export_keeps_input_clipping(layers: str) -> None:
     private = make_private(model)
     trained = outputs(private.model)
     (model if layers == "all" else model[0]).requires_grad_(False)
-    assert torch.equal(outputs(private.handle.to_standard_module()), trained)
+    assert alike(outputs(private.handle.to_standard_module()), trained)
 
 
 def test_export_keeps_input_clipping_of_layers_called_by_keyword() -> None:
     private = make_private(ByKeyword())
     trained = outputs(private.model)
-    assert torch.equal(outputs(private.handle.to_standard_module()), trained)
+    assert alike(outputs(private.handle.to_standard_module()), trained)
 
 
 def test_a_model_without_input_clipping_exports_as_it_was() -> None:
@@ -88,12 +93,12 @@ def test_a_model_without_input_clipping_exports_as_it_was() -> None:
 def test_clip_inputs_equals_what_private_training_does() -> None:
     private = make_private(mlp(), backprop=BackpropClipping(max_input_norm=0.5))
     alone = clip_inputs(clip_inputs(mlp(), 2.0), 0.5)
-    assert torch.equal(outputs(alone), outputs(private.model))
+    assert alike(outputs(alone), outputs(private.model))
     with pytest.raises(
         ValueError, match=r"^Expected max_input_norm=0 to be a finite number > 0\.$"
     ):
         clip_inputs(alone, 0)
-    assert torch.equal(outputs(alone), outputs(private.model))
+    assert alike(outputs(alone), outputs(private.model))
     assert torch.equal(outputs(unclip_inputs(alone)), outputs(mlp()))
 
 

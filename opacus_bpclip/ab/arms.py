@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,16 +63,3 @@ def prepare(
         **options,
     )
     return Arm(private_model, optimizer, private_loader, engine)
-
-
-@contextmanager
-def known_warnings_silenced() -> Iterator[None]:
-    """Keep quiet what Opacus says of every run, and nothing else."""
-    with warnings.catch_warnings():
-        # A comparison measures on public data and protects nobody; its noise is seeded on purpose.
-        warnings.filterwarnings("ignore", message="Secure RNG turned off", category=UserWarning)
-        # Opacus attaches its hooks to every layer, and the first one's input is data.
-        warnings.filterwarnings(
-            "ignore", message="Full backward hook is firing", category=UserWarning
-        )
-        yield

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from opacus_bpclip.ab.errors import JobError
 from opacus_bpclip.ab.settings import (
     ACCOUNTANTS,
     ARMS,
@@ -19,6 +18,8 @@ from opacus_bpclip.ab.settings import (
     settings_for,
 )
 from opacus_bpclip.config import Allocation, Bound, Upstream
+from opacus_bpclip.jobs.arguments import StoreTuple
+from opacus_bpclip.jobs.errors import JobError
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -103,7 +104,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="ARM",
         type=str,
-        action=_Tuple,
+        action=StoreTuple,
         help=f"{_one_of(ARMS)} (default: all)",
     )
     group.add_argument(
@@ -111,7 +112,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="N",
         type=int,
-        action=_Tuple,
+        action=StoreTuple,
         help="one run each (default: 0 1 2)",
     )
 
@@ -189,20 +190,6 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="show no progress bars on stderr",
     )
-
-
-class _Tuple(argparse.Action):
-    """Store the values as a tuple: settings are immutable."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        """Store the values."""
-        setattr(namespace, self.dest, tuple(values))
 
 
 def _number_or_none(text: str) -> float | None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip.ab.errors import UsageError
-from opacus_bpclip.ab.extras import require
+from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.extras import require
 
 
 @dataclass(frozen=True)

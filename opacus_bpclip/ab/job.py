@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,13 +11,14 @@ from torch.utils.data import DataLoader
 from opacus_bpclip.ab import record as records
 from opacus_bpclip.ab.child import train_arm_in_child
 from opacus_bpclip.ab.data import Data, load
-from opacus_bpclip.ab.errors import UsageError
-from opacus_bpclip.ab.extras import require
 from opacus_bpclip.ab.models import build, count_parameters
 from opacus_bpclip.ab.privacy import epsilon_spent, noise_multiplier_for
 from opacus_bpclip.ab.record import Record
 from opacus_bpclip.ab.results import ArmResult, Plan
 from opacus_bpclip.ab.settings import Output, Settings
+from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.extras import require
+from opacus_bpclip.jobs.files import check_plot_format, check_writable
 
 
 class ArmTrainer(Protocol):
@@ -106,32 +104,10 @@ def check(settings: Settings, output: Output) -> None:
         raise UsageError("--resume needs --json FILE, the file to continue from")
     if output.plot:
         require("matplotlib", "a plot (or else --plot none)")
-        _check_plot_format(output.plot)
-        _check_writable("--plot", output.plot)
+        check_plot_format(output.plot)
+        check_writable("--plot", output.plot)
     if output.json:
-        _check_writable("--json", output.json)
-
-
-def _check_plot_format(path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    known: Callable[[], dict[str, str]] = FigureCanvasAgg.get_supported_filetypes
-    if path.suffix.lower().lstrip(".") not in known():
-        raise UsageError(f"--plot {path}: name a file that ends in .png, .pdf or .svg")
-
-
-def _check_writable(option: str, path: Path) -> None:
-    """Try it: permissions alone do not tell of full disks, read-only mounts and folders."""
-    existed = path.exists()
-    try:
-        with path.open("a"):
-            pass
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise UsageError(f"{option} {path} cannot be written: {error.strerror}") from error
-    if (path.is_file() or not existed) and not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{option} {path} cannot be written: its folder is read-only")
+        check_writable("--json", output.json)
 
 
 def _keep(record: Record, output: Output) -> None:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier
 
-from opacus_bpclip.ab.errors import UsageError
 from opacus_bpclip.ab.settings import Settings
+from opacus_bpclip.jobs.errors import UsageError
 
 
 def noise_multiplier_for(settings: Settings, sample_rate: float, steps: int) -> float:

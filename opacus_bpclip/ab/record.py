@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opacus_bpclip.ab.errors import UsageError
 from opacus_bpclip.ab.results import ArmResult, Plan, arm_from_dict
 from opacus_bpclip.ab.settings import Settings
+from opacus_bpclip.jobs.environment import versions
+from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.files import write_whole
 
 FORMAT = 1
 _PACKAGES = ("torch", "opacus", "opacus-bpclip", "numpy", "torchvision", "scikit-learn")
@@ -52,7 +52,7 @@ class Record:
             "complete": self.is_complete,
             "settings": asdict(self.settings),
             "plan": asdict(self.plan),
-            "versions": versions(),
+            "versions": versions(*_PACKAGES),
             "platform": platform.platform(),
             "arms": {
                 result.arm: {**result.as_dict(), **(public if result.epsilon is None else private)}
@@ -61,26 +61,9 @@ class Record:
         }
 
 
-def versions() -> dict[str, str | None]:
-    """Return the versions that decide the results; None for a package that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package.replace("-", "_")] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package.replace("-", "_")] = None
-    return found
-
-
 def write(record: Record, path: Path) -> None:
     """Write a record to a file, whole or not at all where the file is an ordinary one."""
-    text = json.dumps(record.as_dict(), indent=2, allow_nan=False) + "\n"
-    if path.exists() and not path.is_file():
-        path.write_text(text)
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    write_whole(path, json.dumps(record.as_dict(), indent=2, allow_nan=False) + "\n")
 
 
 def resumed(record: Record, path: Path) -> Record:

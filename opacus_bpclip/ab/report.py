@@ -6,6 +6,7 @@ from opacus_bpclip.ab.record import Record
 from opacus_bpclip.ab.results import ArmResult
 from opacus_bpclip.ab.settings import Settings
 from opacus_bpclip.ab.training import WARM_UP_STEPS
+from opacus_bpclip.jobs.tables import aligned
 
 _NOTES = f"""\
 accuracy: on the test set after the last epoch, mean over seeds; range: smallest to largest seed.
@@ -16,7 +17,7 @@ peak memory: largest growth during training steps over what was held just before
 def render(record: Record) -> str:
     """Return the settings in short, a table with a line for each finished arm, and its legend."""
     rows = [_header()] + [_row(record, result) for result in _in_order(record)]
-    return f"{heading(record)}\n\n{_aligned(rows)}\n\n{_NOTES}"
+    return f"{heading(record)}\n\n{aligned(rows)}\n\n{_NOTES}"
 
 
 def heading(record: Record) -> str:
@@ -72,16 +73,6 @@ def _row(record: Record, result: ArmResult) -> list[str]:
         f"{1e3 * result.seconds_per_step:.2f} ms",
         "unknown" if peak is None else f"{peak / 2**20:.1f} MiB",
     ]
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    """Return rows with the first column set left and the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
 
 
 def _input_norm(settings: Settings) -> str:

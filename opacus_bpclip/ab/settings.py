@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from opacus_bpclip.ab.errors import UsageError
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound, Upstream
+from opacus_bpclip.jobs.errors import UsageError
 
 NON_PRIVATE = "non-private"
 FLAT = "flat"

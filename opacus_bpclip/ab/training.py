@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_bpclip.ab.arms import Arm, known_warnings_silenced, prepare
+from opacus_bpclip.ab.arms import Arm, prepare
 from opacus_bpclip.ab.data import Data
-from opacus_bpclip.ab.errors import ArmError
-from opacus_bpclip.ab.memory import PeakMemory
 from opacus_bpclip.ab.models import build
 from opacus_bpclip.ab.privacy import domain_warning_silenced
 from opacus_bpclip.ab.results import ArmResult, EpochResult, Plan, SeedResult, finite_or_none
 from opacus_bpclip.ab.settings import Settings
+from opacus_bpclip.jobs.errors import ArmError
+from opacus_bpclip.jobs.memory import PeakMemory
+from opacus_bpclip.jobs.quiet import known_warnings_silenced
 
 # The first steps of a run allocate, compile and page in; they are not what a step costs.
 WARM_UP_STEPS = 5

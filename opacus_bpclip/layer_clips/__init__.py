@@ -4,18 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.coverage import Layer
 from opacus_bpclip.guard import GradientGuard
+from opacus_bpclip.layer_clips.affine import AffineClip
 from opacus_bpclip.layer_clips.base import Clip, Settings
+from opacus_bpclip.layer_clips.fused import FusedClip
+from opacus_bpclip.layer_clips.node import NodeClip
 from opacus_bpclip.layer_clips.parameters import ParameterClip
 from opacus_bpclip.layer_clips.recurrent import RecurrentClip
 from opacus_bpclip.layer_clips.single import SingleClip
-from opacus_bpclip.rules import BroadcastRule
+from opacus_bpclip.rules import (
+    BroadcastRule,
+    ConvRule,
+    FusedRule,
+    GroupNormRule,
+    LayerNormRule,
+    LinearRule,
+    RMSNormRule,
+    Rule,
+)
 
 __all__ = ["layer_clips"]
+
+# By the rule's very class, since one that inherits may describe another layer; and only where the
+# layer's forward is the one that the closed form belongs to.
+_NODES: dict[type[Rule], tuple[type[NodeClip], tuple[type[nn.Module], ...]]] = {
+    LinearRule: (FusedClip, (nn.Linear,)),
+    ConvRule: (FusedClip, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    LayerNormRule: (AffineClip, (nn.LayerNorm,)),
+    RMSNormRule: (AffineClip, (nn.RMSNorm,)),
+    GroupNormRule: (
+        AffineClip,
+        (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    ),
+}
 
 
 def layer_clips(
@@ -43,6 +68,16 @@ def layer_clips(
         elif isinstance(layer.rule, BroadcastRule):
             yield ParameterClip(layer, layer.rule, settings)
         else:
-            yield SingleClip(layer, settings)
+            yield (_node_clip(layer) or SingleClip)(layer, settings)
     for own in networks.values():
         yield RecurrentClip(own, settings)
+
+
+def _node_clip(layer: Layer) -> type[NodeClip] | None:
+    """Return what clips the layer if its gradient is known in closed form."""
+    clip, kinds = _NODES.get(type(layer.rule), (None, ()))
+    if not any(type(layer.module).forward is kind.forward for kind in kinds):
+        return None
+    if isinstance(layer.rule, FusedRule) and not layer.rule.is_closed():
+        return None
+    return clip

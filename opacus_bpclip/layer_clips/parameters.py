@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from opacus_bpclip.calls import Args, Kwargs
 from opacus_bpclip.coverage import Layer
 from opacus_bpclip.layer_clips.base import Clip, Settings
-from opacus_bpclip.ops import factors
+from opacus_bpclip.ops import clip_factors
 from opacus_bpclip.rules import BroadcastRule
 from opacus_bpclip.rules.base import per_row, zero_rows
 
@@ -97,7 +97,7 @@ class _Copies(torch.autograd.Function):
         bound = clip.rule.bound(clip.config.bound, joint, (), None, None)
         finite = torch.ones_like(bound, dtype=torch.bool)
         normalize = clip.config.upstream == "normalize"
-        factor, keep = factors(bound, finite, clip.limit, joint.dtype, normalize=normalize)
+        factor, keep = clip_factors(bound, finite, clip.limit, joint.dtype, normalize=normalize)
         sums = [
             zero_rows(g * per_row(factor, g), keep).sum(dim=0).view(shape)
             for g, shape in zip(gradients, ctx.shapes, strict=True)

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from opacus_bpclip.calls import Args, Kwargs
 from opacus_bpclip.coverage import Layer
 from opacus_bpclip.layer_clips.base import Clip, Settings
-from opacus_bpclip.ops import clip_input, factors, scale_input
+from opacus_bpclip.ops import clip_factors, clip_input, scale_input
 from opacus_bpclip.recurrence import aligns_rows, is_packed
 from opacus_bpclip.rules import Prepared
 from opacus_bpclip.rules.base import per_row, zero_rows
@@ -170,7 +170,7 @@ class _Sequence:
         rule, config = self.layer.rule, self.config
         bound = rule.bound(config.bound, g, (x,), norms, config.max_input_norm)
         normalize = config.upstream == "normalize"
-        factor, keep = factors(bound, finite, self.limit, g.dtype, normalize=normalize)
+        factor, keep = clip_factors(bound, finite, self.limit, g.dtype, normalize=normalize)
         g = zero_rows(g * per_row(factor, g), keep).flatten(0, 1)
         x = zero_rows(x, keep).flatten(0, 1)
         return (g.T @ x if rule.weight else None, g.sum(dim=0) if rule.bias else None)

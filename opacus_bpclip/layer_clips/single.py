@@ -71,11 +71,7 @@ class SingleClip(Clip):
         if not torch.compiler.is_compiling():
             used = self.layer.arguments.passed(args, kwargs)
             self.guard.check_inputs(self.layer, passed, self.versions, used)
-            if next(iter(module._forward_hooks)) != self.key:
-                self.guard.fail(
-                    f"Another forward hook of {self.layer.name} was put before the one that clips "
-                    "its upstream gradient. Register it without prepend=True."
-                )
+            self.guard.require_first_hook(self.layer, self.key)
             if self.followed:
                 self.guard.follow(self.layer, y, used)
         return clip_upstream(

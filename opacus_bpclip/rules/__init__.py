@@ -4,6 +4,7 @@ from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
 from opacus_bpclip.rules.broadcast import BroadcastRule
 from opacus_bpclip.rules.conv import ConvRule
 from opacus_bpclip.rules.embedding import EmbeddingRule
+from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.linear import LinearRule
 from opacus_bpclip.rules.matrix import MatrixRule
 from opacus_bpclip.rules.normalization import (
@@ -20,6 +21,7 @@ __all__ = [
     "BroadcastRule",
     "ConvRule",
     "EmbeddingRule",
+    "FusedRule",
     "GroupNormRule",
     "Inputs",
     "Keep",

@@ -10,17 +10,19 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip import norms as bounds
 from opacus_bpclip.rules.base import per_row, trainable
-from opacus_bpclip.rules.matrix import MatrixRule, Measured
+from opacus_bpclip.rules.fused import FusedRule
+from opacus_bpclip.rules.matrix import Measured
 
 
 @dataclass(frozen=True)
-class ConvRule(MatrixRule):
+class ConvRule(FusedRule):
     """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``: input ``[B, R * D', *spatial]``."""
 
     methods: ClassVar[tuple[str, ...]] = ("forward", "_conv_forward")
@@ -55,18 +57,24 @@ class ConvRule(MatrixRule):
         return dims, dims
 
     def measure(self, x: Tensor) -> Measured:
-        """Measure each patch by a box filter over the squared norms of the pixels."""
+        """Measure each patch by a box filter over the squared norms of the pixels.
+
+        Along each axis the filter is a product with a matrix of zeros and ones.
+        """
         dtype = bounds.norm_dtype(x.dtype)
-        channels = x.unflatten(1, (self.groups, self.group_channels))
-        pixels = channels.to(dtype).square().sum(dim=2)
-        finite = pixels.isfinite().flatten(1).all(dim=1)
-        squared = self._pad(pixels)
-        for axis, (size, stride, dilation) in enumerate(
-            zip(self.kernel, self.stride, self.dilation, strict=True)
-        ):
-            # A sum over windows, not a convolution with ones: that one may run in lower precision.
-            windows = squared.unfold(2 + axis, dilation * (size - 1) + 1, stride)
-            squared = windows[..., ::dilation].sum(dim=-1)
+        channels = x.unflatten(1, (self.groups, self.group_channels)).to(dtype)
+        squared = channels.square()
+        squared = squared[:, :, 0] if self.group_channels == 1 else squared.sum(dim=2)
+        finite = squared.flatten(1).sum(dim=1).isfinite()
+        # Zeros around the input add nothing to a norm; any other padding is a part of the input.
+        zeros = self.padding_mode == "constant"
+        squared = squared if zeros else self._pad(squared)
+        for axis in range(len(self.kernel)):
+            pair = 2 * (len(self.kernel) - 1 - axis)
+            before, after = self.padding[pair : pair + 2] if zeros else (0, 0)
+            windows = self._windows(axis, squared.shape[2] + before + after, before, squared)
+            # The next axis takes the place of the one that is added up.
+            squared = torch.tensordot(squared, windows, dims=([2], [0]))
         norms = squared.sqrt().flatten(2)
         return Measured(norms + 2 * bounds.underflow(self.column_size(), dtype), finite)
 
@@ -100,6 +108,59 @@ class ConvRule(MatrixRule):
     def column_size(self) -> int:
         """Return the number of inputs of one patch of one group."""
         return self.group_channels * math.prod(self.kernel)
+
+    def is_closed(self) -> bool:
+        """Return whether the kernel pads by itself: with zeros, alike on both sides of an axis."""
+        return self.padding_mode == "constant" and self.padding[::2] == self.padding[1::2]
+
+    def over_output(self, factor: Tensor, y: Tensor) -> Tensor:
+        """Give each example its factor."""
+        return per_row(factor, y)
+
+    def with_bias(self, y: Tensor, by: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
+        """Return ``s y + (1 - s) b``; one kernel for both is slower on a small bias."""
+        shift = (1 - by) * bias.view(-1, *(1,) * len(self.kernel))
+        return torch.mul(y, by, out=out).add_(shift)
+
+    def gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, multiplier: int, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Convolve ``g`` with weight and input."""
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            g,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding[::-2],
+            self.dilation,
+            False,
+            (0,) * len(self.kernel),
+            self.groups,
+            (*wanted, False),
+        )
+        return dx, dw * multiplier if wanted[1] else None
+
+    def bias_gradients(self, g: Tensor) -> Tensor:
+        """Add up the positions."""
+        return g.flatten(2).sum(dim=2)
+
+    def _windows(self, axis: int, padded: int, before: int, like: Tensor) -> Tensor:
+        """Return ``[size, positions]``: 1 where a window along the axis covers an entry, else 0.
+
+        Args:
+            axis: of the kernel.
+            padded: the input's size along it, padding included.
+            before: how much of that is padding at its start.
+            like: the input, with that axis third.
+        """
+        stride, dilation = self.stride[axis], self.dilation[axis]
+        reach = self.kernel[axis] * dilation
+        positions = (padded - reach + dilation - 1) // stride + 1
+        starts = torch.arange(positions, device=like.device) * stride - before
+        offset = torch.arange(like.shape[2], device=like.device)[:, None] - starts
+        inside = (offset >= 0) & (offset < reach) & (offset % dilation == 0)
+        return inside.to(like.dtype)
 
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, self.padding, mode=self.padding_mode) if any(self.padding) else x

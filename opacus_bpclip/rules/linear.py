@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip import norms as bounds
-from opacus_bpclip.rules.base import trainable
-from opacus_bpclip.rules.matrix import MatrixRule, Measured
+from opacus_bpclip.rules.base import per_row, trainable
+from opacus_bpclip.rules.fused import FusedRule
+from opacus_bpclip.rules.matrix import Measured
 
 
 @dataclass(frozen=True)
-class LinearRule(MatrixRule):
+class LinearRule(FusedRule):
     """``nn.Linear``: input ``[B, *, D]``, output ``[B, *, C]``, one group."""
 
     in_features: int
@@ -44,7 +45,7 @@ class LinearRule(MatrixRule):
         norms = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
         norms = norms + bounds.underflow(self.in_features, dtype)
         norms = norms.reshape(x.shape[0], 1, x.shape[1:-1].numel())
-        return Measured(norms, norms.isfinite().all(dim=2)[:, 0])
+        return Measured(norms, norms.sum(dim=(1, 2)).isfinite())
 
     def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
         """Clip each position by its own norm."""
@@ -66,3 +67,28 @@ class LinearRule(MatrixRule):
     def column_size(self) -> int:
         """Return the number of input features."""
         return self.in_features
+
+    def over_output(self, factor: Tensor, y: Tensor) -> Tensor:
+        """Give each position its factor, or each example."""
+        return factor.view(*y.shape[:-1], 1) if factor.shape[2] > 1 else per_row(factor, y)
+
+    def with_bias(self, y: Tensor, by: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
+        """Return ``b + s (y - b)``."""
+        return torch.lerp(bias, y, by, out=out)
+
+    def gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, multiplier: int, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Multiply ``g`` with weight and input."""
+        rows, columns = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = (rows @ weight).view(x.shape) if wanted[0] else None
+        dw = None
+        if wanted[1]:
+            # The product's own factor: the gradient may be larger than the activations.
+            nothing = rows.new_empty(()).expand(weight.shape)
+            dw = torch.addmm(nothing, rows.T, columns, beta=0, alpha=multiplier)
+        return dx, dw
+
+    def bias_gradients(self, g: Tensor) -> Tensor:
+        """Add up the positions."""
+        return g if g.dim() == 2 else g.flatten(1, -2).sum(dim=1)

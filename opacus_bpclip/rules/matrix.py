@@ -80,21 +80,52 @@ class MatrixRule(Rule):
         max_norm: float | None,
     ) -> Tensor:
         """Return the bound of this kind. Source: design section 3, proofs in docs/guarantee.md."""
+        if kind != "exact":
+            return self.cheap_bound(kind, g, input_norms, max_norm)
+        (x,) = inputs
+        assert x is not None
+        assert input_norms is not None
+        columns = norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
+        return self.exact_bound(self.upstream(g), x, columns)
+
+    def cheap_bound(
+        self,
+        kind: str,
+        g: Tensor,
+        input_norms: Tensor | None,
+        max_norm: float | None,
+        room: Tensor | None = None,
+    ) -> Tensor:
+        """Return the product or the weighted bound, for which norms are enough.
+
+        Args:
+            kind: as for `bound`.
+            g: as for `bound`.
+            input_norms: as for `bound`.
+            max_norm: as for `bound`.
+            room: as ``g``, overwritten; saves fresh memory.
+        """
         upstream = self.upstream(g)
+        room = room if room is None else self.upstream(room)
         if kind == "product":
             assert max_norm is not None
             largest = norms.max_column_norm(max_norm, weight=self.weight, bias=self.bias)
-            return norms.product_bound(upstream, largest)
+            return norms.product_bound(upstream, largest, room)
         assert input_norms is not None
         columns = norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
-        if kind == "weighted":
-            return norms.weighted_bound(upstream, columns)
-        (x,) = inputs
-        assert x is not None
-        return self.exact_bound(upstream, x, columns)
+        return norms.weighted_bound(upstream, columns, room)
 
-    def exact_bound(self, upstream: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-        """Return the norm itself, a chunk of examples at a time."""
+    def exact_bound(
+        self, upstream: Tensor, x: Tensor, columns: Tensor, factor: Tensor | None = None
+    ) -> Tensor:
+        """Return the norm itself, a chunk of examples at a time.
+
+        Args:
+            upstream: ``[B, R, C, P]``.
+            x: the input, ``[B, ...]``.
+            columns: the norms of its columns, scaled and with the bias's entry.
+            factor: from `clip_factor`, by which ``x`` is still to be scaled; ``None`` for 1.
+        """
         batch, groups, channels, positions = upstream.shape
         dtype = columns.dtype
         # Both sides at unit norm: no square over- or underflows, and x is smaller than its columns.
@@ -106,11 +137,14 @@ class MatrixRule(Rule):
         bounds = []
         for start in range(0, max(batch, 1), chunk):
             rows = slice(start, start + chunk)
-            one = u_norm[rows].reciprocal()
+            part, one = x[rows], u_norm[rows].reciprocal()
+            scale = per_row(one, x)
+            if factor is not None:
+                scale = scale * self.spread(factor[rows], part)
             bounds.append(
                 norms.exact_bound(
                     upstream[rows] / per_row(g_norm[rows], upstream),
-                    self.columns(x[rows] * per_row(one, x)),
+                    self.columns(part * scale),
                     columns[rows] * per_row(one, columns),
                     one if self.bias else None,
                     weight=self.weight,

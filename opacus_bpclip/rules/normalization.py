@@ -37,6 +37,19 @@ class AffineRule(Rule):
         """Return the input normalised as the layer does, without its affine map."""
 
     @abstractmethod
+    def backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the normalised input, and the input's gradient, by the layer's own kernels.
+
+        Args:
+            g: upstream gradient, of the input's shape.
+            x: the input.
+            weight: the layer's.
+            wanted: whether the input's gradient is needed.
+        """
+
+    @abstractmethod
     def centred(self, x: Tensor) -> Tensor:
         """Return the input less its means, which the layer is invariant to."""
 
@@ -63,6 +76,27 @@ class AffineRule(Rule):
         # Beyond this the layer's sum of squares may overflow. Comparing with nan gives False.
         finite = largest < math.sqrt(torch.finfo(x.dtype).max / (4 * max(flat.shape[1], 1)))
         return Prepared((centred,), None, finite)
+
+    def gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the input's gradient, and each example's own gradient, ``[B, K]``.
+
+        ``dgamma_c = sum_p g_cp n_cp`` and ``dbeta_c = sum_p g_cp``, one after the other.
+
+        Args:
+            g: upstream gradient, of the input's shape.
+            x: the input.
+            weight: the layer's.
+            wanted: whether the input's gradient is needed, the weight's, the bias's.
+        """
+        normalized, dx = self.backward(g, x, weight, wanted=wanted[0])
+        parts = []
+        if wanted[1]:
+            parts.append(self.channels_first(normalized.mul_(g)).sum(dim=2))
+        if wanted[2]:
+            parts.append(self.channels_first(g).sum(dim=2))
+        return dx, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def keeps(self, kind: str) -> Keep:
         """Keep the input, as the layer does, but for the product bound."""
@@ -128,6 +162,20 @@ class LayerNormRule(AffineRule):
         assert self.eps is not None
         return F.layer_norm(x, self.shape, eps=self.eps)
 
+    def backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Normalise over the last axes, and back."""
+        normalized, mean, rstd = torch.ops.aten.native_layer_norm(
+            x, self.shape, None, None, self.eps
+        )
+        if not wanted:
+            return normalized, None
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+            g, x, self.shape, mean, rstd, weight, None, (True, False, False)
+        )
+        return normalized, dx
+
     def centred(self, x: Tensor) -> Tensor:
         """Take the mean over the last axes away."""
         return x - x.mean(dim=self._axes(), keepdim=True)
@@ -153,6 +201,18 @@ class RMSNormRule(LayerNormRule):
     def normalized(self, x: Tensor) -> Tensor:
         """Divide by the root mean square over the last axes."""
         return F.rms_norm(x, self.shape, eps=self.eps)
+
+    def backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Divide by the root mean square, and back."""
+        normalized, rstd = torch.ops.aten._fused_rms_norm(x, self.shape, None, self.eps)
+        if not wanted:
+            return normalized, None
+        dx, _ = torch.ops.aten._fused_rms_norm_backward(
+            g, x, self.shape, rstd, weight, (True, False)
+        )
+        return normalized, dx
 
     def centred(self, x: Tensor) -> Tensor:
         """Return the input: no mean is involved."""
@@ -220,6 +280,20 @@ class GroupNormRule(AffineRule):
         """Normalise over each group."""
         assert self.eps is not None
         return F.group_norm(x, self.groups, eps=self.eps)
+
+    def backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Normalise over each group, and back."""
+        x, g = x.contiguous(), g.contiguous()
+        sizes = (x.shape[0], self.channels, x.shape[2:].numel(), self.groups)
+        normalized, mean, rstd = torch.ops.aten.native_group_norm(x, None, None, *sizes, self.eps)
+        if not wanted:
+            return normalized, None
+        dx, _, _ = torch.ops.aten.native_group_norm_backward(
+            g, x, mean, rstd, weight, *sizes, (True, False, False)
+        )
+        return normalized, dx
 
     def centred(self, x: Tensor) -> Tensor:
         """Take the mean over each group away."""

@@ -10,9 +10,9 @@ import pytest
 
 import opacus_bpclip
 from opacus_bpclip.ab import command, job
-from opacus_bpclip.ab.errors import UsageError
 from opacus_bpclip.ab.settings import ARMS, Output, settings_for
 from opacus_bpclip.cli import build_parser, main
+from opacus_bpclip.jobs.errors import UsageError
 
 
 def parsed(*options):
@@ -199,7 +199,7 @@ def test_cuda_without_a_gpu(capsys, monkeypatch):
     ],
 )
 def test_missing_extra(package, output, text, monkeypatch):
-    monkeypatch.setattr("opacus_bpclip.ab.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("opacus_bpclip.jobs.extras.find_spec", lambda name: None)
     with pytest.raises(UsageError) as caught:
         job.check(settings_for(), output)
     assert str(caught.value) == (f'{text}, which is not installed: pip install "opacus-bpclip[ab]"')

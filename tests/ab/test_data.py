@@ -10,8 +10,9 @@ import pytest
 import torch
 import torchvision
 
-from opacus_bpclip.ab import data, extras
-from opacus_bpclip.ab.errors import UsageError
+from opacus_bpclip.ab import data
+from opacus_bpclip.jobs import extras
+from opacus_bpclip.jobs.errors import UsageError
 
 
 def write_idx(path, array):

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from opacus_bpclip.ab import job, record
-from opacus_bpclip.ab.errors import ArmError, UsageError
 from opacus_bpclip.ab.plot import draw
 from opacus_bpclip.ab.record import Record
 from opacus_bpclip.ab.report import render
 from opacus_bpclip.ab.results import ArmResult, EpochResult, Plan, SeedResult, arm_from_dict
 from opacus_bpclip.ab.settings import ARMS, NON_PRIVATE, Output, settings_for
+from opacus_bpclip.jobs.errors import ArmError, UsageError
 
 SETTINGS = settings_for(epochs=2, seeds=(0, 1), threads=1)
 PLAN = Plan(

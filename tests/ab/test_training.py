@@ -10,14 +10,15 @@ from opacus.accountants import PRVAccountant
 from torch.utils.data import TensorDataset
 
 from opacus_bpclip.ab import child, job, training
-from opacus_bpclip.ab.arms import known_warnings_silenced
 from opacus_bpclip.ab.data import Data, load
-from opacus_bpclip.ab.errors import ArmError
-from opacus_bpclip.ab.memory import PeakMemory
 from opacus_bpclip.ab.privacy import domain_warning_silenced
 from opacus_bpclip.ab.results import Plan
 from opacus_bpclip.ab.settings import ARMS, NON_PRIVATE, Output, settings_for
 from opacus_bpclip.cli import main
+from opacus_bpclip.jobs import child as processes
+from opacus_bpclip.jobs.errors import ArmError
+from opacus_bpclip.jobs.memory import PeakMemory
+from opacus_bpclip.jobs.quiet import known_warnings_silenced
 
 SETTINGS = settings_for(epochs=1, epsilon=1.0, seeds=(0,), threads=1)
 
@@ -198,8 +199,8 @@ class InThisProcess:
 
 
 def test_failing_child_is_one_message(plan, monkeypatch):
-    monkeypatch.setattr(child.signal, "signal", lambda *args: None)
-    monkeypatch.setattr(child.multiprocessing, "get_context", lambda kind: InThisProcess())
+    monkeypatch.setattr(processes.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: InThisProcess())
     with pytest.raises(ArmError) as caught:
         child.train_arm_in_child("flat", SETTINGS, replace(plan, epsilons=()))
     assert str(caught.value).startswith(
@@ -208,7 +209,7 @@ def test_failing_child_is_one_message(plan, monkeypatch):
 
 
 def test_dead_child_is_one_message(plan, monkeypatch):
-    monkeypatch.setattr(child.multiprocessing, "get_context", lambda kind: InThisProcess(-9))
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: InThisProcess(-9))
     with pytest.raises(ArmError) as caught:
         child.train_arm_in_child("flat", SETTINGS, plan)
     assert str(caught.value) == (
@@ -217,7 +218,7 @@ def test_dead_child_is_one_message(plan, monkeypatch):
 
 
 def test_arm_errors_are_quoted_whole():
-    assert child._in_one_line(ArmError("as it\nis")) == "as it is"
+    assert processes.in_one_line(ArmError("as it\nis")) == "as it is"
 
 
 @pytest.mark.parametrize(
@@ -229,4 +230,4 @@ def test_arm_errors_are_quoted_whole():
     ],
 )
 def test_how_a_child_died(exitcode, text):
-    assert child._how_it_died(exitcode) == text
+    assert processes._how_it_died(exitcode) == text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from opacus_bpclip.ab.errors import UsageError
+from opacus_bpclip.jobs.errors import UsageError
 
 
 def require(module: str, purpose: str) -> None:

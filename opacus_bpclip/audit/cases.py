@@ -1,0 +1,154 @@
+"""The built-in cases: one layer family each, and a net whose layers all saturate at once.
+
+Each has a worst case that enters before both clips: an input with one large entry, and an upstream
+gradient with one large entry that meets it. The layer's gradient is then one product of two single
+entries (and the bias's), of norm exactly Delta_l for every bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.audit.engine_target import EngineTrainer, linear_loss
+from opacus_bpclip.audit.settings import MAX_GRAD_NORM
+from opacus_bpclip.audit.target import Batch, Target, Trainer
+from opacus_bpclip.config import BackpropClipping
+
+Reduction = Literal["mean", "sum"]
+
+_LARGE = 1e4
+_ORDINARY = 2  # examples in the batch of the statistical checks
+_CROWD = 24  # examples in a crowd
+_CROWD_SCALES = tuple(2.0**power for power in range(-3, 7))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model and its worst case.
+
+    Args:
+        make_model: makes it.
+        inputs: shape of an example's input.
+        outputs: number of output entries of an example.
+        input_spikes: flat positions of the worst input's large entries.
+        output_spikes: flat positions of the worst upstream gradient's.
+        vocabulary: number of tokens, for inputs that are ids; the worst input repeats token 0.
+    """
+
+    make_model: Callable[[], nn.Module]
+    inputs: tuple[int, ...]
+    outputs: int
+    input_spikes: tuple[int, ...] = (0,)
+    output_spikes: tuple[int, ...] = (0,)
+    vocabulary: int | None = None
+
+    def target(
+        self,
+        name: str,
+        *,
+        loss_reduction: Reduction = "mean",
+        max_grad_norm: float = MAX_GRAD_NORM,
+        clipping: BackpropClipping | None = None,
+    ) -> Target:
+        """Return the case as something to audit, trained by the package's engine."""
+
+        def make(noise_multiplier: float) -> Trainer:
+            return EngineTrainer(
+                self.make_model(),
+                linear_loss(loss_reduction),
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=max_grad_norm,
+                loss_reduction=loss_reduction,
+                clipping=clipping,
+            )
+
+        x, g = self._spiked_input(), _spiked((self.outputs,), self.output_spikes)
+        everywhere = self._everywhere()
+        crowds = [
+            (
+                x.repeat(_CROWD, *(1,) * len(self.inputs)),
+                -g.repeat(_CROWD, 1) / _LARGE * scale * max_grad_norm,
+            )
+            for scale in _CROWD_SCALES
+        ]
+        return Target(
+            name=name,
+            make=make,
+            batches=(self._ordinary(), *crowds),
+            canaries=((x, g), (everywhere, torch.full_like(g, _LARGE)), (everywhere, g)),
+            attained=True,
+        )
+
+    def _spiked_input(self) -> Tensor:
+        if self.vocabulary is not None:
+            return torch.zeros(1, *self.inputs, dtype=torch.long)
+        return _spiked(self.inputs, self.input_spikes)
+
+    def _everywhere(self) -> Tensor:
+        """Return an input that is the same at every position, where all gradients add up."""
+        if self.vocabulary is not None:
+            return torch.zeros(1, *self.inputs, dtype=torch.long)
+        return torch.full((1, *self.inputs), _LARGE)
+
+    def _ordinary(self) -> Batch:
+        generator = torch.Generator().manual_seed(0)
+        shape = (_ORDINARY, *self.inputs)
+        g = torch.randn(_ORDINARY, self.outputs, generator=generator)
+        if self.vocabulary is not None:
+            return torch.randint(self.vocabulary, shape, generator=generator), g
+        return torch.randn(shape, generator=generator), g
+
+
+class Branches(nn.Module):
+    """Four layers side by side, each on its own part of the input and of the output.
+
+    Nothing that one branch's example does limits another branch, so that all can reach their
+    Delta_l on the same example.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+        self.second = nn.Linear(4, 3, bias=False)
+        self.norm = nn.LayerNorm(4)
+        self.conv = nn.Conv1d(1, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, 16]`` to ``[B, 14]``."""
+        first, second, norm, conv = x.split(4, dim=1)
+        outputs = self.first(first), self.second(second), self.norm(norm)
+        return torch.cat([*outputs, self.conv(conv.unsqueeze(1)).flatten(1)], dim=1)
+
+
+def _bias_alone() -> nn.Module:
+    layer = nn.Linear(4, 30)
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+# Each has at least 25 parameters, so that few steps draw enough noise to judge its law.
+CASES: Mapping[str, Case] = {
+    "linear": Case(lambda: nn.Linear(5, 5), (5,), 5),
+    "sequence-linear": Case(lambda: nn.Linear(5, 5), (3, 5), 15),
+    "conv": Case(
+        lambda: nn.Conv2d(1, 3, 3, padding=1), (1, 4, 4), 48, input_spikes=(5,), output_spikes=(5,)
+    ),
+    "embedding": Case(lambda: nn.Embedding(10, 3), (4,), 12, vocabulary=10),
+    "bias": Case(_bias_alone, (4,), 30),
+    "layer-norm": Case(lambda: nn.LayerNorm(15), (15,), 15),
+    "rms-norm": Case(lambda: nn.RMSNorm(25), (25,), 25),
+    "group-norm": Case(lambda: nn.GroupNorm(5, 15), (15, 2), 30),
+    "instance-norm": Case(lambda: nn.InstanceNorm1d(15, affine=True), (15, 3), 45),
+    "branches": Case(Branches, (16,), 14, input_spikes=(0, 4, 8, 13), output_spikes=(0, 3, 6, 10)),
+}
+
+
+def _spiked(shape: tuple[int, ...], positions: tuple[int, ...]) -> Tensor:
+    tensor = torch.zeros(1, *shape)
+    tensor.view(-1)[list(positions)] = _LARGE
+    return tensor

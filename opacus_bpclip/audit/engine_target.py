@@ -1,0 +1,111 @@
+"""The package's own engine and optimizer as something to audit, around any model and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from opacus_bpclip.audit.target import Batch, Trainer
+from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.engine import PrivacyEngine
+from opacus_bpclip.errors import PrivacyViolationError
+from opacus_bpclip.jobs.quiet import known_warnings_silenced
+
+Loss = Callable[..., Tensor]
+
+_EXPECTED_BATCH_SIZE = 4
+
+
+def linear_loss(reduction: str) -> Loss:
+    """Return a loss that hands its target to the model's outputs as their gradient.
+
+    No loss can do worse: the attacker chooses every upstream gradient, of any size.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"`` over the batch.
+    """
+
+    def loss(output: Tensor, upstream: Tensor) -> Tensor:
+        total = (output.flatten(1) * upstream.flatten(1)).sum()
+        return total / max(len(output), 1) if reduction == "mean" else total
+
+    return loss
+
+
+class EngineTrainer(Trainer):
+    """A model behind ``PrivacyEngine.make_private(clipping="backprop")``, as users train it.
+
+    The learning rate is not zero: every step moves the parameters.
+
+    Args:
+        model: called with a batch's first tensor.
+        loss: called with the model's output and the batch's other tensors.
+        noise_multiplier: of the noise.
+        max_grad_norm: joint L2 sensitivity.
+        loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
+        clipping: the options.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float = 1.0,
+        loss_reduction: str = "mean",
+        clipping: BackpropClipping | None = None,
+    ) -> None:
+        # One batch an epoch, so that the sampling rate is 1: the audit's worlds are not sampled.
+        data = TensorDataset(torch.zeros(_EXPECTED_BATCH_SIZE))
+        with known_warnings_silenced():
+            self._engine = PrivacyEngine()
+            self._model, self._optimizer, _ = self._engine.make_private(
+                module=model,
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+                data_loader=DataLoader(data, batch_size=_EXPECTED_BATCH_SIZE),
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=max_grad_norm,
+                loss_reduction=loss_reduction,
+                clipping="backprop",
+                backprop=clipping,
+            )
+        self._loss = loss
+        self._runs_empty = True
+        super().__init__(
+            self._optimizer.params,
+            noise_multiplier=noise_multiplier,
+            sensitivity=max_grad_norm,
+            divisor=_EXPECTED_BATCH_SIZE if loss_reduction == "mean" else 1.0,
+        )
+
+    def compute(self, batch: Batch) -> None:
+        """Run the model and the loss, forward and backward.
+
+        A few of torch's layers cannot run on an empty batch. There, as in users' training loops,
+        the step follows without a backward pass.
+        """
+        self._optimizer.zero_grad()
+        inputs, *targets = batch
+        if not len(inputs) and not self._runs_empty:
+            return
+        try:
+            self._loss(self._model(inputs), *targets).backward()
+        except (IndexError, RuntimeError, ValueError) as error:
+            if len(inputs) or isinstance(error, PrivacyViolationError):
+                raise
+            self._runs_empty = False
+            self._optimizer.zero_grad()
+
+    def step(self) -> None:
+        """Step the private optimizer."""
+        self._optimizer.step()
+
+    def history(self) -> Sequence[tuple[float, float, int]]:
+        """Return the entries of the engine's accountant."""
+        entries: list[Any] = self._engine.accountant.history
+        return tuple(entries)

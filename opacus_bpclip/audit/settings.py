@@ -1,0 +1,215 @@
+"""What an audit's command line asks for; imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from opacus_bpclip.config import Bound, is_positive_number
+from opacus_bpclip.jobs.errors import UsageError
+
+CASE_NAMES = (
+    "linear",
+    "sequence-linear",
+    "conv",
+    "embedding",
+    "bias",
+    "layer-norm",
+    "rms-norm",
+    "group-norm",
+    "instance-norm",
+    "branches",
+)
+BOUNDS: tuple[str, ...] = get_args(Bound)
+REDUCTIONS = ("mean", "sum")
+
+TRIALS, ALPHA, DELTA = 10_000, 1e-6, 1e-5
+FEWEST_TRIALS = 100
+# Not 1: a sensitivity that was squared or left out must show.
+MAX_GRAD_NORM = 0.7
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to audit, and how thoroughly.
+
+    Args:
+        cases: built-in cases.
+        bounds: of the clipping.
+        loss_reductions: of the loss.
+        full: audit every combination statistically, not one for each case.
+        noise_multiplier: claimed.
+        max_grad_norm: joint L2 sensitivity.
+        max_input_norm: of the clipping.
+        trials: one-step trials in each world; 0 leaves the statistical checks out.
+        alpha: chance of one faultless target to be convicted by chance.
+        delta: at which epsilon is compared.
+        seed: of everything random.
+        target: ``module:factory`` of a `Target`, in place of the cases.
+        model: ``module:factory`` of a model, likewise.
+        loss: ``module:function`` for that model.
+        input: ``module:function`` that makes a batch for it, or an example's shape, as ``3x8x8``.
+        vocabulary: number of token ids, where the shape is one of ids.
+
+    Raises:
+        UsageError: a value that makes no sense; the text names the option.
+    """
+
+    cases: tuple[str, ...] = CASE_NAMES
+    bounds: tuple[str, ...] = BOUNDS
+    loss_reductions: tuple[str, ...] = REDUCTIONS
+    full: bool = False
+    noise_multiplier: float = 1.0
+    max_grad_norm: float = MAX_GRAD_NORM
+    max_input_norm: float | None = 3.0
+    trials: int = TRIALS
+    alpha: float = ALPHA
+    delta: float = DELTA
+    seed: int = 0
+    target: str | None = None
+    model: str | None = None
+    loss: str | None = None
+    input: str | None = None
+    vocabulary: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_some_of("--case", self.cases, CASE_NAMES)
+        _require_some_of("--bound", self.bounds, BOUNDS)
+        _require_some_of("--loss-reduction", self.loss_reductions, REDUCTIONS)
+        for option, value in (
+            ("--noise-multiplier", self.noise_multiplier),
+            ("--max-grad-norm", self.max_grad_norm),
+            ("--max-input-norm", self.max_input_norm),
+        ):
+            if value is not None and not is_positive_number(value):
+                raise UsageError(f"{option} must be a finite number above 0, not {value}")
+        for option, value in (("--alpha", self.alpha), ("--delta", self.delta)):
+            if not 0 < value < 1:
+                raise UsageError(f"{option} must be between 0 and 1, not {value}")
+        if self.trials != 0 and self.trials < FEWEST_TRIALS:
+            raise UsageError(f"--trials must be 0 or at least {FEWEST_TRIALS}, not {self.trials}")
+        if self.seed < 0:
+            raise UsageError(f"--seed must be 0 or above, not {self.seed}")
+        if self.max_input_norm is None and "product" in self.bounds:
+            raise UsageError("--bound product needs a number for --max-input-norm")
+        self._check_users_own()
+
+    def _check_users_own(self) -> None:
+        if self.target and self.model:
+            raise UsageError("--target and --model are two ways to name what is audited: give one")
+        if self.model and not self.input:
+            raise UsageError("--model needs --input, an example's shape or MODULE:FUNCTION")
+        for option, value in (
+            ("--loss", self.loss),
+            ("--input", self.input),
+            ("--vocabulary", self.vocabulary),
+        ):
+            if value and not self.model:
+                raise UsageError(f"{option} goes with --model MODULE:FACTORY")
+        if self.input and ":" not in self.input:
+            shape_of(self.input)
+            if self.loss:
+                raise UsageError(
+                    "--loss needs targets: give --input MODULE:FUNCTION, which makes batches of "
+                    "inputs and targets"
+                )
+        elif self.vocabulary:
+            raise UsageError("--vocabulary goes with an --input that is a shape")
+        if self.vocabulary is not None and self.vocabulary < 1:
+            raise UsageError(f"--vocabulary must be at least 1, not {self.vocabulary}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One target to audit.
+
+    Args:
+        name: what the report calls it.
+        case: a built-in case, or ``None`` for the user's own.
+        bound: of the clipping; empty for a target, which clips as it likes.
+        loss_reduction: of the loss; likewise.
+        trials: one-step trials in each world; 0 for the deterministic checks alone.
+    """
+
+    name: str
+    case: str | None
+    bound: str
+    loss_reduction: str
+    trials: int
+
+    def seed(self, seed: int) -> int:
+        """Return this target's own seed: with one for all, one lucky draw would serve them all."""
+        return zlib.crc32(f"{seed} {self.name}".encode())
+
+
+def tasks(settings: Settings) -> list[Task]:
+    """Return what is to be audited, in the report's order.
+
+    Without ``full``, each case has its statistical audit in one combination of bound and loss; the
+    combinations take turns.
+    """
+    if settings.target:
+        return [Task(settings.target, None, "", "", settings.trials)]
+    combinations = list(itertools.product(settings.loss_reductions, settings.bounds))
+    names = [settings.model] if settings.model else list(settings.cases)
+    found = []
+    for name in names:
+        turn = CASE_NAMES.index(name) % len(combinations) if name in CASE_NAMES else 0
+        for number, (reduction, bound) in enumerate(combinations):
+            statistical = settings.full or settings.model is not None or number == turn
+            case = None if settings.model else name
+            trials = settings.trials if statistical else 0
+            found.append(Task(f"{name}, {bound}, {reduction}", case, bound, reduction, trials))
+    return found
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the results go.
+
+    Args:
+        json: every fact, rewritten after each finished target.
+        markdown: the report as a page.
+        plot: a histogram of both worlds' scores.
+        resume: keep what the json file holds already.
+        progress: say on stderr what is finished.
+        processes: how many targets to audit at the same time.
+    """
+
+    json: Path | None = None
+    markdown: Path | None = None
+    plot: Path | None = None
+    resume: bool = False
+    progress: bool = True
+    processes: int = 1
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """Return the shape that a text such as ``3x8x8`` stands for.
+
+    Raises:
+        UsageError: it stands for none.
+
+    Example:
+        >>> shape_of("3x8x8")
+        (3, 8, 8)
+    """
+    try:
+        shape = tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1 or math.prod(shape) < 1:
+        raise UsageError(f"--input must be a shape such as 3x8x8, or MODULE:FUNCTION, not {text!r}")
+    return shape
+
+
+def _require_some_of(option: str, values: tuple[str, ...], choices: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in choices:
+            raise UsageError(f"{option} must be one of {', '.join(choices)}, not {value!r}")
+    if len(set(values)) < len(values):
+        raise UsageError(f"{option} must not name anything twice: {' '.join(values)}")

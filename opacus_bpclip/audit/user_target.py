@@ -1,0 +1,103 @@
+"""A user's own model and loss as something to audit, behind the package's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.audit.engine_target import EngineTrainer, Loss, linear_loss
+from opacus_bpclip.audit.target import Batch, Target, Trainer, rows
+from opacus_bpclip.config import BackpropClipping
+
+Inputs = Callable[[int], "Tensor | Batch"]
+
+_EXAMPLES = 4
+_SPIKES = 16
+_LARGE = 1e4
+
+
+def model_target(
+    name: str,
+    make_model: Callable[[], nn.Module],
+    inputs: Inputs,
+    *,
+    loss: Loss | None = None,
+    loss_reduction: str = "mean",
+    max_grad_norm: float = 1.0,
+    clipping: BackpropClipping | None = None,
+) -> Target:
+    """Return a model of one's own as something to audit.
+
+    Args:
+        name: for reports.
+        make_model: makes the model.
+        inputs: makes a batch of that many examples: the model's input, and whatever else the loss
+            takes.
+        loss: called with the model's output and the batch's other tensors. Without it the attacker
+            has the worst one: each example brings its own gradient for every output.
+        loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
+        max_grad_norm: joint L2 sensitivity.
+        clipping: the options.
+
+    Raises:
+        ValueError: the model's output is not one tensor, and no loss was given for it.
+
+    Example:
+        >>> from opacus_bpclip.audit import audit
+        >>> target = model_target("mine", lambda: nn.Linear(3, 2), lambda n: torch.randn(n, 3))
+        >>> audit(target, trials=0).outcome
+        'pass'
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = inputs(_EXAMPLES)
+        batch = made if isinstance(made, tuple) else (made,)
+        if loss is None:
+            batch = (batch[0], _upstream(make_model(), batch[0]))
+        canaries = tuple(_canaries(batch, spiked=loss is None))
+
+    def make(noise_multiplier: float) -> Trainer:
+        return EngineTrainer(
+            make_model(),
+            linear_loss(loss_reduction) if loss is None else loss,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            loss_reduction=loss_reduction,
+            clipping=clipping,
+        )
+
+    return Target(name=name, make=make, batches=(batch,), canaries=canaries)
+
+
+def _upstream(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        output = model(x)
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the model's output is a {type(output).__name__}, not one tensor; name a loss that "
+            "takes it"
+        )
+    return torch.randn(output.shape)
+
+
+def _canaries(batch: Batch, *, spiked: bool) -> Iterator[Batch]:
+    """Yield examples as they are, far too large, and with single large entries."""
+    for i in range(len(batch[0])):
+        example = rows(batch, [i])
+        yield example
+        yield tuple(t * _LARGE if t.is_floating_point() else t for t in example)
+    if not spiked:
+        return
+    x, g = rows(batch, [0])
+    for place in torch.randperm(g.numel())[:_SPIKES].tolist():
+        spike = torch.zeros_like(x)
+        if not x.is_floating_point():
+            spike = x
+        else:
+            # The same relative place in input and output: layers that keep positions meet there.
+            spike.view(-1)[place * x.numel() // g.numel()] = _LARGE
+        upstream = torch.zeros_like(g)
+        upstream.view(-1)[place] = _LARGE
+        yield spike, upstream

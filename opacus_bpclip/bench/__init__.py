@@ -1,0 +1,1 @@
+"""The benchmark: whole training steps, as ratios to training the same model without privacy."""

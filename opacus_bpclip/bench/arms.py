@@ -1,0 +1,68 @@
+"""The arms: one training step of a case, by each way of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from opacus_bpclip import BackpropClipping, PrivacyEngine
+from opacus_bpclip.bench.cases import batch, build
+from opacus_bpclip.bench.settings import BOUNDS, NON_PRIVATE, Case, is_compiled, method_of
+
+Step = Callable[[], None]
+
+
+def make_step(arm: str, case: Case, device: torch.device) -> Step:
+    """Return a whole training step: forward, loss, backward, clipping, noise, optimizer, zero_grad.
+
+    Everything but the clipping is the same for all arms: weights, batch, loss, optimizer, noise.
+    What an arm holds for one step alone is gone after it. A compiled arm is compiled by its first
+    steps.
+
+    Args:
+        arm: a name in `settings.ARMS`.
+        case: the model and its batch.
+        device: where to train.
+
+    Raises:
+        Exception: whatever an arm raises that cannot train the model.
+    """
+    torch.manual_seed(0)
+    model: nn.Module = build(case).to(device)
+    x, y = (tensor.to(device) for tensor in batch(case))
+    criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss()
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    if method_of(arm) != NON_PRIVATE:
+        model, optimizer, *criteria, _ = PrivacyEngine().make_private(
+            module=model,
+            optimizer=optimizer,
+            # Only its size counts, which sets the divisor: the steps take the batch as it is.
+            data_loader=DataLoader(TensorDataset(x, y), batch_size=len(x)),
+            criterion=criterion,
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            **_options(method_of(arm)),
+        )
+        criterion = criteria[0] if criteria else criterion
+    forward: Callable[[Tensor], Tensor] = model
+
+    def step() -> None:
+        criterion(forward(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if is_compiled(arm):
+        # An eager batch comes first: the guard vouches for the model before it is compiled.
+        step()
+        forward = torch.compile(model)
+    return step
+
+
+def _options(method: str) -> dict[str, Any]:
+    if method in BOUNDS:
+        return {"clipping": "backprop", "backprop": BackpropClipping(bound=method)}  # type: ignore[arg-type]
+    return {"clipping": "flat", "grad_sample_mode": method}

@@ -1,0 +1,149 @@
+"""A record as Markdown, which also reads well on a terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator
+
+from opacus_bpclip.bench.record import Record
+from opacus_bpclip.bench.results import ArmResult, Comparison, Spread, median_of
+from opacus_bpclip.bench.settings import ARMS, GROWTHS, base_of
+from opacus_bpclip.bench.targets import verdicts
+
+_EMPTY = "No results yet."
+
+
+def tables(record: Record) -> str:
+    """Return everything: circumstances, targets, a table for each case, growth curves."""
+    if not record.comparisons:
+        return _EMPTY
+    return "\n\n".join([_heading(record), *_targets(record), *_cases(record), *_growths(record)])
+
+
+def summary(record: Record) -> str:
+    """Return one table with a line for each case: time and memory of the arms that matter most."""
+    cases = [own for own in record.comparisons if own.point.axis is None]
+    if not cases:
+        return _EMPTY
+    arms = [arm for arm in ARMS if arm != base_of(arm) and any(own.arm(arm) for own in cases)]
+    rows = [["case", *(f"`{arm}`" for arm in arms)]]
+    for own in cases:
+        cells = (_pair(own.time_ratio(arm), own.memory_ratio(arm)) for arm in arms)
+        rows.append([title(own), *cells])
+    note = (
+        "Time of a whole training step / its peak memory, as ratios to training the same model "
+        "without privacy (medians)."
+    )
+    return f"{note}\n{_circumstances(record)}\n\n{_table(rows)}"
+
+
+def title(comparison: Comparison) -> str:
+    """Return a comparison's name for human eyes, with all sizes."""
+    case = comparison.point.case
+    sizes = "".join(f", {name} {value:,}" for name, value in case.sizes.items())
+    return f"{case.title}, batch {case.batch_size}{sizes}"
+
+
+def _heading(record: Record) -> str:
+    return (
+        f"{_circumstances(record)} Ratios are to training the same model without privacy "
+        "(compiled arms: to the compiled one) in the same round, or for memory to its median "
+        "peak; quartiles in brackets."
+    )
+
+
+def _circumstances(record: Record) -> str:
+    around = record.circumstances
+    assert around is not None
+    used = ", ".join(f"{name} {version}" for name, version in around.versions.items())
+    device = around.hardware if around.device == "cuda" else f"{around.threads} CPU thread(s)"
+    return f"{device}; {used}."
+
+
+def _targets(record: Record) -> Iterator[str]:
+    rows = [["case", "arm", "what", "target", "measured", "met"]]
+    for comparison in record.comparisons:
+        for own in verdicts(comparison):
+            sign = "<=" if own.at_most else ">="
+            met = {True: "yes", False: "**no**", None: "-"}[own.met]
+            limit = f"{sign} {own.limit:.2f}"
+            row = [own.case, f"`{own.arm}`", own.what, limit, _number(own.measured), met]
+            rows.append(row)
+    if len(rows) > 1:
+        yield f"### Targets\n\n{_table(rows)}"
+
+
+def _cases(record: Record) -> Iterator[str]:
+    for comparison in record.comparisons:
+        if comparison.point.axis is not None:
+            continue
+        rows = [["arm", "time", "step", "memory", "peak"]]
+        rows += [_row(comparison, own) for own in comparison.arms if own.failure is None]
+        failures = [
+            f"- `{own.arm}` does not run: {own.failure}"
+            for own in comparison.arms
+            if own.failure is not None
+        ]
+        rounds = max((len(own.seconds) for own in comparison.arms), default=0)
+        text = f"{comparison.parameters:,} parameters; rounds: {rounds}."
+        parts = [f"### {title(comparison)}", text, _table(rows)]
+        if failures:
+            parts.append("\n".join(failures))
+        yield "\n\n".join(parts)
+
+
+def _row(comparison: Comparison, own: ArmResult) -> list[str]:
+    step = f"{1e3 * statistics.median(own.seconds):.4g} ms" if own.seconds else "-"
+    peak = f"{statistics.median(own.peaks) / 2**20:.1f} MiB" if own.peaks else "-"
+    time, memory = comparison.time_ratio(own.arm), comparison.memory_ratio(own.arm)
+    return [f"`{own.arm}`", _spread(time), step, _spread(memory), peak]
+
+
+def _growths(record: Record) -> Iterator[str]:
+    for axis in GROWTHS:
+        curve = [own for own in record.comparisons if own.point.axis == axis]
+        if not curve:
+            continue
+        arms = _in_order(own.arm for comparison in curve for own in comparison.arms)
+        rows = [[axis, *(f"`{arm}`" for arm in arms)]]
+        for own in curve:
+            cells = (_pair(own.time_ratio(arm), own.memory_ratio(arm)) for arm in arms)
+            rows.append([f"{own.point.key[2]:,}", *cells])
+        fixed = ", ".join(_fixed_sizes(curve[0]))
+        text = f"{fixed}. Time ratio / memory ratio, medians."
+        yield f"### Growth with {axis}: {curve[0].point.case.title}\n\n{text}\n\n{_table(rows)}"
+
+
+def _fixed_sizes(comparison: Comparison) -> Iterator[str]:
+    assert comparison.point.axis is not None
+    varying = GROWTHS[comparison.point.axis].field
+    case = comparison.point.case
+    for name, value in {"batch_size": case.batch_size, **case.sizes}.items():
+        if name != varying:
+            yield f"{name.replace('_', ' ')} {value:,}"
+
+
+def _in_order(arms: Iterable[str]) -> list[str]:
+    found = set(arms)
+    return [arm for arm in ARMS if arm in found and arm != base_of(arm)]
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def _pair(time: Spread | None, memory: Spread | None) -> str:
+    if time is None:
+        return "-"
+    return f"{time.median:.2f} / {_number(median_of(memory))}"
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "-"
+    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

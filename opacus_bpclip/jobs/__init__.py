@@ -1,0 +1,1 @@
+"""What the long-running commands share: processes, peak memory, files, errors."""

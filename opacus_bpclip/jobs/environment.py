@@ -1,0 +1,46 @@
+"""What a measurement was taken with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Return the versions of Python and of packages; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package.replace("-", "_")] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package.replace("-", "_")] = None
+    return found
+
+
+def commit() -> str | None:
+    """Return the commit that the package runs from, marked if files differ from it.
+
+    ``None`` if the package is installed, and not run from a checkout of its repository.
+    """
+    folder = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        # Of these answers none is worth waiting for, and none may ask anything.
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        head = git("rev-parse", "--short", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{head} with changes" if changed else head

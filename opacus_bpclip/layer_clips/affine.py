@@ -1,0 +1,67 @@
+"""Normalisation layers: each example's own gradient is small, so it is made, clipped and added up.
+
+An affine map's gradient has one entry for each channel: as many numbers for an example as one of
+its positions has. So nothing is estimated. What is measured is the very gradient that is summed,
+whatever rounding has made of it, in every mode of ``bound``. Proof: ``docs/rules/normalization.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.coverage import Layer
+from opacus_bpclip.layer_clips.base import Settings
+from opacus_bpclip.layer_clips.node import NodeClip
+from opacus_bpclip.norms import row_norms
+from opacus_bpclip.ops import clip_factors
+from opacus_bpclip.rules import AffineRule
+from opacus_bpclip.rules.base import per_row, zero_rows
+
+
+class AffineClip(NodeClip):
+    """Clips one layer with an `AffineRule`."""
+
+    def __init__(self, layer: Layer, settings: Settings) -> None:
+        super().__init__(layer, settings)
+        assert isinstance(layer.rule, AffineRule)
+        self.rule = layer.rule
+
+    def node(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Leave the output as it is."""
+        weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+        out: Tensor = _Affine.apply(self, y, x, bias, weight)
+        return out
+
+
+class _Affine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, clip: AffineClip, y: Tensor, x: Tensor, bias: Tensor | None, weight: Tensor
+    ) -> Tensor:
+        ctx.clip = clip
+        ctx.save_for_backward(x, weight)
+        return y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        clip: AffineClip = ctx.clip
+        g = g.movedim(clip.layer.arguments.batch_axis, 0)
+        _, _, wants_x, wants_bias, wants_weight = ctx.needs_input_grad
+        dx, own = clip.rule.gradients(g, x, weight, wanted=(wants_x, wants_weight, wants_bias))
+        examples = g.shape[0] if clip.mean else 1
+        own = own * examples  # [B, K]
+        finite = torch.ones(len(own), dtype=torch.bool, device=own.device)
+        by, keep = clip_factors(
+            row_norms(own), finite, clip.limit, own.dtype, normalize=clip.normalize
+        )
+        total = by @ zero_rows(own, keep)
+        if dx is not None:
+            dx = zero_rows(dx.mul_(per_row(by.to(dx.dtype), dx)), keep)
+        dw = total[: weight.numel()].view(weight.shape) if wants_weight else None
+        db = total[-weight.numel() :].view(weight.shape) if wants_bias else None
+        return None, None, dx, db, dw

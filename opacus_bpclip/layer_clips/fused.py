@@ -1,0 +1,113 @@
+"""Linear layers and convolutions: the output is scaled, not the input, and one product clips.
+
+What it computes is what `SingleClip` computes; the equations are in `FusedRule`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.coverage import Layer
+from opacus_bpclip.layer_clips.base import Settings
+from opacus_bpclip.layer_clips.node import NodeClip
+from opacus_bpclip.norms import rounding_margin
+from opacus_bpclip.ops import clip_factors
+from opacus_bpclip.rules import FusedRule
+from opacus_bpclip.rules.base import may_rewrite, per_row, zero_rows
+
+
+class FusedClip(NodeClip):
+    """Clips one layer with a `FusedRule`."""
+
+    def __init__(self, layer: Layer, settings: Settings) -> None:
+        super().__init__(layer, settings)
+        assert isinstance(layer.rule, FusedRule)
+        self.rule = layer.rule
+        self.keeps = layer.rule.keeps(self.config.bound)
+        self.scales_output = self.config.max_input_norm is not None
+
+    def node(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Scale the output as if the input had been clipped."""
+        with torch.no_grad():
+            factor, norms, finite = self.measured(x.detach())
+        weight, bias = (module._parameters[name] for name in ("weight", "bias"))
+        out: Tensor = _Fused.apply(self, y, x, bias, weight, factor, norms, finite)
+        return out
+
+    def measured(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return by what to scale the columns, their norms after that, and which rows are finite.
+
+        The factor is ``None`` for 1. Rows that are not finite have factor and norms 0.
+        """
+        norms, finite = self.rule.measure(x)
+        max_norm = self.config.max_input_norm
+        if max_norm is None:
+            return None, zero_rows(norms, finite), finite
+        largest = max_norm * (1 - rounding_margin(x.dtype, x.device))
+        factor = zero_rows(self.rule.clip_factor(norms, largest), finite)
+        return factor, zero_rows(norms * factor, finite), finite
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        clip: FusedClip,
+        y: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        factor: Tensor | None,
+        norms: Tensor,
+        finite: Tensor,
+    ) -> Tensor:
+        ctx.clip = clip
+        kept = norms if clip.keeps.norms else None
+        axis = clip.layer.arguments.batch_axis
+        rows = y.movedim(axis, 0)
+        if factor is not None:
+            rows = clip.rule.rescaled(rows, factor, bias)
+        if may_rewrite(finite):
+            # Zeros where the layer multiplies; nobody may take those for an output.
+            x = zero_rows(x, finite)
+            rows = torch.where(per_row(finite, rows), rows, float("nan"))
+        ctx.save_for_backward(x, weight, factor, kept, finite)
+        # Not a view of an input, so that an activation may work in place on it.
+        return rows.movedim(0, axis).detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, factor, norms, finite = ctx.saved_tensors
+        clip: FusedClip = ctx.clip
+        rule, config = clip.rule, clip.config
+        g = g.movedim(clip.layer.arguments.batch_axis, 0)
+        divided = examples = g.shape[0] if clip.mean else 1
+        if clip.normalize:
+            # As in clip_upstream: what is scaled up must not be measured divided by anything.
+            g, examples = g * divided, 1
+        # The bound's temporary makes room for the product below: fresh memory is slow.
+        room = None if torch.compiler.is_compiling() else torch.empty_like(g)
+        bound = rule.bound_of_scaled(config.bound, g, x, norms, factor, config.max_input_norm, room)
+        by, keep = clip_factors(
+            bound, finite, clip.limit, g.dtype, examples=examples, normalize=clip.normalize
+        )
+        g = zero_rows(g, keep)
+        joint = by.view(-1, 1, 1)
+        if factor is not None:
+            joint = joint * factor.to(joint.dtype)
+        _, _, wants_x, wants_bias, wants_weight, *_ = ctx.needs_input_grad
+        dx, dw = rule.gradients(
+            torch.mul(g, rule.over_output(joint, g), out=room),
+            x,
+            weight,
+            multiplier=examples,
+            wanted=(wants_x, wants_weight),
+        )
+        if dx is not None and clip.normalize:
+            dx = dx / max(divided, 1)
+        db = (by @ rule.bias_gradients(g)) * examples if wants_bias else None
+        return None, None, dx, db, dw, None, None, None

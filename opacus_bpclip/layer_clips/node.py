@@ -1,0 +1,76 @@
+"""Layers whose gradient is known in closed form: one autograd node stands in the layer's place.
+
+The layer runs as it is. Its part of the graph is dropped and replaced by a node that makes the
+clipped gradient itself, reads activations and gradients as few times as it can, and keeps nothing
+that the layer does not keep but a map of norms.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from opacus_bpclip.calls import Args, Kwargs
+from opacus_bpclip.coverage import Layer
+from opacus_bpclip.layer_clips.base import Clip, Settings
+
+
+class NodeClip(Clip):
+    """The hook of one layer.
+
+    Args:
+        layer: the layer; it takes one tensor.
+        settings: how to clip.
+
+    Attributes:
+        scales_output: whether the layer's output changes, and so in evaluation, too.
+    """
+
+    def __init__(self, layer: Layer, settings: Settings) -> None:
+        self.layer = layer
+        self.config, limits, self.guard, self.mean = settings
+        self.limit = limits[layer.name]
+        self.normalize = self.config.upstream == "normalize"
+        self.scales_output = False
+        self._key = 0
+
+    @abstractmethod
+    def node(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return the layer's output with the node behind it.
+
+        Args:
+            module: the layer.
+            x: its input, batch first.
+            y: what it made, without a graph; may be changed in place.
+        """
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hook, the first of all: nothing may stand between the layer and its clip."""
+        handle = self.layer.module.register_forward_hook(self.clip, with_kwargs=True, prepend=True)
+        self._key = handle.id
+        return [handle]
+
+    def clip(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
+        """Put the node in the place of the layer's part of the graph."""
+        training = torch.is_grad_enabled()
+        if not training and not self.scales_output:
+            return None
+        inputs = self.layer.arguments.get(args, kwargs)
+        (x,) = inputs
+        assert x is not None
+        followed = False
+        if training and torch.compiler.is_compiling():
+            self.guard.note_compiled()
+        elif training:
+            self.guard.require_first_hook(self.layer, self._key)
+            self.guard.check_dtype(self.layer, y)
+            followed = self.guard.enter_layer(self.layer)
+            if followed:
+                self.guard.check_batch(self.layer, inputs)
+        out = self.node(module, x, y.detach())
+        if followed and out.requires_grad:
+            self.guard.follow(self.layer, out, inputs)
+        return out

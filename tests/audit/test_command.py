@@ -1,0 +1,201 @@
+"""Options, their defaults, and the exit status."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from opacus_bpclip.audit import CASES, command, job
+from opacus_bpclip.audit.settings import CASE_NAMES, Settings, tasks
+from opacus_bpclip.cli import build_parser, main
+
+EVERY_OPTION = (
+    "--case conv bias --bound exact --loss-reduction sum --full --trials 500 --noise-multiplier 2 "
+    "--max-grad-norm 3 --max-input-norm none --alpha 0.01 --delta 1e-6 --seed 7 --json a.json "
+    "--resume --markdown a.md --plot a.png --processes 3"
+)
+ONE_CASE = "--case embedding --bound exact --loss-reduction sum --trials 100"
+
+
+def audit(*options):
+    return main(["audit", "--processes", "1", *options])
+
+
+def test_without_options_every_case_is_audited_in_every_combination():
+    planned = tasks(Settings())
+    assert len(planned) == 10 * 2 * 3
+    assert {task.case for task in planned} == set(CASES) == set(CASE_NAMES)
+    statistical = [task for task in planned if task.trials]
+    assert [task.case for task in statistical] == list(CASE_NAMES)
+    # Every bound and every loss has its turn.
+    turns = [(task.loss_reduction, task.bound) for task in statistical]
+    assert len(set(turns)) == 6
+    assert {task.trials for task in statistical} == {10_000}
+
+
+def test_full_judges_every_combination():
+    assert all(task.trials == 10_000 for task in tasks(Settings(full=True)))
+
+
+def test_the_turn_of_a_case_does_not_depend_on_the_others():
+    whole = {task.name for task in tasks(Settings()) if task.trials}
+    alone = {task.name for task in tasks(Settings(cases=("conv",))) if task.trials}
+    assert alone == {name for name in whole if name.startswith("conv")}
+
+
+def test_every_option_reaches_the_settings():
+    args = vars(
+        build_parser().parse_args(
+            [
+                "audit",
+                *EVERY_OPTION.split(),
+                "--no-progress",
+            ]
+        )
+    )
+    output = {name: args.pop(name) for name in command._OUTPUT}
+    assert output == {
+        "json": Path("a.json"),
+        "markdown": Path("a.md"),
+        "plot": Path("a.png"),
+        "resume": True,
+        "progress": False,
+        "processes": 3,
+    }
+    assert (args.pop("command"), args.pop("run")) == ("audit", command.run)
+    assert command.settings_for(**args) == Settings(
+        cases=("conv", "bias"),
+        bounds=("exact",),
+        loss_reductions=("sum",),
+        full=True,
+        noise_multiplier=2.0,
+        max_grad_norm=3.0,
+        max_input_norm=None,
+        trials=500,
+        alpha=0.01,
+        delta=1e-6,
+        seed=7,
+    )
+
+
+def test_a_model_is_audited_as_it_is_trained_unless_asked_otherwise():
+    one = command.settings_for(model="a:b", input="3")
+    assert [(t.name, t.case, t.trials) for t in tasks(one)] == [
+        ("a:b, weighted, mean", None, 10_000)
+    ]
+    assert (
+        len(tasks(command.settings_for(model="a:b", input="3", bounds=("exact", "product")))) == 2
+    )
+
+
+def test_a_pass(capsys, tmp_path):
+    files = [tmp_path / name for name in ("a.json", "a.md", "a.png")]
+    assert (
+        audit(
+            *ONE_CASE.split(),
+            "--json",
+            str(files[0]),
+            "--markdown",
+            str(files[1]),
+            "--plot",
+            str(files[2]),
+        )
+        == 0
+    )
+    out, err = capsys.readouterr()
+    assert err == "1 of 1  embedding, exact, sum: pass\n"
+    assert "embedding                  1    136          1.0000    same     pass" in out
+    assert "pass: no violation found in the target. This is evidence, not proof." in out
+    assert f"page: {files[1]}\nplot: {files[2]}\ndata: {files[0]}\n" in out
+    (found,) = json.loads(files[0].read_text())["verdicts"]
+    assert (found["outcome"], found["task"]["case"]) == ("pass", "embedding")
+    assert files[1].read_text().startswith("# Audit report\n\n    opacus-bpclip ")
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_audit_that_is_asleep_has_a_status_of_its_own(capsys, monkeypatch):
+    verdict = job.audit(CASES["bias"].target("bias"), trials=0)
+    monkeypatch.setattr(type(verdict), "doubts", ("it was dark",))
+    monkeypatch.setattr(job, "audit", lambda *args, **kwargs: verdict)
+    assert audit("--case", "bias", "--bound", "exact", "--trials", "0", "--no-progress") == 3
+    out = capsys.readouterr().out
+    assert "INCONCLUSIVE: the audit was asleep on 2 of 2 targets:\n\n- bias: asleep: it was" in out
+
+
+@pytest.mark.usefixtures("users_code")
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--model users_code:net --input 4 --full",
+        "--model users_code:net --input users_code:batch --loss users_code:loss",
+        "--model users_code:net --input users_code:batch --loss users_code:sum_loss "
+        "--loss-reduction sum --bound exact --max-grad-norm 2",
+        "--model users_code:tokens --input 3 --vocabulary 7",
+        "--model users_code:two --input users_code:batch --loss users_code:loss",
+    ],
+)
+def test_a_users_own_model(options, capsys):
+    status = 1 if "two" in options else 0
+    assert audit(*options.split(), "--trials", "100" if "--full" in options else "0") == status
+    out, err = capsys.readouterr()
+    if status:
+        assert err.startswith("opacus-bpclip audit: error: users_code:two, weighted, mean cannot ")
+    else:
+        assert "pass: no violation found in the target" in out
+
+
+@pytest.mark.usefixtures("users_code")
+def test_a_users_own_target(capsys):
+    assert audit("--target", "users_code:repaired", "--trials", "0") == 1
+    assert "VIOLATION in 1 of 1 targets:" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("users_code")
+def test_an_error_in_the_users_code_is_one_line(capsys):
+    options = "--model users_code:net --input users_code:batch --loss users_code:broken_loss"
+    assert audit(*options.split(), "--trials", "0") == 1
+    assert capsys.readouterr().err == (
+        "opacus-bpclip audit: error: users_code:net, weighted, mean cannot be audited: TypeError: "
+        "no such loss\n"
+    )
+
+
+def test_an_interruption_has_its_own_status(capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_run", interrupt)
+    assert main(["audit"]) == 130
+    assert capsys.readouterr().err == "opacus-bpclip audit: interrupted\n"
+
+
+def test_a_file_system_that_fails_later_is_one_line(capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(command, "_run", fail)
+    assert main(["audit"]) == 1
+    assert capsys.readouterr().err == "opacus-bpclip audit: error: disk full\n"
+
+
+def test_help_names_what_can_be_chosen(capsys):
+    assert main(["audit", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "sequence-linear" in out
+    assert "Exit status: 0 pass, 1 violation, 2 wrong usage, 3 no violation" in out
+
+
+def test_public_names_are_found_when_asked_for():
+    import opacus_bpclip.audit as package
+
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'absent'"):
+        _ = package.absent
+
+
+def test_every_target_has_a_seed_of_its_own_that_stays():
+    planned = tasks(Settings())
+    assert len({task.seed(0) for task in planned}) == len(planned)
+    assert planned[0].seed(0) != planned[0].seed(1)
+    assert planned[0].seed(0) == tasks(Settings())[0].seed(0)

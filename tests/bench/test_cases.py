@@ -1,0 +1,120 @@
+"""Every case builds, and every arm takes a step of it or says why it does not."""
+
+from functools import partial
+
+import pytest
+import torch
+from opacus.grad_sample import (
+    GradSampleModule,
+    GradSampleModuleExpandedWeights,
+    GradSampleModuleFastGradientClipping,
+)
+
+from opacus_bpclip import PrivacyEngine
+from opacus_bpclip.ab.models import count_parameters
+from opacus_bpclip.bench import arms
+from opacus_bpclip.bench.cases import batch, build
+from opacus_bpclip.bench.settings import BOUNDS, CASES, EAGER, OPACUS, points
+from opacus_bpclip.grad_sample_module import BackpropClipModule
+from opacus_bpclip.jobs.quiet import known_warnings_silenced
+from tests.bench.tiny import tiny
+
+CPU = torch.device("cpu")
+PARAMETERS = {
+    "cnn26k": 26_010,
+    "resnet18-gn": 11_173_962,
+    "transformer": 3_434_506,
+    "mlp": 5_824_522,
+    "cnn26k-2048": 26_010,
+    "transformer-512": 3_549_194,
+    "text": 6_417_802,
+    "lstm": 100_618,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_is_what_it_says(name):
+    case = tiny(name)
+    inputs, labels = batch(case)
+    assert build(case)(inputs).shape == (len(labels), 10) == (2, 10)
+    with torch.device("meta"):
+        assert count_parameters(build(CASES[name])) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("axis", ["batch", "width", "depth", "length"])
+def test_growth_curve_has_models(axis):
+    for point in points((), axis):
+        with torch.device("meta"):
+            build(point.case)
+
+
+@pytest.mark.parametrize("name", ["cnn26k", "resnet18-gn", "transformer", "mlp", "text", "lstm"])
+@pytest.mark.parametrize("arm", EAGER)
+def test_arm_takes_a_step(arm, name):
+    with known_warnings_silenced():
+        arms.make_step(arm, tiny(name), CPU)()
+
+
+class Spy(PrivacyEngine):
+    """Remembers what the last call of make_private returned."""
+
+    returned = ()
+
+    def make_private(self, **kwargs):
+        Spy.returned = super().make_private(**kwargs)
+        return Spy.returned
+
+
+@pytest.mark.parametrize("arm", BOUNDS + OPACUS)
+def test_arm_is_the_method_that_it_is_named_after(arm, monkeypatch):
+    monkeypatch.setattr(arms, "PrivacyEngine", Spy)
+    with known_warnings_silenced():
+        arms.make_step(arm, tiny("mlp"), CPU)
+    model, optimizer, *_ = Spy.returned
+    if arm in BOUNDS:
+        assert type(model) is BackpropClipModule
+        assert model.config.bound == arm
+    else:
+        assert (
+            type(model)
+            is {
+                "hooks": GradSampleModule,
+                "functorch": GradSampleModule,
+                "ew": GradSampleModuleExpandedWeights,
+                "ghost": GradSampleModuleFastGradientClipping,
+            }[arm]
+        )
+        if type(model) is GradSampleModule:
+            assert model.force_functorch == (arm == "functorch")
+    assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (1.0, 1.0)
+    assert optimizer.expected_batch_size == 2
+
+
+@pytest.mark.parametrize("arm", EAGER)
+def test_step_is_whole_and_leaves_nothing_behind(arm, monkeypatch):
+    built = []
+    monkeypatch.setattr(arms, "build", lambda case: built.append(build(case)) or built[-1])
+    with known_warnings_silenced():
+        step = arms.make_step(arm, tiny("mlp"), CPU)
+        before = [p.clone() for p in built[0].parameters()]
+        step()
+    for p, old in zip(built[0].parameters(), before, strict=True):
+        assert not torch.equal(p, old)
+        assert getattr(p, "grad_sample", None) is None
+        assert getattr(p, "summed_grad", None) is None
+
+
+def test_compiled_arm_is_compiled_after_an_eager_batch(monkeypatch):
+    compiled = []
+
+    def compile_eagerly(model):
+        # The guard has vouched for the model: it trained once before.
+        compiled.append(model)
+        return partial(model)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    with known_warnings_silenced():
+        arms.make_step("weighted", tiny("mlp"), CPU)()
+        assert compiled == []
+        arms.make_step("weighted-compiled", tiny("mlp"), CPU)()
+    assert [type(model) for model in compiled] == [BackpropClipModule]

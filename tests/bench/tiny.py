@@ -1,0 +1,56 @@
+"""Cases small enough for a test, and records without a measurement."""
+
+from dataclasses import replace
+
+from opacus_bpclip.bench.record import Circumstances, Record
+from opacus_bpclip.bench.results import ArmResult, Comparison
+from opacus_bpclip.bench.settings import CASES, GROWTHS, Point
+
+_SIZES = {"width": 8, "depth": 1, "length": 4, "vocabulary": 11}
+
+
+def tiny(name):
+    case = CASES[name]
+    sizes = {size: value for size, value in _SIZES.items() if size in case.sizes}
+    return replace(case, batch_size=2, **sizes)
+
+
+CIRCUMSTANCES = Circumstances(
+    threads=1, device="cpu", hardware="a CPU", platform="a system", versions={"torch": "2.13"}
+)
+
+
+def arm(name, seconds, peaks=(2**20,)):
+    return ArmResult(name, tuple(seconds), peaks)
+
+
+def comparison(name, *arms, axis=None, value=None):
+    case = CASES[name]
+    if axis is not None:
+        case = replace(case, **{GROWTHS[axis].field: value})
+    return Comparison(Point(name, axis, case), 1234, arms)
+
+
+def record(*comparisons):
+    return Record(CIRCUMSTANCES, comparisons)
+
+
+CNN = comparison(
+    "cnn26k",
+    arm("non-private", [1.0, 2.0, 4.0], (100 * 2**20, 200 * 2**20, 100 * 2**20)),
+    arm("weighted", [1.1, 2.2, 4.8], (105 * 2**20,)),
+    arm("exact", [2.0, 4.0, 8.0], (150 * 2**20,)),
+    arm("hooks", [3.0, 6.0, 12.0], (300 * 2**20,)),
+    arm("ghost", [2.5, 5.0, 10.0], (350 * 2**20,)),
+    ArmResult("ew", failure="RuntimeError: no rule for Tanh"),
+)
+CURVE = tuple(
+    comparison(
+        "mlp",
+        arm("non-private", [1.0, 1.0]),
+        arm("weighted", [ratio, ratio], None),
+        axis="width",
+        value=width,
+    )
+    for width, ratio in ((128, 1.25), (256, 1.125))
+)
