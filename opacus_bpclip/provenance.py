@@ -152,7 +152,7 @@ def follow(
         nonlocal spent
         if spent:
             fail(
-                f"The backward pass ran twice for one forward pass through {edges[-1][1].name}: "
+                f"The backward pass ran twice for one forward pass through {edges[0][1].name}: "
                 "one example would contribute twice. Add the losses and call backward once."
             )
         spent = True
