@@ -7,7 +7,7 @@ clipped it. These checks, and those that `guard` makes on every batch, make it f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -15,12 +15,13 @@ from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from opacus_bpclip.attention import attention_axes
 from opacus_bpclip.calls import CallArguments
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.recurrence import recurrent_linears, renamed_parameters
 from opacus_bpclip.rules import Rule, registered_kind, supported_layers
 
-_TRAINABLE_DTYPES = (torch.float32, torch.float64)
+TRAINABLE_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Layer:
         name: dotted path in the model, ``"(root)"`` for the model itself.
         module: the module.
         kind: its class when it was examined.
+        code: the methods that the rule relies on, as they were then.
         rule: what bounds its gradient.
-        parameters: its trainable parameters.
+        named_parameters: its trainable parameters, by name.
         arguments: where a call of it has the inputs that its rule looks at.
         uses: how often it may be used in one forward pass.
         recurrence: the recurrent network that it is a part of.
@@ -41,18 +43,38 @@ class Layer:
     name: str
     module: nn.Module
     kind: type[nn.Module]
+    code: tuple[object, ...]
     rule: Rule
-    parameters: tuple[nn.Parameter, ...]
+    named_parameters: Mapping[str, nn.Parameter]
     arguments: CallArguments
     uses: int = 1
     recurrence: nn.Module | None = None
 
     @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Return the layer's trainable parameters."""
+        return tuple(self.named_parameters.values())
+
+    @property
     def is_patched(self) -> bool:
         """Return whether the module computes something else than when it was examined."""
-        if type(self.module) is not self.kind:
+        if type(self.module) is not self.kind or _code(self.kind, self.rule) != self.code:
             return True
-        return not vars(self.module).keys().isdisjoint(self.rule.methods)
+        if not vars(self.module).keys().isdisjoint(self.rule.methods):
+            return True
+        try:
+            now = type(self.rule).from_module(self.module)
+        except CoverageError:
+            return True
+        # A parameter may be frozen since: the rule then bounds more than there is.
+        return replace(now, weight=self.rule.weight, bias=self.rule.bias) != self.rule
+
+    def replaced_parameter(self) -> str | None:
+        """Return the name of a parameter that the module no longer uses as it is, if any."""
+        for name, parameter in self.named_parameters.items():
+            if getattr(self.module, name, None) is not parameter:
+                return name
+        return None
 
 
 @dataclass(frozen=True)
@@ -122,18 +144,20 @@ def trainable_layers(
             + "\n".join(f"- {problem}" for problem in problems)
         )
     recurrences = recurrent_linears(model)
+    axes = {**attention_axes(model), **dict.fromkeys(recurrences, 0)}
     layers: dict[str, Layer] = {}
     for found in findings:
         if found.rule is None:
             continue
         recurrence = recurrences.get(found.module)
-        default = 0 if batch_first or recurrence is not None else 1
+        default = axes.get(found.module, 0 if batch_first else 1)
         layers[found.name] = Layer(
             found.name,
             found.module,
             type(found.module),
+            _code(type(found.module), found.rule),
             found.rule,
-            tuple(found.parameters.values()),
+            found.parameters,
             CallArguments.of(found.module, found.rule, found.rule.batch_axis(default)),
             uses.get(found.name, 1),
             recurrence,
@@ -187,6 +211,10 @@ def edited_problem(name: str) -> str:
     )
 
 
+def _code(kind: type[nn.Module], rule: Rule) -> tuple[object, ...]:
+    return tuple(getattr(kind, method) for method in rule.methods)
+
+
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if _own_trainable(module):
@@ -235,7 +263,7 @@ def _rule_for(
             "forward pass, outside what the rule bounds. Remove it."
         )
     dtypes = {parameter.dtype for parameter in own.values()}
-    if not dtypes <= set(_TRAINABLE_DTYPES):
+    if not dtypes <= set(TRAINABLE_DTYPES):
         return None, (
             f"its parameters are {', '.join(str(dtype) for dtype in dtypes)}: the sum over the "
             "batch would be rounded by more than one example's contribution. Keep trainable "

@@ -83,7 +83,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._put_back_input_clips = take_input_clips(replaced)
         self._handles = [
             m.register_forward_pre_hook(self._enter_root, with_kwargs=True),
-            m.register_forward_hook(self._leave_root),
+            m.register_forward_hook(self._leave_root, always_call=True),
         ]
         mean = loss_reduction == "mean"
         for clip in layer_clips(layers.values(), config, self._limits, self.guard, mean=mean):
@@ -186,7 +186,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
     def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.guard.leave_forward()
-            if self._untried:
+            # Without an output an error is on its way already, and says more.
+            if self._untried and output is not None:
                 self.guard.fail(self._untried)
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

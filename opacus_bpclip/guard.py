@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.coverage import (
+    TRAINABLE_DTYPES,
     Layer,
     batch_normalization_problem,
     batch_normalizations,
@@ -28,7 +29,7 @@ from opacus_bpclip.coverage import (
     mixes_examples,
 )
 from opacus_bpclip.errors import PrivacyViolationError
-from opacus_bpclip.provenance import WatchedParameter, follow, parameter_edges
+from opacus_bpclip.provenance import WatchedParameter, follow, parameter_edges, watch_edge
 from opacus_bpclip.rules import Inputs
 
 Versions = tuple[int, ...]
@@ -47,6 +48,7 @@ class GradientGuard:
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+        self._model = model
         self.violation: str | None = None
         self.accumulation_allowed = True
         self._compiled = False
@@ -64,7 +66,6 @@ class GradientGuard:
                     self._watched[parameter] = WatchedParameter(
                         f"{layer.name}.{name}", parameter, layer.uses, self._judge, self.fail
                     )
-        self._batch_normalizations = batch_normalizations(model)
         self._parameters = dict(model.named_parameters())
         self._versions: list[int] = []
         self._frozen = [
@@ -113,7 +114,8 @@ class GradientGuard:
                     f"{name} was frozen when make_private was called and has been unfrozen since: "
                     "nothing clips its gradient. Unfreeze it first, then call make_private again."
                 )
-        for name, norm in self._batch_normalizations.items():
+        # Looked up anew: a module may have been put in the place of another.
+        for name, norm in batch_normalizations(self._model).items():
             if mixes_examples(norm):
                 self.fail(batch_normalization_problem(name))
         self._compiled = False
@@ -164,14 +166,22 @@ class GradientGuard:
         self._calls[layer.name] = calls + 1
         if layer.is_patched:
             self.fail(
-                f"{layer.name} was changed after make_private (its forward was replaced, or a "
-                "parametrization was added): its rule no longer describes it. Change the model "
-                "first, then call make_private."
+                f"{layer.name} was changed after make_private (its forward was replaced, an option "
+                "was set, or a parametrization was added): its rule no longer describes it. Change "
+                "the model first, then call make_private."
             )
         if torch.nn.modules.module._global_forward_hooks:
             self.fail(
                 "A forward hook on every module (register_module_forward_hook) may change what a "
                 f"layer such as {layer.name} returns before it is clipped. Remove the hook."
+            )
+        saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if saving is not None and not _of_torch(saving[0]):
+            self.fail(
+                f"{layer.name} runs under hooks on saved tensors (saved_tensors_hooks) that are "
+                "not torch's own: if they change a number, as lossy compression of activations "
+                "does, the layer's gradient is not the one that is bounded. Use save_on_cpu or "
+                "checkpoint(..., use_reentrant=False)."
             )
         return True
 
@@ -204,6 +214,16 @@ class GradientGuard:
                 f"its {order} axis must be the batch, or one factor would scale a mix of examples. "
                 "Expand inputs that are shared by the batch (such as position embeddings) and keep "
                 f"the batch axis {order}."
+            )
+
+    def check_parameters(self, layer: Layer) -> None:
+        """Check that a layer uses the very parameters that are watched, and not a multiple."""
+        name = layer.replaced_parameter()
+        if name is not None:
+            self.fail(
+                f"{layer.name}.{name} is not the parameter that make_private saw: it was replaced, "
+                "it is computed from another (functional_call, spectral_norm), or the module's "
+                "forward calls the module. Change the model first, then call make_private."
             )
 
     def check_inputs(self, layer: Layer, clipped: Inputs, versions: Versions, used: Inputs) -> None:
@@ -242,12 +262,34 @@ class GradientGuard:
             y: what it made.
             inputs: of what; the graph behind them is somebody else's.
         """
+        self.check_parameters(layer)
         self.check_dtype(layer, y)
         stop = {x.grad_fn for x in inputs if x is not None}
+        own = set(layer.parameters)
         for node, edges in parameter_edges(y, stop):
-            own = [(index, self._watched[leaf]) for index, leaf in edges if leaf in self._watched]
-            if own:
-                follow(node, own, partial(self._sources.add, self._forward), self.fail)
+            # Another layer's parameter, used in here, is not what this layer's rule bounds.
+            watched = [(index, self._watched[leaf]) for index, leaf in edges if leaf in own]
+            if watched:
+                follow(node, watched, partial(self._sources.add, self._forward), self.fail)
+
+    def join(self, layer: Layer, clipped: Tensor, y: Tensor) -> None:
+        """Check, when the time comes, that the layer gets the very gradient that was clipped.
+
+        Args:
+            layer: the layer.
+            clipped: what its clip made of ``y``.
+            y: what the layer made.
+        """
+
+        def changed() -> None:
+            self.fail(
+                f"{layer.name} got another gradient than the one that was clipped for it: a "
+                "backward hook changed it (register_backward_hook, or a hook on grad_fn), or the "
+                "layer's output went around the clip. Use register_full_backward_hook, which sees "
+                "gradients before they are clipped."
+            )
+
+        watch_edge(clipped, y, changed)
 
     # Backward
 
@@ -267,6 +309,12 @@ class GradientGuard:
     def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that is about to reach its parameter."""
         stale = watched.parameter.grad
+        if gradient.dtype not in TRAINABLE_DTYPES:
+            self.fail(
+                f"{watched.name} was turned to {gradient.dtype} after make_private: the sum over "
+                "the batch would be rounded by more than one example's contribution. Keep "
+                "trainable parameters in torch.float32."
+            )
         if not watched.sent and not (self._compiled and watched.vouched):
             self.fail(
                 f"{watched.name} got a gradient that did not come from its layer's call. "
@@ -297,10 +345,13 @@ class GradientGuard:
             )
         watched.vouched = True
 
+    def watches(self, parameter: nn.Parameter) -> bool:
+        """Return whether what arrives at a parameter is checked and collected."""
+        return parameter in self._watched
+
     def take(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the parameter's sum of contributions since the last step, ``None`` without any."""
-        watched = self._watched.get(parameter)
-        return None if watched is None else watched.take()
+        return self._watched[parameter].take()
 
 
 def versions(inputs: Inputs) -> Versions:
@@ -313,6 +364,10 @@ def _same(one: Tensor, version: int, other: Tensor) -> bool:
         return other._version == version
     alike = other.data_ptr() == one.data_ptr() and other.shape == one.shape
     return alike and other.stride() == one.stride() and other._version == version
+
+
+def _of_torch(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
 def _in_backward() -> bool:

@@ -24,6 +24,15 @@ EXACT_MEMORY_CAP = 64 * 2**20
 _ULPS = 64
 
 
+def accumulation(positions: int, dtype: torch.dtype) -> float:
+    """Return by what factor a sum of ``positions`` products may exceed what it should be.
+
+    Added up one by one, each rounds the sum by half a unit of the last place. The bound's own sums
+    may fall as much too short.
+    """
+    return 1 + positions * torch.finfo(norm_dtype(dtype)).eps
+
+
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which norms are computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -119,6 +119,14 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
                 "Gradients haven't been cleared since the last optimizer step. To obtain privacy "
                 "guarantees you must call optimizer.zero_grad() on each step."
             )
+        for p in self.params:
+            if not guard.watches(p):
+                raise PrivacyViolationError(
+                    f"The optimizer holds a parameter of shape {tuple(p.shape)} that was not "
+                    "trainable, or not the model's, when make_private was called: nothing clips "
+                    "its gradient. Add it to the model and the optimizer first, then call "
+                    "make_private."
+                )
         self._passes = max(1, guard.passes)
         for p in self.params:
             gradient = guard.take(p)

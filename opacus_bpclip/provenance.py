@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence, Set
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +53,15 @@ class WatchedParameter:
         self._collected_version = 0
         self._judge = judge
         self._fail = fail
-        self._handles = [
-            parameter.register_hook(self._arrive),
-            parameter.register_post_accumulate_grad_hook(self._collect),
-        ]
+        arrive = parameter.register_hook(self._arrive)
+        collect = parameter.register_post_accumulate_grad_hook(self._collect)
+        self._handles = [arrive, collect]
+        # Ahead of the hooks that the parameter has already: an optimizer in one of them would step
+        # on the sum without noise.
+        for hooks, handle in zip(self._hooks(), self._handles, strict=True):
+            # Torch goes by the order of insertion, which move_to_end does not change.
+            others = {key: hooks.pop(key) for key in tuple(hooks) if key != handle.id}
+            hooks.update(others)
 
     def remove(self) -> None:
         """Stop watching."""
@@ -90,12 +96,20 @@ class WatchedParameter:
             self._require_unchanged(collected, self._collected_version)
         return collected
 
+    def _hooks(self) -> tuple[OrderedDict[int, Any], OrderedDict[int, Any]]:
+        before = cast("OrderedDict[int, Any]", self.parameter._backward_hooks)
+        after = cast("OrderedDict[int, Any]", self.parameter._post_accumulate_grad_hooks)
+        return before, after
+
     def _arrive(self, gradient: Tensor) -> None:
         for sent, version in self.sent:
             self._require_unchanged(sent, version)
         self._judge(self, gradient)
         self.sent = []
-        self._arrived, self._version = _alias(gradient), gradient._version
+        # With other hooks around, out of their reach: `.data` leaves no trace in a version.
+        alone = all(len(hooks) == 1 for hooks in self._hooks())
+        self._arrived = _alias(gradient) if alone else gradient.clone()
+        self._version = self._arrived._version
 
     def _collect(self, parameter: Tensor) -> None:
         # Only what is accumulated counts: torch.autograd.grad takes a look and leaves.
@@ -163,6 +177,36 @@ def follow(
         note()
 
     node.register_hook(send)
+
+
+def watch_edge(later: Tensor, earlier: Tensor, changed: Callable[[], None]) -> None:
+    """Call ``changed`` if the gradient that arrives at a tensor is not the one that was sent.
+
+    Args:
+        later: made from ``earlier`` alone, by one autograd function; not used by anybody yet.
+        earlier: the tensor; whatever else is made from it is found, too.
+        changed: called in the backward pass.
+    """
+    assert later.grad_fn is not None
+    assert earlier.grad_fn is not None
+    index = earlier.output_nr
+    sent: list[tuple[Tensor, int]] = []
+
+    def send(gradients: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[0]
+        if gradient is not None:
+            sent[:] = [(gradient, gradient._version)]
+
+    def arrive(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[index]
+        if gradient is None:
+            return
+        expected, version = sent.pop() if sent else (None, 0)
+        if gradient is not expected or gradient._version != version:
+            changed()
+
+    later.grad_fn.register_hook(send)
+    earlier.grad_fn.register_prehook(arrive)
 
 
 def parameter_edges(

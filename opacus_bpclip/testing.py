@@ -9,7 +9,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import get_args
+from functools import partial
+from typing import NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,14 @@ from opacus_bpclip.rules import RULES, Rule
 # What cancellation in a sum of contributions may add, relative to the sensitivity.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
 _SCALES = (1e-30, 1e-3, 1.0, 1e3, 1e30)
+# Of an example's input and upstream gradient: noise, one entry, entries that agree, nothing.
+_KINDS = ("normal", "normal", "spike", "constant", "zero")
 _LIMIT = 0.7
+_SPIKES = 50
 
-Inputs = tuple[Tensor, ...]
+T = TypeVar("T")
+
+Inputs = tuple[Tensor | None, ...]  # None for an argument that is left out
 MakeInputs = Callable[[int], "Tensor | Inputs"]
 
 
@@ -37,11 +43,24 @@ class _Case:
     upstream: str
     dtype: torch.dtype
     max_input_norm: float | None = 3.0
+    frozen: str = ""
+
+    def with_one_frozen(self) -> Iterator[_Case]:
+        """Yield the same with one of the layer's parameters frozen, if it has several."""
+        names = [name for name, p in self.make_layer().named_parameters() if p.requires_grad]
+        for name in names if len(names) > 1 else ():
+
+            def frozen(name: str = name) -> nn.Module:
+                layer = self.make_layer()
+                layer.get_parameter(name).requires_grad_(False)
+                return layer
+
+            yield replace(self, make_layer=frozen, frozen=f", {name} frozen")
 
     def __str__(self) -> str:
         return (
             f"{self.rule.__name__} with bound={self.bound!r}, upstream={self.upstream!r}, "
-            f"max_input_norm={self.max_input_norm}, {self.dtype}"
+            f"max_input_norm={self.max_input_norm}, {self.dtype}{self.frozen}"
         )
 
 
@@ -59,7 +78,8 @@ def check_rule(
     Checked in all bounds and both upstream modes, in float32 and float64:
 
     - *bound*: an example's contribution is within the limit, input clipping on or off;
-    - *independence*: a batch's gradient is the sum of what its examples contribute alone;
+    - *independence*: a batch's gradient is the sum of what its examples contribute alone, and what
+      the layer sends up and down for an example is what it sends for the example alone;
     - *direction*: a contribution is the example's own gradient by plain autograd, times one factor,
       which ``upstream="clip"`` keeps at or below 1 (without input clipping);
     - *attainment*: some example reaches 0.999 of the limit, so the bound is not idle;
@@ -69,7 +89,8 @@ def check_rule(
     Args:
         rule: the rule's class; registered for the layer's class while the check runs.
         make_layer: makes the layer, the same one each time.
-        inputs: makes the layer's arguments for that many examples; called under a fixed seed.
+        inputs: makes the layer's arguments for that many examples, ``None`` for one that is left
+            out; called under a fixed seed.
         worst_case: arguments and upstream gradient of one example that reaches the limit of every
             bound; searched among single spikes if left out.
         rounds: hostile batches in each setting.
@@ -102,6 +123,17 @@ def check_rule(
             _check_empty(case, inputs)
             if dtype == torch.float64:
                 _check_attained(case, inputs, worst_case)
+            if dtype == torch.float64 and upstream == "clip":
+                _check_spikes(case, inputs)
+                for part in case.with_one_frozen():
+                    _check_sums(part, inputs)
+
+
+class _Run(NamedTuple):
+    """What comes out of a layer: its clipped sum, and all that other layers see of it."""
+
+    contribution: Tensor
+    sent: Inputs  # the output, and the gradients of the inputs
 
 
 class _Layer:
@@ -129,15 +161,20 @@ class _Layer:
         made = inputs(count)
         dtype = next(self.layer.parameters()).dtype
         arguments = made if isinstance(made, tuple) else (made,)
-        return tuple(x.to(dtype) if x.is_floating_point() else x for x in arguments)
+        return _each(arguments, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     def rows(self, arguments: Inputs, rows: Sequence[int]) -> Inputs:
         """Return the arguments for some of the examples."""
         index = torch.tensor(rows, dtype=torch.long)
-        return tuple(x.index_select(self.axis, index) for x in arguments)
+        return _each(arguments, lambda x: x.index_select(self.axis, index))
 
     def contribution(self, arguments: Inputs, upstream: Tensor) -> Tensor:
         """Return the clipped sum over the examples, all parameters flattened."""
+        return self.run(arguments, upstream).contribution
+
+    def run(self, arguments: Inputs, upstream: Tensor) -> _Run:
+        """Run the layer forward and backward."""
+        arguments = _each(arguments, lambda x: x.detach().requires_grad_(x.is_floating_point()))
         y = self.layer(*arguments)
         (y * upstream).sum().backward()
         guard = self.hooks.guard
@@ -147,7 +184,8 @@ class _Layer:
             if p.requires_grad
         ]
         guard.finish()
-        return torch.cat([total.flatten() for total in sums])
+        sent = (y.detach(), *(None if x is None else x.grad for x in arguments))
+        return _Run(torch.cat([total.flatten() for total in sums]), sent)
 
     def gradient(self, arguments: Inputs, upstream: Tensor) -> Tensor:
         """Return the same by plain autograd, without clipping."""
@@ -173,25 +211,53 @@ def _check_sums(case: _Case, inputs: MakeInputs) -> None:
         case = replace(case, max_input_norm=max_input_norm)
         layer = _Layer(case)
         count = 5
-        arguments = tuple(_hostile(x, layer.axis) for x in layer.make(inputs, count))
-        upstream = _hostile(layer.upstream(layer.make(inputs, count)), layer.axis)
+        arguments, upstream = _hostile(layer, inputs, count)
         tolerance = _ROUNDING[case.dtype] * _LIMIT * (count + 1)
-        together = layer.contribution(arguments, upstream)
-        alone = [
-            layer.contribution(layer.rows(arguments, [i]), layer.example(upstream, [i]))
+        together = layer.run(arguments, upstream)
+        # Each by a fresh layer: a rule must not remember what it has seen.
+        runs = [
+            _Layer(case).run(layer.rows(arguments, [i]), layer.example(upstream, [i]))
             for i in range(count)
         ]
+        alone = [run.contribution for run in runs]
         for i, own in enumerate(alone):
             _require(bool(own.isfinite().all()), case, "bound", f"example {i}: not finite")
             norm = float(own.norm())
             _require(norm <= _LIMIT + tolerance, case, "bound", f"{norm} > {_LIMIT}")
-        apart = float((together - torch.stack(alone).sum(dim=0)).norm())
+        apart = float((together.contribution - torch.stack(alone).sum(dim=0)).norm())
         _require(
             apart <= tolerance,
             case,
             "independence",
             f"the batch's gradient and the sum of its examples' own differ by {apart}",
         )
+        for i, run in enumerate(runs):
+            _require(
+                all(map(_agree, layer.rows(together.sent, [i]), run.sent)),
+                case,
+                "independence",
+                f"what the layer sends for example {i} depends on the others",
+            )
+
+
+def _agree(one: Tensor | None, other: Tensor | None) -> bool:
+    """Return whether two rows are the same up to rounding; a mix of examples is far off."""
+    if one is None or other is None:
+        return one is other
+    size = float(other.nan_to_num(posinf=0, neginf=0).abs().max()) if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
+
+
+def _check_spikes(case: _Case, inputs: MakeInputs) -> None:
+    """One entry of the input, and one of the upstream gradient: the worst cases of most layers."""
+    layer = _Layer(case)
+    (x, *others), upstream = layer.make(inputs, 1), layer.upstream(layer.make(inputs, 1))
+    assert x is not None
+    for _ in range(_SPIKES):
+        one = _shaped(x, "spike") * 1e4 if x.is_floating_point() else x
+        own = layer.contribution((one, *others), _shaped(upstream, "spike") * 1e4)
+        norm = float(own.norm())
+        _require(norm <= _LIMIT * (1 + 1e-9), case, "bound", f"{norm} > {_LIMIT}")
 
 
 def _check_direction(case: _Case, inputs: MakeInputs) -> None:
@@ -235,6 +301,7 @@ def _candidates(
         return
     template = layer.make(inputs, 1)
     first = template[0]
+    assert first is not None
     spikes = [template]
     if first.is_floating_point():
         spikes = []
@@ -255,14 +322,16 @@ def _check_not_finite(case: _Case, inputs: MakeInputs) -> None:
     arguments = layer.make(inputs, 3)
     upstream = layer.upstream(arguments)
     others = layer.contribution(layer.rows(arguments, [0, 1]), layer.example(upstream, [0, 1]))
-    for value, where in itertools.product(
-        (float("nan"), float("inf"), -float("inf")), range(len(arguments) + 1)
-    ):
-        spoiled = [x.clone() for x in (*arguments, upstream)]
-        if not spoiled[where].is_floating_point():
+    values = (float("nan"), float("inf"), -float("inf"))
+    for value, where, _ in itertools.product(values, range(len(arguments) + 1), range(2)):
+        *changed, g = spoiled = _each((*arguments, upstream), torch.clone)
+        target = spoiled[where]
+        if target is None or not target.is_floating_point():
             continue
-        spoiled[where].select(layer.axis, 2).view(-1)[-1] = value
-        *changed, g = spoiled
+        row = target.select(layer.axis, 2)
+        place = int(torch.randint(row.numel(), ()))
+        row[tuple(int(k) for k in torch.unravel_index(torch.tensor(place), row.shape))] = value
+        assert g is not None
         moved = float((layer.contribution(tuple(changed), g) - others).norm())
         # Not `moved > 0`: with nan that is false.
         zero = moved <= 1e-12 * _LIMIT if case.dtype == torch.float64 else moved <= 1e-6 * _LIMIT
@@ -280,21 +349,46 @@ def _check_empty(case: _Case, inputs: MakeInputs) -> None:
     _require(not bool(gradient.any()), case, "empty batch", "the gradient is not zero")
 
 
-def _hostile(x: Tensor, axis: int) -> Tensor:
-    """Scale every example to a size of its own, one of them to a single entry."""
+def _each(arguments: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    return tuple(x if x is None else function(x) for x in arguments)
+
+
+def _hostile(layer: _Layer, inputs: MakeInputs, count: int) -> tuple[Inputs, Tensor]:
+    """Return arguments and upstream gradient, each example of a kind and a size of its own."""
+    arguments = layer.make(inputs, count)
+    upstream = layer.upstream(arguments)
+    kinds = [(_drawn(_KINDS), _drawn(_KINDS)) for _ in range(count)]
+    # Half of them of one kind in both, for what shows only where both agree.
+    kinds = [(x, x if torch.rand(()) < 0.5 else g) for x, g in kinds]
+    spoil = partial(_spoilt, axis=layer.axis)
+    arguments = _each(arguments, lambda x: spoil(x, kinds=[kind for kind, _ in kinds]))
+    return arguments, spoil(upstream, kinds=[kind for _, kind in kinds])
+
+
+def _spoilt(x: Tensor, kinds: Sequence[str], axis: int) -> Tensor:
     if not x.is_floating_point():
         return x
     x = x.clone()
     largest = torch.finfo(x.dtype).max ** 0.4
-    for i in range(x.shape[axis]):
+    for i, kind in enumerate(kinds):
         row = x.select(axis, i)
-        scale = _SCALES[int(torch.randint(len(_SCALES), ()))]
-        if torch.rand(()) < 0.3:
-            spike = torch.zeros(row.shape, dtype=row.dtype)
-            spike.view(-1)[torch.randint(row.numel(), ())] = 1
-            row.copy_(spike)
-        row *= min(scale, largest)
+        row.copy_(_shaped(row, kind) * min(_drawn(_SCALES), largest))
     return x
+
+
+def _shaped(x: Tensor, kind: str) -> Tensor:
+    """Return one example's numbers, made over to be of a kind."""
+    if kind == "normal":
+        return x
+    if kind == "spike":
+        spike = torch.zeros(x.shape, dtype=x.dtype)
+        spike.view(-1)[torch.randint(x.numel(), ())] = 1
+        return spike
+    return torch.full(x.shape, float(kind == "constant"), dtype=x.dtype)
+
+
+def _drawn(values: Sequence[T]) -> T:
+    return values[int(torch.randint(len(values), ()))]
 
 
 def _require(held: bool, case: _Case, promise: str, detail: str) -> None:

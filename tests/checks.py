@@ -6,10 +6,16 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
+from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_bpclip import BackpropClipOptimizer, BackpropClipping, PrivacyEngine
+from opacus_bpclip import (
+    BackpropClipOptimizer,
+    BackpropClipping,
+    PrivacyEngine,
+    PrivacyViolationError,
+)
 
 # What cancellation in S(D + z) - S(D) may add, relative to the sensitivity.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -130,34 +136,111 @@ def check_independence(trainer: Trainer, x: Tensor, target: Tensor) -> None:
         torch.zeros_like(together),
     )
     tolerance = ROUNDING[target.dtype] * trainer.optimizer.max_grad_norm * (1 + len(x))
-    assert (together - alone).norm() <= tolerance
+    apart = (together - alone).norm()
+    assert apart <= tolerance, f"together and alone differ by {apart}"
 
 
 def check_silent(trainer: Trainer, x: Tensor, target: Tensor) -> None:
     """The last example, not finite, contributes exactly zero."""
     with_z = joint(trainer.released(x, target))
     without_z = joint(trainer.released(x[:-1], target[:-1]))
-    assert with_z.isfinite().all()
-    assert torch.allclose(with_z, without_z, rtol=0, atol=1e-12 * trainer.optimizer.max_grad_norm)
+    assert with_z.isfinite().all(), "the sum is not finite"
+    moved = (with_z - without_z).norm()
+    assert moved <= 1e-12 * trainer.optimizer.max_grad_norm, f"moved the sum by {moved}"
+
+
+def draws_of(trainer: Trainer, x: Tensor, target: Tensor, steps: int) -> dict[str, Tensor]:
+    """Return all that was added to the sums in some steps, before division, by parameter."""
+    divisor = trainer.optimizer.expected_batch_size if trainer.reduction == "mean" else 1
+    draws: dict[str, list[Tensor]] = {}
+    for _ in range(steps):
+        trainer.step(x, target)
+        for name, p in trainer.plain.named_parameters():
+            draws.setdefault(name, []).append((p.grad * divisor - p.summed_grad).flatten())
+    return {name: torch.cat(parts) for name, parts in draws.items()}
 
 
 def check_noise_scale(trainer: Trainer, x: Tensor, target: Tensor, steps: int) -> None:
-    """The noise before division has standard deviation ``noise_multiplier * max_grad_norm``."""
-    divisor = trainer.optimizer.expected_batch_size if trainer.reduction == "mean" else 1
-    draws = []
-    for _ in range(steps):
-        trainer.step(x, target)
-        draws += [(p.grad * divisor - p.summed_grad).flatten() for p in trainer.plain.parameters()]
-    noise = torch.cat(draws)
+    """Every parameter's noise has standard deviation ``noise_multiplier * max_grad_norm``."""
     expected = trainer.optimizer.noise_multiplier * trainer.optimizer.max_grad_norm
-    # Five standard errors of a standard deviation.
-    assert abs(noise.std() / expected - 1) < 5 / (2 * len(noise)) ** 0.5
-    assert abs(noise.mean()) < 5 * expected / len(noise) ** 0.5
+    draws = draws_of(trainer, x, target, steps)
+    for name, noise in {**draws, "all": torch.cat(list(draws.values()))}.items():
+        # Five standard errors of a standard deviation, and of a mean.
+        found = float(noise.std()) / expected
+        assert abs(found - 1) < 5 / (2 * len(noise)) ** 0.5, f"{name}: noise {found} times as wide"
+        assert abs(noise.mean()) < 5 * expected / len(noise) ** 0.5, f"{name}: not centred"
+
+
+def check_noise_is_fresh(trainer: Trainer, x: Tensor, target: Tensor, steps: int) -> None:
+    """No draw is used twice, in one step or in two, and each has the precision of its dtype."""
+    noise = torch.cat(list(draws_of(trainer, x, target, steps).values()))
+    # Up to rounding: the sums that the noise was added to are taken away again.
+    values = (noise / noise.std()).mul(2**24).round().sort().values
+    assert (values.diff() == 0).sum() <= len(noise) / 1000, "the same noise was drawn twice"
+    rounded = noise.to(torch.bfloat16).to(noise.dtype)
+    coarse = (noise - rounded).abs().median() / noise.abs().median()
+    assert coarse > 1e-4, "the noise was drawn in lower precision"
+
+
+def check_public_divisor(trainer: Trainer, x: Tensor, target: Tensor) -> None:
+    """The sum is divided by the expected batch size, whatever the batch's own."""
+    for count in range(len(x) + 1):
+        trainer.step(x[:count], target[:count])
+        for name, p in trainer.plain.named_parameters():
+            public = p.summed_grad / trainer.optimizer.expected_batch_size
+            assert torch.equal(p.grad, public), f"{name}: not divided by a public constant"
 
 
 def check_one_entry_per_step(trainer: Trainer, x: Tensor, target: Tensor, steps: int) -> None:
     """The accountant sees one (noise multiplier, sample rate) a step, whatever the layers."""
     for _ in range(steps):
         trainer.step(x, target)
-    rate = 1 / len(trainer.loader)
-    assert trainer.engine.accountant.history == [(trainer.optimizer.noise_multiplier, rate, steps)]
+    _check_history(trainer, steps)
+
+
+def check_one_entry_per_logical_batch(trainer: Trainer, epochs: int) -> None:
+    """Physical batches of one example make one step and one entry of each logical batch."""
+    steps = 0
+    for _ in range(epochs):
+        with BatchMemoryManager(
+            data_loader=trainer.loader, max_physical_batch_size=1, optimizer=trainer.optimizer
+        ) as loader:
+            for (x,) in loader:
+                outputs = trainer.model(x).flatten(1).shape[1]
+                trainer.step(x, torch.ones(len(x), outputs, dtype=x.dtype))
+                steps += not trainer.optimizer._is_last_step_skipped
+    expected = epochs * len(trainer.loader)
+    assert steps == expected, f"{steps} steps for {expected} logical batches"
+    _check_history(trainer, expected)
+
+
+def check_refused(trainer: Trainer, x: Tensor, loss: Callable[[Tensor, nn.Module], Tensor]) -> None:
+    """A loss of the model's output that goes around the bound is an error on its batch."""
+    trainer.optimizer.zero_grad()
+    try:
+        loss(trainer.model(x), trainer.plain).backward()
+        trainer.optimizer.step()
+    except PrivacyViolationError:
+        return
+    raise AssertionError("a gradient that nothing bounds was released")
+
+
+def check_unmoved(trainer: Trainer, x: Tensor, meddle: Callable[[Tensor], None]) -> None:
+    """What is done to ``p.grad`` between the backward pass and the step changes nothing."""
+    trainer.optimizer.zero_grad()
+    trainer.model(x).sum().backward()
+    for p in trainer.plain.parameters():
+        meddle(p)
+    trainer.optimizer.step()
+    for name, p in trainer.plain.named_parameters():
+        norm = p.summed_grad.norm()
+        limit = len(x) * trainer.optimizer.max_grad_norm
+        assert norm <= limit, f"{name}: {norm} was put into a sum of at most {limit}"
+        public = p.summed_grad / trainer.optimizer.expected_batch_size
+        assert torch.equal(p.grad, public), f"{name}: released something beside its sum"
+
+
+def _check_history(trainer: Trainer, steps: int) -> None:
+    expected = [(trainer.optimizer.noise_multiplier, 1 / len(trainer.loader), steps)]
+    found = trainer.engine.accountant.history
+    assert found == expected, f"the accountant saw {found} instead of {expected}"

@@ -5,6 +5,9 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
+# A list, not tests; collected for its doctests it would be imported, and filled, a second time.
+collect_ignore = ["mutants"]
+
 # Tiny steps on two threads are many times slower than on one.
 torch.set_num_threads(1)
 

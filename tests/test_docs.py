@@ -1,5 +1,6 @@
 """The documents' code runs, and their links lead somewhere."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -24,6 +25,21 @@ def test_the_example_of_a_rule_of_ones_own_passes_its_own_test():
         RULES.clear()
         RULES.update(before)
     assert issubclass(names["Shift"], torch.nn.Module)
+
+
+def test_the_table_of_tightness_is_the_benchmarks(monkeypatch):
+    spec = importlib.util.spec_from_file_location("tightness", ROOT / "benchmarks/tightness.py")
+    tightness = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tightness)
+    monkeypatch.setattr(tightness, "EXAMPLES", 4)
+    table = (ROOT / "docs/supported-layers.md").read_text()
+    torch.manual_seed(0)
+    for name, (layer, draws) in tightness.CASES.items():
+        rule, ratio = tightness.tightness(layer, draws)
+        assert f"| {name} | `{rule}` | " in table
+        assert 0 < ratio["product"] <= 1 + 1e-9
+        assert ratio["product"] <= ratio["weighted"] * (1 + 1e-9)
+        assert ratio["weighted"] <= ratio["exact"] * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

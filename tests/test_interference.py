@@ -54,6 +54,10 @@ def scale_grad_of(parameter: nn.Parameter) -> None:
         parameter.grad.mul_(100)
 
 
+def scale_without_a_trace(gradient: Tensor) -> None:
+    gradient.data.mul_(100)
+
+
 class TimesHundred(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight * 100
@@ -95,6 +99,10 @@ def contributed(private: Private) -> float:
         pytest.param(
             lambda layer: [p.register_hook(lambda g: g.mul_(100)) for p in layer.parameters()],
             id="hook on the parameter in place",
+        ),
+        pytest.param(
+            lambda layer: [p.register_hook(scale_without_a_trace) for p in layer.parameters()],
+            id="hook on the parameter through .data",
         ),
         pytest.param(
             lambda layer: [
@@ -214,9 +222,9 @@ def test_a_layer_that_measures_what_it_used_may_have_its_input_changed(hook: Any
     [
         pytest.param(
             replace_forward,
-            "0 was changed after make_private (its forward was replaced, or a parametrization was "
-            "added): its rule no longer describes it. Change the model first, then call "
-            "make_private.",
+            "0 was changed after make_private (its forward was replaced, an option was set, or a "
+            "parametrization was added): its rule no longer describes it. Change the model first, "
+            "then call make_private.",
             id="forward replaced",
         ),
         pytest.param(

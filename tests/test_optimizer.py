@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from opacus.accountants import create_accountant
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipOptimizer, PrivacyEngine
+from opacus_bpclip import BackpropClipOptimizer, PrivacyEngine, PrivacyViolationError
 from tests.helpers import (
     FEATURES,
     backward,
@@ -102,6 +102,22 @@ def test_a_closure_runs_once_and_its_loss_is_returned() -> None:
 
 def test_a_step_without_a_closure_returns_nothing() -> None:
     assert make_private(mlp()).optimizer.step() is None
+
+
+def test_a_parameter_that_is_added_to_the_optimizer_later_is_refused() -> None:
+    private, extra = make_private(mlp()), nn.Parameter(torch.ones(3))
+    private.optimizer.add_param_group({"params": [extra]})
+    before = values(private)
+    (private.model(batch()[0]) + extra).sum().backward()
+    with pytest.raises(PrivacyViolationError) as refusal:
+        private.optimizer.step()
+    assert str(refusal.value) == (
+        "The optimizer holds a parameter of shape (3,) that was not trainable, or not the model's, "
+        "when make_private was called: nothing clips its gradient. Add it to the model and the "
+        "optimizer first, then call make_private."
+    )
+    assert torch.equal(values(private), before)
+    assert private.steps == 0
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from opacus_bpclip import BackpropClipping, PrivacyViolationError
-from opacus_bpclip.layer_clips import recurrent
 from tests.checks import (
     Trainer,
     check_independence,
@@ -326,19 +325,3 @@ def test_frozen_parts_get_no_hooks():
     assert not reader.rnn.l0.ih._forward_hooks
     x, target = torch.randn(3, STEPS, FEATURES).double(), torch.randn(3, 2).double() * 100
     check_sensitivity(trainer, x, target)
-
-
-def test_the_mutant_that_clips_each_step_to_the_whole_limit_is_killed(monkeypatch):
-    whole = recurrent._Sequence.gradient
-
-    def apart(sequence):
-        """Bound the steps one by one, as if each had a limit of its own."""
-        steps, weight = sequence.steps, 0
-        for step in steps:
-            sequence.steps = [step]
-            weight = weight + whole(sequence)[0]
-        return weight, None
-
-    monkeypatch.setattr(recurrent._Sequence, "gradient", apart)
-    with pytest.raises(AssertionError):
-        check_sensitivity(*_worst_case("weighted", "clip"))

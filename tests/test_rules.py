@@ -9,6 +9,7 @@ from torch import nn
 from opacus_bpclip import BackpropClipping, CoverageError
 from opacus_bpclip.rules import RULES
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
+from tests.layers import Pair, Tokens
 from tests.strategies import BOUNDS, MODES, layer_cases, scales, seeds
 
 
@@ -131,3 +132,54 @@ def test_taking_the_means_away_changes_neither_output_nor_input_gradient(layer):
         gradients.append((y.detach(), x.grad))
     for plain, centred in zip(*gradients, strict=True):
         assert torch.allclose(plain, centred, rtol=1e-9, atol=1e-12)
+
+
+MANY = 20_000
+LONG = {
+    "linear": (lambda: nn.Linear(8, 8), (MANY, 8)),
+    "linear, no bias": (lambda: nn.Linear(1, 1, bias=False), (MANY, 1)),
+    "conv2d": (lambda: nn.Conv2d(2, 2, 3), (2, 100, 200)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(1, 2, 2, stride=2), (1, 100, 200)),
+    "bilinear": (lambda: Pair(nn.Bilinear(1, 1, 1, bias=False)), (MANY, 2)),
+    "prelu": (nn.PReLU, (MANY,)),
+    "layer norm": (lambda: nn.LayerNorm(2), (MANY, 2)),
+    "embedding": (lambda: Tokens(nn.Embedding(2, 1)), (MANY,)),
+}
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("layer", LONG)
+def test_many_equal_positions_are_rounded_within_the_bound(layer, bound):
+    # In float32, a sum of 20,000 equal numbers, one by one, is off by 1e-4 of itself.
+    if layer == "embedding" and bound == "exact":
+        return  # one Gram matrix of 20,000 x 20,000
+    make, shape = LONG[layer]
+    torch.manual_seed(0)
+    model = make()
+    trainer = Trainer(model, shape, BackpropClipping(bound=bound), dtype=torch.float32)
+    x = torch.full((1, *shape), -2.0)
+    if layer == "layer norm":
+        x[..., 0] = 2.0
+    with torch.no_grad():
+        outputs = model(x).flatten(1)
+    for height in (0.7, 1.1, 3.3):
+        released = joint(trainer.released(x, torch.full_like(outputs, height)))
+        # Not in float32: the norm's own sum would drift as well.
+        assert released.double().norm() <= 1.0
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(2, 2, 1),
+        nn.ConvTranspose1d(2, 2, 1),
+        nn.GroupNorm(1, 2),
+        nn.InstanceNorm1d(2, affine=True),
+        nn.PReLU(2),
+        nn.EmbeddingBag(2, 2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_layer_with_channels_second_has_the_batch_first_in_any_model(layer):
+    # With as many examples as channels, a model's batch_first=False would pass unnoticed.
+    assert RULES[type(layer)].from_module(layer).batch_axis(1) == 0

@@ -145,10 +145,21 @@ def test_raw_parameter() -> None:
     )
 
 
+class Unknown(nn.Module):
+    """A layer of somebody's own: a matrix product, but not nn.Linear's."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.eye(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.table
+
+
 def test_unknown_layer() -> None:
     refused_before_training(
-        nn.Sequential(nn.PReLU(), *mlp()),
-        f"{HEADER}0 (PReLU): no rule bounds the gradient of weight. {REMEDIES}",
+        nn.Sequential(Unknown(FEATURES), *mlp()),
+        f"{HEADER}0 (Unknown): no rule bounds the gradient of table. {REMEDIES}",
     )
 
 

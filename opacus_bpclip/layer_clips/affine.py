@@ -2,7 +2,8 @@
 
 An affine map's gradient has one entry for each channel: as many numbers for an example as one of
 its positions has. So nothing is estimated. What is measured is the very gradient that is summed,
-whatever rounding has made of it, in every mode of ``bound``. Proof: ``docs/rules/normalization.md``.
+whatever rounding has made of it, in every mode of ``bound``. Proof:
+``docs/rules/normalization.md``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """One rule a layer family: which norm of the input, which bound of the gradient, which proof."""
 
 from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
+from opacus_bpclip.rules.bilinear import BilinearRule
 from opacus_bpclip.rules.broadcast import BroadcastRule
 from opacus_bpclip.rules.conv import ConvRule
+from opacus_bpclip.rules.conv_transpose import ConvTransposeRule
 from opacus_bpclip.rules.embedding import EmbeddingRule
+from opacus_bpclip.rules.embedding_bag import EmbeddingBagRule
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.linear import LinearRule
 from opacus_bpclip.rules.matrix import MatrixRule
@@ -13,13 +16,19 @@ from opacus_bpclip.rules.normalization import (
     LayerNormRule,
     RMSNormRule,
 )
+from opacus_bpclip.rules.prelu import PReLURule
 from opacus_bpclip.rules.registry import RULES, register_rule, registered_kind, supported_layers
+from opacus_bpclip.rules.sequence_bias import SequenceBiasRule
+from opacus_bpclip.rules.transformers import TransposedLinearRule
 
 __all__ = [
     "RULES",
     "AffineRule",
+    "BilinearRule",
     "BroadcastRule",
     "ConvRule",
+    "ConvTransposeRule",
+    "EmbeddingBagRule",
     "EmbeddingRule",
     "FusedRule",
     "GroupNormRule",
@@ -28,9 +37,12 @@ __all__ = [
     "LayerNormRule",
     "LinearRule",
     "MatrixRule",
+    "PReLURule",
     "Prepared",
     "RMSNormRule",
     "Rule",
+    "SequenceBiasRule",
+    "TransposedLinearRule",
     "register_rule",
     "registered_kind",
     "supported_layers",

@@ -56,6 +56,10 @@ class ConvRule(FusedRule):
         dims = 2 + len(self.kernel)
         return dims, dims
 
+    def batch_axis(self, default: int) -> int:
+        """Return 0: channels are on PyTorch's second axis, whatever the model's layout."""
+        return 0
+
     def measure(self, x: Tensor) -> Measured:
         """Measure each patch by a box filter over the squared norms of the pixels.
 

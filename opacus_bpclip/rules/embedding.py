@@ -31,21 +31,7 @@ class EmbeddingRule(Rule):
             CoverageError: an option edits the weight or its gradient beyond one example's own.
         """
         layer = cast(nn.Embedding, module)
-        if layer.max_norm is not None:
-            raise CoverageError(
-                "max_norm rewrites the weight's rows that a batch uses, so the parameters reveal "
-                "the batch. Leave max_norm out."
-            )
-        if layer.scale_grad_by_freq:
-            raise CoverageError(
-                "scale_grad_by_freq divides an example's gradient by how often the whole batch "
-                "uses a token. Leave it out."
-            )
-        if layer.sparse:
-            raise CoverageError(
-                "a sparse gradient shows which tokens the batch holds, and noise covers every row. "
-                "Use sparse=False."
-            )
+        refuse_coupling_options(layer)
         return cls(weight=trainable(layer, "weight"), bias=False, padding_idx=layer.padding_idx)
 
     def expected_dims(self) -> tuple[int, int | None]:
@@ -78,6 +64,14 @@ class EmbeddingRule(Rule):
         """Return the bound of this kind; the product bound knows that columns have norm 1."""
         positions = g.shape[1:-1].numel()
         upstream = g.reshape(g.shape[0], 1, positions, g.shape[-1]).transpose(2, 3)
+        # A row of the weight takes its positions one after another.
+        own = self._sum_bound(kind, upstream, inputs, input_norms)
+        return own * norms.accumulation(positions, g.dtype)
+
+    def _sum_bound(
+        self, kind: str, upstream: Tensor, inputs: Inputs, input_norms: Tensor | None
+    ) -> Tensor:
+        positions = upstream.shape[3]
         if kind == "product":
             return norms.product_bound(upstream, 1.0)
         assert input_norms is not None
@@ -110,3 +104,26 @@ class EmbeddingRule(Rule):
 
     def _positions(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], x.shape[1:].numel())
+
+
+def refuse_coupling_options(layer: nn.Embedding | nn.EmbeddingBag) -> None:
+    """Refuse the options that edit the weight or its gradient beyond one example's own.
+
+    Raises:
+        CoverageError: one of them is set.
+    """
+    if layer.max_norm is not None:
+        raise CoverageError(
+            "max_norm rewrites the weight's rows that a batch uses, so the parameters reveal "
+            "the batch. Leave max_norm out."
+        )
+    if layer.scale_grad_by_freq:
+        raise CoverageError(
+            "scale_grad_by_freq divides an example's gradient by how often the whole batch "
+            "uses a token. Leave it out."
+        )
+    if layer.sparse:
+        raise CoverageError(
+            "a sparse gradient shows which tokens the batch holds, and noise covers every row. "
+            "Use sparse=False."
+        )

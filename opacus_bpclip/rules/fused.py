@@ -1,6 +1,6 @@
 """Layers whose whole gradient is at hand in closed form, so that one autograd node clips it.
 
-A layer ``y_p = W u_p + b`` whose columns are scaled by ``s_p``, its upstream gradients by ``f``, has
+A layer ``y_p = W u_p + b``, its columns scaled by ``s_p``, its upstream gradient by ``f``, has
 
     y_p = b + s_p (W u_p),    dW = sum_p (f s_p) g_p u_p^T,    db = sum_p f g_p,
     du_p = s_p W^T (f g_p)

@@ -107,13 +107,14 @@ class MatrixRule(Rule):
         """
         upstream = self.upstream(g)
         room = room if room is None else self.upstream(room)
+        rounded = norms.accumulation(upstream.shape[3], g.dtype)
         if kind == "product":
             assert max_norm is not None
             largest = norms.max_column_norm(max_norm, weight=self.weight, bias=self.bias)
-            return norms.product_bound(upstream, largest, room)
+            return norms.product_bound(upstream, largest, room) * rounded
         assert input_norms is not None
         columns = norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
-        return norms.weighted_bound(upstream, columns, room)
+        return norms.weighted_bound(upstream, columns, room) * rounded
 
     def exact_bound(
         self, upstream: Tensor, x: Tensor, columns: Tensor, factor: Tensor | None = None
@@ -152,4 +153,5 @@ class MatrixRule(Rule):
                 )
             )
         unit = bounds[0] if len(bounds) == 1 else torch.cat(bounds)
-        return unit * g_norm * u_norm + norms.underflow(1, dtype)
+        bound = unit * g_norm * u_norm + norms.underflow(1, dtype)
+        return bound * norms.accumulation(positions, dtype)

@@ -114,16 +114,17 @@ class AffineRule(Rule):
         dtype = norms.norm_dtype(g.dtype)
         upstream = self.channels_first(g).to(dtype)
         slack = norms.underflow(upstream.shape[1] * upstream.shape[2], dtype)
+        rounded = norms.accumulation(upstream.shape[2], dtype)
         if kind == "product":
             largest = norms.max_column_norm(self.largest(g), weight=self.weight, bias=self.bias)
-            return norms.product_bound(upstream[:, None], largest)
+            return norms.product_bound(upstream[:, None], largest) * rounded
         (x,) = inputs
         assert x is not None
         value = self.channels_first(self.normalized(x)).to(dtype)
         columns = norms.column_norms(value.abs(), weight=self.weight, bias=self.bias)
         if kind == "weighted":
             per_channel = (upstream.abs() * columns).sum(dim=2)
-            return torch.linalg.vector_norm(per_channel, dim=1) + slack
+            return (torch.linalg.vector_norm(per_channel, dim=1) + slack) * rounded
         parts = []
         if self.weight:
             parts.append((upstream * value).sum(dim=2))
@@ -133,7 +134,7 @@ class AffineRule(Rule):
         frobenius = torch.linalg.vector_norm(upstream, dim=(1, 2)) * torch.linalg.vector_norm(
             columns, dim=(1, 2)
         )
-        return exact + norms.rounding_margin(g.dtype, g.device) * frobenius + slack
+        return (exact + norms.rounding_margin(g.dtype, g.device) * frobenius + slack) * rounded
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,10 @@ class GroupNormRule(AffineRule):
     def expected_dims(self) -> tuple[int, int | None]:
         """Accept any number of positions' axes."""
         return self.smallest_dims, None
+
+    def batch_axis(self, default: int) -> int:
+        """Return 0: channels are on PyTorch's second axis, whatever the model's layout."""
+        return 0
 
     def normalized(self, x: Tensor) -> Tensor:
         """Normalise over each group."""

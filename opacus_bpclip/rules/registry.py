@@ -8,11 +8,17 @@ from typing import TypeVar
 from torch import nn
 
 from opacus_bpclip.rules.base import Rule
+from opacus_bpclip.rules.bilinear import BilinearRule
 from opacus_bpclip.rules.conv import ConvRule
+from opacus_bpclip.rules.conv_transpose import ConvTransposeRule
 from opacus_bpclip.rules.embedding import EmbeddingRule
+from opacus_bpclip.rules.embedding_bag import EmbeddingBagRule
 from opacus_bpclip.rules.linear import LinearRule
 from opacus_bpclip.rules.normalization import GroupNormRule, LayerNormRule, RMSNormRule
+from opacus_bpclip.rules.prelu import PReLURule
+from opacus_bpclip.rules.sequence_bias import SequenceBiasRule
 from opacus_bpclip.rules.torchvision import ClassTokenRule, LayerScaleRule, PositionEmbeddingRule
+from opacus_bpclip.rules.transformers import TransposedLinearRule
 
 RuleClass = TypeVar("RuleClass", bound=type[Rule])
 
@@ -22,13 +28,21 @@ RULES: dict[type[nn.Module] | str, type[Rule]] = {
     nn.Conv1d: ConvRule,
     nn.Conv2d: ConvRule,
     nn.Conv3d: ConvRule,
+    nn.ConvTranspose1d: ConvTransposeRule,
+    nn.ConvTranspose2d: ConvTransposeRule,
+    nn.ConvTranspose3d: ConvTransposeRule,
+    nn.Bilinear: BilinearRule,
+    nn.PReLU: PReLURule,
     nn.Embedding: EmbeddingRule,
+    nn.EmbeddingBag: EmbeddingBagRule,
     nn.LayerNorm: LayerNormRule,
     nn.RMSNorm: RMSNormRule,
     nn.GroupNorm: GroupNormRule,
     nn.InstanceNorm1d: GroupNormRule,
     nn.InstanceNorm2d: GroupNormRule,
     nn.InstanceNorm3d: GroupNormRule,
+    "opacus.layers.dp_multihead_attention.SequenceBias": SequenceBiasRule,
+    "transformers.pytorch_utils.Conv1D": TransposedLinearRule,
     "torchvision.models.vision_transformer.VisionTransformer": ClassTokenRule,
     "torchvision.models.vision_transformer.Encoder": PositionEmbeddingRule,
     "torchvision.models.convnext.CNBlock": LayerScaleRule,

@@ -1,0 +1,81 @@
+"""Bilinear layers: to the outer products of its two inputs, such a layer is linear.
+
+Proof: ``docs/rules/bilinear.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from opacus_bpclip import norms as bounds
+from opacus_bpclip.rules.base import Inputs, Prepared, trainable
+from opacus_bpclip.rules.linear import LinearRule
+
+
+@dataclass(frozen=True)
+class BilinearRule(LinearRule):
+    """``nn.Bilinear``: inputs ``[B, *, D1]`` and ``[B, *, D2]``, output ``[B, *, C]``.
+
+    Attributes:
+        in_features: of the outer product, ``D1 * D2``.
+    """
+
+    arguments: ClassVar[int] = 2
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> Self:
+        """Read the layer's geometry."""
+        layer = cast(nn.Bilinear, module)
+        return cls(
+            weight=trainable(layer, "weight"),
+            bias=trainable(layer, "bias"),
+            in_features=layer.in1_features * layer.in2_features,
+        )
+
+    def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
+        """Scale each position of each input down to ``sqrt(max_norm)``, so that products obey it.
+
+        Each on its own: a common factor could leave one vector very large and one vanishing.
+        """
+        each = None if max_norm is None else math.sqrt(max_norm)
+        first, second = (super(BilinearRule, self).prepare((x,), each) for x in inputs)
+        assert first.norms is not None
+        assert second.norms is not None
+        norms = first.norms * second.norms
+        norms = norms + bounds.underflow(1, norms.dtype)
+        finite = first.finite & second.finite & norms.isfinite().all(dim=2)[:, 0]
+        scales = first.scales + second.scales
+        return Prepared(first.inputs + second.inputs, norms, finite, scales)
+
+    def bound(
+        self,
+        kind: str,
+        g: Tensor,
+        inputs: Inputs,
+        input_norms: Tensor | None,
+        max_norm: float | None,
+    ) -> Tensor:
+        """Return the bound of this kind; outer products are made for a chunk of examples."""
+        positions = g.shape[1:-1].numel()
+        if kind != "exact" or positions == 1:
+            kind = "weighted" if kind == "exact" else kind
+            return super().bound(kind, g, (), input_norms, max_norm)
+        one, other = inputs
+        assert one is not None
+        assert other is not None
+        assert input_norms is not None
+        chunk = bounds.exact_chunk(
+            positions, 1, g.shape[-1], self.in_features, input_norms.dtype.itemsize
+        )
+        parts = []
+        for start in range(0, max(len(g), 1), chunk):
+            rows = slice(start, start + chunk)
+            outer = (one[rows].unsqueeze(-1) * other[rows].unsqueeze(-2)).flatten(-2)
+            parts.append(super().bound("exact", g[rows], (outer,), input_norms[rows], max_norm))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

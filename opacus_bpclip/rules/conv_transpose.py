@@ -1,0 +1,171 @@
+"""Transposed convolutions in one, two and three dimensions.
+
+Each input pixel is multiplied with the weight and the result is added to a patch of the output. So
+the roles swap: columns are the pixels' channels, and upstream gradients are unfolded patches of
+the output's gradient. The bias meets the output's own positions. Proof:
+``docs/rules/conv_transpose.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from opacus_bpclip import norms as bounds
+from opacus_bpclip.rules.base import Inputs, Keep, trainable
+from opacus_bpclip.rules.matrix import MatrixRule, Measured
+
+
+@dataclass(frozen=True)
+class ConvTransposeRule(MatrixRule):
+    """``nn.ConvTranspose1d``, ``2d``, ``3d``: input ``[B, R * D, *spatial]``.
+
+    Attributes:
+        output_bias: whether the layer has a trainable bias; `bias` is False, since no entry of a
+            column stands for it.
+    """
+
+    output_bias: bool
+    groups: int
+    group_channels: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> Self:
+        """Read the layer's geometry; how much padding the output has is read off the output."""
+        layer = cast(nn.ConvTranspose2d, module)
+        return cls(
+            weight=trainable(layer, "weight"),
+            bias=False,
+            output_bias=trainable(layer, "bias"),
+            groups=layer.groups,
+            group_channels=layer.in_channels // layer.groups,
+            kernel=tuple(layer.kernel_size),
+            stride=tuple(layer.stride),
+            dilation=tuple(layer.dilation),
+            padding=tuple(cast("tuple[int, ...]", layer.padding)),
+        )
+
+    def expected_dims(self) -> tuple[int, int | None]:
+        """Accept batched inputs only."""
+        dims = 2 + len(self.kernel)
+        return dims, dims
+
+    def batch_axis(self, default: int) -> int:
+        """Return 0: channels are on PyTorch's second axis, whatever the model's layout."""
+        return 0
+
+    def measure(self, x: Tensor) -> Measured:
+        """Measure each pixel's vector, for each group."""
+        dtype = bounds.norm_dtype(x.dtype)
+        norms = torch.linalg.vector_norm(self.columns(x), dim=2, dtype=dtype)
+        norms = norms + bounds.underflow(self.group_channels, dtype)
+        return Measured(norms, norms.isfinite().flatten(1).all(dim=1))
+
+    def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
+        """Clip each pixel by its own norm."""
+        return (max_norm / norms).clamp(max=1)
+
+    def spread(self, factor: Tensor, x: Tensor) -> Tensor:
+        """Give each channel of a group the group's factors."""
+        of_groups = factor.view(x.shape[0], self.groups, *x.shape[2:])
+        if self.groups == 1:
+            return of_groups
+        return of_groups.repeat_interleave(self.group_channels, dim=1)
+
+    def upstream(self, g: Tensor) -> Tensor:
+        """Unfold the output's gradient, `_aligned`, to ``[B, R, C * kernel, P]``."""
+        windows = g
+        for axis, (size, stride, dilation) in enumerate(
+            zip(self.kernel, self.stride, self.dilation, strict=True)
+        ):
+            windows = windows.unfold(2 + axis, dilation * (size - 1) + 1, stride)
+            windows = windows[..., ::dilation]
+        # [B, channels, *positions, *kernel] -> [B, R, C * kernel, P]
+        spatial = len(self.kernel)
+        positions = windows.shape[2 : 2 + spatial].numel()
+        entries = g.shape[1] // self.groups * math.prod(self.kernel)
+        order = (0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial))
+        return windows.permute(order).reshape(g.shape[0], self.groups, entries, positions)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """View the input as ``[B, R, D, P]``."""
+        return x.reshape(x.shape[0], self.groups, self.group_channels, x.shape[2:].numel())
+
+    def column_size(self) -> int:
+        """Return the number of inputs of one pixel of one group."""
+        return self.group_channels
+
+    def keeps(self, kind: str) -> Keep:
+        """Keep the input, as the layer does: it tells how far the windows reach."""
+        return super().keeps(kind)._replace(inputs=self.weight)
+
+    def bound(
+        self,
+        kind: str,
+        g: Tensor,
+        inputs: Inputs,
+        input_norms: Tensor | None,
+        max_norm: float | None,
+    ) -> Tensor:
+        """Return the bound of this kind: weight and bias are orthogonal, so the squares add up."""
+        parts = []
+        if self.weight:
+            parts.append(self._weight_bound(kind, g, inputs, input_norms, max_norm))
+        if self.output_bias:
+            parts.append(self._bias_bound(kind, g))
+        return parts[0] if len(parts) == 1 else torch.hypot(*parts)
+
+    def _weight_bound(
+        self,
+        kind: str,
+        g: Tensor,
+        inputs: Inputs,
+        input_norms: Tensor | None,
+        max_norm: float | None,
+    ) -> Tensor:
+        # A chunk of examples at a time: patches hold each gradient up to prod(kernel) times.
+        (x,) = inputs
+        assert x is not None
+        g = self._aligned(g, x)
+        positions = x.shape[2:].numel()
+        entries = g.shape[1] // self.groups * math.prod(self.kernel)
+        dtype = bounds.norm_dtype(g.dtype)
+        chunk = bounds.exact_chunk(
+            positions, self.groups, entries, self.group_channels, dtype.itemsize
+        )
+        parts = []
+        for start in range(0, max(len(g), 1), chunk):
+            rows = slice(start, start + chunk)
+            norms = None if input_norms is None else input_norms[rows]
+            parts.append(super().bound(kind, g[rows], (x[rows],), norms, max_norm))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _bias_bound(self, kind: str, g: Tensor) -> Tensor:
+        dtype = bounds.norm_dtype(g.dtype)
+        channels = g.flatten(2)
+        rounded = bounds.accumulation(channels.shape[2], dtype)
+        if kind != "exact":
+            return bounds.product_bound(channels.unsqueeze(1), 1.0) * rounded
+        # The sums may cancel, but not their rounding errors.
+        frobenius = torch.linalg.vector_norm(channels, dim=(1, 2), dtype=dtype)
+        slack = bounds.rounding_margin(g.dtype, g.device) * math.sqrt(channels.shape[2])
+        return (bounds.row_norms(channels.to(dtype).sum(dim=2)) + slack * frobenius) * rounded
+
+    def _aligned(self, g: Tensor, x: Tensor) -> Tensor:
+        """Pad or cut the output's gradient to what the windows of the input's positions span."""
+        pairs: list[int] = []
+        for axis, before in reversed(list(enumerate(self.padding))):
+            span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+            needed = (x.shape[2 + axis] - 1) * self.stride[axis] + span
+            pairs += [before, needed - before - g.shape[2 + axis]]
+        return F.pad(g, pairs) if any(pairs) else g

@@ -1,0 +1,65 @@
+"""Opacus's SequenceBias, which puts one learned token behind every sequence.
+
+Part of ``DPMultiheadAttention(add_bias_kv=True)``. Proof: ``docs/rules/attention.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from opacus_bpclip import norms
+from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, trainable
+
+
+@dataclass(frozen=True)
+class SequenceBiasRule(Rule):
+    """``SequenceBias``: input ``[B, L, E]`` or ``[L, B, E]``, output one token longer.
+
+    Attributes:
+        batch_first: which of the two; the layer's own, whatever the model's layout.
+    """
+
+    parameters: ClassVar[tuple[str, ...]] = ("bias",)
+
+    batch_first: bool
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> Self:
+        """Read the layer's geometry."""
+        batch_first = bool(module.batch_first)
+        return cls(weight=False, bias=trainable(module, "bias"), batch_first=batch_first)
+
+    def expected_dims(self) -> tuple[int, int | None]:
+        """Accept batches of sequences."""
+        return 3, 3
+
+    def batch_axis(self, default: int) -> int:
+        """Return what the layer says."""
+        return 0 if self.batch_first else 1
+
+    def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
+        """Leave the input alone: nothing of it is multiplied with the bias."""
+        (x,) = inputs
+        assert x is not None
+        return Prepared(inputs, None, x.isfinite().flatten(1).all(dim=1))
+
+    def keeps(self, kind: str) -> Keep:
+        """Keep nothing."""
+        return Keep(inputs=False, norms=False)
+
+    def bound(
+        self,
+        kind: str,
+        g: Tensor,
+        inputs: Inputs,
+        input_norms: Tensor | None,
+        max_norm: float | None,
+    ) -> Tensor:
+        """Return the norm of the last token's gradient, which is the bias's own."""
+        # The other tokens' columns vanish: without them the factor would know no limit.
+        others = norms.smallest_column(norms.norm_dtype(g.dtype)) * norms.row_norms(g)
+        return norms.row_norms(g[:, -1]) + others

@@ -1,0 +1,242 @@
+"""Bounds and limits that are too small or too large."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opacus_bpclip import allocation, grad_sample_module, norms, ops
+from opacus_bpclip.grad_sample_module import BackpropClipHooks
+from opacus_bpclip.layer_clips import recurrent, single
+from opacus_bpclip.rules import (
+    BroadcastRule,
+    ConvRule,
+    EmbeddingRule,
+    LayerNormRule,
+    LinearRule,
+    matrix,
+)
+from opacus_bpclip.rules.base import per_row
+from opacus_bpclip.tying import Group
+from tests.mutants import killers
+from tests.mutants.registry import mutant
+
+# What `check_sensitivity` says: which layer, or all together, moved by how much.
+MOVED = r": \d.* > "
+
+
+@mutant(killed_by=killers.two_layers_at_their_limits, says="joint" + MOVED)
+def sqrt_of_the_layers_lost(patch: pytest.MonkeyPatch) -> None:
+    """Every one of L layers gets the whole of `max_grad_norm`: together they move by sqrt(L) times
+    what the noise is for."""
+    patch.setattr(allocation, "layer_fractions", lambda sizes, _: dict.fromkeys(sizes, 1.0))
+
+
+@mutant(killed_by=killers.two_layers_after_a_new_limit, says=MOVED)
+def layers_not_told_of_a_new_limit(patch: pytest.MonkeyPatch) -> None:
+    """A scheduler lowers `max_grad_norm`, and with it the noise; the layers go on clipping to the
+    old one."""
+    setter = BackpropClipHooks.max_grad_norm
+
+    def once(self: BackpropClipHooks, value: float) -> None:
+        if hasattr(self, "_max_grad_norm"):
+            self._max_grad_norm = value
+        else:
+            setter.fset(self, value)
+
+    patch.setattr(BackpropClipHooks, "max_grad_norm", property(setter.fget, once))
+
+
+@mutant(killed_by=killers.product_with_bias, says=MOVED)
+def bias_uncovered_by_product(patch: pytest.MonkeyPatch) -> None:
+    """The product bound forgets the column of ones that the bias appends to the input."""
+    patch.setattr(norms, "max_column_norm", lambda max_norm, *, weight, bias: max_norm)
+
+
+@mutant(killed_by=killers.weighted_with_bias, says=MOVED)
+def bias_uncovered_by_columns(patch: pytest.MonkeyPatch) -> None:
+    """The columns' norms leave out the 1 that the bias appends to each."""
+    patch.setattr(norms, "column_norms", lambda input_norms, *, weight, bias: input_norms)
+
+
+@mutant(killed_by=killers.exact_with_bias, says=MOVED)
+def bias_uncovered_by_exact(patch: pytest.MonkeyPatch) -> None:
+    """The exact bound is the norm of the weight's gradient, without the bias's."""
+    exact = norms.exact_bound
+
+    def without(g: Tensor, u: Tensor, columns: Tensor, one: Tensor | None, **options: Any) -> Any:
+        return exact(g, u, columns, None, **options)
+
+    patch.setattr(norms, "exact_bound", without)
+
+
+@mutant(killed_by=killers.input_above_the_clip, says=MOVED)
+def input_not_clipped(patch: pytest.MonkeyPatch) -> None:
+    """The product bound takes `max_input_norm` for granted, and nobody clips the input."""
+    patch.setattr(LinearRule, "clip_factor", lambda self, norms, max_norm: torch.ones_like(norms))
+
+
+@mutant(killed_by=killers.repeated_token_by_product, says=MOVED)
+def largest_position_for_all(patch: pytest.MonkeyPatch) -> None:
+    """The product bound takes the largest position's norm instead of the sum over positions."""
+
+    def largest(g: Tensor, column: float) -> Tensor:
+        return torch.linalg.vector_norm(g, dim=2).amax(dim=(1, 2)) * column
+
+    patch.setattr(norms, "product_bound", largest)
+
+
+@mutant(killed_by=killers.long_sequence, says=MOVED)
+def positions_added_up_in_squares(patch: pytest.MonkeyPatch) -> None:
+    """The weighted bound adds positions up in squares, as if they could not point the same way."""
+
+    def squares(g: Tensor, columns: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(g * columns[:, :, None], dim=(1, 2, 3))
+
+    patch.setattr(norms, "weighted_bound", squares)
+
+
+@mutant(killed_by=killers.reflected_pixel, says=MOVED)
+def reflect_padding_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Patches are measured as if the border were padded with zeros; reflection puts pixels into
+    them a second time."""
+
+    def zeros(self: ConvRule, x: Tensor) -> Tensor:
+        return F.pad(x, self.padding) if any(self.padding) else x
+
+    patch.setattr(ConvRule, "_pad", zeros)
+
+
+@mutant(killed_by=killers.second_group, says=MOVED)
+def groups_ignored(patch: pytest.MonkeyPatch) -> None:
+    """A grouped convolution's patches are measured in the first group only."""
+    measure = ConvRule.measure
+
+    def first(self: ConvRule, x: Tensor) -> matrix.Measured:
+        own = measure(self, x)
+        return own._replace(norms=own.norms[:, :1].expand_as(own.norms))
+
+    patch.setattr(ConvRule, "measure", first)
+
+
+@mutant(killed_by=killers.two_groups, says=MOVED)
+def groups_not_added_up(patch: pytest.MonkeyPatch) -> None:
+    """The largest group's bound stands for all, though each group has a block of its own."""
+    weighted = norms.weighted_bound
+
+    def largest(g: Tensor, columns: Tensor) -> Tensor:
+        groups = [weighted(g[:, [r]], columns[:, [r]]) for r in range(g.shape[1])]
+        return torch.stack(groups).amax(dim=0)
+
+    patch.setattr(norms, "weighted_bound", largest)
+
+
+@mutant(killed_by=killers.repeated_token_by_exact, says=MOVED)
+def embedding_row_repeated(patch: pytest.MonkeyPatch) -> None:
+    """The exact bound gives each position of an embedding a row of its own; a token that stands in
+    several puts them all into one."""
+
+    def apart(self: EmbeddingRule, g: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(g, dim=(1, 2))
+
+    patch.setattr(EmbeddingRule, "_exact_bound", apart)
+
+
+@mutant(killed_by=killers.normalised_spike, says=MOVED)
+def normalised_values_ignored(patch: pytest.MonkeyPatch) -> None:
+    """The affine map of a normalisation is taken for a bias: its weight's gradient is unbounded,
+    since normalised values grow with the size of what is normalised."""
+    patch.setattr(LayerNormRule, "normalized", lambda self, x: torch.zeros_like(x))
+
+
+@mutant(killed_by=killers.layer_norm_far_from_zero, says=MOVED)
+def means_left_in_normalised_layers(patch: pytest.MonkeyPatch) -> None:
+    """A mean far above the deviations stays in the layer's input, and turns rounding errors into
+    normalised values that no bound knows."""
+    patch.setattr(LayerNormRule, "centred", lambda self, x: x)
+
+
+@mutant(killed_by=killers.two_uses, says=MOVED)
+def reuse_counted_once(patch: pytest.MonkeyPatch) -> None:
+    """Each use of a layer gets the whole of its limit, though their contributions add up."""
+    patch.setattr(allocation, "limit_of_each_use", lambda sensitivity, uses: sensitivity)
+
+
+@mutant(killed_by=killers.tied_layers, says=MOVED)
+def tied_layers_limited_apart(patch: pytest.MonkeyPatch) -> None:
+    """Layers that share a weight get a limit each, added up in squares, though their contributions
+    to the weight can point the same way."""
+
+    def apart(layers: Any) -> dict[str, Group]:
+        return {name: Group(name, (layer,)) for name, layer in layers.items()}
+
+    patch.setattr(grad_sample_module, "tied_groups", apart)
+
+
+@mutant(killed_by=killers.steps_that_agree, says=MOVED)
+def time_steps_limited_apart(patch: pytest.MonkeyPatch) -> None:
+    """Each time step of a recurrent network is clipped to the whole limit, though they add up."""
+    whole = recurrent._Sequence.gradient
+
+    def apart(sequence: Any) -> tuple[Tensor, None]:
+        steps, weight = sequence.steps, torch.zeros(())
+        for step in steps:
+            sequence.steps = [step]
+            gradient, _ = whole(sequence)
+            weight = weight + gradient
+        return weight, None
+
+    patch.setattr(recurrent._Sequence, "gradient", apart)
+
+
+@mutant(killed_by=killers.two_raw_parameters, says=MOVED)
+def raw_parameters_limited_apart(patch: pytest.MonkeyPatch) -> None:
+    """A module's raw parameters are bounded by the first one's gradient alone."""
+    bound = BroadcastRule.bound
+
+    def first(self: BroadcastRule, kind: str, g: Tensor, *args: Any) -> Tensor:
+        return bound(self, kind, g[:, : g.shape[1] // len(self.parameters)], *args)
+
+    patch.setattr(BroadcastRule, "bound", first)
+
+
+@mutant(killed_by=killers.vanishing_columns, says="not finite")
+def vanishing_norms_divided_by(patch: pytest.MonkeyPatch) -> None:
+    """Squares that vanish make norms of zero, and factors without end; an infinite gradient times
+    zero is nan, in everybody's sum."""
+    patch.setattr(norms, "smallest_column", lambda dtype: 0.0)
+    patch.setattr(norms, "underflow", lambda count, dtype: 0.0)
+
+
+@mutant(killed_by=killers.below_the_clip, says=MOVED)
+def upstream_clipped_after_use(patch: pytest.MonkeyPatch) -> None:
+    """The layer's gradient is made of the upstream gradient as it arrives; only what goes on to the
+    layers below is clipped."""
+
+    def after_use(y: Tensor, clipped: Any, rule: Any, limit: Tensor, **options: Any) -> Tensor:
+        factor: list[Tensor] = []
+
+        class Late(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, y: Tensor) -> Tensor:
+                return y.clone()
+
+            @staticmethod
+            def backward(ctx: Any, g: Tensor) -> Tensor:
+                g = g * len(g)
+                bound = rule.bound(options["bound"], g, clipped.inputs, clipped.norms, None)
+                factor.append(
+                    ops.factors(bound, clipped.finite, limit, g.dtype, normalize=False)[0]
+                )
+                return g
+
+        (x,) = clipped.inputs
+        if x.requires_grad:
+            x.register_hook(lambda g: g * per_row(factor[0], g))
+        return Late.apply(y)
+
+    patch.setattr(single, "clip_upstream", after_use)

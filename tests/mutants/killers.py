@@ -1,0 +1,376 @@
+"""The killers: the suite's checks, each on an example on which a mutant shows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from opacus.layers import DPRNN
+from torch import Tensor, nn
+
+from opacus_bpclip import BackpropClipping
+from opacus_bpclip.audit import audit_case
+from opacus_bpclip.rules import RULES, BroadcastRule
+from tests.checks import (
+    Trainer,
+    check_independence,
+    check_noise_is_fresh,
+    check_noise_scale,
+    check_one_entry_per_logical_batch,
+    check_one_entry_per_step,
+    check_public_divisor,
+    check_refused,
+    check_sensitivity,
+    check_silent,
+    check_unmoved,
+)
+
+HUGE = 1e4
+
+
+class Noisy(nn.Module):
+    """Two layers that are used, and one that is not: it gets noise all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.unused = nn.Linear(20, 30), nn.Linear(30, 10), nn.Linear(9, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def _noisy(count: int = 4) -> tuple[Trainer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    trainer = Trainer(
+        Noisy(),
+        (20,),
+        BackpropClipping(),
+        noise_multiplier=1.3,
+        max_grad_norm=0.7,
+        noise_generator=torch.Generator().manual_seed(0),
+    )
+    return trainer, torch.randn(count, 20).double(), torch.randn(count, 10).double()
+
+
+def noise_scale() -> None:
+    """Noise of a model with three layers, one of them unused."""
+    check_noise_scale(*_noisy(), steps=20)
+
+
+def noise_of_an_empty_batch() -> None:
+    """Noise of a step whose Poisson batch is empty."""
+    check_noise_scale(*_noisy(0), steps=20)
+
+
+def fresh_noise() -> None:
+    """Noise of a model with three layers, over several steps."""
+    check_noise_is_fresh(*_noisy(), steps=5)
+
+
+def _audit(case: str) -> None:
+    verdict = audit_case(case, trials=100, searches=0)
+    assert verdict.outcome == "pass", f"the audit says: {'; '.join(verdict.violations)}"
+
+
+def audit() -> None:
+    """The statistical audit of a linear layer, 100 trials in each world."""
+    _audit("linear")
+
+
+def audit_of_branches() -> None:
+    """The statistical audit of four layers side by side, 100 trials in each world."""
+    _audit("branches")
+
+
+def accounting() -> None:
+    """Three steps of a model with three layers."""
+    check_one_entry_per_step(*_noisy(), steps=3)
+
+
+def accounting_of_empty_batches() -> None:
+    """Three steps whose Poisson batches are empty."""
+    check_one_entry_per_step(*_noisy(0), steps=3)
+
+
+def accounting_of_physical_batches() -> None:
+    """Logical batches computed in parts by Opacus's BatchMemoryManager."""
+    torch.manual_seed(0)
+    check_one_entry_per_logical_batch(_noisy()[0], epochs=2)
+
+
+def divisor() -> None:
+    """Batches of any size, without noise."""
+    trainer = Trainer(nn.Linear(4, 3), (4,), BackpropClipping())
+    check_public_divisor(trainer, torch.ones(6, 4).double(), torch.ones(6, 3).double())
+
+
+def _one(model: nn.Module, shape: tuple[int, ...], x: Tensor, target: Tensor, **options) -> None:
+    """Check the sensitivity on one example against none."""
+    trainer = Trainer(model, shape, BackpropClipping(**{"max_input_norm": 1.0} | options))
+    x = x if x.dtype == torch.long else x.double()
+    check_sensitivity(trainer, x[None], target.flatten()[None].double())
+
+
+def _spike(*shape: int, at: tuple[int, ...]) -> Tensor:
+    x = torch.zeros(shape)
+    x[at] = HUGE
+    return x
+
+
+def below_the_clip() -> None:
+    """64 examples just below the clip, and one that opposes them."""
+    model = nn.Linear(1, 1, bias=False)
+    trainer = Trainer(model, (1,), BackpropClipping(max_input_norm=1.0))
+    x = torch.ones(65, 1, dtype=torch.float64)
+    target = torch.full((65, 1), 0.999, dtype=torch.float64)
+    target[-1] = -1e6
+    check_sensitivity(trainer, x, target)
+
+
+def two_layers_together_and_alone() -> None:
+    """A batch through two layers, and its examples one by one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    trainer = Trainer(model, (4,), BackpropClipping())
+    check_independence(trainer, torch.randn(5, 4).double(), torch.randn(5, 2).double() * 0.1)
+
+
+def hostile_batch_together_and_alone() -> None:
+    """A batch with one large example, and its examples one by one."""
+    trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping())
+    x, target = torch.ones(4, 2).double(), torch.ones(4, 2).double()
+    x[-1] *= HUGE
+    target[-1] *= HUGE
+    check_independence(trainer, x, target)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.left(x), self.right(x)], dim=1)
+
+
+def two_layers_at_their_limits() -> None:
+    """One example that reaches the limit of both layers."""
+    _one(Branches(), (1,), torch.full((1,), HUGE), torch.full((2,), HUGE))
+
+
+def two_layers_after_a_new_limit() -> None:
+    """The same after `max_grad_norm` was set to a tenth, as clip schedulers do."""
+    trainer = Trainer(Branches(), (1,), BackpropClipping())
+    trainer.optimizer.max_grad_norm = 0.1
+    x, target = torch.full((1, 1), HUGE).double(), torch.full((1, 2), HUGE).double()
+    check_sensitivity(trainer, x, target)
+
+
+def product_with_bias() -> None:
+    """A layer of weight 1 with a bias, in the product bound."""
+    _one(nn.Linear(1, 1), (1,), torch.full((1,), HUGE), torch.full((1,), HUGE), bound="product")
+
+
+def weighted_with_bias() -> None:
+    """A layer of weight 1 with a bias, in the weighted bound."""
+    _one(nn.Linear(1, 1), (1,), torch.full((1,), HUGE), torch.full((1,), HUGE))
+
+
+def exact_with_bias() -> None:
+    """A layer over a sequence with a bias, in the exact bound."""
+    x, target = torch.full((5, 1), HUGE), torch.full((5,), HUGE)
+    _one(nn.Linear(1, 1), (5, 1), x, target, bound="exact")
+
+
+def long_sequence() -> None:
+    """A layer over nine positions that agree."""
+    _one(nn.Linear(1, 1, bias=False), (9, 1), torch.full((9, 1), HUGE), torch.full((9,), HUGE))
+
+
+def input_above_the_clip() -> None:
+    """An input far above `max_input_norm`, in the product bound."""
+    model = nn.Linear(2, 1, bias=False)
+    _one(model, (2,), torch.full((2,), HUGE), torch.full((1,), HUGE), bound="product")
+
+
+def reflected_pixel() -> None:
+    """A bright pixel that reflection puts into one patch twice."""
+    layer = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect", bias=False)
+    _one(layer, (1, 4), _spike(1, 4, at=(0, 1)), _spike(1, 4, at=(0, 0)))
+
+
+def second_group() -> None:
+    """A grouped convolution whose second group alone sees anything."""
+    layer = nn.Conv1d(2, 2, 1, groups=2, bias=False)
+    _one(layer, (2, 3), _spike(2, 3, at=(1, 1)), _spike(2, 3, at=(1, 1)))
+
+
+def two_groups() -> None:
+    """A grouped convolution whose groups see the same."""
+    layer = nn.Conv1d(2, 2, 1, groups=2, bias=False)
+    _one(layer, (2, 1), torch.full((2, 1), HUGE), torch.full((2,), HUGE))
+
+
+def repeated_token_by_product() -> None:
+    """One token at nine positions, in the product bound."""
+    ids = torch.zeros(9, dtype=torch.long)
+    _one(nn.Embedding(2, 1), (9,), ids, torch.ones(9), bound="product")
+
+
+def repeated_token_by_exact() -> None:
+    """One token at nine positions, in the exact bound."""
+    ids = torch.zeros(9, dtype=torch.long)
+    _one(nn.Embedding(2, 1), (9,), ids, torch.ones(9), bound="exact")
+
+
+def normalised_spike() -> None:
+    """A layer normalisation over one spike, whose normalised value is large."""
+    x, target = _spike(64, at=(3,)), _spike(64, at=(3,))
+    _one(nn.LayerNorm(64), (64,), x, target)
+
+
+def layer_norm_far_from_zero() -> None:
+    """A layer normalisation of values whose mean is far above their deviations, in float32."""
+    layer = nn.LayerNorm(8, eps=1e-12)
+    trainer = Trainer(layer, (3, 8), BackpropClipping(), dtype=torch.float32)
+    x = 1e8 + torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    check_sensitivity(trainer, x, torch.ones(2, 24))
+
+
+class Sides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) - self.layer(-x)
+
+
+def two_uses() -> None:
+    """A layer used twice, both uses pulling the same way."""
+    uses = {"layer": 2}
+    _one(Sides(), (1,), torch.full((1,), HUGE), torch.full((1,), HUGE), uses=uses)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        self.right.weight = self.left.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) - self.right(-x)
+
+
+def tied_layers() -> None:
+    """Two layers with one weight, both pulling it the same way."""
+    _one(Tied(), (1,), torch.full((1,), HUGE), torch.full((1,), HUGE))
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = DPRNN(1, 1, bias=False, batch_first=True, nonlinearity="relu")
+        for p in self.rnn.parameters():
+            nn.init.ones_(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0][:, -1]
+
+
+def steps_that_agree() -> None:
+    """A recurrent network whose time steps all pull the same way."""
+    _one(Reader(), (5, 1), torch.ones(5, 1), torch.full((1,), HUGE))
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.scale = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + self.shift
+
+
+class ShiftedRule(BroadcastRule):
+    parameters = ("shift", "scale")
+    dims = {"shift": 2, "scale": 2}  # noqa: RUF012
+
+
+def two_raw_parameters() -> None:
+    """A module with a shift and a scale, which one example moves both."""
+    before = RULES.setdefault(Shifted, ShiftedRule)
+    try:
+        _one(Shifted(), (3,), torch.ones(3), torch.full((3,), HUGE))
+    finally:
+        if before is ShiftedRule:
+            RULES.pop(Shifted)
+
+
+def input_not_finite() -> None:
+    """An example with nan in its input."""
+    trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping())
+    x = torch.ones(3, 2, dtype=torch.float64)
+    x[-1, 0] = float("nan")
+    check_silent(trainer, x, torch.ones(3, 2, dtype=torch.float64))
+
+
+def upstream_not_finite() -> None:
+    """An example whose upstream gradient is infinite."""
+    trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping())
+    target = torch.ones(3, 2, dtype=torch.float64)
+    target[-1, 0] = float("inf")
+    check_silent(trainer, torch.ones(3, 2, dtype=torch.float64), target)
+
+
+def vanishing_columns() -> None:
+    """Inputs of zero through three layers, scaled up to the limit, in float32."""
+    model = nn.Sequential(nn.RMSNorm(2), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    clipping = BackpropClipping(upstream="normalize")
+    trainer = Trainer(model, (2,), clipping, max_grad_norm=1e3, dtype=torch.float32)
+    check_sensitivity(trainer, torch.zeros(2, 2), torch.ones(2, 2))
+
+
+def _two_layers() -> tuple[Trainer, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    return Trainer(model, (2,), BackpropClipping()), torch.ones(3, 2).double()
+
+
+def weight_beside_its_layer() -> None:
+    """A loss that uses a weight a second time, by `F.linear`."""
+    trainer, x = _two_layers()
+    check_refused(trainer, x, lambda y, model: y.sum() + F.linear(x, model[1].weight).sum())
+
+
+def weight_instead_of_its_layer() -> None:
+    """A loss that uses a weight alone."""
+    trainer, x = _two_layers()
+    check_refused(trainer, x, lambda y, model: model[1].weight.square().sum())
+
+
+def gradient_changed_after_the_clip() -> None:
+    """A hook that multiplies a clipped gradient on its way to the layer."""
+    trainer, x = _two_layers()
+
+    def loss(y: Tensor, _: nn.Module) -> Tensor:
+        y.grad_fn.register_hook(lambda inputs, _: tuple(g if g is None else 9 * g for g in inputs))
+        return y.sum()
+
+    check_refused(trainer, x, loss)
+
+
+def two_batches_in_one_step() -> None:
+    """A second Poisson batch before the step: an example may be in both."""
+    trainer, x = _two_layers()
+
+    def loss(y: Tensor, _: nn.Module) -> Tensor:
+        y.sum().backward()
+        return trainer.model(x).sum()
+
+    check_refused(trainer, x, loss)
+
+
+def gradient_set_by_hand() -> None:
+    """A gradient put into `p.grad` between the backward pass and the step."""
+    trainer, x = _two_layers()
+    check_unmoved(trainer, x, lambda p: setattr(p, "grad", torch.full_like(p, HUGE)))
