@@ -151,13 +151,13 @@ def test_a_parameter_of_the_model_itself_is_named_root() -> None:
 
 
 def test_every_problem_is_listed_at_once() -> None:
-    model = nn.Sequential(Scale(), nn.Linear(4, 4), nn.Sequential(nn.PReLU(), Doubled(4, 4)))
+    model = nn.Sequential(Scale(), nn.Linear(4, 4), nn.Sequential(Scale(), Doubled(4, 4)))
     with pytest.raises(CoverageError) as refusal:
         trainable_layers(model)
     assert str(refusal.value) == HEADER + "\n".join(
         [
             f"- 0 (Scale): {no_rule('gain')}",
-            f"- 2.0 (PReLU): {no_rule('weight')}",
+            f"- 2.0 (Scale): {no_rule('gain')}",
             f"- 2.1 (Doubled): {overridden('Linear.forward')}",
         ]
     )
