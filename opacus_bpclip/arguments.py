@@ -67,10 +67,11 @@ def checked_options(
             'data. Leave it out: clipping="backprop" steps on empty batches.'
         )
     _refuse_wrapped(module)
-    # Opacus's own words on what needs replacing (BatchNorm, LSTM, ...) come before ours.
-    engine.validate(module=module, optimizer=None, data_loader=None)
-    groups = tied_groups(trainable_layers(module, backprop.uses, batch_first=batch_first))
+    uses = {} if backprop.uses == "auto" else backprop.declared_uses
+    groups = tied_groups(trainable_layers(module, uses, batch_first=batch_first))
     layer_fractions({name: group.size for name, group in groups.items()}, backprop.allocation)
+    # What Opacus asks of every model; ours, on the guarantee, came first.
+    engine.validate(module=module, optimizer=None, data_loader=None)
     return backprop
 
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from opacus_bpclip import inspection
+from opacus_bpclip import inspect_command
 from opacus_bpclip.ab import command as ab
 from opacus_bpclip.audit import command as audit
 from opacus_bpclip.bench import command as bench
 
 # A command is a module with add_parser(subparsers), which sets run(args) -> int as a default.
-COMMANDS = (ab, audit, bench, inspection)
+COMMANDS = (ab, audit, bench, inspect_command)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
+from opacus_bpclip.errors import CoverageError
+
 Bound = Literal["product", "weighted", "exact"]
 Upstream = Literal["clip", "normalize"]
 Allocation = Literal["equal", "dimension"]
@@ -66,6 +68,10 @@ class BackpropClipping:
         uses: how often a layer is used in one forward pass, by dotted name; 1 where it is not
             named. Each of ``K`` uses is held to ``Delta_l / K``, so that together they stay within
             ``Delta_l``. More uses than declared are refused, fewer only waste sensitivity.
+            ``"auto"`` lets ``make_private`` count them by running the model on made-up examples.
+        probe: whether the model is run on made-up examples to see that none influences another.
+            What it would find breaks the guarantee; without it, that there is nothing to be found
+            is your promise.
 
     Raises:
         ValueError: an option outside these values; the message names it and what is accepted.
@@ -79,7 +85,22 @@ class BackpropClipping:
     bound: Bound = "weighted"
     allocation: Allocation | Mapping[str, float] = "dimension"
     upstream: Upstream = "clip"
-    uses: Mapping[str, int] = field(default_factory=dict)
+    uses: Literal["auto"] | Mapping[str, int] = field(default_factory=dict)
+    probe: bool = True
+
+    @property
+    def declared_uses(self) -> Mapping[str, int]:
+        """Return ``uses`` as a mapping.
+
+        Raises:
+            CoverageError: it is ``"auto"``, and nobody has counted yet.
+        """
+        if isinstance(self.uses, str):
+            raise CoverageError(
+                'uses="auto" needs examples to count on: it is for make_private, which has a data '
+                "loader. Declare how often each layer is used: BackpropClipping(uses={name: K})."
+            )
+        return self.uses
 
     def __post_init__(self) -> None:
         _require_choice("bound", self.bound, get_args(Bound))
@@ -104,8 +125,14 @@ class BackpropClipping:
             object.__setattr__(self, "allocation", _Frozen(self.allocation))
         else:
             _require_choice("allocation", self.allocation, get_args(Allocation), "or a mapping")
+        if not isinstance(self.probe, bool):
+            raise ValueError(f"Expected probe={self.probe!r} to be True or False.")
+        if self.uses == "auto":
+            return
         if not isinstance(self.uses, Mapping):
-            raise ValueError(f"Expected uses={self.uses!r} to be a mapping of names to counts.")
+            raise ValueError(
+                f"Expected uses={self.uses!r} to be a mapping of names to counts, or 'auto'."
+            )
         for name, count in self.uses.items():
             if not isinstance(name, str) or type(count) is not int or count < 1:
                 raise ValueError(

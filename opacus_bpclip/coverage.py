@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
+from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -59,7 +60,7 @@ class Layer:
         """Return whether the module computes something else than when it was examined."""
         if type(self.module) is not self.kind or _code(self.kind, self.rule) != self.code:
             return True
-        if any(method in vars(self.module) for method in self.rule.methods):
+        if not vars(self.module).keys().isdisjoint(self.rule.methods):
             return True
         try:
             now = type(self.rule).from_module(self.module)
@@ -197,6 +198,19 @@ def batch_normalization_problem(name: str) -> str:
     )
 
 
+def _is_replaced(module: nn.Module) -> bool:
+    return type(module) in ModuleValidator.FIXERS
+
+
+def edited_problem(name: str) -> str:
+    """Say what is wrong with a parameter that a forward pass changes."""
+    return (
+        f"{name} was changed by the model's own forward pass: what it takes up from a batch is "
+        "neither bounded nor noised. Compute with a changed copy of it, in a module with a rule, "
+        "or change it between steps, from public values."
+    )
+
+
 def _code(kind: type[nn.Module], rule: Rule) -> tuple[object, ...]:
     return tuple(getattr(kind, method) for method in rule.methods)
 
@@ -223,7 +237,9 @@ def _rule_for(
     registered = registered_kind(type(module))
     if registered is None:
         return None, (
-            f"no rule bounds the gradient of {', '.join(own)}. Freeze it (requires_grad=False), "
+            f"no rule bounds the gradient of {', '.join(own)}. "
+            + "PrivacyEngine.get_compatible_module replaces it. " * _is_replaced(module)
+            + "Freeze it (requires_grad=False), "
             f"build the model from supported layers ({', '.join(supported_layers())}), or write a "
             "rule for it and register that with opacus_bpclip.register_rule."
         )

@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import opacus
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.optimizers import DPOptimizer
+from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 
 from opacus_bpclip.arguments import checked_options
+from opacus_bpclip.compatibility import require_compatible, try_out
 from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
 from opacus_bpclip.optimizer import BackpropClipOptimizer
 
@@ -39,6 +42,7 @@ class _Request:
     """What one call of make_private hands to the engine's inner steps."""
 
     config: BackpropClipping
+    passed: set[object]
     entered: bool = False
     hooks: BackpropClipHooks | None = None
 
@@ -87,6 +91,63 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """Make training private for a target epsilon; as ``make_private`` otherwise."""
         return make_private_with_epsilon(super().make_private_with_epsilon, self, **kwargs)
 
+    def validate(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Any = None,
+        data_loader: Any = None,
+        clipping: str = "flat",
+        backprop: BackpropClipping | None = None,
+    ) -> None:
+        """Raise if the model cannot be trained privately.
+
+        Args:
+            module: the model; it is not changed.
+            optimizer: not looked at, as in Opacus.
+            data_loader: for ``clipping="backprop"``, gives the shapes of the made-up examples that
+                the model is tried out on; without one it is not run.
+            clipping: the clipping that it is meant for; ``"backprop"`` has requirements of its own.
+            backprop: its options.
+
+        Raises:
+            CoverageError: with ``clipping="backprop"``, something nobody bounds.
+            UnsupportedModuleError: what Opacus itself refuses.
+        """
+        if clipping == "backprop":
+            require_compatible(module, backprop, data_loader)
+        else:
+            _refuse_options(clipping, backprop)
+        super().validate(module=module, optimizer=optimizer, data_loader=data_loader)
+
+    def is_compatible(self, **kwargs: Any) -> bool:
+        """Return whether `validate`, with the same arguments, would raise nothing."""
+        try:
+            self.validate(**kwargs)
+        except (CoverageError, UnsupportedModuleError):
+            return False
+        return True
+
+    @classmethod
+    def get_compatible_module(cls, module: nn.Module, *, clipping: str = "flat") -> nn.Module:
+        """Return a copy with what Opacus can replace replaced, and checked.
+
+        BatchNorm becomes GroupNorm, ``LSTM``, ``GRU``, ``RNN`` and ``MultiheadAttention`` become
+        Opacus's own, whose linear layers have rules.
+
+        Args:
+            module: the model.
+            clipping: the clipping that it is meant for.
+
+        Raises:
+            CoverageError: with ``clipping="backprop"``, something nobody bounds is left.
+            UnsupportedModuleError: what Opacus itself refuses is left.
+        """
+        module = super().get_compatible_module(module)
+        if clipping == "backprop":
+            require_compatible(module)
+        return module
+
     def _prepare_model(self, module: nn.Module, **kwargs: Any) -> Any:
         return prepare_model(super()._prepare_model, self, module, **kwargs)
 
@@ -117,12 +178,13 @@ def make_private(
         unknown = sorted(set(kwargs) - _MAKE_PRIVATE_OPTIONS)
         if unknown:
             raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
+        config = checked_options(engine, backprop, **kwargs)
+        request = _Request(*try_out(config, **kwargs))
     else:
-        backprop = request.config
         kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
-    config = checked_options(engine, backprop, **kwargs)
+        checked_options(engine, request.config, **kwargs)
     kwargs["grad_sample_mode"] = "hooks"
-    with _requested(engine, _Request(config, entered=True)) as request:
+    with _requested(engine, replace(request, entered=True)) as request:
         try:
             return original(clipping=clipping, **kwargs)
         except BaseException:
@@ -148,7 +210,7 @@ def make_private_with_epsilon(
     _refuse_unknown_for_epsilon(kwargs)
     config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
     # Opacus hands unknown options to the noise search as well: the request carries ours past it.
-    with _requested(engine, _Request(config)):
+    with _requested(engine, _Request(*try_out(config, **kwargs))):
         return original(clipping=clipping, **kwargs)
 
 
@@ -183,6 +245,7 @@ def prepare_model(
         loss_reduction=loss_reduction,
         batch_first=batch_first,
     )
+    request.hooks.prober.passed |= request.passed
     return request.hooks
 
 

@@ -17,6 +17,7 @@ from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.input_clipping import attach_input_clips, take_input_clips
 from opacus_bpclip.layer_clips import layer_clips
+from opacus_bpclip.probe import Batch, Prober, UntriedError
 from opacus_bpclip.recurrence import is_packed
 from opacus_bpclip.tying import tied_groups
 
@@ -64,12 +65,14 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self.config = config = config or BackpropClipping()
         self.batch_first = batch_first
         self.loss_reduction = loss_reduction
-        self._layers = layers = trainable_layers(m, config.uses, batch_first=batch_first)
+        self._layers = layers = trainable_layers(m, config.declared_uses, batch_first=batch_first)
         self._groups = tied_groups(layers)
         sizes = {name: group.size for name, group in self._groups.items()}
         self._fractions = allocation.layer_fractions(sizes, config.allocation)
         self._limits = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in layers}
         self.guard = GradientGuard(m, layers.values())
+        self._untried: str | None = None
+        self.prober = Prober(m, loss_reduction=loss_reduction)
         try:
             self.max_grad_norm = max_grad_norm
         except ValueError:
@@ -165,12 +168,27 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._put_back_input_clips()
 
     def _enter_root(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.guard.enter_forward(self._batch_size(args, kwargs))
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        size = self._batch_size(args, kwargs)
+        self._untried = None
+        if self.config.probe:
+            batch = Batch(args, kwargs, size, 0 if self.batch_first else 1)
+            try:
+                problem = self.prober.on_batch(batch)
+            except UntriedError as error:
+                # The forward pass itself may tell better what is wrong with the batch.
+                problem, self._untried = None, str(error)
+            if problem:
+                self.guard.fail(problem.text)
+        self.guard.enter_forward(size)
 
     def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.guard.leave_forward()
+            # Without an output an error is on its way already, and says more.
+            if self._untried and output is not None:
+                self.guard.fail(self._untried)
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = 0 if self.batch_first else 1

@@ -25,10 +25,11 @@ from opacus_bpclip.coverage import (
     Layer,
     batch_normalization_problem,
     batch_normalizations,
+    edited_problem,
     mixes_examples,
 )
 from opacus_bpclip.errors import PrivacyViolationError
-from opacus_bpclip.provenance import WatchedParameter, parameter_edges, watch_edge
+from opacus_bpclip.provenance import WatchedParameter, follow, parameter_edges, watch_edge
 from opacus_bpclip.rules import Inputs
 
 Versions = tuple[int, ...]
@@ -65,9 +66,11 @@ class GradientGuard:
                     self._watched[parameter] = WatchedParameter(
                         f"{layer.name}.{name}", parameter, layer.uses, self._judge, self.fail
                     )
+        self._parameters = dict(model.named_parameters())
+        self._versions: list[int] = []
         self._frozen = [
             (name, parameter)
-            for name, parameter in model.named_parameters()
+            for name, parameter in self._parameters.items()
             if parameter not in self._watched
         ]
 
@@ -120,10 +123,15 @@ class GradientGuard:
         self._forward += 1
         self._in_forward = True
         self._batch_size = batch_size
+        self._versions = [parameter._version for parameter in self._parameters.values()]
 
     def leave_forward(self) -> None:
         """End a forward pass of the root."""
         self._in_forward = False
+        versions, self._versions = self._versions, []
+        for (name, parameter), version in zip(self._parameters.items(), versions, strict=False):
+            if parameter._version != version:
+                self.fail(edited_problem(name))
 
     def enter_layer(self, layer: Layer) -> bool:
         """Count one use of a layer; return whether it is one to follow through the backward pass.
@@ -181,15 +189,21 @@ class GradientGuard:
         """Check that the inputs of a layer's call hold the examples of the batch."""
         first = inputs[0]
         assert first is not None
-        shape = tuple(layer.arguments.as_passed(first).shape)
         smallest, largest = layer.rule.expected_dims()
         if first.dim() < smallest or (largest is not None and first.dim() > largest):
             self.fail(
-                f"{layer.name} got an input of shape {shape}; with the batch first its rule needs "
-                f"{smallest}{' or more' if largest is None else ''} axes. Add the batch axis."
+                f"{layer.name} got an input of shape {self._passed_shape(layer, first)}; with the "
+                f"batch first its rule needs {smallest}{' or more' if largest is None else ''} "
+                "axes. Add the batch axis."
             )
         for size in layer.rule.batch_sizes(inputs):
-            self.check_examples(layer.name, shape, size, layer.arguments.batch_axis)
+            if size != self._batch_size:
+                shape = self._passed_shape(layer, first)
+                self.check_examples(layer.name, shape, size, layer.arguments.batch_axis)
+
+    @staticmethod
+    def _passed_shape(layer: Layer, x: Tensor) -> tuple[int, ...]:
+        return tuple(layer.arguments.as_passed(x).shape)
 
     def check_examples(self, name: str, shape: tuple[int, ...], size: int, axis: int) -> None:
         """Check that a module's input of this shape holds one row for each example."""
@@ -252,11 +266,11 @@ class GradientGuard:
         self.check_dtype(layer, y)
         stop = {x.grad_fn for x in inputs if x is not None}
         own = set(layer.parameters)
-        for node, index, leaf in parameter_edges(y, stop):
+        for node, edges in parameter_edges(y, stop):
             # Another layer's parameter, used in here, is not what this layer's rule bounds.
-            if leaf in own:
-                watched = self._watched[leaf]
-                watched.follow(node, index, partial(self._sources.add, self._forward))
+            watched = [(index, self._watched[leaf]) for index, leaf in edges if leaf in own]
+            if watched:
+                follow(node, watched, partial(self._sources.add, self._forward), self.fail)
 
     def join(self, layer: Layer, clipped: Tensor, y: Tensor) -> None:
         """Check, when the time comes, that the layer gets the very gradient that was clipped.
@@ -346,6 +360,8 @@ def versions(inputs: Inputs) -> Versions:
 
 
 def _same(one: Tensor, version: int, other: Tensor) -> bool:
+    if one is other:
+        return other._version == version
     alike = other.data_ptr() == one.data_ptr() and other.shape == one.shape
     return alike and other.stride() == one.stride() and other._version == version
 

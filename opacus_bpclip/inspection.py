@@ -1,21 +1,16 @@
-"""The subcommand ``opacus-bpclip inspect``: what would become of a model, layer by layer."""
+"""What would become of a model, layer by layer: facts and a table of them."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from opacus_bpclip.config import Allocation, BackpropClipping, Bound, is_positive_number
-from opacus_bpclip.jobs.loading import load_object, made_by
+from opacus_bpclip.config import BackpropClipping, is_positive_number
 
 if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
     from torch import nn
+
+    from opacus_bpclip.probe import Batch
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,10 @@ class Row:
 
 
 def inspect(
-    model: nn.Module, config: BackpropClipping | None = None, max_grad_norm: float = 1.0
+    model: nn.Module,
+    config: BackpropClipping | None = None,
+    max_grad_norm: float = 1.0,
+    batch: Batch | None = None,
 ) -> list[Row]:
     """Return a row for each module that would be trained or refused.
 
@@ -55,9 +53,11 @@ def inspect(
         model: the model; it is not changed.
         config: how it would be clipped.
         max_grad_norm: joint L2 sensitivity of the summed gradient.
+        batch: examples to try the model on, for coupling and for ``uses="auto"``.
 
     Raises:
-        CoverageError: the allocation names other layers than the model has.
+        CoverageError: the allocation or the uses name other layers than the model has.
+        UntriedError: the model does not run on the batch.
         ValueError: ``max_grad_norm`` is not a finite number above zero.
 
     Example:
@@ -66,16 +66,28 @@ def inspect(
         [('(root)', 'LinearRule', 1.0)]
     """
     from opacus_bpclip.allocation import layer_fractions
-    from opacus_bpclip.coverage import examine, trainable_layers
+    from opacus_bpclip.coverage import Finding, examine, trainable_layers
+    from opacus_bpclip.probe import count_uses, find_coupling
     from opacus_bpclip.tying import tied_groups
 
     if not is_positive_number(max_grad_norm):
         raise ValueError(f"Expected max_grad_norm={max_grad_norm!r} to be a finite number > 0.")
     config = config or BackpropClipping()
-    findings = examine(model)
+    findings = {found.name: found for found in examine(model)}
+    fine = bool(findings) and not any(found.problems for found in findings.values())
+    if fine and batch is not None:
+        if config.uses == "auto":
+            config = replace(config, uses=count_uses(model, batch))
+        problem = find_coupling(model, batch, loss_reduction="mean") if config.probe else None
+        if problem is not None:
+            fine = False
+            module = model if problem.module == "(root)" else model.get_submodule(problem.module)
+            found = findings.get(problem.module, Finding(problem.module, module, {}, None))
+            findings[problem.module] = replace(found, problems=(problem.text,))
+    uses = config.declared_uses if fine else {}
     sensitivities: dict[str, float] = {}
-    if findings and not any(found.problems for found in findings):
-        groups = tied_groups(trainable_layers(model, config.uses))
+    if fine:
+        groups = tied_groups(trainable_layers(model, uses))
         sizes = {name: group.size for name, group in groups.items()}
         for name, part in layer_fractions(sizes, config.allocation).items():
             for layer in groups[name].layers:
@@ -90,55 +102,12 @@ def inspect(
                 config.max_input_norm if found.rule is not None and found.rule.clips_input else None
             ),
             bound=config.bound,
-            uses=config.uses.get(found.name, 1),
+            uses=uses.get(found.name, 1),
             sensitivity=sensitivities.get(found.name),
             problem=" ".join(found.problems),
         )
-        for found in findings
+        for found in findings.values()
     ]
-
-
-def add_parser(subparsers: _SubParsersAction[Any]) -> None:
-    """Add the subcommand to the command line."""
-    parser = subparsers.add_parser(
-        "inspect",
-        help="show how each layer of a model would be bounded, or why it would be refused",
-        description="Show how each layer of a model would be bounded, or why it would be refused. "
-        "The exit status is 1 if anything would be refused.",
-    )
-    parser.add_argument(
-        "model",
-        metavar="MODULE:FACTORY",
-        help="an importable module and what in it makes the model when called without arguments, "
-        "or is one; for example torchvision.models:resnet18",
-    )
-    parser.add_argument("--max-grad-norm", type=float, default=1.0, metavar="C")
-    parser.add_argument(
-        "--max-input-norm", type=_norm_or_none, default=3.0, metavar="NORM", help="a number or none"
-    )
-    parser.add_argument("--bound", choices=get_args(Bound), default="weighted")
-    parser.add_argument("--allocation", choices=get_args(Allocation), default="dimension")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same facts as data")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the subcommand; 0 if the model would train, 1 if it would be refused, 2 if misused."""
-    try:
-        config = BackpropClipping(
-            max_input_norm=args.max_input_norm, bound=args.bound, allocation=args.allocation
-        )
-        rows = inspect(_load(args.model), config, args.max_grad_norm)
-        if args.json:
-            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"opacus-bpclip inspect: error: {error}", file=sys.stderr)
-        return 2
-    if not rows:
-        print("The model has no trainable parameter.")
-        return 1
-    print(render(rows))
-    return int(any(row.problem for row in rows))
 
 
 def render(rows: list[Row]) -> str:
@@ -149,7 +118,7 @@ def render(rows: list[Row]) -> str:
             row.module,
             row.type,
             f"{row.parameters:,}",
-            row.rule or "REFUSED",
+            "REFUSED" if row.problem or row.rule is None else row.rule,
             "-" if row.max_input_norm is None else f"{row.max_input_norm:g}",
             row.bound,
             str(row.uses),
@@ -165,29 +134,21 @@ def render(rows: list[Row]) -> str:
         ).rstrip()
         for line in lines
     ]
-    problems = [f"- {row.problem}" for row in rows if row.problem]
+    problems = _grouped(rows)
     if problems:
         table += ["", "Refused:", *problems]
     return "\n".join(table)
 
 
-def _load(path: str) -> nn.Module:
-    """Import ``module:factory`` and make the model.
-
-    Raises:
-        ValueError: there is no such module, no such name in it, or what it makes is no model.
-    """
-    from torch import nn
-
-    found = load_object(path)
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise ValueError(f"{path} is neither a model nor callable")
-        found = made_by(path)
-    if not isinstance(found, nn.Module):
-        raise ValueError(f"{path} makes a {type(found).__name__}, not a torch.nn.Module")
-    return found
-
-
-def _norm_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
+def _grouped(rows: list[Row]) -> list[str]:
+    """Return the problems, each once, with the modules that have it."""
+    modules: dict[str, list[str]] = {}
+    for row in rows:
+        if row.problem:
+            modules.setdefault(row.problem.replace(row.module, "{}", 1), []).append(row.module)
+    lines = []
+    for problem, names in modules.items():
+        more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+        shown = ", ".join(names[:2] if more else names) + more
+        lines.append(f"- {problem.replace('{}', shown, 1)}")
+    return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NoReturn, cast
 
 import torch
@@ -50,6 +50,7 @@ class WatchedParameter:
         self._arrived: Tensor | None = None
         self._version = 0
         self._collected: Tensor | None = None
+        self._collected_version = 0
         self._judge = judge
         self._fail = fail
         arrive = parameter.register_hook(self._arrive)
@@ -73,31 +74,6 @@ class WatchedParameter:
         self._arrived = self._collected = None
         self.passes = 0
 
-    def follow(self, node: torch.autograd.graph.Node, index: int, note: Callable[[], None]) -> None:
-        """Note the gradient that ``node`` sends along its ``index``-th edge, once.
-
-        Args:
-            node: made by a call of the layer.
-            index: of its edge to the parameter.
-            note: called when the gradient is sent.
-        """
-        spent = False
-
-        def send(inputs: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
-            nonlocal spent
-            if spent:
-                self._fail(
-                    f"The backward pass ran twice for one forward pass through {self.name}: one "
-                    "example would contribute twice. Add the losses and call backward once."
-                )
-            spent = True
-            gradient = inputs[index]
-            if gradient is not None:
-                self.sent.append((_alias(gradient), gradient._version))
-                note()
-
-        node.register_hook(send)
-
     def is_sum_of_sent(self, gradient: Tensor) -> bool:
         """Return whether a gradient is what the layer's calls sent, and from no more than allowed.
 
@@ -116,6 +92,8 @@ class WatchedParameter:
     def take(self) -> Tensor | None:
         """Return the sum of contributions since the last step; ``None`` without any."""
         collected, self._collected = self._collected, None
+        if collected is not None:
+            self._require_unchanged(collected, self._collected_version)
         return collected
 
     def _hooks(self) -> tuple[OrderedDict[int, Any], OrderedDict[int, Any]]:
@@ -140,6 +118,7 @@ class WatchedParameter:
         self._require_unchanged(gradient, self._version)
         # Out of place: autograd may have sent the same memory to another parameter.
         self._collected = gradient if self._collected is None else self._collected + gradient
+        self._collected_version = self._collected._version
         self.passes += 1
         parameter.grad = None
 
@@ -165,6 +144,39 @@ def _is_alias(alias: Tensor, gradient: Tensor) -> bool:
         and alias.stride() == gradient.stride()
         and alias.dtype == gradient.dtype
     )
+
+
+def follow(
+    node: torch.autograd.graph.Node,
+    edges: Sequence[tuple[int, WatchedParameter]],
+    note: Callable[[], None],
+    fail: Fail,
+) -> None:
+    """Note the gradients that ``node`` sends along its edges to parameters, once.
+
+    Args:
+        node: made by a call of a layer.
+        edges: their indices, and the parameters that they lead to.
+        note: called when gradients are sent.
+        fail: called with the reason when they are sent a second time; raises.
+    """
+    spent = False
+
+    def send(inputs: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
+        nonlocal spent
+        if spent:
+            fail(
+                f"The backward pass ran twice for one forward pass through {edges[0][1].name}: "
+                "one example would contribute twice. Add the losses and call backward once."
+            )
+        spent = True
+        for index, watched in edges:
+            gradient = inputs[index]
+            if gradient is not None:
+                watched.sent.append((_alias(gradient), gradient._version))
+        note()
+
+    node.register_hook(send)
 
 
 def watch_edge(later: Tensor, earlier: Tensor, changed: Callable[[], None]) -> None:
@@ -199,8 +211,8 @@ def watch_edge(later: Tensor, earlier: Tensor, changed: Callable[[], None]) -> N
 
 def parameter_edges(
     y: Tensor, stop: Set[torch.autograd.graph.Node | None]
-) -> Iterator[tuple[torch.autograd.graph.Node, int, Tensor]]:
-    """Yield ``(node, index, leaf)`` for each edge from the nodes behind ``y`` to a leaf tensor.
+) -> Iterator[tuple[torch.autograd.graph.Node, list[tuple[int, Tensor]]]]:
+    """Yield the nodes behind ``y`` that have edges to leaf tensors, with ``(index, leaf)`` of each.
 
     Args:
         y: the layer's output.
@@ -210,10 +222,15 @@ def parameter_edges(
     queue, seen = [y.grad_fn], {*stop, y.grad_fn}
     while queue:
         node = queue.pop()
+        edges = []
         for index, (following, _) in enumerate(node.next_functions):
+            if following is None or following in seen:
+                continue
             leaf = getattr(following, "variable", None)
             if leaf is not None:
-                yield node, index, leaf
-            elif following is not None and following not in seen:
+                edges.append((index, leaf))
+            else:
                 seen.add(following)
                 queue.append(following)
+        if edges:
+            yield node, edges

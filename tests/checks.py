@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
@@ -49,7 +50,10 @@ class Trainer:
         expected_batch_size: int = 4,
         dtype: torch.dtype = torch.float64,
         noise_generator: torch.Generator | None = None,
+        probe: bool = False,
     ) -> None:
+        # Searches make thousands of trainers of the same few architectures.
+        clipping = dataclasses.replace(clipping, probe=probe)
         self.plain = model.to(dtype)
         self.reduction = reduction
         self.loss = loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opacus_bpclip import PrivacyViolationError
 from tests.helpers import (
@@ -17,6 +17,7 @@ from tests.helpers import (
     batch,
     loss_of,
     make_private,
+    model_of,
     summed,
     switchable,
     train_step,
@@ -190,3 +191,67 @@ def test_accumulation_counts_batches_that_left_a_layer_out() -> None:
     assert private.optimizer.accumulated_iterations == 2
     for p in private.parameters:
         torch.testing.assert_close(p.grad, p.summed_grad / 16)
+
+
+CHANGED = (
+    "A hook on head.weight changed its gradient in place, after it was clipped. Remove the hook."
+)
+
+
+def accumulator(private: Private) -> torch.autograd.graph.Node:
+    """Return the node that adds to the head's weight, where hooks cannot be seen from outside."""
+    weight = model_of(private).head.weight
+    return weight.expand_as(weight).grad_fn.next_functions[0][0]
+
+
+def test_a_gradient_that_is_replaced_where_it_is_added_up_does_not_count() -> None:
+    plain, replaced = switchable(), switchable()
+    node = accumulator(replaced)
+    node.register_prehook(lambda gradients: tuple(100 * g for g in gradients))
+    train_step(plain)
+    train_step(replaced)
+    assert torch.equal(summed(replaced), summed(plain))
+
+
+def test_a_gradient_that_is_changed_in_place_where_it_is_added_up_is_refused() -> None:
+    private = switchable()
+    node = accumulator(private)  # which lives as long as somebody holds it
+    handle = node.register_prehook(lambda gradients: tuple(g.mul_(100) for g in gradients))
+    with pytest.raises(PrivacyViolationError) as refusal:
+        backward(private)
+    assert str(refusal.value) == CHANGED
+    handle.remove()
+    assert_refused_until_zero_grad(private)
+
+
+def test_a_gradient_that_somebody_holds_and_changes_before_the_step_does_not_count() -> None:
+    plain, changed = switchable(), switchable()
+    log: list[Tensor] = []
+    model_of(changed).head.weight.register_hook(log.append)
+    train_step(plain)
+    backward(changed)
+    log[0].mul_(100)
+    changed.optimizer.step()
+    assert torch.equal(summed(changed), summed(plain))
+
+
+def test_gradients_are_not_copied_on_their_way() -> None:
+    private = switchable()
+    sent: list[int] = []
+    weight = model_of(private).head.weight
+    node = accumulator(private)
+    node.register_prehook(lambda gradients: sent.append(gradients[0].data_ptr()))
+    private.optimizer.zero_grad(set_to_none=True)
+    backward(private)
+    assert private.handle.guard.take(weight).data_ptr() == sent[0]
+
+
+def test_a_gradient_that_somebody_else_holds_is_the_same() -> None:
+    plain, held = switchable(), switchable()
+    log: list[Tensor] = []
+    for parameter in held.parameters:
+        parameter.register_hook(log.append)
+    train_step(plain)
+    train_step(held)
+    assert len(log) == 4
+    assert torch.equal(summed(held), summed(plain))

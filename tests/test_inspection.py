@@ -25,6 +25,25 @@ def frozen():
 def greedy(size):
     return nn.Linear(size, size)
 
+class Loop(nn.Module):
+    def __init__(self, centre=False):
+        super().__init__()
+        self.cell, self.head, self.centre = nn.Linear(4, 4), nn.Linear(4, 2), centre
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.cell(x)
+        return self.head(x - x.mean(dim=0) if self.centre else x)
+
+def coupled():
+    return nn.Sequential(Loop(centre=True))
+
+def tokens():
+    return nn.Sequential(nn.Embedding(2, 4), nn.Linear(4, 2))
+
+def norms():
+    return nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(5)))
+
 INSTANCE = nn.Linear(2, 2)
 NUMBER = 3
 
@@ -103,6 +122,11 @@ def test_a_model_with_nothing_to_train_would_be_refused(capsys):
         (["my_models:number"], "makes a int, not a torch.nn.Module"),
         (["my_models:good", "--max-input-norm", "-1"], "max_input_norm=-1.0"),
         (["my_models:good", "--max-grad-norm", "nan"], "max_grad_norm=nan"),
+        (["my_models:Loop", "--uses", "auto"], "give their --input-shape"),
+        (["my_models:Loop", "--uses", "cell"], "neither NAME=K nor auto alone"),
+        (["my_models:Loop", "--uses", "cell=0"], "an integer >= 1"),
+        (["my_models:Loop", "--uses", "body=2"], "names no trainable layer of the model: body"),
+        (["my_models:good", "--input-shape", "3"], "does not run on such an input"),
         (["my_models:good", "--json", "no/such/folder.json"], "No such file"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -113,6 +137,44 @@ def test_wrong_use_gets_one_line_and_status_two(arguments, message, capsys):
     assert error.startswith("opacus-bpclip inspect: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    "arguments",
+    [["--uses", "cell=3"], ["--uses", "auto", "--input-shape", "4"]],
+    ids=["declared", "counted"],
+)
+def test_uses_are_shown(arguments, capsys):
+    assert main(["inspect", "my_models:Loop", *arguments]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(row[0], row[6]) for row in table[1:]] == [("cell", "3"), ("head", "1")]
+
+
+@pytest.mark.usefixtures("models")
+def test_coupled_examples_are_found_on_made_up_ones(capsys):
+    assert main(["inspect", "my_models:coupled"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "my_models:coupled", "--input-shape", "4"]) == 1
+    out = capsys.readouterr().out
+    assert any(line.split()[:4] == ["0", "Loop", "0", "REFUSED"] for line in out.splitlines())
+    assert "- 0 (Loop) couples examples: what it makes of one changes with the values" in out
+
+
+@pytest.mark.usefixtures("models")
+def test_ids_are_made_up_for_an_embedding(capsys):
+    arguments = ["inspect", "my_models:tokens", "--input-shape", "7"]
+    assert main([*arguments, "--input-dtype", "int"]) == 0
+    assert main(arguments) == 2
+    assert "the model does not run on such an input: RuntimeError: " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("models")
+def test_a_problem_of_many_modules_is_said_once(capsys):
+    assert main(["inspect", "my_models:norms"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("normalises over the batch") == 1
+    assert "- 0, 1 and 3 more normalises over the batch" in out
 
 
 def test_an_allocation_that_does_not_fit_is_an_error():

@@ -165,8 +165,11 @@ REFUSALS = {
         repair=freeze_first,
     ),
     "batch norm": Refusal(
-        "BatchNorm cannot support training with differential privacy",
-        error=UnsupportedModuleError,
+        "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
+        "- 0 normalises over the batch: each example's value depends on its companions. Use "
+        "GroupNorm (PrivacyEngine.get_compatible_module replaces it), or keep it in evaluation "
+        "mode with running statistics.",
+        error=CoverageError,
         model=with_batch_norm,
         repair=drop_first,
     ),

@@ -1,0 +1,136 @@
+"""What the guard's checks cost: whole private steps with them and without.
+
+    python benchmarks/guard_cost.py --rounds 40
+
+Rounds are interleaved in one process: each takes one step with the guard and one without, in
+alternating order, and a ratio compares the two. Times are CPU seconds of the process on one thread.
+Without the guard the gradients are clipped and noised just the same; nothing is watched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from opacus_bpclip import BackpropClipOptimizer, BackpropClipping, PrivacyEngine
+from opacus_bpclip.ab.models import build
+from opacus_bpclip.guard import GradientGuard
+
+Step = Callable[[], None]
+
+
+class Transformer(nn.Module):
+    """Two blocks over 64 tokens, width 128."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(1000, 128)
+        self.blocks = nn.ModuleList(Block(128, 4) for _ in range(2))
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(dim=1))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).unbind(2)
+        mixed = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def resnet18() -> nn.Module:
+    return PrivacyEngine.get_compatible_module(torchvision.models.resnet18(num_classes=10))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "CNN26k, batch 256": (lambda: build("mnist"), lambda: torch.randn(256, 1, 28, 28)),
+    "ResNet-18-GN, batch 8": (resnet18, lambda: torch.randn(8, 3, 32, 32)),
+    "transformer, batch 16": (Transformer, lambda: torch.randint(1000, (16, 64))),
+}
+
+
+def make_step(make: Callable[[], nn.Module], x: Tensor, *, guarded: bool) -> Step:
+    torch.manual_seed(0)
+    model = make()
+    y = torch.randint(10, (len(x),))
+    model, optimizer, _ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=len(x)),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        clipping="backprop",
+        backprop=BackpropClipping(),
+    )
+    if not guarded:
+        switch_off(model.guard)
+    assert isinstance(optimizer, BackpropClipOptimizer)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def switch_off(guard: GradientGuard) -> None:
+    """Make the guard hand on whatever is in ``p.grad``, as code without a guard would."""
+
+    def nothing(*_: object) -> None:
+        """Check nothing."""
+
+    guard.remove()
+    guard.take = lambda parameter: parameter.grad  # type: ignore[method-assign]
+    guard.enter_layer = lambda layer: False  # type: ignore[method-assign]
+    for check in ("enter_forward", "leave_forward", "check_inputs", "clear"):
+        setattr(guard, check, nothing)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    # What Opacus says of every run; nothing here protects anybody's data.
+    warnings.filterwarnings("ignore", message="Secure RNG turned off")
+    print(f"{'model':<24} {'guard / none':>12}  quartiles      {args.rounds} rounds, 1 thread")
+    for name, (make, inputs) in CASES.items():
+        x = inputs()
+        arms = [make_step(make, x, guarded=guarded) for guarded in (True, False)]
+        ratios = []
+        for index in range(args.rounds + 3):
+            seconds = [0.0, 0.0]
+            for arm in (0, 1) if index % 2 else (1, 0):
+                start = time.process_time()
+                arms[arm]()
+                seconds[arm] = time.process_time() - start
+            if index >= 3:
+                ratios.append(seconds[0] / seconds[1])
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{name:<24} {middle:12.3f}  {low:.3f}..{high:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

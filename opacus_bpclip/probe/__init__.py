@@ -1,0 +1,16 @@
+"""Try a model out: do its examples keep apart, and how often is each layer used?"""
+
+from opacus_bpclip.probe.batches import EXAMPLES, Batch
+from opacus_bpclip.probe.coupling import find_coupling
+from opacus_bpclip.probe.prober import Prober, count_uses, with_uses
+from opacus_bpclip.probe.problems import UntriedError
+
+__all__ = [
+    "EXAMPLES",
+    "Batch",
+    "Prober",
+    "UntriedError",
+    "count_uses",
+    "find_coupling",
+    "with_uses",
+]

@@ -1,0 +1,119 @@
+"""Compare what a module returned for the same examples among other companions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Where the examples of a tensor are.
+
+    Attributes:
+        axis: the axis whose size grows with their number.
+        inner: whether an example's entries on it are a stride apart, not side by side.
+    """
+
+    axis: int
+    inner: bool
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The same examples in two batches.
+
+    Attributes:
+        before: how many examples the first batch has.
+        after: how many the second one has.
+        rows: which ones of the first batch are compared.
+        places: where they are in the second one.
+    """
+
+    before: int
+    after: int
+    rows: Sequence[int]
+    places: Sequence[int]
+
+
+def layouts(one: torch.Size, other: torch.Size, companions: Companions) -> list[Layout] | None:
+    """Return where a tensor may hold its examples, judged by its shape in batches of two sizes.
+
+    ``None`` stands for shapes that hold entries for *pairs* of examples. An empty list means that
+    no axis is the batch.
+    """
+    before, after = companions.before, companions.after
+    if len(one) != len(other):
+        return []
+    axes = [
+        axis
+        for axis, (size, less) in enumerate(zip(one, other, strict=True))
+        if size != less and size * after == less * before
+    ]
+    if len(axes) > 1:
+        return None
+    inner = (False, True) if axes and one[axes[0]] > before else (False,)
+    return [Layout(axis, flag) for axis in axes for flag in inner]
+
+
+def differ(
+    one: Tensor, other: Tensor, where: Sequence[Layout], companions: Companions, tolerance: float
+) -> bool:
+    """Return whether the examples' rows changed from one batch to the other, in every layout."""
+    one, other = _overlap(one, other, {layout.axis for layout in where})
+    for layout in where:
+        before = _rows(one, layout, companions.before)[list(companions.rows)]
+        after = _rows(other, layout, companions.after)[list(companions.places)]
+        if distance(before, after).max() <= tolerance:
+            return False
+    return True
+
+
+def vanish(
+    one: Tensor, other: Tensor, where: Sequence[Layout], companions: Companions, tolerance: float
+) -> bool:
+    """Return whether rows are gone from the other batch, in whatever order it has them."""
+    if not differ(one, other, where, companions, tolerance):
+        return False
+    one, other = _overlap(one, other, {layout.axis for layout in where})
+    for layout in where:
+        after = _rows(other, layout, companions.after)
+        found = [
+            bool((distance(row, after) <= tolerance).any())
+            for row in _rows(one, layout, companions.before)
+        ]
+        if sum(found) >= len(companions.rows):
+            return False
+    return True
+
+
+def _rows(x: Tensor, layout: Layout, count: int) -> Tensor:
+    x = x.movedim(layout.axis, 0)
+    if layout.inner:
+        x = x.unflatten(0, (x.shape[0] // count, count)).transpose(0, 1)
+    return x.reshape(count, x.numel() // max(count, 1))
+
+
+def _overlap(one: Tensor, other: Tensor, batch: set[int]) -> tuple[Tensor, Tensor]:
+    # Padding to the longest example: what both have is compared.
+    for axis, (size, less) in enumerate(zip(one.shape, other.shape, strict=True)):
+        if axis not in batch:
+            one, other = (x.narrow(axis, 0, min(size, less)) for x in (one, other))
+    return one, other
+
+
+def distance(one: Tensor, other: Tensor) -> Tensor:
+    """Return the largest change of an entry of each row, relative to the largest entry of all.
+
+    The last axis is within a row; both are broadcast against each other.
+    """
+    if torch.equal(one, other) or not one.shape[-1]:
+        return one.new_zeros(one.shape[:-1])
+    one, other = one.double(), other.double()
+    scale = one.abs().nan_to_num(nan=0.0, posinf=0.0).amax().clamp(min=torch.finfo(one.dtype).tiny)
+    alike = (one == other) | (one.isnan() & other.isnan())
+    gap = torch.where(alike, 0.0, ((one - other).abs() / scale).nan_to_num(nan=torch.inf))
+    return gap.amax(dim=-1)

@@ -1,0 +1,130 @@
+"""When a model is tried out: before training on made-up examples, or else on its first batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from torch import nn
+
+from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.probe import problems
+from opacus_bpclip.probe.batches import EXAMPLES, Batch, made_up_batches
+from opacus_bpclip.probe.coupling import find_coupling
+from opacus_bpclip.probe.problems import Problem, UntriedError
+from opacus_bpclip.probe.randomness import Steady
+from opacus_bpclip.probe.recording import Copy
+
+
+class Prober:
+    """Searches one model for coupled examples, once for each way of calling it.
+
+    Args:
+        model: the model.
+        loss_reduction: ``"mean"`` or ``"sum"``.
+
+    Attributes:
+        passed: the ways of calling the model that need no further search.
+    """
+
+    def __init__(self, model: nn.Module, *, loss_reduction: str) -> None:
+        self.model = model
+        self.loss_reduction = loss_reduction
+        self.passed: set[object] = set()
+
+    def before_training(self, loader: object, *, batch_first: bool) -> Problem | None:
+        """Return what couples made-up examples of the shapes that a data loader has.
+
+        Where they cannot be made up, or do not fit the model, nothing is found: the first batch
+        shows how the model is really called.
+        """
+        for batch in made_up_batches(loader, batch_first=batch_first):
+            try:
+                return self._search(batch)
+            except UntriedError:
+                continue
+        return None
+
+    def on_batch(self, batch: Batch) -> Problem | None:
+        """Return what couples examples when the model is called like this.
+
+        Made-up values are tried first. The batch's own are looked at only if those do not fit, and
+        only for whether they influence each other.
+
+        Raises:
+            UntriedError: neither can be tried; the message is for the user.
+        """
+        if self._key(batch) in self.passed:
+            return None
+        reason = ""
+        for trial in (batch.invent(EXAMPLES), batch):
+            if trial.size < 2:
+                return None  # No companions; a later batch will have some.
+            try:
+                return self._search(trial)
+            except UntriedError as error:
+                reason = str(error)
+        raise UntriedError(problems.untried(reason, ("first", "second")[batch.axis]))
+
+    def _search(self, batch: Batch) -> Problem | None:
+        key = self._key(batch)
+        problem = find_coupling(self.model, batch, loss_reduction=self.loss_reduction)
+        if problem is None:
+            self.passed.add(key)
+        return problem
+
+    def _key(self, batch: Batch) -> object:
+        return self.model.training, batch.signature
+
+
+def count_uses(model: nn.Module, batch: Batch) -> dict[str, int]:
+    """Return how often one forward pass over a batch uses each trainable layer.
+
+    A layer inside a recurrent network counts as the network does: its time steps are positions.
+    A layer that this batch does not reach counts once.
+
+    Raises:
+        UntriedError: the model does not run on this batch.
+    """
+    reason = ""
+    for double in (True, False):
+        if double and not Copy.fits(model):
+            continue
+        try:
+            run = Copy(model, double=double).run(batch, Steady())
+        except Exception as error:  # whatever the model's own code raises
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        calls = Counter(call.name for call in run.calls)
+        return {
+            name: 1 if layer.recurrence is not None else max(1, calls[name])
+            for name, layer in trainable_layers(model).items()
+        }
+    raise UntriedError(reason)
+
+
+def with_uses(
+    config: BackpropClipping, model: nn.Module, loader: object, *, batch_first: bool = True
+) -> BackpropClipping:
+    """Return the options with ``uses="auto"`` replaced by what a dry run on made-up examples finds.
+
+    What is found depends on the model and the shapes of the loader's examples alone: it is public.
+
+    Raises:
+        CoverageError: no examples can be made up that the model runs on.
+    """
+    if config.uses != "auto":
+        return config
+    reason = "the data loader shows no example"
+    for batch in made_up_batches(loader, batch_first=batch_first):
+        try:
+            return replace(config, uses=count_uses(model, batch))
+        except UntriedError as error:
+            reason = str(error)
+    raise CoverageError(
+        'uses="auto" counts how often each layer is used by running the model on made-up examples '
+        f"of the data loader's shapes, and that was not possible ({reason}). A count on real "
+        "examples would not be public. Declare it: BackpropClipping(uses={name: K})."
+    )

@@ -1,0 +1,79 @@
+"""What trying a model out may find wrong, each with the reason and the remedy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """What is wrong, and where.
+
+    Attributes:
+        module: dotted path in the model, ``"(root)"`` for the model itself.
+        text: says so, with the reason and the remedy.
+    """
+
+    module: str
+    text: str
+
+
+class UntriedError(Exception):
+    """The model cannot be run on this batch or on parts of it: nothing was found out."""
+
+
+_WHY = (
+    "The bound holds for what an example contributes on its own; coupled examples move each "
+    "other's gradients beyond it."
+)
+_REMEDY = (
+    "Compute from each example alone: no mean, softmax, normalisation or division over the batch, "
+    "no neighbours (GroupNorm or LayerNorm in place of BatchNorm). If you are certain that the "
+    "loss never sees it, set BackpropClipping(probe=False)."
+)
+
+
+def coupled(name: str, kind: str, cause: str) -> str:
+    """Say that a module couples examples."""
+    return (
+        f"{name} ({kind}) couples examples: what it makes of one changes with {cause}. {_WHY} "
+        f"{_REMEDY}"
+    )
+
+
+def untried(reason: str, order: str) -> str:
+    """Say that nothing could be found out."""
+    return (
+        "Whether examples influence each other inside the model cannot be tried, since it does "
+        f"not run on a part of its batch ({reason}): nothing would bound what one example does "
+        f"to the others. Pass the examples as tensors that have one row each, batch {order}. If "
+        "you are certain that no example's output depends on another's, set "
+        "BackpropClipping(probe=False)."
+    )
+
+
+NOT_REPEATABLE = (
+    "The model returned something else when it was run on the same batch again, from the same "
+    "state of the random number generators: whether its examples are coupled cannot be seen. Keep "
+    "what changes from call to call in buffers, and draw from torch's own generator. If you are "
+    "certain that no example's output depends on another's, set BackpropClipping(probe=False)."
+)
+
+
+def buffered(name: str) -> str:
+    """Say that a buffer takes up the batch."""
+    return (
+        f"The buffer {name} takes up values of the batch, and no noise is added to it: whoever "
+        "gets the model gets them. Keep its module from updating it (evaluation mode, frozen "
+        "statistics), or register it with persistent=False if it never influences an output."
+    )
+
+
+def not_additive(*, mean: bool) -> str:
+    """Say that an output is neither one row for each example nor their mean or sum."""
+    return (
+        "The model returns a tensor without a batch axis that is not "
+        f"{'the mean' if mean else 'the sum'} of what its examples give alone, as "
+        f"loss_reduction={'mean' if mean else 'sum'!r} has it. {_WHY} Return one value for each "
+        "example. If you are certain that the loss never sees it, set "
+        "BackpropClipping(probe=False)."
+    )

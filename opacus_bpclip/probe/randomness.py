@@ -1,0 +1,99 @@
+"""Randomness during a trial run: repeatable, or the same for every example."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Arguments of random operations by which PyTorch itself turns the randomness off.
+_SWITCHES = {"dropout_p": 0.0, "train": False, "training": False}
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Seed every global random number generator, and put each back as it was."""
+    python, numpy = random.getstate(), np.random.get_state()
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        random.seed(0)
+        np.random.seed(0)
+        for generator in generators:
+            generator.manual_seed(0)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+class Steady(TorchDispatchMode):
+    """Draw the same number everywhere, so that it matters to no example which row it is in.
+
+    Dropout keeps everything. What else is drawn is one number for the whole tensor; the first run
+    draws it, later ones repeat it. A permutation is turned round, so that it moves something.
+
+    Attributes:
+        random: whether anything was drawn at all.
+        eps: the coarsest relative precision of any floating-point result.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random = False
+        self.eps = 0.0
+        self._drawn: list[list[Tensor]] = []
+        self._next = 0
+
+    def __enter__(self) -> Steady:
+        self._next = 0
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.random = True
+            out = self._steady(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
+                self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
+        return out
+
+    def _steady(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = [argument.name for argument in func._schema.arguments]
+        if not _SWITCHES.keys().isdisjoint(names):
+            passed = zip(names, args, strict=False)
+            args = tuple(_SWITCHES.get(name, value) for name, value in passed)
+            off = {name: _SWITCHES[name] for name in names[len(args) :] if name in _SWITCHES}
+            return func(*args, **kwargs | off)
+        out = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name == "bernoulli":
+            return out.fill_(1)
+        if name == "randperm":
+            return out.copy_(torch.arange(len(out) - 1, -1, -1))
+        tensors = [out] if isinstance(out, Tensor) else list(out)
+        if self._next == len(self._drawn):
+            self._drawn.append([tensor.flatten()[:1].clone() for tensor in tensors])
+        for tensor, drawn in zip(tensors, self._drawn[self._next], strict=True):
+            if tensor.numel() and drawn.numel():
+                tensor.copy_(drawn.expand(tensor.numel()).view(tensor.shape))
+        self._next += 1
+        return out
