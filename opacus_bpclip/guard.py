@@ -330,7 +330,8 @@ class GradientGuard:
             self.fail(
                 f"{watched.name} got gradient from outside its layer's call, and nothing bounds "
                 "it. Use the parameter through its layer only, not directly "
-                "(F.linear(x, layer.weight), a penalty on the weights in the loss)."
+                "(F.linear(x, layer.weight), a penalty on the weights in the loss), and without "
+                "hooks that change gradients."
             )
         if (watched.passes or len(self._sources) > 1) and not self.accumulation_allowed:
             self.fail(

@@ -20,6 +20,7 @@ from tests.helpers import (
     switchable,
     train_step,
 )
+from tests.mutants.registry import clipped_around_the_layer
 
 
 def times_hundred(_: Any, grad_inputs: tuple[Tensor | None, ...], __: Any) -> Any:
@@ -39,10 +40,17 @@ ANOTHER_GRADIENT = (
 )
 
 
+@pytest.fixture
+def around(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clip around the layers, as is done for those whose gradient has no closed form."""
+    clipped_around_the_layer(monkeypatch)
+
+
 OLD_KIND = pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
 
 
 @OLD_KIND
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("hook", [times_hundred, times_hundred_in_place], ids=["new", "in place"])
 def test_a_backward_hook_of_the_old_kind_that_changes_the_clipped_gradient_is_refused(
@@ -62,6 +70,42 @@ def test_a_backward_hook_of_the_old_kind_that_changes_the_clipped_gradient_is_re
     assert_refused_until_zero_grad(private)
 
 
+@OLD_KIND
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("hook", "reason"),
+    [
+        (times_hundred, "head.bias got gradient from outside its layer's call"),
+        (times_hundred_in_place, "A hook on head.bias changed its gradient in place"),
+    ],
+    ids=["new", "in place"],
+)
+def test_a_backward_hook_of_the_old_kind_that_changes_the_sum_is_refused(
+    hook: Callable[..., Any], reason: str, when: str
+) -> None:
+    # One node clips and multiplies: there is nothing between, but the sum goes by the hook.
+    model = Switchable()
+    if when == "before":
+        model.head.register_backward_hook(hook)
+    private = make_private(model)
+    if when == "after":
+        model.head.register_backward_hook(hook)
+    with pytest.raises(PrivacyViolationError, match=f"^{reason}"):
+        backward(private)
+    model.head._backward_hooks.clear()
+    assert_refused_until_zero_grad(private)
+
+
+def test_a_hook_on_the_node_that_changes_the_sum_is_refused() -> None:
+    private = switchable()
+    output = private.model(batch()[0])
+    output.grad_fn.register_hook(lambda *gradients: times_hundred(None, *gradients))
+    with pytest.raises(PrivacyViolationError, match=r"^head\.bias got gradient from outside"):
+        output.sum().backward()
+    assert_refused_until_zero_grad(private)
+
+
+@pytest.mark.usefixtures("around")
 def test_a_hook_on_the_outputs_node_that_changes_the_clipped_gradient_is_refused() -> None:
     private = switchable()
     output = private.model(batch()[0])

@@ -231,7 +231,7 @@ def additions_taken_for_exact(patch):
 def patches_not_added_up(patch):
     """The largest position's patch instead of the sum over positions."""
 
-    def mutant(g, column_norms):
+    def mutant(g, column_norms, *_):
         return torch.linalg.vector_norm(
             g.abs().amax(3) * column_norms.amax(2)[..., None], dim=(1, 2)
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from opacus.layers import DPRNN
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from opacus_bpclip import BackpropClipping, CoverageError, clip_inputs
 from opacus_bpclip.norms import rounding_margin
@@ -21,7 +22,8 @@ def test_products_on_a_gpu_may_be_rounded_to_tensorfloat32() -> None:
 
 
 def test_a_layer_that_is_called_without_its_input_says_so() -> None:
-    private = make_private(one_layer())
+    data = TensorDataset(torch.zeros(8, 2, dtype=torch.long))
+    private = make_private(nn.Sequential(nn.Embedding(3, 2)), data=data)
     with pytest.raises(TypeError, match=r"^The layer was called without 'input'\.$"):
         private.handle._module[0]()
 

@@ -31,7 +31,7 @@ __all__ = ["layer_clips"]
 
 # By the rule's very class, since one that inherits may describe another layer; and only where the
 # layer's forward is the one that the closed form belongs to.
-_NODES: dict[type[Rule], tuple[type[NodeClip], tuple[type[nn.Module], ...]]] = {
+NODES: dict[type[Rule], tuple[type[NodeClip], tuple[type[nn.Module], ...]]] = {
     LinearRule: (FusedClip, (nn.Linear,)),
     ConvRule: (FusedClip, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     LayerNormRule: (AffineClip, (nn.LayerNorm,)),
@@ -75,7 +75,7 @@ def layer_clips(
 
 def _node_clip(layer: Layer) -> type[NodeClip] | None:
     """Return what clips the layer if its gradient is known in closed form."""
-    clip, kinds = _NODES.get(type(layer.rule), (None, ()))
+    clip, kinds = NODES.get(type(layer.rule), (None, ()))
     if not any(type(layer.module).forward is kind.forward for kind in kinds):
         return None
     if isinstance(layer.rule, FusedRule) and not layer.rule.is_closed():

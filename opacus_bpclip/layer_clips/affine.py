@@ -32,7 +32,7 @@ class AffineClip(NodeClip):
 
     def node(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Leave the output as it is."""
-        weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+        weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
         out: Tensor = _Affine.apply(self, y, x, bias, weight)
         return out
 

@@ -33,7 +33,7 @@ class FusedClip(NodeClip):
         """Scale the output as if the input had been clipped."""
         with torch.no_grad():
             factor, norms, finite = self.measured(x.detach())
-        weight, bias = (module._parameters[name] for name in ("weight", "bias"))
+        weight, bias = (getattr(module, name) for name in ("weight", "bias"))
         out: Tensor = _Fused.apply(self, y, x, bias, weight, factor, norms, finite)
         return out
 

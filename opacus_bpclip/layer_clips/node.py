@@ -19,7 +19,7 @@ from opacus_bpclip.layer_clips.base import Clip, Settings
 
 
 class NodeClip(Clip):
-    """The hook of one layer.
+    """The hooks of one layer.
 
     Args:
         layer: the layer; it takes one tensor.
@@ -36,6 +36,7 @@ class NodeClip(Clip):
         self.normalize = self.config.upstream == "normalize"
         self.scales_output = False
         self._key = 0
+        self._followed = False
 
     @abstractmethod
     def node(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -48,28 +49,36 @@ class NodeClip(Clip):
         """
 
     def attach(self) -> list[RemovableHandle]:
-        """Register the hook, the first of all: nothing may stand between the layer and its clip."""
-        handle = self.layer.module.register_forward_hook(self.clip, with_kwargs=True, prepend=True)
-        self._key = handle.id
-        return [handle]
+        """Register the hooks; the second is the first after the layer, nothing may come between."""
+        module = self.layer.module
+        before = module.register_forward_pre_hook(self.enter)
+        after = module.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
+        self._key = after.id
+        return [before, after]
 
-    def clip(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
+    def enter(self, _: nn.Module, args: Args) -> None:
+        """Let the guard see the layer before it runs."""
+        self._followed = False
+        if not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
+            self.guard.note_compiled()
+            return
+        self.guard.require_first_hook(self.layer, self._key)
+        self._followed = self.guard.enter_layer(self.layer)
+        self.guard.check_parameters(self.layer)
+
+    def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
         """Put the node in the place of the layer's part of the graph."""
-        training = torch.is_grad_enabled()
-        if not training and not self.scales_output:
+        followed, self._followed = self._followed, False
+        if not torch.is_grad_enabled() and not self.scales_output:
             return None
         inputs = self.layer.arguments.get(args, kwargs)
         (x,) = inputs
         assert x is not None
-        followed = False
-        if training and torch.compiler.is_compiling():
-            self.guard.note_compiled()
-        elif training:
-            self.guard.require_first_hook(self.layer, self._key)
+        if followed:
+            self.guard.check_batch(self.layer, inputs)
             self.guard.check_dtype(self.layer, y)
-            followed = self.guard.enter_layer(self.layer)
-            if followed:
-                self.guard.check_batch(self.layer, inputs)
         out = self.node(module, x, y.detach())
         if followed and out.requires_grad:
             self.guard.follow(self.layer, out, inputs)

@@ -207,13 +207,15 @@ class RMSNormRule(LayerNormRule):
         self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Divide by the root mean square, and back."""
-        normalized, rstd = torch.ops.aten._fused_rms_norm(x, self.shape, None, self.eps)
+        axes = self._axes()
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        rstd = torch.rsqrt(x.square().mean(dim=axes, keepdim=True) + eps)
+        normalized = x * rstd
         if not wanted:
             return normalized, None
-        dx, _ = torch.ops.aten._fused_rms_norm_backward(
-            g, x, self.shape, rstd, weight, (True, False)
-        )
-        return normalized, dx
+        affine = g * weight
+        along = (affine * normalized).mean(dim=axes, keepdim=True)
+        return normalized, (affine - normalized * along).mul_(rstd)
 
     def centred(self, x: Tensor) -> Tensor:
         """Return the input: no mean is involved."""

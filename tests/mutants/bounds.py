@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opacus_bpclip import allocation, grad_sample_module, norms, ops
 from opacus_bpclip.grad_sample_module import BackpropClipHooks
-from opacus_bpclip.layer_clips import recurrent, single
+from opacus_bpclip.layer_clips import affine, fused, recurrent, single
 from opacus_bpclip.rules import (
     BroadcastRule,
     ConvRule,
@@ -23,7 +23,7 @@ from opacus_bpclip.rules import (
 from opacus_bpclip.rules.base import per_row
 from opacus_bpclip.tying import Group
 from tests.mutants import killers
-from tests.mutants.registry import mutant
+from tests.mutants.registry import clipped_around_the_layer, mutant
 
 # What `check_sensitivity` says: which layer, or all together, moved by how much.
 MOVED = r": \d.* > "
@@ -80,11 +80,23 @@ def input_not_clipped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LinearRule, "clip_factor", lambda self, norms, max_norm: torch.ones_like(norms))
 
 
+@mutant(killed_by=killers.input_above_the_clip, says=MOVED)
+def input_clip_claimed_and_not_made(patch: pytest.MonkeyPatch) -> None:
+    """The norms are those of a clipped input, and neither the output nor the gradient is scaled."""
+    measured = fused.FusedClip.measured
+
+    def claimed(self: fused.FusedClip, x: Tensor) -> Any:
+        _, columns, finite = measured(self, x)
+        return None, columns, finite
+
+    patch.setattr(fused.FusedClip, "measured", claimed)
+
+
 @mutant(killed_by=killers.repeated_token_by_product, says=MOVED)
 def largest_position_for_all(patch: pytest.MonkeyPatch) -> None:
     """The product bound takes the largest position's norm instead of the sum over positions."""
 
-    def largest(g: Tensor, column: float) -> Tensor:
+    def largest(g: Tensor, column: float, *_: Any) -> Tensor:
         return torch.linalg.vector_norm(g, dim=2).amax(dim=(1, 2)) * column
 
     patch.setattr(norms, "product_bound", largest)
@@ -94,7 +106,7 @@ def largest_position_for_all(patch: pytest.MonkeyPatch) -> None:
 def positions_added_up_in_squares(patch: pytest.MonkeyPatch) -> None:
     """The weighted bound adds positions up in squares, as if they could not point the same way."""
 
-    def squares(g: Tensor, columns: Tensor) -> Tensor:
+    def squares(g: Tensor, columns: Tensor, *_: Any) -> Tensor:
         return torch.linalg.vector_norm(g * columns[:, :, None], dim=(1, 2, 3))
 
     patch.setattr(norms, "weighted_bound", squares)
@@ -128,7 +140,7 @@ def groups_not_added_up(patch: pytest.MonkeyPatch) -> None:
     """The largest group's bound stands for all, though each group has a block of its own."""
     weighted = norms.weighted_bound
 
-    def largest(g: Tensor, columns: Tensor) -> Tensor:
+    def largest(g: Tensor, columns: Tensor, *_: Any) -> Tensor:
         groups = [weighted(g[:, [r]], columns[:, [r]]) for r in range(g.shape[1])]
         return torch.stack(groups).amax(dim=0)
 
@@ -150,13 +162,22 @@ def embedding_row_repeated(patch: pytest.MonkeyPatch) -> None:
 def normalised_values_ignored(patch: pytest.MonkeyPatch) -> None:
     """The affine map of a normalisation is taken for a bias: its weight's gradient is unbounded,
     since normalised values grow with the size of what is normalised."""
+    clipped_around_the_layer(patch)
     patch.setattr(LayerNormRule, "normalized", lambda self, x: torch.zeros_like(x))
+
+
+@mutant(killed_by=killers.normalised_spike, says=MOVED)
+def affine_weight_not_measured(patch: pytest.MonkeyPatch) -> None:
+    """Of a normalisation's gradient, the bias's part alone is measured."""
+    row_norms = affine.row_norms
+    patch.setattr(affine, "row_norms", lambda own: row_norms(own[:, own.shape[1] // 2 :]))
 
 
 @mutant(killed_by=killers.layer_norm_far_from_zero, says=MOVED)
 def means_left_in_normalised_layers(patch: pytest.MonkeyPatch) -> None:
     """A mean far above the deviations stays in the layer's input, and turns rounding errors into
     normalised values that no bound knows."""
+    clipped_around_the_layer(patch)
     patch.setattr(LayerNormRule, "centred", lambda self, x: x)
 
 
@@ -216,6 +237,7 @@ def vanishing_norms_divided_by(patch: pytest.MonkeyPatch) -> None:
 def upstream_clipped_after_use(patch: pytest.MonkeyPatch) -> None:
     """The layer's gradient is made of the upstream gradient as it arrives; only what goes on to the
     layers below is clipped."""
+    clipped_around_the_layer(patch)
 
     def after_use(y: Tensor, clipped: Any, rule: Any, limit: Tensor, **options: Any) -> Tensor:
         factor: list[Tensor] = []
@@ -229,9 +251,7 @@ def upstream_clipped_after_use(patch: pytest.MonkeyPatch) -> None:
             def backward(ctx: Any, g: Tensor) -> Tensor:
                 g = g * len(g)
                 bound = rule.bound(options["bound"], g, clipped.inputs, clipped.norms, None)
-                factor.append(
-                    ops.factors(bound, clipped.finite, limit, g.dtype, normalize=False)[0]
-                )
+                factor.append(ops.clip_factors(bound, clipped.finite, limit, g.dtype).factor)
                 return g
 
         (x,) = clipped.inputs

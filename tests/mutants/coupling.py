@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from opacus_bpclip import grad_sample_module, ops
 from opacus_bpclip.guard import GradientGuard
+from opacus_bpclip.layer_clips import affine, fused
 from opacus_bpclip.provenance import WatchedParameter
 from opacus_bpclip.rules import LinearRule, base
 from tests.mutants import killers
-from tests.mutants.registry import mutant
+from tests.mutants.registry import clipped_around_the_layer, mutant
 
 
 @mutant(killed_by=killers.below_the_clip, says=r"(\(root\)|joint): .* > 1\.0")
@@ -42,6 +43,7 @@ def mean_undone_after_clipping(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.two_layers_together_and_alone, says="together and alone differ")
 def mean_undone_in_every_layer_anew(patch: pytest.MonkeyPatch) -> None:
     """What goes on to the layers below is not divided again: they see the batch's private size."""
+    clipped_around_the_layer(patch)
     attached = ops._attached
 
     def undivided(inputs: Any, values: Any, scales: Any, divisor: int) -> Any:
@@ -50,24 +52,35 @@ def mean_undone_in_every_layer_anew(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ops, "_attached", undivided)
 
 
+@mutant(killed_by=killers.two_layers_together_and_alone, says="together and alone differ")
+def weights_not_multiplied_back(patch: pytest.MonkeyPatch) -> None:
+    """A linear layer clips as if the loss were a sum, and leaves its gradient that of a mean."""
+    gradients = LinearRule.gradients
+
+    def divided(self: LinearRule, *args: Any, multiplier: int, **options: Any) -> Any:
+        return gradients(self, *args, multiplier=1, **options)
+
+    patch.setattr(LinearRule, "gradients", divided)
+
+
 @mutant(killed_by=killers.hostile_batch_together_and_alone, says="together and alone differ")
 def one_factor_for_the_batch(patch: pytest.MonkeyPatch) -> None:
     """All examples are scaled by the factor of the largest: one example decides what the others
     contribute."""
-    bound = LinearRule.bound
+    bound = LinearRule.bound_of_scaled
 
     def largest(self: LinearRule, *args: Any) -> Tensor:
         own = bound(self, *args)
         return own.amax().expand_as(own) if len(own) else own
 
-    patch.setattr(LinearRule, "bound", largest)
+    patch.setattr(LinearRule, "bound_of_scaled", largest)
 
 
 @mutant(killed_by=killers.input_not_finite, says="the sum is not finite")
 @mutant(killed_by=killers.upstream_not_finite, says="the sum is not finite")
 def nan_passed_through(patch: pytest.MonkeyPatch) -> None:
     """An example that is not finite goes into the sum, and everybody's gradient is nan."""
-    for module in (ops, base):
+    for module in (ops, base, fused, affine):
         patch.setattr(module, "zero_rows", lambda x, keep: x)
 
 
@@ -87,4 +100,5 @@ def sources_not_asked_for(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.gradient_changed_after_the_clip, says="nothing bounds was released")
 def clip_not_joined_to_its_layer(patch: pytest.MonkeyPatch) -> None:
     """Nobody checks that the layer gets the gradient that was clipped for it."""
+    clipped_around_the_layer(patch)
     patch.setattr(GradientGuard, "join", lambda self, layer, clipped, y: None)
