@@ -8,6 +8,7 @@ processor's cache, each with one draw.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from opacus.optimizers.optimizer import _generate_noise
@@ -65,19 +66,31 @@ def with_own_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def _draws(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Yield flat pieces, each set of one dtype and device and of at most `_DRAW` entries."""
-    pending: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    pending: dict[tuple[torch.dtype, torch.device], _Pieces] = {}
     for gradient in gradients:
-        own = pending.setdefault((gradient.dtype, gradient.device), [])
-        for piece in _flat(gradient).split(_DRAW):
-            if sum(other.numel() for other in own) + piece.numel() > _DRAW:
-                yield own[:]
-                own.clear()
-            own.append(piece)
-    yield from (pieces for pieces in pending.values() if pieces)
+        own = pending.setdefault((gradient.dtype, gradient.device), _Pieces())
+        flat = _flat(gradient)
+        for piece in flat.split(_DRAW) if flat.numel() > _DRAW else (flat,):
+            if own.entries + piece.numel() > _DRAW:
+                yield own.pieces
+                own.pieces, own.entries = [], 0
+            own.pieces.append(piece)
+            own.entries += piece.numel()
+    yield from (own.pieces for own in pending.values() if own.entries)
+
+
+@dataclass
+class _Pieces:
+    """Pieces that wait for their draw, and how many entries they have."""
+
+    pieces: list[Tensor] = field(default_factory=list)
+    entries: int = 0
 
 
 def _flat(gradient: Tensor) -> Tensor:
     """View a tensor without gaps, in whatever order of axes, as one axis."""
+    if gradient.is_contiguous():
+        return gradient.view(-1)
     strides = gradient.stride()
     order = sorted(range(gradient.dim()), key=lambda axis: strides[axis], reverse=True)
     return gradient.permute(order).view(-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, cast
 
 import torch
@@ -72,11 +73,13 @@ class ConvRule(FusedRule):
         finite = squared.flatten(1).sum(dim=1).isfinite()
         # Zeros around the input add nothing to a norm; any other padding is a part of the input.
         zeros = self.padding_mode == "constant"
+        make = _windows.__wrapped__ if torch.compiler.is_compiling() else _windows
         squared = squared if zeros else self._pad(squared)
         for axis in range(len(self.kernel)):
             pair = 2 * (len(self.kernel) - 1 - axis)
             before, after = self.padding[pair : pair + 2] if zeros else (0, 0)
-            windows = self._windows(axis, squared.shape[2] + before + after, before, squared)
+            reach = (self.kernel[axis], self.stride[axis], self.dilation[axis])
+            windows = make(squared.shape[2], before, after, *reach, squared.dtype, squared.device)
             # The next axis takes the place of the one that is added up.
             squared = torch.tensordot(squared, windows, dims=([2], [0]))
         norms = squared.sqrt().flatten(2)
@@ -149,22 +152,36 @@ class ConvRule(FusedRule):
         """Add up the positions."""
         return g.flatten(2).sum(dim=2)
 
-    def _windows(self, axis: int, padded: int, before: int, like: Tensor) -> Tensor:
-        """Return ``[size, positions]``: 1 where a window along the axis covers an entry, else 0.
-
-        Args:
-            axis: of the kernel.
-            padded: the input's size along it, padding included.
-            before: how much of that is padding at its start.
-            like: the input, with that axis third.
-        """
-        stride, dilation = self.stride[axis], self.dilation[axis]
-        reach = self.kernel[axis] * dilation
-        positions = (padded - reach + dilation - 1) // stride + 1
-        starts = torch.arange(positions, device=like.device) * stride - before
-        offset = torch.arange(like.shape[2], device=like.device)[:, None] - starts
-        inside = (offset >= 0) & (offset < reach) & (offset % dilation == 0)
-        return inside.to(like.dtype)
-
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, self.padding, mode=self.padding_mode) if any(self.padding) else x
+
+
+@lru_cache(maxsize=256)
+def _windows(
+    size: int,
+    before: int,
+    after: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Return ``[size, positions]``: 1 where a window along an axis covers an entry, else 0.
+
+    Args:
+        size: the input's along the axis.
+        before: padding before it.
+        after: padding after it.
+        kernel: the windows' size.
+        stride: from one window to the next.
+        dilation: from one entry of a window to the next.
+        dtype: of the result.
+        device: of the result.
+    """
+    reach = dilation * (kernel - 1) + 1
+    positions = (size + before + after - reach) // stride + 1
+    starts = torch.arange(positions, device=device) * stride - before
+    offset = torch.arange(size, device=device)[:, None] - starts
+    inside = (offset >= 0) & (offset < reach) & (offset % dilation == 0)
+    return inside.to(dtype)
