@@ -146,6 +146,7 @@ class _Layer:
             bound=case.bound,  # type: ignore[arg-type]
             upstream=case.upstream,  # type: ignore[arg-type]
             max_input_norm=case.max_input_norm,
+            probe=False,  # what it would find is judged here, on the values that are searched
         )
         self.axis = case.rule.from_module(self.layer).batch_axis(0)
         self.hooks = BackpropClipHooks(

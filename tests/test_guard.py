@@ -87,7 +87,10 @@ DIRECT = (
     "Use the parameter through its layer only, not directly (F.linear(x, layer.weight), a penalty "
     "on the weights in the loss)"
 )
-BESIDE = f"head.weight got gradient from outside its layer's call, and nothing bounds it. {DIRECT}."
+BESIDE = (
+    f"head.weight got gradient from outside its layer's call, and nothing bounds it. {DIRECT}, and "
+    "without hooks that change gradients."
+)
 INSTEAD = (
     f"head.weight got a gradient that did not come from its layer's call. {DIRECT}; attach privacy "
     "before torch.compile."

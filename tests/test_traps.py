@@ -100,7 +100,8 @@ class Apply(nn.Module):
 def test_bypass_beside_the_layer() -> None:
     refused_on_the_batch(
         lambda m, x: m.head(h := m.body(x)) + F.linear(h, m.head.weight),
-        f"head.weight got gradient from outside its layer's call, and nothing bounds it. {DIRECT}.",
+        f"head.weight got gradient from outside its layer's call, and nothing bounds it. {DIRECT}, "
+        "and without hooks that change gradients.",
     )
 
 

@@ -91,18 +91,15 @@ def test_arms_start_alike_and_see_the_same_batches(digits, plan):
         assert torch.equal(batches[0], batches[other])
 
 
-def test_private_arms_draw_the_same_noise(digits, plan):
+def test_private_arms_draw_noise_of_the_same_scale(digits, plan):
     quiet = replace(SETTINGS, lr=1e-30)
-    drawn = []
     for name in ARMS[1:]:
         arm = training._start(name, 5, quiet, plan, digits)
         images = digits.train.tensors[0][:0]
         with known_warnings_silenced():
             training._step(arm, images, digits.train.tensors[1][:0])
-        drawn.append(torch.cat([p.grad.flatten() for p in arm.model.parameters()]))
-    assert drawn[0].std().item() == pytest.approx(plan.noise_multiplier / 119, rel=0.05)
-    assert torch.allclose(drawn[0], drawn[1])
-    assert torch.allclose(drawn[0], drawn[2])
+        drawn = torch.cat([p.grad.flatten() for p in arm.model.parameters()])
+        assert drawn.std().item() == pytest.approx(plan.noise_multiplier / 119, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ARMS)

@@ -9,12 +9,12 @@ from opacus_bpclip.cli import main
 from opacus_bpclip.jobs.errors import UsageError
 
 
-def error_of(capsys, *options):
-    """Run a command line that must fail as wrong usage, and return its one line."""
+def error_of(capsys, *options, lines=1):
+    """Run a command line that must fail as wrong usage, and return what it says."""
     assert main(["audit", *options]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("\n") == 1
+    assert err.count("\n") == lines
     return err.removeprefix("opacus-bpclip audit: error: ").rstrip("\n")
 
 
@@ -109,8 +109,9 @@ def test_wrong_usage(options, text, capsys):
 
 @pytest.mark.usefixtures("users_code")
 def test_a_model_that_would_be_refused_is_refused_before_any_work(capsys):
-    text = error_of(capsys, "--model", "users_code:batch_norm", "--input", "4")
-    assert "BatchNorm" in text
+    # One line for each problem of the model.
+    text = error_of(capsys, "--model", "users_code:batch_norm", "--input", "4", lines=2)
+    assert "\n- 1 normalises over the batch" in text
 
 
 def test_without_matplotlib_a_plot_is_refused_before_any_work(capsys, monkeypatch):
