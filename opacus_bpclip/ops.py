@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opacus_bpclip.norms import rounding_margin
+from opacus_bpclip.norms import rounding_margin, row_norms
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule, may_rewrite, per_row, zero_rows
 
 
@@ -118,6 +118,7 @@ class Factors(NamedTuple):
 
 def clip_factors(
     bound: Tensor,
+    size: Tensor,
     finite: Tensor,
     limit: Tensor,
     dtype: torch.dtype,
@@ -132,6 +133,8 @@ def clip_factors(
 
     Args:
         bound: ``[B]``, on the norms of the gradients at hand.
+        size: ``[B]``, what must be in range for the bound to be: the norms of the upstream
+            gradients.
         finite: ``[B]`` bool, which examples' inputs are finite.
         limit: a scalar tensor.
         dtype: of the gradients.
@@ -143,9 +146,10 @@ def clip_factors(
     factor = (limit if torch.compiler.is_compiling() else limit.item()) * part / bound
     if not normalize:
         factor = factor.clamp(max=1)
-    # Squares overflow above this at the latest: a threshold that is the same for every `examples`.
+    # No square of what is below overflows, so that this threshold is the first to be met, and it is
+    # the same for every `examples`. Comparing with nan gives False.
     largest = torch.finfo(bound.dtype).max ** 0.5 / (16 * max(examples, 1))
-    keep = finite & (bound < largest)
+    keep = finite & (bound < largest) & (size < largest)
     return Factors(torch.where(keep, factor, 0.0).to(dtype), keep)
 
 
@@ -188,7 +192,13 @@ class _ClipUpstream(torch.autograd.Function):
             g, examples = g * examples, 1
         bound = clip.rule.bound(clip.kind, g, tuple(inputs), norms, clip.max_norm)
         factor, keep = clip_factors(
-            bound, finite, clip.limit, g.dtype, examples=examples, normalize=clip.normalize
+            bound,
+            row_norms(g),
+            finite,
+            clip.limit,
+            g.dtype,
+            examples=examples,
+            normalize=clip.normalize,
         )
         clipped = zero_rows(g * per_row(factor * examples, g), keep)
         unused = [None] * (3 + len(inputs))

@@ -1,5 +1,7 @@
 """What an example contributes depends on nothing but that example."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -39,3 +41,52 @@ def test_batch_size_does_not_reach_examples_just_below_the_clip(bound):
     check_independence(trainer, x, target)
     moved = joint(trainer.released(x, target)) - joint(trainer.released(x[:-1], target[:-1]))
     assert moved.norm() <= 1.0
+
+
+@pytest.mark.parametrize("upstream", ["clip", "normalize"])
+@pytest.mark.parametrize(
+    ("layer", "x", "target"),
+    [
+        pytest.param(
+            nn.Linear(4, 2, bias=False),
+            torch.full((1, 4), 1e-8),
+            torch.full((1, 2), 2.5e19),
+            id="columns that vanish beside gradients whose squares overflow",
+        ),
+        pytest.param(
+            nn.LayerNorm(2),
+            torch.tensor([[[1.0, -1.0]] * 4]),
+            torch.tensor([[2e38, -2e38, -2e38, 2e38] * 2]),
+            id="gradients that cancel unless their sum overflows",
+        ),
+        pytest.param(
+            nn.Embedding(3, 1),
+            torch.ones(1, 4, dtype=torch.long),
+            torch.tensor([[2e38, 2e38, -2e38, -2e38]]),
+            id="a layer that is clipped around",
+        ),
+    ],
+)
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_what_overflows_does_not_depend_on_the_size_of_the_batch(layer, x, target, bound, upstream):
+    # A mean loss divides by the batch's size: what is out of range alone may be in it in company.
+    clipping = BackpropClipping(bound=bound, upstream=upstream)
+    trainer = Trainer(
+        copy.deepcopy(layer), x.shape[1:], clipping, loss=_careful_loss, dtype=torch.float32
+    )
+    sums = [
+        joint(
+            trainer.released(
+                torch.cat([x, x.repeat(n - 1, *[1] * (x.dim() - 1))]),
+                torch.cat([target, torch.zeros(n - 1, target.shape[1])]),
+            )
+        )
+        for n in (1, 2, 10, 1000)
+    ]
+    for other in sums[1:]:
+        torch.testing.assert_close(other, sums[0], rtol=1e-5, atol=1e-6)
+
+
+def _careful_loss(output, target, reduction):
+    """As `linear_loss`, dividing before anything overflows."""
+    return (output.flatten(1) * (target / len(output))).sum()

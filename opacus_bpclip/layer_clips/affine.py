@@ -58,7 +58,12 @@ class _Affine(torch.autograd.Function):
         own = own * examples  # [B, K]
         finite = torch.ones(len(own), dtype=torch.bool, device=own.device)
         by, keep = clip_factors(
-            row_norms(own), finite, clip.limit, own.dtype, normalize=clip.normalize
+            row_norms(own),
+            row_norms(g) * examples,
+            finite,
+            clip.limit,
+            own.dtype,
+            normalize=clip.normalize,
         )
         total = by @ zero_rows(own, keep)
         if dx is not None:

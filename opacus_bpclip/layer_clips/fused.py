@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from opacus_bpclip.coverage import Layer
 from opacus_bpclip.layer_clips.base import Settings
 from opacus_bpclip.layer_clips.node import NodeClip
-from opacus_bpclip.norms import rounding_margin
+from opacus_bpclip.norms import rounding_margin, row_norms
 from opacus_bpclip.ops import clip_factors
 from opacus_bpclip.rules import FusedRule
 from opacus_bpclip.rules.base import may_rewrite, per_row, zero_rows
@@ -93,7 +93,13 @@ class _Fused(torch.autograd.Function):
         room = None if torch.compiler.is_compiling() else torch.empty_like(g)
         bound = rule.bound_of_scaled(config.bound, g, x, norms, factor, config.max_input_norm, room)
         by, keep = clip_factors(
-            bound, finite, clip.limit, g.dtype, examples=examples, normalize=clip.normalize
+            bound,
+            row_norms(g),
+            finite,
+            clip.limit,
+            g.dtype,
+            examples=examples,
+            normalize=clip.normalize,
         )
         g = zero_rows(g, keep)
         joint = by.view(-1, 1, 1)

@@ -91,7 +91,9 @@ class _Copies(torch.autograd.Function):
         bound = clip.rule.bound(clip.config.bound, joint, (), None, None)
         finite = torch.ones_like(bound, dtype=torch.bool)
         normalize = clip.config.upstream == "normalize"
-        factor, keep = clip_factors(bound, finite, clip.limit, joint.dtype, normalize=normalize)
+        factor, keep = clip_factors(
+            bound, bound, finite, clip.limit, joint.dtype, normalize=normalize
+        )
         sums = [
             zero_rows(g * per_row(factor, g), keep).sum(dim=0).view(shape)
             for g, shape in zip(gradients, ctx.shapes, strict=True)

@@ -170,7 +170,7 @@ class _Sequence:
         rule, config = self.layer.rule, self.config
         bound = rule.bound(config.bound, g, (x,), norms, config.max_input_norm)
         normalize = config.upstream == "normalize"
-        factor, keep = clip_factors(bound, finite, self.limit, g.dtype, normalize=normalize)
+        factor, keep = clip_factors(bound, bound, finite, self.limit, g.dtype, normalize=normalize)
         g = zero_rows(g * per_row(factor, g), keep).flatten(0, 1)
         x = zero_rows(x, keep).flatten(0, 1)
         return (g.T @ x if rule.weight else None, g.sum(dim=0) if rule.bias else None)

@@ -251,7 +251,7 @@ def upstream_clipped_after_use(patch: pytest.MonkeyPatch) -> None:
             def backward(ctx: Any, g: Tensor) -> Tensor:
                 g = g * len(g)
                 bound = rule.bound(options["bound"], g, clipped.inputs, clipped.norms, None)
-                factor.append(ops.clip_factors(bound, clipped.finite, limit, g.dtype).factor)
+                factor.append(ops.clip_factors(bound, bound, clipped.finite, limit, g.dtype).factor)
                 return g
 
         (x,) = clipped.inputs
