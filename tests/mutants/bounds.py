@@ -23,10 +23,7 @@ from opacus_bpclip.rules import (
 from opacus_bpclip.rules.base import per_row
 from opacus_bpclip.tying import Group
 from tests.mutants import killers
-from tests.mutants.registry import clipped_around_the_layer, mutant
-
-# What `check_sensitivity` says: which layer, or all together, moved by how much.
-MOVED = r": \d.* > "
+from tests.mutants.registry import MOVED, clipped_around_the_layer, mutant
 
 
 @mutant(killed_by=killers.two_layers_at_their_limits, says="joint" + MOVED)

@@ -15,6 +15,9 @@ from opacus_bpclip import layer_clips
 Patch = Callable[[pytest.MonkeyPatch], None]
 Killer = Callable[[], None]
 
+# What `check_sensitivity` says: which layer, or all together, moved by how much.
+MOVED = r": \d.* > "
+
 
 @dataclass(frozen=True)
 class Mutant:

@@ -1,0 +1,249 @@
+"""Rules of single layers that measure, count or clip the wrong thing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip import coverage, norms
+from opacus_bpclip.rules import (
+    BilinearRule,
+    ConvTransposeRule,
+    EmbeddingBagRule,
+    PReLURule,
+    SequenceBiasRule,
+    TransposedLinearRule,
+)
+from opacus_bpclip.rules.base import Inputs, Prepared
+from tests.mutants import layer_killers as killers
+from tests.mutants.registry import MOVED, mutant
+
+# What `_nothing_refused` says when the guard finds the batch on another axis than the rule does.
+REFUSED = "refused: {layer} got an input of shape .* its first axis must be the batch"
+
+
+@mutant(killed_by=killers.repeated_token_of_a_bag, says="layer" + MOVED)
+def tokens_of_a_bag_taken_for_different_ones(patch: pytest.MonkeyPatch) -> None:
+    """A bag's tokens are added up in squares, as if each had a row of its own; equal tokens add up
+    in one."""
+
+    def apart(self: EmbeddingBagRule, bags: Any, dtype: torch.dtype) -> Tensor:
+        weights = torch.ones(len(bags.ids), dtype=dtype)
+        if bags.weights is not None:
+            weights = bags.weights.to(dtype)
+        squares = torch.zeros(bags.number, dtype=dtype).index_add(0, bags.bag, weights.square())
+        return squares.sqrt()
+
+    patch.setattr(EmbeddingBagRule, "_column_norms", apart)
+
+
+@mutant(killed_by=killers.mean_of_a_bag, says="layer" + MOVED)
+def mean_of_a_bag_divided_twice(patch: pytest.MonkeyPatch) -> None:
+    """The norms of a bag that is a mean are divided by its size once more: the bound is as many
+    times too small as the bag has tokens."""
+    column_norms = EmbeddingBagRule._column_norms
+
+    def divided(self: EmbeddingBagRule, bags: Any, dtype: torch.dtype) -> Tensor:
+        ones = torch.ones(len(bags.ids), dtype=dtype)
+        sizes = torch.zeros(bags.number, dtype=dtype).index_add(0, bags.bag, ones)
+        return column_norms(self, bags, dtype) / sizes
+
+    patch.setattr(EmbeddingBagRule, "_column_norms", divided)
+
+
+@mutant(killed_by=killers.mean_of_a_bag_with_padding, says="layer" + MOVED)
+def padding_counted_in_the_mean(patch: pytest.MonkeyPatch) -> None:
+    """Padding counts as a token of the mean, which the layer leaves out: the other tokens' weights
+    are taken for smaller than they are."""
+    column_norms = EmbeddingBagRule._column_norms
+
+    def counted(self: EmbeddingBagRule, *args: Any) -> Tensor:
+        return column_norms(dataclasses.replace(self, padding_idx=None), *args)
+
+    patch.setattr(EmbeddingBagRule, "_column_norms", counted)
+
+
+@mutant(killed_by=killers.weights_of_a_bag, says="layer" + MOVED)
+def weights_of_a_bag_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Every token of a bag counts as one, whatever its weight; weights have no limit."""
+    column_norms = EmbeddingBagRule._column_norms
+
+    def unweighted(self: EmbeddingBagRule, bags: Any, dtype: torch.dtype) -> Tensor:
+        return column_norms(self, bags._replace(weights=None), dtype)
+
+    patch.setattr(EmbeddingBagRule, "_column_norms", unweighted)
+
+
+@mutant(killed_by=killers.bags_of_several_lengths, says="layer" + MOVED)
+def bags_taken_for_equally_long(patch: pytest.MonkeyPatch) -> None:
+    """The tokens are dealt out evenly, whatever the offsets say: a long bag is measured by what
+    its neighbours hold."""
+    read = EmbeddingBagRule._bags
+
+    def even(self: EmbeddingBagRule, inputs: Inputs) -> Any:
+        bags = read(self, inputs)
+        each = -(-len(bags.ids) // max(bags.number, 1))
+        return bags._replace(bag=torch.arange(len(bags.ids)) // max(each, 1))
+
+    patch.setattr(EmbeddingBagRule, "_bags", even)
+
+
+@mutant(killed_by=killers.weight_of_a_bag_that_is_not_finite, says="the sum is not finite")
+def weights_that_are_not_finite_let_in(patch: pytest.MonkeyPatch) -> None:
+    """Nobody looks whether a bag's weights are finite: one nan is in everybody's sum."""
+    prepare = EmbeddingBagRule.prepare
+
+    def trusting(self: EmbeddingBagRule, inputs: Inputs, max_norm: float | None) -> Prepared:
+        prepared = prepare(self, inputs, max_norm)
+        return prepared._replace(finite=torch.ones_like(prepared.finite))
+
+    patch.setattr(EmbeddingBagRule, "prepare", trusting)
+
+
+@mutant(killed_by=killers.many_equal_tokens, says=r"\(root\): 1\.000\d+ > 1\.0")
+def additions_taken_for_exact(patch: pytest.MonkeyPatch) -> None:
+    """Sums are taken for exact, though every addition rounds: over a long sequence, errors of one
+    direction pile up beyond the bound."""
+    patch.setattr(norms, "accumulation", lambda positions, dtype: 1)
+
+
+@mutant(killed_by=killers.transposed_convolution, says=MOVED)
+def patches_not_added_up(patch: pytest.MonkeyPatch) -> None:
+    """The largest pixel's patch stands for all of a transposed convolution, though all add up in
+    one weight."""
+
+    def largest(g: Tensor, columns: Tensor, *_: Any) -> Tensor:
+        return torch.linalg.vector_norm(g.abs().amax(3) * columns.amax(2)[..., None], dim=(1, 2))
+
+    patch.setattr(norms, "weighted_bound", largest)
+
+
+@mutant(killed_by=killers.transposed_convolution_with_bias, says=MOVED)
+def output_bias_uncovered(patch: pytest.MonkeyPatch) -> None:
+    """The bias of a transposed convolution is left out of its bound."""
+    patch.setattr(ConvTransposeRule, "_bias_bound", lambda self, kind, g: g.new_zeros(len(g)))
+
+
+@mutant(killed_by=killers.transposed_convolution_with_bias, says=MOVED)
+def output_bias_taken_for_a_part_of_the_columns(patch: pytest.MonkeyPatch) -> None:
+    """The bias is counted once a patch, as in a convolution; here it meets every position of the
+    output."""
+
+    def one_patch(self: ConvTransposeRule, kind: str, g: Tensor) -> Tensor:
+        return norms.weighted_bound(self.upstream(g)[..., :1], torch.ones(len(g), self.groups, 1))
+
+    patch.setattr(ConvTransposeRule, "_bias_bound", one_patch)
+
+
+@mutant(killed_by=killers.transposed_convolution_with_padding, says=MOVED)
+def patches_without_padding(patch: pytest.MonkeyPatch) -> None:
+    """A transposed convolution's patches are laid from the border of the output on, not from where
+    its padding cut it off: each pixel is measured with another one's patch."""
+    aligned = ConvTransposeRule._aligned
+
+    def from_the_border(self: ConvTransposeRule, g: Tensor, x: Tensor) -> Tensor:
+        return aligned(dataclasses.replace(self, padding=(0,) * len(self.padding)), g, x)
+
+    patch.setattr(ConvTransposeRule, "_aligned", from_the_border)
+
+
+@mutant(killed_by=killers.transposed_convolution_in_groups, says=MOVED)
+def pixels_clipped_by_one_group(patch: pytest.MonkeyPatch) -> None:
+    """The first group's factor clips the pixels of all groups: another group's stay above the norm
+    that the product bound takes for granted."""
+    clip_factor = ConvTransposeRule.clip_factor
+
+    def first(self: ConvTransposeRule, columns: Tensor, max_norm: float) -> Tensor:
+        return clip_factor(self, columns[:, :1], max_norm).expand_as(columns)
+
+    patch.setattr(ConvTransposeRule, "clip_factor", first)
+
+
+@mutant(killed_by=killers.pairs_by_product, says="layer" + MOVED)
+def each_input_clipped_to_the_whole_norm(patch: pytest.MonkeyPatch) -> None:
+    """Each input of a bilinear layer is clipped to the norm that their product may have, so that
+    the product has its square."""
+    prepare = BilinearRule.prepare
+
+    def whole(self: BilinearRule, inputs: Inputs, max_norm: float | None) -> Prepared:
+        return prepare(self, inputs, max_norm and max_norm**2)
+
+    patch.setattr(BilinearRule, "prepare", whole)
+
+
+@mutant(killed_by=killers.pairs_by_weighted, says="layer" + MOVED)
+def one_input_measured(patch: pytest.MonkeyPatch) -> None:
+    """A bilinear layer's columns are measured by its first input alone; the second multiplies them
+    by any number."""
+    prepare = BilinearRule.prepare
+
+    def first(self: BilinearRule, inputs: Inputs, max_norm: float | None) -> Prepared:
+        one, other = inputs
+        prepared = prepare(self, inputs, max_norm)
+        alone = prepare(self, (one, torch.ones_like(other)), max_norm)
+        return prepared._replace(norms=alone.norms / 2)
+
+    patch.setattr(BilinearRule, "prepare", first)
+
+
+@mutant(killed_by=killers.negative_inputs_by_exact, says=MOVED)
+@mutant(killed_by=killers.negative_inputs_by_weighted, says=MOVED)
+def positive_inputs_taken_for_negative(patch: pytest.MonkeyPatch) -> None:
+    """A slope is bounded by the inputs that it does not multiply."""
+    bound = PReLURule.bound
+
+    def mirrored(self: PReLURule, kind: str, g: Tensor, inputs: Inputs, *args: Any) -> Tensor:
+        (x,) = inputs
+        return bound(self, kind, g, (-x,), *args)
+
+    patch.setattr(PReLURule, "bound", mirrored)
+
+
+@mutant(killed_by=killers.negative_inputs_by_exact, says=MOVED)
+@mutant(killed_by=killers.negative_inputs_by_weighted, says=MOVED)
+def positions_of_a_slope_not_added_up(patch: pytest.MonkeyPatch) -> None:
+    """Positions of one slope are added up in squares, as if each had a slope of its own."""
+    by_slope = PReLURule._by_slope
+
+    def apart(self: PReLURule, x: Tensor) -> Tensor:
+        return by_slope(self, x).transpose(1, 2)
+
+    patch.setattr(PReLURule, "_by_slope", apart)
+
+
+@mutant(killed_by=killers.added_token, says="layer" + MOVED)
+def first_token_taken_for_the_added_one(patch: pytest.MonkeyPatch) -> None:
+    """The bias that is one more token is bounded by the first token's gradient; it stands last."""
+    patch.setattr(SequenceBiasRule, "bound", lambda self, kind, g, *_: norms.row_norms(g[:, 0]))
+
+
+@mutant(killed_by=killers.added_token, says=REFUSED.format(layer="layer"))
+def added_token_with_the_batch_first(patch: pytest.MonkeyPatch) -> None:
+    """The layer is taken to have the batch where the model has it: one factor would scale a mix of
+    examples. The guard sees it, in batches that have not as many examples as steps."""
+    patch.setattr(SequenceBiasRule, "batch_axis", lambda self, default: default)
+
+
+@mutant(killed_by=killers.transposed_linear, says=MOVED)
+def bias_of_a_transposed_linear_layer_uncovered(patch: pytest.MonkeyPatch) -> None:
+    """The bias of GPT-2's linear layer is left out of its bound."""
+    from_module = TransposedLinearRule.from_module.__func__
+
+    def without(cls: type[TransposedLinearRule], module: nn.Module) -> TransposedLinearRule:
+        return dataclasses.replace(from_module(cls, module), bias=False)
+
+    patch.setattr(TransposedLinearRule, "from_module", classmethod(without))
+
+
+@mutant(
+    killed_by=killers.attention_with_the_batch_second,
+    says=REFUSED.format(layer=r"attention\.qlinear"),
+)
+def attention_taken_for_layers_of_the_model(patch: pytest.MonkeyPatch) -> None:
+    """The layers inside an attention are taken to have the batch where the model has it: one
+    factor would scale one time step of all examples. The guard sees it, as soon as sizes differ."""
+    patch.setattr(coverage, "attention_axes", lambda model: {})
