@@ -118,6 +118,7 @@ def test_noise_is_added_in_the_parameters_precision() -> None:
     assert not torch.equal(noise(private), noise(private).float().double())
 
 
+# Where the package is there, secure_mode works and nothing is to be refused.
 @pytest.mark.skipif(
     importlib.util.find_spec("torchcsprng") is not None, reason="torchcsprng is installed"
 )
