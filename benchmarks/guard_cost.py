@@ -104,7 +104,7 @@ def switch_off(guard: GradientGuard) -> None:
     guard.remove()
     guard.take = lambda parameter: parameter.grad  # type: ignore[method-assign]
     guard.enter_layer = lambda layer: False  # type: ignore[method-assign]
-    for check in ("enter_forward", "leave_forward", "check_inputs", "clear"):
+    for check in ("enter_forward", "leave_forward", "require", "clear"):
         setattr(guard, check, nothing)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -50,7 +51,7 @@ class Layer:
     uses: int = 1
     recurrence: nn.Module | None = None
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Return the layer's trainable parameters."""
         return tuple(self.named_parameters.values())

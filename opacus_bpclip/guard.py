@@ -20,6 +20,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip.call_checks import changed_layer, other_dtype, replaced_parameter
 from opacus_bpclip.coverage import (
     TRAINABLE_DTYPES,
     Layer,
@@ -31,8 +32,6 @@ from opacus_bpclip.coverage import (
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.provenance import WatchedParameter, follow, parameter_edges, watch_edge
 from opacus_bpclip.rules import Inputs
-
-Versions = tuple[int, ...]
 
 
 class GradientGuard:
@@ -139,6 +138,7 @@ class GradientGuard:
         A use inside a backward pass is activation checkpointing's second run of one that was
         checked and counted the first time.
         """
+        self.require(replaced_parameter(layer))
         calls = self._calls.get(layer.name, 0)
         if _in_backward():
             if not calls:
@@ -164,106 +164,27 @@ class GradientGuard:
                 "...})."
             )
         self._calls[layer.name] = calls + 1
-        if layer.is_patched:
-            self.fail(
-                f"{layer.name} was changed after make_private (its forward was replaced, an option "
-                "was set, or a parametrization was added): its rule no longer describes it. Change "
-                "the model first, then call make_private."
-            )
-        if torch.nn.modules.module._global_forward_hooks:
-            self.fail(
-                "A forward hook on every module (register_module_forward_hook) may change what a "
-                f"layer such as {layer.name} returns before it is clipped. Remove the hook."
-            )
-        saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if saving is not None and not _of_torch(saving[0]):
-            self.fail(
-                f"{layer.name} runs under hooks on saved tensors (saved_tensors_hooks) that are "
-                "not torch's own: if they change a number, as lossy compression of activations "
-                "does, the layer's gradient is not the one that is bounded. Use save_on_cpu or "
-                "checkpoint(..., use_reentrant=False)."
-            )
+        self.require(changed_layer(layer))
         return True
 
-    def check_batch(self, layer: Layer, inputs: Inputs) -> None:
-        """Check that the inputs of a layer's call hold the examples of the batch."""
-        first = inputs[0]
-        assert first is not None
-        smallest, largest = layer.rule.expected_dims()
-        if first.dim() < smallest or (largest is not None and first.dim() > largest):
-            self.fail(
-                f"{layer.name} got an input of shape {self._passed_shape(layer, first)}; with the "
-                f"batch first its rule needs {smallest}{' or more' if largest is None else ''} "
-                "axes. Add the batch axis."
-            )
-        for size in layer.rule.batch_sizes(inputs):
-            if size != self._batch_size:
-                shape = self._passed_shape(layer, first)
-                self.check_examples(layer.name, shape, size, layer.arguments.batch_axis)
+    @property
+    def examples(self) -> int:
+        """Return how many examples the latest forward pass is over."""
+        return self._batch_size
 
-    @staticmethod
-    def _passed_shape(layer: Layer, x: Tensor) -> tuple[int, ...]:
-        return tuple(layer.arguments.as_passed(x).shape)
-
-    def check_examples(self, name: str, shape: tuple[int, ...], size: int, axis: int) -> None:
-        """Check that a module's input of this shape holds one row for each example."""
-        if size != self._batch_size:
-            order = ("first", "second")[axis]
-            self.fail(
-                f"{name} got an input of shape {shape} in a batch of {self._batch_size} examples: "
-                f"its {order} axis must be the batch, or one factor would scale a mix of examples. "
-                "Expand inputs that are shared by the batch (such as position embeddings) and keep "
-                f"the batch axis {order}."
-            )
-
-    def check_parameters(self, layer: Layer) -> None:
-        """Check that a layer uses the very parameters that are watched, and not a multiple."""
-        name = layer.replaced_parameter()
-        if name is not None:
-            self.fail(
-                f"{layer.name}.{name} is not the parameter that make_private saw: it was replaced, "
-                "it is computed from another (functional_call, spectral_norm), or the module's "
-                "forward calls the module. Change the model first, then call make_private."
-            )
-
-    def check_inputs(self, layer: Layer, clipped: Inputs, versions: Versions, used: Inputs) -> None:
-        """Check that the layer used its inputs as they were clipped and measured."""
-        for one, version, other in zip(clipped, versions, used, strict=True):
-            # A full backward hook hands on another view of the same numbers.
-            if one is not None and (other is None or not _same(one, version, other)):
-                self.fail(
-                    f"Another forward pre-hook of {layer.name} changed the input after it was "
-                    "clipped and measured. Register it before make_private."
-                )
-
-    def require_first_hook(self, layer: Layer, key: int) -> None:
-        """Check that the forward hook with this key is the first of its layer's."""
-        if next(iter(layer.module._forward_hooks)) != key:
-            self.fail(
-                f"Another forward hook of {layer.name} was put before the one that clips its "
-                "upstream gradient. Register it without prepend=True."
-            )
-
-    def check_dtype(self, layer: Layer, y: Tensor) -> None:
-        """Check that a layer computes in the dtype of its parameters."""
-        for parameter in layer.parameters:
-            if y.dtype != parameter.dtype:
-                self.fail(
-                    f"{layer.name} computes in {y.dtype} with parameters in {parameter.dtype} "
-                    "(autocast?): its gradient, summed over the batch, would be rounded by more "
-                    "than one example's contribution. Run the model without autocast."
-                )
+    def check_output(self, layer: Layer, y: Tensor) -> None:
+        """Check that a layer made ``y`` with the parameters that are watched, in their dtype."""
+        self.require(replaced_parameter(layer))
+        self.require(other_dtype(layer, y))
 
     def follow(self, layer: Layer, y: Tensor, inputs: Inputs) -> None:
         """Follow the gradients that this call of the layer will send to its parameters.
 
         Args:
-            layer: the layer.
+            layer: the layer; its output has been checked.
             y: what it made.
             inputs: of what; the graph behind them is somebody else's.
         """
-        self.check_parameters(layer)
-        self.check_dtype(layer, y)
         stop = {x.grad_fn for x in inputs if x is not None}
         own = set(layer.parameters)
         for node, edges in parameter_edges(y, stop):
@@ -296,6 +217,15 @@ class GradientGuard:
     def note_compiled(self) -> None:
         """Note that part of the model runs as a compiled graph, unseen by the guard."""
         self._compiled = True
+
+    def require(self, problem: str | None) -> None:
+        """Make the gradients at hand unusable, and raise, if there is a problem.
+
+        Raises:
+            PrivacyViolationError: there is.
+        """
+        if problem is not None:
+            self.fail(problem)
 
     def fail(self, reason: str) -> NoReturn:
         """Make the gradients at hand unusable, and raise.
@@ -353,22 +283,6 @@ class GradientGuard:
     def take(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the parameter's sum of contributions since the last step, ``None`` without any."""
         return self._watched[parameter].take()
-
-
-def versions(inputs: Inputs) -> Versions:
-    """Return the state that `GradientGuard.check_inputs` compares with."""
-    return tuple(0 if x is None else x._version for x in inputs)
-
-
-def _same(one: Tensor, version: int, other: Tensor) -> bool:
-    if one is other:
-        return other._version == version
-    alike = other.data_ptr() == one.data_ptr() and other.shape == one.shape
-    return alike and other.stride() == one.stride() and other._version == version
-
-
-def _of_torch(hook: object) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
 def _in_backward() -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opacus_bpclip.call_checks import earlier_hook, wrong_batch
 from opacus_bpclip.calls import Args, Kwargs
 from opacus_bpclip.coverage import Layer
 from opacus_bpclip.layer_clips.base import Clip, Settings
@@ -64,9 +65,7 @@ class NodeClip(Clip):
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
             self.guard.note_compiled()
             return
-        self.guard.require_first_hook(self.layer, self._key)
         self._followed = self.guard.enter_layer(self.layer)
-        self.guard.check_parameters(self.layer)
 
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
         """Put the node in the place of the layer's part of the graph."""
@@ -77,8 +76,9 @@ class NodeClip(Clip):
         (x,) = inputs
         assert x is not None
         if followed:
-            self.guard.check_batch(self.layer, inputs)
-            self.guard.check_dtype(self.layer, y)
+            self.guard.require(earlier_hook(self.layer, self._key))
+            self.guard.require(wrong_batch(self.layer, inputs, self.guard.examples))
+            self.guard.check_output(self.layer, y)
         out = self.node(module, x, y.detach())
         if followed and out.requires_grad:
             self.guard.follow(self.layer, out, inputs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opacus_bpclip.call_checks import replaced_parameter, wrong_batch
 from opacus_bpclip.calls import Args, Kwargs
 from opacus_bpclip.coverage import Layer
 from opacus_bpclip.layer_clips.base import Clip, Settings
@@ -51,12 +52,12 @@ class ParameterClip(Clip):
         followed = False
         if compiling:  # pragma: no cover (torch.compile traces it, unseen by coverage)
             self.guard.note_compiled()
+            self.guard.require(replaced_parameter(self.layer))
         else:
             followed = self.guard.enter_layer(self.layer)
             if followed:
-                self.guard.check_batch(self.layer, inputs)
+                self.guard.require(wrong_batch(self.layer, inputs, self.guard.examples))
         (batch_size,) = self.rule.batch_sizes(inputs)
-        self.guard.check_parameters(self.layer)
         copies = _Copies.apply(self, batch_size, *self.parameters.values())
         if followed:
             self.guard.follow(self.layer, copies[0], ())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opacus_bpclip.call_checks import wrong_rows
 from opacus_bpclip.calls import Args, Kwargs
 from opacus_bpclip.coverage import Layer
 from opacus_bpclip.layer_clips.base import Clip, Settings
@@ -77,10 +78,11 @@ class RecurrentClip(Clip):
             )
         batch_size = int(x.batch_sizes[0]) if is_packed(x) else shape[axis]
         if all(followed):
-            guard.check_examples(name, shape, batch_size, axis)
+            guard.require(wrong_rows(name, shape, batch_size, guard.examples, axis))
         for layer, follow in zip(self.layers, followed, strict=True):
             sequence = _Sequence(layer, batch_size, self.settings)
             if follow:
+                guard.check_output(layer, sequence.token)
                 guard.follow(layer, sequence.token, ())
             self.sequences[layer.name] = sequence
 

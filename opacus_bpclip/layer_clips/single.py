@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opacus_bpclip.call_checks import changed_inputs, earlier_hook, versions, wrong_batch
 from opacus_bpclip.calls import Args, Kwargs
 from opacus_bpclip.coverage import Layer
-from opacus_bpclip.guard import versions
 from opacus_bpclip.layer_clips.base import Clip, Settings
 from opacus_bpclip.ops import clip_input, clip_upstream, scale_input
 from opacus_bpclip.rules import Inputs, Prepared
@@ -53,7 +53,7 @@ class SingleClip(Clip):
         else:
             self.followed = self.guard.enter_layer(self.layer)
             if self.followed:
-                self.guard.check_batch(self.layer, inputs)
+                self.guard.require(wrong_batch(self.layer, inputs, self.guard.examples))
         self.clipped = clip_input(inputs, rule, max_norm, mean=self.mean)
         args, kwargs = arguments.put(args, kwargs, self.clipped.inputs)
         if not compiling:
@@ -70,9 +70,10 @@ class SingleClip(Clip):
         assert clipped is not None
         if not torch.compiler.is_compiling():
             used = self.layer.arguments.passed(args, kwargs)
-            self.guard.check_inputs(self.layer, passed, self.versions, used)
-            self.guard.require_first_hook(self.layer, self.key)
+            self.guard.require(changed_inputs(self.layer, passed, self.versions, used))
+            self.guard.require(earlier_hook(self.layer, self.key))
             if self.followed:
+                self.guard.check_output(self.layer, y)
                 self.guard.follow(self.layer, y, used)
         out = clip_upstream(
             y,
