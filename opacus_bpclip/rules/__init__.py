@@ -1,5 +1,6 @@
 """One rule a layer family: which norm of the input, which bound of the gradient, which proof."""
 
+from opacus_bpclip.rules.affine import AffineRule
 from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
 from opacus_bpclip.rules.bilinear import BilinearRule
 from opacus_bpclip.rules.broadcast import BroadcastRule
@@ -8,14 +9,10 @@ from opacus_bpclip.rules.conv_transpose import ConvTransposeRule
 from opacus_bpclip.rules.embedding import EmbeddingRule
 from opacus_bpclip.rules.embedding_bag import EmbeddingBagRule
 from opacus_bpclip.rules.fused import FusedRule
+from opacus_bpclip.rules.group_norm import GroupNormRule
 from opacus_bpclip.rules.linear import LinearRule
 from opacus_bpclip.rules.matrix import MatrixRule
-from opacus_bpclip.rules.normalization import (
-    AffineRule,
-    GroupNormRule,
-    LayerNormRule,
-    RMSNormRule,
-)
+from opacus_bpclip.rules.normalization import LayerNormRule, RMSNormRule
 from opacus_bpclip.rules.prelu import PReLURule
 from opacus_bpclip.rules.registry import RULES, register_rule, registered_kind, supported_layers
 from opacus_bpclip.rules.sequence_bias import SequenceBiasRule

@@ -13,8 +13,9 @@ from opacus_bpclip.rules.conv import ConvRule
 from opacus_bpclip.rules.conv_transpose import ConvTransposeRule
 from opacus_bpclip.rules.embedding import EmbeddingRule
 from opacus_bpclip.rules.embedding_bag import EmbeddingBagRule
+from opacus_bpclip.rules.group_norm import GroupNormRule
 from opacus_bpclip.rules.linear import LinearRule
-from opacus_bpclip.rules.normalization import GroupNormRule, LayerNormRule, RMSNormRule
+from opacus_bpclip.rules.normalization import LayerNormRule, RMSNormRule
 from opacus_bpclip.rules.prelu import PReLURule
 from opacus_bpclip.rules.sequence_bias import SequenceBiasRule
 from opacus_bpclip.rules.torchvision import ClassTokenRule, LayerScaleRule, PositionEmbeddingRule

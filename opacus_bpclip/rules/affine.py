@@ -1,0 +1,133 @@
+"""Normalisation within one example, followed by an affine map: what all such layers share.
+
+The normalisation has no parameters; the affine map's gradient is diagonal. With ``n`` the
+normalised value, ``dgamma_c = sum_p g_cp n_cp`` and ``dbeta_c = sum_p g_cp``: each channel has the
+columns ``(n_cp, 1)``. Proof: ``docs/rules/normalization.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opacus_bpclip import norms
+from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
+
+
+@dataclass(frozen=True)
+class AffineRule(Rule):
+    """The shared part: a subclass says over what its layer normalises.
+
+    Attributes:
+        eps: the layer's own, added to the variance.
+    """
+
+    eps: float | None
+
+    @abstractmethod
+    def normalized(self, x: Tensor) -> Tensor:
+        """Return the input normalised as the layer does, without its affine map."""
+
+    @abstractmethod
+    def backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the normalised input, and the input's gradient, by the layer's own kernels.
+
+        Args:
+            g: upstream gradient, of the input's shape.
+            x: the input.
+            weight: the layer's.
+            wanted: whether the input's gradient is needed.
+        """
+
+    @abstractmethod
+    def centred(self, x: Tensor) -> Tensor:
+        """Return the input less its means, which the layer is invariant to."""
+
+    @abstractmethod
+    def channels_first(self, x: Tensor) -> Tensor:
+        """View ``[B, ...]`` as ``[B, C, P]``, a channel for each entry of the weight."""
+
+    @abstractmethod
+    def largest(self, x: Tensor) -> float:
+        """Return the largest absolute value that normalisation can give for ``x``'s shape."""
+
+    def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
+        """Take the means away; there is nothing to clip, since the output's scale is fixed.
+
+        A mean far larger than the deviations cancels badly in the layer's arithmetic, and rounding
+        errors would stand in for normalised values that no bound knows. The means may count as
+        constants: the layer's input gradient sums to zero over what it normalises.
+        """
+        (x,) = inputs
+        assert x is not None
+        centred = self.centred(x)
+        flat = centred.flatten(1)
+        largest = torch.linalg.vector_norm(flat, float("inf"), dim=1)
+        # Beyond this the layer's sum of squares may overflow. Comparing with nan gives False.
+        finite = largest < math.sqrt(torch.finfo(x.dtype).max / (4 * max(flat.shape[1], 1)))
+        return Prepared((centred,), None, finite)
+
+    def gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the input's gradient, and each example's own gradient, ``[B, K]``.
+
+        ``dgamma_c = sum_p g_cp n_cp`` and ``dbeta_c = sum_p g_cp``, one after the other.
+
+        Args:
+            g: upstream gradient, of the input's shape.
+            x: the input.
+            weight: the layer's.
+            wanted: whether the input's gradient is needed, the weight's, the bias's.
+        """
+        normalized, dx = self.backward(g, x, weight, wanted=wanted[0])
+        parts = []
+        if wanted[1]:
+            parts.append(self.channels_first(normalized.mul_(g)).sum(dim=2))
+        if wanted[2]:
+            parts.append(self.channels_first(g).sum(dim=2))
+        return dx, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def keeps(self, kind: str) -> Keep:
+        """Keep the input, as the layer does, but for the product bound."""
+        return Keep(inputs=kind != "product", norms=False)
+
+    def bound(
+        self,
+        kind: str,
+        g: Tensor,
+        inputs: Inputs,
+        input_norms: Tensor | None,
+        max_norm: float | None,
+    ) -> Tensor:
+        """Return the bound of this kind."""
+        dtype = norms.norm_dtype(g.dtype)
+        upstream = self.channels_first(g).to(dtype)
+        slack = norms.underflow(upstream.shape[1] * upstream.shape[2], dtype)
+        rounded = norms.accumulation(upstream.shape[2], dtype)
+        if kind == "product":
+            largest = norms.max_column_norm(self.largest(g), weight=self.weight, bias=self.bias)
+            return norms.product_bound(upstream[:, None], largest) * rounded
+        (x,) = inputs
+        assert x is not None
+        value = self.channels_first(self.normalized(x)).to(dtype)
+        columns = norms.column_norms(value.abs(), weight=self.weight, bias=self.bias)
+        if kind == "weighted":
+            per_channel = (upstream.abs() * columns).sum(dim=2)
+            return (torch.linalg.vector_norm(per_channel, dim=1) + slack) * rounded
+        parts = []
+        if self.weight:
+            parts.append((upstream * value).sum(dim=2))
+        if self.bias:
+            parts.append(upstream.sum(dim=2))
+        exact = torch.linalg.vector_norm(torch.cat(parts, dim=1), dim=1)
+        frobenius = torch.linalg.vector_norm(upstream, dim=(1, 2)) * torch.linalg.vector_norm(
+            columns, dim=(1, 2)
+        )
+        return (exact + norms.rounding_margin(g.dtype, g.device) * frobenius + slack) * rounded

@@ -1,0 +1,97 @@
+"""GroupNorm and InstanceNorm: normalised over groups of channels and all positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.rules.affine import AffineRule
+from opacus_bpclip.rules.base import trainable
+
+
+@dataclass(frozen=True)
+class GroupNormRule(AffineRule):
+    """``nn.GroupNorm`` and ``nn.InstanceNorm1d/2d/3d``: input ``[B, C, *]``.
+
+    Normalised over a group's channels and all positions; an instance norm's groups are channels.
+    """
+
+    groups: int
+    channels: int
+    smallest_dims: int
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> Self:
+        """Read the layer's geometry.
+
+        Raises:
+            CoverageError: an instance norm keeps running statistics of the whole batch.
+        """
+        if isinstance(module, nn.GroupNorm):
+            groups, channels, smallest_dims = module.num_groups, module.num_channels, 2
+        else:
+            layer = cast(nn.InstanceNorm2d, module)
+            if layer.track_running_stats:
+                raise CoverageError(
+                    "track_running_stats=True collects statistics over the examples of the batch. "
+                    "Use track_running_stats=False."
+                )
+            groups = channels = layer.num_features
+            smallest_dims = 3
+        return cls(
+            weight=trainable(module, "weight"),
+            bias=trainable(module, "bias"),
+            eps=cast(nn.GroupNorm, module).eps,
+            groups=groups,
+            channels=channels,
+            smallest_dims=smallest_dims,
+        )
+
+    def expected_dims(self) -> tuple[int, int | None]:
+        """Accept any number of positions' axes."""
+        return self.smallest_dims, None
+
+    def batch_axis(self, default: int) -> int:
+        """Return 0: channels are on PyTorch's second axis, whatever the model's layout."""
+        return 0
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Normalise over each group."""
+        assert self.eps is not None
+        return F.group_norm(x, self.groups, eps=self.eps)
+
+    def backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Normalise over each group, and back."""
+        x, g = x.contiguous(), g.contiguous()
+        sizes = (x.shape[0], self.channels, x.shape[2:].numel(), self.groups)
+        normalized, mean, rstd = torch.ops.aten.native_group_norm(x, None, None, *sizes, self.eps)
+        if not wanted:
+            return normalized, None
+        dx, _, _ = torch.ops.aten.native_group_norm_backward(
+            g, x, mean, rstd, weight, *sizes, (True, False, False)
+        )
+        return normalized, dx
+
+    def centred(self, x: Tensor) -> Tensor:
+        """Take the mean over each group away."""
+        grouped = x.unflatten(1, (self.groups, -1))
+        mean = grouped.mean(dim=tuple(range(2, grouped.dim())), keepdim=True)
+        return (grouped - mean).reshape(x.shape)
+
+    def channels_first(self, x: Tensor) -> Tensor:
+        """Flatten the positions."""
+        return x.reshape(x.shape[0], self.channels, x.shape[2:].numel())
+
+    def largest(self, x: Tensor) -> float:
+        """Return ``sqrt(N - 1)``: one entry holds the whole deviation of ``N``."""
+        count = self.channels // self.groups * x.shape[2:].numel()
+        return math.sqrt(max(count - 1, 1))
