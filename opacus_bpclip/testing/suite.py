@@ -1,0 +1,102 @@
+"""`check_rule`: all promises, in all settings."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.config import Bound, Upstream
+from opacus_bpclip.rules import RULES, Rule
+from opacus_bpclip.testing.case import ROUNDING, Case
+from opacus_bpclip.testing.layer import Inputs, MakeInputs
+from opacus_bpclip.testing.promises import (
+    check_attained,
+    check_direction,
+    check_empty,
+    check_not_finite,
+    check_spikes,
+    check_sums,
+)
+
+
+def check_rule(
+    rule: type[Rule],
+    make_layer: Callable[[], nn.Module],
+    inputs: MakeInputs,
+    *,
+    worst_case: tuple[Tensor | Inputs, Tensor] | None = None,
+    rounds: int = 3,
+    seed: int = 0,
+) -> None:
+    """Search for a violation of what a rule promises, on random and on hostile batches.
+
+    Checked in all bounds and both upstream modes, in float32 and float64:
+
+    - *bound*: an example's contribution is within the limit, input clipping on or off;
+    - *independence*: a batch's gradient is the sum of what its examples contribute alone, and what
+      the layer sends up and down for an example is what it sends for the example alone;
+    - *direction*: a contribution is the example's own gradient by plain autograd, times one factor,
+      which ``upstream="clip"`` keeps at or below 1 (without input clipping);
+    - *attainment*: some example reaches 0.999 of the limit, so the bound is not idle;
+    - *not finite*: an example with inf or nan contributes exactly zero, the others are untouched;
+    - *empty batch*: the gradient is zero (where the layer itself can run on one).
+
+    Args:
+        rule: the rule's class; registered for the layer's class while the check runs.
+        make_layer: makes the layer, the same one each time.
+        inputs: makes the layer's arguments for that many examples, ``None`` for one that is left
+            out; called under a fixed seed.
+        worst_case: arguments and upstream gradient of one example that reaches the limit of every
+            bound; searched among single spikes if left out.
+        rounds: hostile batches in each setting.
+        seed: of the search.
+
+    Raises:
+        AssertionError: a promise is broken; the message says which, where and by how much.
+
+    Example:
+        >>> from opacus_bpclip.rules import LinearRule
+        >>> check_rule(LinearRule, lambda: nn.Linear(3, 2), lambda n: torch.randn(n, 3), rounds=1)
+    """
+    with torch.random.fork_rng(devices=[]), _registered(rule, type(make_layer())):
+        torch.manual_seed(seed)
+        frozen = make_layer().state_dict()
+
+        def same_layer() -> nn.Module:
+            layer = make_layer()
+            layer.load_state_dict(frozen)
+            return layer
+
+        for bound, upstream, dtype in itertools.product(
+            get_args(Bound), get_args(Upstream), ROUNDING
+        ):
+            case = Case(rule, same_layer, bound, upstream, dtype)
+            for _ in range(rounds):
+                check_sums(case, inputs)
+            check_direction(case, inputs)
+            check_not_finite(case, inputs)
+            check_empty(case, inputs)
+            if dtype == torch.float64:
+                check_attained(case, inputs, worst_case)
+            if dtype == torch.float64 and upstream == "clip":
+                check_spikes(case, inputs)
+                for part in case.with_one_frozen():
+                    check_sums(part, inputs)
+
+
+@contextmanager
+def _registered(rule: type[Rule], kind: type[nn.Module]) -> Iterator[None]:
+    before = RULES.get(kind)
+    RULES[kind] = rule
+    try:
+        yield
+    finally:
+        if before is None:
+            del RULES[kind]
+        else:
+            RULES[kind] = before
