@@ -20,6 +20,9 @@ from opacus_bpclip import (
 # What cancellation in S(D + z) - S(D) may add, relative to the sensitivity.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
 
+# Far above every clip.
+HUGE = 1e4
+
 Loss = Callable[[Tensor, Tensor, str], Tensor]
 
 

@@ -22,7 +22,7 @@ from opacus_bpclip.rules import (
 )
 from opacus_bpclip.rules.base import per_row
 from opacus_bpclip.tying import Group
-from tests.mutants import killers
+from tests.mutants import bound_killers as killers
 from tests.mutants.registry import MOVED, clipped_around_the_layer, mutant
 
 

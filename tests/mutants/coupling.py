@@ -12,12 +12,14 @@ from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.layer_clips import affine, fused
 from opacus_bpclip.provenance import WatchedParameter
 from opacus_bpclip.rules import LinearRule, base
-from tests.mutants import killers
+from tests.mutants import bound_killers, coupling_killers, guard_killers
 from tests.mutants.registry import clipped_around_the_layer, mutant
 
 
-@mutant(killed_by=killers.below_the_clip, says=r"(\(root\)|joint): .* > 1\.0")
-@mutant(killed_by=killers.hostile_batch_together_and_alone, says="together and alone differ")
+@mutant(killed_by=bound_killers.below_the_clip, says=r"(\(root\)|joint): .* > 1\.0")
+@mutant(
+    killed_by=coupling_killers.hostile_batch_together_and_alone, says="together and alone differ"
+)
 def mean_never_undone(patch: pytest.MonkeyPatch) -> None:
     """What is clipped is the gradient of a mean: one example more shrinks all the others."""
     layer_clips = grad_sample_module.layer_clips
@@ -26,7 +28,7 @@ def mean_never_undone(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-@mutant(killed_by=killers.below_the_clip, says=r"(\(root\)|joint): .* > 1\.0")
+@mutant(killed_by=bound_killers.below_the_clip, says=r"(\(root\)|joint): .* > 1\.0")
 def mean_undone_after_clipping(patch: pytest.MonkeyPatch) -> None:
     """The repaired reference code: the gradient of a mean is clipped, and multiplied by the batch
     size afterwards. One example can move the sum by almost twice the limit."""
@@ -40,7 +42,7 @@ def mean_undone_after_clipping(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GradientGuard, "take", undone)
 
 
-@mutant(killed_by=killers.two_layers_together_and_alone, says="together and alone differ")
+@mutant(killed_by=coupling_killers.two_layers_together_and_alone, says="together and alone differ")
 def mean_undone_in_every_layer_anew(patch: pytest.MonkeyPatch) -> None:
     """What goes on to the layers below is not divided again: they see the batch's private size."""
     clipped_around_the_layer(patch)
@@ -52,7 +54,7 @@ def mean_undone_in_every_layer_anew(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ops, "_attached", undivided)
 
 
-@mutant(killed_by=killers.two_layers_together_and_alone, says="together and alone differ")
+@mutant(killed_by=coupling_killers.two_layers_together_and_alone, says="together and alone differ")
 def weights_not_multiplied_back(patch: pytest.MonkeyPatch) -> None:
     """A linear layer clips as if the loss were a sum, and leaves its gradient that of a mean."""
     gradients = LinearRule.gradients
@@ -63,7 +65,9 @@ def weights_not_multiplied_back(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LinearRule, "gradients", divided)
 
 
-@mutant(killed_by=killers.hostile_batch_together_and_alone, says="together and alone differ")
+@mutant(
+    killed_by=coupling_killers.hostile_batch_together_and_alone, says="together and alone differ"
+)
 def one_factor_for_the_batch(patch: pytest.MonkeyPatch) -> None:
     """All examples are scaled by the factor of the largest: one example decides what the others
     contribute."""
@@ -76,28 +80,28 @@ def one_factor_for_the_batch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LinearRule, "bound_of_scaled", largest)
 
 
-@mutant(killed_by=killers.input_not_finite, says="the sum is not finite")
-@mutant(killed_by=killers.upstream_not_finite, says="the sum is not finite")
+@mutant(killed_by=coupling_killers.input_not_finite, says="the sum is not finite")
+@mutant(killed_by=coupling_killers.upstream_not_finite, says="the sum is not finite")
 def nan_passed_through(patch: pytest.MonkeyPatch) -> None:
     """An example that is not finite goes into the sum, and everybody's gradient is nan."""
     for module in (ops, base, fused, affine):
         patch.setattr(module, "zero_rows", lambda x, keep: x)
 
 
-@mutant(killed_by=killers.weight_beside_its_layer, says="nothing bounds was released")
+@mutant(killed_by=guard_killers.weight_beside_its_layer, says="nothing bounds was released")
 def sums_not_compared(patch: pytest.MonkeyPatch) -> None:
     """A parameter's gradient is taken for its layer's own, though something else was added to it
     on the way."""
     patch.setattr(WatchedParameter, "is_sum_of_sent", lambda self, gradient: True)
 
 
-@mutant(killed_by=killers.weight_instead_of_its_layer, says="nothing bounds was released")
+@mutant(killed_by=guard_killers.weight_instead_of_its_layer, says="nothing bounds was released")
 def sources_not_asked_for(patch: pytest.MonkeyPatch) -> None:
     """A gradient is let through without asking where it came from, as `p.grad` by nature does."""
     patch.setattr(GradientGuard, "_judge", lambda self, watched, gradient: None)
 
 
-@mutant(killed_by=killers.gradient_changed_after_the_clip, says="nothing bounds was released")
+@mutant(killed_by=guard_killers.gradient_changed_after_the_clip, says="nothing bounds was released")
 def clip_not_joined_to_its_layer(patch: pytest.MonkeyPatch) -> None:
     """Nobody checks that the layer gets the gradient that was clipped for it."""
     clipped_around_the_layer(patch)

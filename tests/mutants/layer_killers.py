@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from opacus_bpclip import BackpropClipping, PrivacyViolationError
-from tests.checks import Trainer, check_independence, check_sensitivity, check_silent
+from tests.checks import HUGE, Trainer, check_independence, check_sensitivity, check_silent
 from tests.layers import Bags, BatchSecond, Pair
-
-HUGE = 1e4
 
 
 def _saturated(

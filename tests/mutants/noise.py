@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip import BackpropClipOptimizer, noise, optimizer
-from tests.mutants import killers
+from tests.mutants import noise_killers as killers
 from tests.mutants.registry import mutant
 
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from opacus_bpclip import BackpropClipOptimizer
 from opacus_bpclip.grad_sample_module import BackpropClipHooks
 from opacus_bpclip.guard import GradientGuard
-from tests.mutants import killers
+from tests.mutants import guard_killers, noise_killers
 from tests.mutants.registry import mutant
 
 
-@mutant(killed_by=killers.accounting_of_physical_batches, says="steps for .* logical batches")
+@mutant(killed_by=noise_killers.accounting_of_physical_batches, says="steps for .* logical batches")
 def physical_batches_as_steps(patch: pytest.MonkeyPatch) -> None:
     """Each physical batch of BatchMemoryManager is a step: an example's companions in its own
     physical batch are few, but the accountant is told of another sample each time."""
@@ -25,7 +25,7 @@ def physical_batches_as_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BackpropClipOptimizer, "_check_skip_next_step", never)
 
 
-@mutant(killed_by=killers.accounting_of_physical_batches, says="the accountant saw")
+@mutant(killed_by=noise_killers.accounting_of_physical_batches, says="the accountant saw")
 def physical_batches_accounted(patch: pytest.MonkeyPatch) -> None:
     """The accountant gets an entry for each physical batch, and so depends on the private number of
     examples in the logical one."""
@@ -40,7 +40,7 @@ def physical_batches_accounted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BackpropClipOptimizer, "pre_step", accounted)
 
 
-@mutant(killed_by=killers.accounting_of_empty_batches, says="the accountant saw")
+@mutant(killed_by=noise_killers.accounting_of_empty_batches, says="the accountant saw")
 def empty_batches_skipped(patch: pytest.MonkeyPatch) -> None:
     """No step is made of an empty Poisson batch, so the number of steps depends on who is in it."""
     step = BackpropClipOptimizer.step
@@ -54,7 +54,7 @@ def empty_batches_skipped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BackpropClipOptimizer, "step", skipping)
 
 
-@mutant(killed_by=killers.divisor, says="not divided by a public constant")
+@mutant(killed_by=noise_killers.divisor, says="not divided by a public constant")
 def private_divisor(patch: pytest.MonkeyPatch) -> None:
     """The released sum is divided by the size of its own batch, which is private: one example more
     scales everybody's part, and the noise."""
@@ -66,7 +66,7 @@ def private_divisor(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BackpropClipOptimizer, "scale_grad", scale_grad)
 
 
-@mutant(killed_by=killers.gradient_set_by_hand, says="was put into a sum")
+@mutant(killed_by=guard_killers.gradient_set_by_hand, says="was put into a sum")
 def gradients_taken_at_the_step(patch: pytest.MonkeyPatch) -> None:
     """What lies in `p.grad` at the step is released as the sum, whoever put it there."""
     take = GradientGuard.take
@@ -78,7 +78,7 @@ def gradients_taken_at_the_step(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GradientGuard, "take", from_grad)
 
 
-@mutant(killed_by=killers.two_batches_in_one_step, says="nothing bounds was released")
+@mutant(killed_by=guard_killers.two_batches_in_one_step, says="nothing bounds was released")
 def two_poisson_batches_in_one_step(patch: pytest.MonkeyPatch) -> None:
     """Two Poisson batches add up before a step: an example that is in both contributes twice."""
     patch.setattr(BackpropClipHooks, "forbid_grad_accumulation", lambda self: None)

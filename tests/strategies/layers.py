@@ -1,33 +1,20 @@
-"""Every Hypothesis strategy of the suite: layers, architectures, options and hostile batches."""
+"""Layers of every supported class, each with the shape of an example that fits it."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
-import torch
 from hypothesis import strategies as st
 from opacus.layers.dp_multihead_attention import SequenceBias
 from opacus.layers.dp_rnn import RNNLinear
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from opacus_bpclip import BackpropClipping
 from tests.layers import Bags, BatchSecond, Pair, Steps, Tokens
-
-BOUNDS = ("product", "weighted", "exact")
-MODES = tuple(itertools.product(BOUNDS, ("clip", "normalize")))
+from tests.strategies.numbers import seed_torch
 
 # PyTorch itself cannot run an instance norm on an empty batch.
 NO_EMPTY_BATCH = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-
-seeds = st.integers(0, 2**31 - 1)
-scales = st.integers(-30, 30).map(lambda exponent: 10.0**exponent)
-
-
-def seed_torch(draw: st.DrawFn) -> None:
-    # torch.manual_seed formats the stack for devices that are not there: a quarter of a search.
-    torch.default_generator.manual_seed(draw(seeds))
 
 
 @dataclass(frozen=True)
@@ -242,78 +229,3 @@ def single_layers(draw: st.DrawFn, kind: type[nn.Module]) -> LayerCase:
     if len(own) > 1 and draw(st.integers(0, 3)) == 0:
         draw(st.sampled_from(own)).requires_grad_(False)
     return case
-
-
-class Branches(nn.Module):
-    """Layers side by side on the same input, so that one example can saturate them all."""
-
-    def __init__(self, *branches: nn.Module) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(branches)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([branch(x).flatten(1) for branch in self.branches], dim=1)
-
-
-@st.composite
-def architectures(draw: st.DrawFn) -> LayerCase:
-    """A model of one to four layers, deep or side by side, or frozen in part."""
-    seed_torch(draw)
-    first = draw(layer_cases)
-    kind = draw(st.sampled_from(["single", "deep", "deeper", "branches", "frozen bias"]))
-    layer = first.layer
-    if kind == "branches":
-        other = nn.Sequential(nn.Flatten(), nn.Linear(int(torch.Size(first.shape).numel()), 2))
-        return LayerCase(Branches(layer, other), first.shape)
-    if kind == "frozen bias" and getattr(layer, "bias", None) is not None:
-        layer.bias.requires_grad_(False)
-    if kind in ("deep", "deeper"):
-        with torch.no_grad():
-            features = layer(torch.zeros(1, *first.shape)).numel()
-        activation = draw(st.sampled_from([nn.Tanh(), nn.ReLU(inplace=True), nn.Identity()]))
-        hidden = [nn.Linear(features, 3), nn.Tanh()] if kind == "deeper" else []
-        width = 3 if hidden else features
-        head = nn.Linear(width, 2, bias=draw(st.booleans()))
-        return LayerCase(nn.Sequential(layer, activation, nn.Flatten(), *hidden, head), first.shape)
-    return LayerCase(layer, first.shape)
-
-
-@st.composite
-def clippings(draw: st.DrawFn) -> BackpropClipping:
-    bound = draw(st.sampled_from(BOUNDS))
-    norms = st.sampled_from([0.1, 1.0, 3.0, 100.0])
-    return BackpropClipping(
-        bound=bound,
-        max_input_norm=draw(norms if bound == "product" else st.one_of(st.none(), norms)),
-        allocation=draw(st.sampled_from(["equal", "dimension"])),
-        upstream=draw(st.sampled_from(["clip", "normalize"])),
-    )
-
-
-@st.composite
-def hostile_examples(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """One example: noise, a single spike, constant, zero, inf or nan, at any scale."""
-    generator = torch.Generator().manual_seed(draw(seeds))
-    kind = draw(st.sampled_from(["normal", "normal", "spike", "constant", "zero", "inf", "nan"]))
-    x = torch.zeros(shape, dtype=dtype)
-    flat = x.view(-1)
-    position = draw(st.integers(0, flat.numel() - 1)) if flat.numel() else 0
-    if kind == "normal":
-        x.normal_(generator=generator)
-    elif kind == "constant":
-        x.fill_(1.0)
-    elif kind != "zero":
-        flat[position] = {"spike": 1.0, "inf": float("inf"), "nan": float("nan")}[kind]
-    return x * draw(scales)
-
-
-@st.composite
-def hostile_batches(
-    draw: st.DrawFn,
-    shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float64,
-    min_size: int = 0,
-) -> Tensor:
-    """``[B, *shape]`` with B from ``min_size`` to 5."""
-    rows = [draw(hostile_examples(shape, dtype)) for _ in range(draw(st.integers(min_size, 5)))]
-    return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=dtype)

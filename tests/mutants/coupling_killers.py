@@ -1,0 +1,42 @@
+"""Killers of mutants that let examples meet: batches together and alone, finite or not."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from opacus_bpclip import BackpropClipping
+from tests.checks import HUGE, Trainer, check_independence, check_silent
+
+
+def two_layers_together_and_alone() -> None:
+    """A batch through two layers, and its examples one by one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    trainer = Trainer(model, (4,), BackpropClipping())
+    check_independence(trainer, torch.randn(5, 4).double(), torch.randn(5, 2).double() * 0.1)
+
+
+def hostile_batch_together_and_alone() -> None:
+    """A batch with one large example, and its examples one by one."""
+    trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping())
+    x, target = torch.ones(4, 2).double(), torch.ones(4, 2).double()
+    x[-1] *= HUGE
+    target[-1] *= HUGE
+    check_independence(trainer, x, target)
+
+
+def input_not_finite() -> None:
+    """An example with nan in its input."""
+    trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping())
+    x = torch.ones(3, 2, dtype=torch.float64)
+    x[-1, 0] = float("nan")
+    check_silent(trainer, x, torch.ones(3, 2, dtype=torch.float64))
+
+
+def upstream_not_finite() -> None:
+    """An example whose upstream gradient is infinite."""
+    trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping())
+    target = torch.ones(3, 2, dtype=torch.float64)
+    target[-1, 0] = float("inf")
+    check_silent(trainer, torch.ones(3, 2, dtype=torch.float64), target)

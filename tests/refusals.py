@@ -1,0 +1,211 @@
+"""The calls of ``make_private`` that must be refused, with what each must say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.validators.errors import UnsupportedModuleError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from opacus_bpclip import BackpropClipping, CoverageError
+from tests.helpers import FEATURES, dataset, make_private, mlp
+
+SGD = torch.optim.SGD
+
+
+class Endless(IterableDataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(*dataset().tensors, strict=True)
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+def with_scale() -> nn.Module:
+    return nn.Sequential(Scale(), *mlp())
+
+
+def with_batch_norm() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(FEATURES), *mlp())
+
+
+def evaluating() -> nn.Module:
+    return mlp().eval()
+
+
+def compiled_in_place() -> nn.Module:
+    model = mlp()
+    model.compile(backend="eager")
+    return model
+
+
+def freeze_first(model: nn.Module) -> nn.Module:
+    model[0].requires_grad_(False)
+    return model
+
+
+def drop_first(model: nn.Module) -> nn.Module:
+    return nn.Sequential(*list(model)[1:])
+
+
+def uncompile(model: nn.Module) -> nn.Module:
+    model._compiled_call_impl = None
+    return model
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A call that must be refused; ``repair`` makes its model fit for a correct one."""
+
+    message: str
+    options: dict[str, Any] = field(default_factory=dict)
+    error: type[Exception] = ValueError
+    model: Callable[[], nn.Module] = mlp
+    repair: Callable[[nn.Module], nn.Module] = lambda model: model
+
+
+MODE = (
+    'grad_sample_mode={mode!r} does not go with clipping="backprop", which has no per-example '
+    "gradients. Leave grad_sample_mode out."
+)
+COMPILED = (
+    "The model is compiled already, and a compiled graph may ignore hooks added later. Call "
+    "make_private first, then torch.compile what it returns."
+)
+NOT_A_NORM = "Expected max_grad_norm={value!r} to be a finite number > 0."
+A_LIST = (
+    "Expected max_grad_norm={value!r} to be one number, the joint sensitivity of all layers. Split "
+    "it over the layers by BackpropClipping(allocation={{name: share}})."
+)
+
+REFUSALS = {
+    "unknown option": Refusal(
+        "Unknown options for make_private: bakcprop, typo.", {"typo": 1, "bakcprop": None}
+    ),
+    **{
+        f"max_grad_norm {value}": Refusal(NOT_A_NORM.format(value=value), {"max_grad_norm": value})
+        for value in (0, -1.0, float("nan"), float("inf"), True, "1", None)
+    },
+    "max_grad_norm list": Refusal(A_LIST.format(value=[1.0, 1.0]), {"max_grad_norm": [1.0, 1.0]}),
+    "max_grad_norm tuple": Refusal(A_LIST.format(value=(1.0,)), {"max_grad_norm": (1.0,)}),
+    **{
+        f"noise_multiplier {value}": Refusal(
+            f"Expected noise_multiplier={value!r} to be a finite number >= 0.",
+            {"noise_multiplier": value},
+        )
+        for value in (-0.1, float("nan"), float("inf"), False, "1", None)
+    },
+    "loss_reduction": Refusal(
+        'Expected loss_reduction=\'none\' to be "mean" or "sum".', {"loss_reduction": "none"}
+    ),
+    **{
+        f"grad_sample_mode {mode}": Refusal(MODE.format(mode=mode), {"grad_sample_mode": mode})
+        for mode in ("ghost", "ew", "functorch", "no_op", "ghost_fsdp")
+    },
+    "rand_on_empty": Refusal(
+        "rand_on_empty=True adds a made-up example to empty batches, which would count as data. "
+        'Leave it out: clipping="backprop" steps on empty batches.',
+        {"rand_on_empty": True},
+    ),
+    "backprop as a dict": Refusal(
+        "Expected backprop={} to be a BackpropClipping.", {"backprop": {}}
+    ),
+    "backprop with another clipping": Refusal(
+        f"backprop={BackpropClipping()!r} was given with clipping='flat'; it needs "
+        'clipping="backprop".',
+        {"clipping": "flat", "backprop": BackpropClipping()},
+    ),
+    "backprop as a dict with another clipping": Refusal(
+        "backprop={} was given with clipping='per_layer'; it needs clipping=\"backprop\".",
+        {"clipping": "per_layer", "backprop": {}},
+    ),
+    "allocation": Refusal(
+        "allocation does not fit the model's trainable layers; no such layer: head; no share for: "
+        "2. Name each of: 0, 2.",
+        {"backprop": BackpropClipping(allocation={"0": 1.0, "head": 1.0})},
+        error=CoverageError,
+    ),
+    "raw parameter": Refusal(
+        "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
+        "- 0 (Scale): no rule bounds the gradient of gain.",
+        error=CoverageError,
+        model=with_scale,
+        repair=freeze_first,
+    ),
+    "batch norm": Refusal(
+        "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
+        "- 0 normalises over the batch: each example's value depends on its companions. Use "
+        "GroupNorm (PrivacyEngine.get_compatible_module replaces it), or keep it in evaluation "
+        "mode with running statistics.",
+        error=CoverageError,
+        model=with_batch_norm,
+        repair=drop_first,
+    ),
+    "evaluation mode": Refusal(
+        "Model needs to be in training mode",
+        error=UnsupportedModuleError,
+        model=evaluating,
+        repair=lambda model: model.train(),
+    ),
+    "nothing to train": Refusal(
+        "The model has no trainable parameter. Set requires_grad=True on the layers to train.",
+        error=CoverageError,
+        model=lambda: mlp().requires_grad_(False),
+        repair=lambda model: model.requires_grad_(True),
+    ),
+    "DataParallel": Refusal(
+        'DataParallel is not supported with clipping="backprop" yet. Train on one device.',
+        model=lambda: nn.DataParallel(mlp()),
+        repair=lambda model: model.module,
+    ),
+    "compiled": Refusal(
+        COMPILED,
+        model=lambda: torch.compile(mlp(), backend="eager"),
+        repair=lambda model: model._orig_mod,
+    ),
+    "compiled in place": Refusal(COMPILED, model=compiled_in_place, repair=uncompile),
+    "compiled in part": Refusal(
+        COMPILED,
+        model=lambda: nn.Sequential(compiled_in_place()),
+        repair=lambda model: uncompile(model[0]),
+    ),
+    "wrapped by Opacus": Refusal(
+        "The model is wrapped already (GradSampleModule). Pass the model itself: "
+        "to_standard_module() or cleanup() undoes the wrapping.",
+        model=lambda: GradSampleModule(mlp()),
+        repair=lambda model: model.to_standard_module(),
+    ),
+    "wrapped by us": Refusal(
+        "The model is wrapped already (BackpropClipModule). Pass the model itself: "
+        "to_standard_module() or cleanup() undoes the wrapping.",
+        model=lambda: make_private(mlp()).handle,
+        repair=lambda model: model.to_standard_module(),
+    ),
+    "another model's optimizer": Refusal(
+        "Module parameters are different than optimizer Parameters",
+        {"optimizer": SGD(mlp().parameters(), lr=0.1)},
+    ),
+    "iterable data": Refusal(
+        # Raised inside Opacus, after the model was wrapped.
+        "Uniform sampling is not supported for IterableDataset",
+        {"data_loader": DataLoader(Endless(), batch_size=8)},
+    ),
+    "iterable data, not wrapped": Refusal(
+        "Uniform sampling is not supported for IterableDataset",
+        {"data_loader": DataLoader(Endless(), batch_size=8), "wrap_model": False},
+    ),
+}

@@ -1,0 +1,70 @@
+"""Uses of layers that are counted by running the model on made-up examples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from opacus_bpclip import BackpropClipping, CoverageError, PrivacyViolationError
+from tests.helpers import CLASSES, FEATURES, batch, loss_of, make_private, summed
+from tests.probing import OnlyReal, Recurrent
+
+
+class Repeated(nn.Module):
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times, self.cell = times, nn.Linear(FEATURES, FEATURES)
+        self.head = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = torch.tanh(self.cell(x))
+        return self.head(x)
+
+
+@given(st.integers(1, 5))
+def test_uses_are_counted_by_a_dry_run(times: int) -> None:
+    private = make_private(Repeated(times), backprop=BackpropClipping(uses="auto"))
+    assert private.handle.config.uses == {"cell": times, "head": 1}
+    loss_of(private.model, *batch()).backward()
+    private.optimizer.step()
+    assert summed(private).norm() <= 6 * (1 + 1e-6)
+
+
+def test_more_uses_than_were_counted_are_refused_on_the_batch() -> None:
+    model = Repeated(2)
+    private = make_private(model, backprop=BackpropClipping(uses="auto"))
+    model.times = 3
+    with pytest.raises(PrivacyViolationError, match=r"^cell is used more than 2 times"):
+        private.model(batch()[0])
+
+
+def test_uses_cannot_be_counted_on_examples_that_cannot_be_made_up() -> None:
+    ids = torch.arange(100, 108)
+    with pytest.raises(CoverageError) as refusal:
+        make_private(
+            OnlyReal(False), data=TensorDataset(ids, ids), backprop=BackpropClipping(uses="auto")
+        )
+    assert str(refusal.value).startswith(
+        'uses="auto" counts how often each layer is used by running the model on made-up examples '
+        "of the data loader's shapes, and that was not possible ("
+    )
+    assert str(refusal.value).endswith(
+        "A count on real examples would not be public. Declare it: BackpropClipping(uses={name: "
+        "K})."
+    )
+
+
+def test_the_steps_of_a_recurrent_network_are_no_uses() -> None:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(32, 5, FEATURES), torch.zeros(32, dtype=torch.long))
+    private = make_private(
+        nn.Sequential(Recurrent(), nn.Flatten(), nn.Linear(30, CLASSES)),
+        data=data,
+        backprop=BackpropClipping(uses="auto"),
+    )
+    assert set(private.handle.config.uses.values()) == {1}
