@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opacus_bpclip.coverage import Layer
+from opacus_bpclip.layer import Layer
 from opacus_bpclip.rules import Inputs
 
 Versions = tuple[int, ...]

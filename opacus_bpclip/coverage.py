@@ -7,8 +7,7 @@ clipped it. These checks, and those that `guard` makes on every batch, make it f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,65 +16,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from opacus_bpclip.attention import attention_axes
-from opacus_bpclip.calls import CallArguments
 from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.layer import Layer
 from opacus_bpclip.recurrence import recurrent_linears, renamed_parameters
 from opacus_bpclip.rules import Rule, registered_kind, supported_layers
 
 TRAINABLE_DTYPES = (torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A module whose own parameters are trained.
-
-    Attributes:
-        name: dotted path in the model, ``"(root)"`` for the model itself.
-        module: the module.
-        kind: its class when it was examined.
-        code: the methods that the rule relies on, as they were then.
-        rule: what bounds its gradient.
-        named_parameters: its trainable parameters, by name.
-        arguments: where a call of it has the inputs that its rule looks at.
-        uses: how often it may be used in one forward pass.
-        recurrence: the recurrent network that it is a part of.
-    """
-
-    name: str
-    module: nn.Module
-    kind: type[nn.Module]
-    code: tuple[object, ...]
-    rule: Rule
-    named_parameters: Mapping[str, nn.Parameter]
-    arguments: CallArguments
-    uses: int = 1
-    recurrence: nn.Module | None = None
-
-    @cached_property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """Return the layer's trainable parameters."""
-        return tuple(self.named_parameters.values())
-
-    @property
-    def is_patched(self) -> bool:
-        """Return whether the module computes something else than when it was examined."""
-        if type(self.module) is not self.kind or _code(self.kind, self.rule) != self.code:
-            return True
-        if not vars(self.module).keys().isdisjoint(self.rule.methods):
-            return True
-        try:
-            now = type(self.rule).from_module(self.module)
-        except CoverageError:
-            return True
-        # A parameter may be frozen since: the rule then bounds more than there is.
-        return replace(now, weight=self.rule.weight, bias=self.rule.bias) != self.rule
-
-    def replaced_parameter(self) -> str | None:
-        """Return the name of a parameter that the module no longer uses as it is, if any."""
-        for name, parameter in self.named_parameters.items():
-            if getattr(self.module, name, None) is not parameter:
-                return name
-        return None
 
 
 @dataclass(frozen=True)
@@ -152,16 +98,14 @@ def trainable_layers(
             continue
         recurrence = recurrences.get(found.module)
         default = axes.get(found.module, 0 if batch_first else 1)
-        layers[found.name] = Layer(
+        layers[found.name] = Layer.of(
             found.name,
             found.module,
-            type(found.module),
-            _code(type(found.module), found.rule),
             found.rule,
             found.parameters,
-            CallArguments.of(found.module, found.rule, found.rule.batch_axis(default)),
-            uses.get(found.name, 1),
-            recurrence,
+            batch_axis=default,
+            uses=uses.get(found.name, 1),
+            recurrence=recurrence,
         )
     if not layers:
         raise CoverageError(
@@ -210,10 +154,6 @@ def edited_problem(name: str) -> str:
         "neither bounded nor noised. Compute with a changed copy of it, in a module with a rule, "
         "or change it between steps, from public values."
     )
-
-
-def _code(kind: type[nn.Module], rule: Rule) -> tuple[object, ...]:
-    return tuple(getattr(kind, method) for method in rule.methods)
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

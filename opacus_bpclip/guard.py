@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from opacus_bpclip.call_checks import changed_layer, other_dtype, replaced_parameter
 from opacus_bpclip.coverage import (
     TRAINABLE_DTYPES,
-    Layer,
     batch_normalization_problem,
     batch_normalizations,
     edited_problem,
     mixes_examples,
 )
 from opacus_bpclip.errors import PrivacyViolationError
+from opacus_bpclip.layer import Layer
 from opacus_bpclip.provenance import WatchedParameter, follow, parameter_edges, watch_edge
 from opacus_bpclip.rules import Inputs
 

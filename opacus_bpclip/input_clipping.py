@@ -12,7 +12,8 @@ from torch import nn
 
 from opacus_bpclip.calls import Args, CallArguments, Kwargs
 from opacus_bpclip.config import is_positive_number
-from opacus_bpclip.coverage import Layer, trainable_layers
+from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.layer import Layer
 from opacus_bpclip.ops import scale_input
 from opacus_bpclip.rules import Rule
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from opacus_bpclip.coverage import Layer
+from opacus_bpclip.layer import Layer
 
 
 @dataclass(frozen=True)

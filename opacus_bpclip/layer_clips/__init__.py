@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor, nn
 
 from opacus_bpclip.config import BackpropClipping
-from opacus_bpclip.coverage import Layer
 from opacus_bpclip.guard import GradientGuard
+from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.affine import AffineClip
 from opacus_bpclip.layer_clips.base import Clip, Settings
 from opacus_bpclip.layer_clips.fused import FusedClip

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.coverage import Layer
+from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.base import Settings
 from opacus_bpclip.layer_clips.node import NodeClip
 from opacus_bpclip.norms import rounding_margin, row_norms

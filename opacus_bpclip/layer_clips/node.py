@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.call_checks import earlier_hook, wrong_batch
 from opacus_bpclip.calls import Args, Kwargs
-from opacus_bpclip.coverage import Layer
+from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.base import Clip, Settings
 
 

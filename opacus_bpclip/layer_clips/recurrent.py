@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.call_checks import wrong_rows
 from opacus_bpclip.calls import Args, Kwargs
-from opacus_bpclip.coverage import Layer
+from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.base import Clip, Settings
 from opacus_bpclip.ops import clip_factors, clip_input, scale_input
 from opacus_bpclip.recurrence import aligns_rows, is_packed

@@ -8,7 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.call_checks import changed_inputs, earlier_hook, versions, wrong_batch
 from opacus_bpclip.calls import Args, Kwargs
-from opacus_bpclip.coverage import Layer
+from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.base import Clip, Settings
 from opacus_bpclip.ops import clip_input, clip_upstream, scale_input
 from opacus_bpclip.rules import Inputs, Prepared

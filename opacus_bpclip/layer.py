@@ -1,0 +1,154 @@
+"""A module whose own parameters are trained, and whether it still is what was examined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from opacus_bpclip.calls import CallArguments
+from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.rules import Rule
+
+State = tuple[object, ...]
+
+# What can be no other value tomorrow while it is the same object.
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
+# What every module keeps for itself, whatever it computes.
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module whose own parameters are trained.
+
+    Attributes:
+        name: dotted path in the model, ``"(root)"`` for the model itself.
+        module: the module.
+        kind: its class when it was examined.
+        code: the methods that the rule relies on, as they were then.
+        state: all that the rule was made from; ``None`` where it may be more than can be compared.
+        rule: what bounds its gradient.
+        named_parameters: its trainable parameters, by name.
+        arguments: where a call of it has the inputs that its rule looks at.
+        uses: how often it may be used in one forward pass.
+        recurrence: the recurrent network that it is a part of.
+    """
+
+    name: str
+    module: nn.Module
+    kind: type[nn.Module]
+    code: tuple[object, ...]
+    state: State | None
+    rule: Rule
+    named_parameters: Mapping[str, nn.Parameter]
+    arguments: CallArguments
+    uses: int = 1
+    recurrence: nn.Module | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        module: nn.Module,
+        rule: Rule,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        batch_axis: int,
+        uses: int = 1,
+        recurrence: nn.Module | None = None,
+    ) -> Self:
+        """Take down what a module is.
+
+        Args:
+            name: as the attribute.
+            module: as the attribute.
+            rule: as the attribute.
+            parameters: as ``named_parameters``.
+            batch_axis: which axis of its inputs is the batch, in the model's layout.
+            uses: as the attribute.
+            recurrence: as the attribute.
+        """
+        kind = type(module)
+        # The rules of this package read what `_state` holds; another rule may read anything.
+        own = type(rule).from_module.__module__.startswith(f"{__package__}.")
+        return cls(
+            name=name,
+            module=module,
+            kind=kind,
+            code=_code(kind, rule),
+            state=_state(module) if own else None,
+            rule=rule,
+            named_parameters=parameters,
+            arguments=CallArguments.of(module, rule, rule.batch_axis(batch_axis)),
+            uses=uses,
+            recurrence=recurrence,
+        )
+
+    @cached_property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Return the layer's trainable parameters."""
+        return tuple(self.named_parameters.values())
+
+    @property
+    def is_patched(self) -> bool:
+        """Return whether the module computes something else than when it was examined."""
+        if type(self.module) is not self.kind or _code(self.kind, self.rule) != self.code:
+            return True
+        if self.state is not None and _state(self.module) == self.state:
+            return False
+        if not vars(self.module).keys().isdisjoint(self.rule.methods):
+            return True
+        try:
+            now = type(self.rule).from_module(self.module)
+        except CoverageError:
+            return True
+        # A parameter may be frozen since: the rule then bounds more than there is.
+        return replace(now, weight=self.rule.weight, bias=self.rule.bias) != self.rule
+
+    def replaced_parameter(self) -> str | None:
+        """Return the name of a parameter that the module no longer uses as it is, if any."""
+        for name, parameter in self.named_parameters.items():
+            if getattr(self.module, name, None) is not parameter:
+                return name
+        return None
+
+
+def _code(kind: type[nn.Module], rule: Rule) -> tuple[object, ...]:
+    return tuple(getattr(kind, method) for method in rule.methods)
+
+
+def _state(module: nn.Module) -> State | None:
+    """Return all that a rule may read of a module: attributes, shapes; ``None`` if there is more.
+
+    Two equal states, of the same class, make the same rule.
+    """
+    if module._modules or module._buffers:
+        return None
+    state: list[object] = []
+    for name, value in vars(module).items():
+        if name in _BOOKKEEPING:
+            continue
+        # Lists may change within.
+        value = tuple(value) if type(value) is list else value
+        if not _is_plain(value):
+            return None
+        state += (name, value)
+    return tuple(chain(state, _shapes(module)))
+
+
+def _is_plain(value: object) -> bool:
+    if type(value) is tuple:
+        return all(type(item) in _PLAIN for item in value)
+    return type(value) in _PLAIN
+
+
+def _shapes(module: nn.Module) -> Iterator[object]:
+    for name, parameter in module._parameters.items():
+        yield name
+        yield None if parameter is None else parameter.shape
