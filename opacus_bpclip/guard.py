@@ -13,7 +13,7 @@ only once an eager batch has vouched for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NoReturn
 
@@ -30,7 +30,13 @@ from opacus_bpclip.coverage import (
 )
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.layer import Layer
-from opacus_bpclip.provenance import WatchedParameter, follow, parameter_edges, watch_edge
+from opacus_bpclip.provenance import (
+    Receipt,
+    WatchedParameter,
+    follow,
+    parameter_edges,
+    watch_edge,
+)
 from opacus_bpclip.rules import Inputs
 
 
@@ -138,9 +144,9 @@ class GradientGuard:
         A use inside a backward pass is activation checkpointing's second run of one that was
         checked and counted the first time.
         """
-        self.require(replaced_parameter(layer))
         calls = self._calls.get(layer.name, 0)
         if _in_backward():
+            self.require(replaced_parameter(layer))
             if not calls:
                 self.fail(
                     f"{layer.name} runs for the first time inside the backward pass, where its "
@@ -177,6 +183,14 @@ class GradientGuard:
         self.require(replaced_parameter(layer))
         self.require(other_dtype(layer, y))
 
+    def expect(self, layer: Layer) -> Receipt:
+        """Return what a node is to sign for the gradients of the layer's parameters, in order.
+
+        Args:
+            layer: the layer; the node stands in for one call of it.
+        """
+        return self._receipt([self._watched[parameter] for parameter in layer.parameters])
+
     def follow(self, layer: Layer, y: Tensor, inputs: Inputs) -> None:
         """Follow the gradients that this call of the layer will send to its parameters.
 
@@ -189,9 +203,10 @@ class GradientGuard:
         own = set(layer.parameters)
         for node, edges in parameter_edges(y, stop):
             # Another layer's parameter, used in here, is not what this layer's rule bounds.
-            watched = [(index, self._watched[leaf]) for index, leaf in edges if leaf in own]
-            if watched:
-                follow(node, watched, partial(self._sources.add, self._forward), self.fail)
+            to_own = [(index, self._watched[leaf]) for index, leaf in edges if leaf in own]
+            if to_own:
+                indices, watched = zip(*to_own, strict=True)
+                follow(node, indices, self._receipt(watched))
 
     def join(self, layer: Layer, clipped: Tensor, y: Tensor) -> None:
         """Check, when the time comes, that the layer gets the very gradient that was clipped.
@@ -235,6 +250,9 @@ class GradientGuard:
         """
         self.violation = reason
         raise PrivacyViolationError(reason)
+
+    def _receipt(self, watched: Sequence[WatchedParameter]) -> Receipt:
+        return Receipt(watched, partial(self._sources.add, self._forward), self.fail)
 
     def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that is about to reach its parameter."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,10 +15,10 @@ from opacus_bpclip.calls import CallArguments
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.rules import Rule
 
-State = tuple[object, ...]
+State = Mapping[str, object]
 
 # What can be no other value tomorrow while it is the same object.
-_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
 # What every module keeps for itself, whatever it computes.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 
@@ -100,7 +100,7 @@ class Layer:
         """Return whether the module computes something else than when it was examined."""
         if type(self.module) is not self.kind or _code(self.kind, self.rule) != self.code:
             return True
-        if self.state is not None and _state(self.module) == self.state:
+        if vars(self.module) == self.state and not _has_parts(self.module):
             return False
         if not vars(self.module).keys().isdisjoint(self.rule.methods):
             return True
@@ -124,31 +124,25 @@ def _code(kind: type[nn.Module], rule: Rule) -> tuple[object, ...]:
 
 
 def _state(module: nn.Module) -> State | None:
-    """Return all that a rule may read of a module: attributes, shapes; ``None`` if there is more.
+    """Return all that a rule may read of a module, to be compared with its ``vars`` later.
 
-    Two equal states, of the same class, make the same rule.
+    Two equal states, of the same class, make the same rule. ``None`` if there may be more to it.
     """
-    if module._modules or module._buffers:
+    if _has_parts(module):
         return None
-    state: list[object] = []
-    for name, value in vars(module).items():
-        if name in _BOOKKEEPING:
-            continue
-        # Lists may change within.
-        value = tuple(value) if type(value) is list else value
-        if not _is_plain(value):
-            return None
-        state += (name, value)
-    return tuple(chain(state, _shapes(module)))
+    # A list may change within; what every module keeps for itself makes no rule.
+    state = {
+        name: list(value) if type(value) is list else value for name, value in vars(module).items()
+    }
+    own = (value for name, value in state.items() if name not in _BOOKKEEPING)
+    return state if all(_is_plain(value) for value in own) else None
+
+
+def _has_parts(module: nn.Module) -> bool:
+    return bool(module._modules or module._buffers)
 
 
 def _is_plain(value: object) -> bool:
-    if type(value) is tuple:
-        return all(type(item) in _PLAIN for item in value)
+    if type(value) in (tuple, list):
+        return all(type(item) in _PLAIN for item in cast("Sequence[object]", value))
     return type(value) in _PLAIN
-
-
-def _shapes(module: nn.Module) -> Iterator[object]:
-    for name, parameter in module._parameters.items():
-        yield name
-        yield None if parameter is None else parameter.shape

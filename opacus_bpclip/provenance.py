@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, NoReturn, cast
 
 import torch
@@ -84,7 +84,8 @@ class WatchedParameter:
             return False
         total, *others = (sent for sent, _ in self.sent)
         if not others:
-            return _is_alias(total, gradient)
+            # The same numbers in the same memory.
+            return total.is_set_to(gradient)
         for sent in others:
             total = total + sent
         return torch.equal(total, gradient)
@@ -107,7 +108,8 @@ class WatchedParameter:
         self._judge(self, gradient)
         self.sent = []
         # With other hooks around, out of their reach: `.data` leaves no trace in a version.
-        alone = all(len(hooks) == 1 for hooks in self._hooks())
+        before, after = self._hooks()
+        alone = len(before) == len(after) == 1
         self._arrived = _alias(gradient) if alone else gradient.clone()
         self._version = self._arrived._version
 
@@ -136,45 +138,49 @@ def _alias(gradient: Tensor) -> Tensor:
     return gradient.detach()
 
 
-def _is_alias(alias: Tensor, gradient: Tensor) -> bool:
-    """Return whether two tensors are the same numbers in the same memory."""
-    return (
-        alias.data_ptr() == gradient.data_ptr()
-        and alias.shape == gradient.shape
-        and alias.stride() == gradient.stride()
-        and alias.dtype == gradient.dtype
-    )
-
-
-def follow(
-    node: torch.autograd.graph.Node,
-    edges: Sequence[tuple[int, WatchedParameter]],
-    note: Callable[[], None],
-    fail: Fail,
-) -> None:
-    """Note the gradients that ``node`` sends along its edges to parameters, once.
+class Receipt:
+    """What one call of a layer sends to its parameters, once.
 
     Args:
-        node: made by a call of a layer.
-        edges: their indices, and the parameters that they lead to.
+        watched: the parameters that it may send to.
         note: called when gradients are sent.
         fail: called with the reason when they are sent a second time; raises.
     """
-    spent = False
 
-    def send(inputs: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
-        nonlocal spent
-        if spent:
-            fail(
-                f"The backward pass ran twice for one forward pass through {edges[0][1].name}: "
-                "one example would contribute twice. Add the losses and call backward once."
+    def __init__(
+        self, watched: Sequence[WatchedParameter], note: Callable[[], None], fail: Fail
+    ) -> None:
+        self._watched = watched
+        self._note = note
+        self._fail = fail
+        self._spent = False
+
+    def sign(self, gradients: Iterable[Tensor | None]) -> None:
+        """Note the gradients that are sent, one for each parameter; ``None`` for none."""
+        if self._spent:
+            self._fail(
+                "The backward pass ran twice for one forward pass through "
+                f"{self._watched[0].name}: one example would contribute twice. Add the losses and "
+                "call backward once."
             )
-        spent = True
-        for index, watched in edges:
-            gradient = inputs[index]
+        self._spent = True
+        for watched, gradient in zip(self._watched, gradients, strict=True):
             if gradient is not None:
                 watched.sent.append((_alias(gradient), gradient._version))
-        note()
+        self._note()
+
+
+def follow(node: torch.autograd.graph.Node, indices: Sequence[int], receipt: Receipt) -> None:
+    """Have a receipt signed for the gradients that ``node`` sends along some of its edges.
+
+    Args:
+        node: made by a call of a layer.
+        indices: of the edges to the receipt's parameters.
+        receipt: of the call, or of this node's part in it.
+    """
+
+    def send(inputs: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
+        receipt.sign(inputs[index] for index in indices)
 
     node.register_hook(send)
 

@@ -145,9 +145,9 @@ TWICE = (
             "loss needs.",
             id="layer called outside the model's forward",
         ),
-        pytest.param(backward_twice, TWICE.format(name="head.bias"), id="backward twice"),
+        pytest.param(backward_twice, TWICE.format(name="head.weight"), id="backward twice"),
         pytest.param(
-            input_gradient_first, TWICE.format(name="head.bias"), id="input gradient and backward"
+            input_gradient_first, TWICE.format(name="head.weight"), id="input gradient and backward"
         ),
         pytest.param(
             under_autocast,

@@ -18,6 +18,7 @@ from opacus_bpclip.layer_clips.base import Settings
 from opacus_bpclip.layer_clips.node import NodeClip
 from opacus_bpclip.norms import row_norms
 from opacus_bpclip.ops import clip_factors
+from opacus_bpclip.provenance import Receipt
 from opacus_bpclip.rules import AffineRule
 from opacus_bpclip.rules.base import per_row, zero_rows
 
@@ -30,19 +31,25 @@ class AffineClip(NodeClip):
         assert isinstance(layer.rule, AffineRule)
         self.rule = layer.rule
 
-    def node(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def node(self, module: nn.Module, x: Tensor, y: Tensor, receipt: Receipt | None) -> Tensor:
         """Leave the output as it is."""
         weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
-        out: Tensor = _Affine.apply(self, y, x, bias, weight)
+        out: Tensor = _Affine.apply(self, receipt, y, x, bias, weight)
         return out
 
 
 class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, clip: AffineClip, y: Tensor, x: Tensor, bias: Tensor | None, weight: Tensor
+        ctx: Any,
+        clip: AffineClip,
+        receipt: Receipt | None,
+        y: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
     ) -> Tensor:
-        ctx.clip = clip
+        ctx.clip, ctx.receipt = clip, receipt
         ctx.save_for_backward(x, weight)
         return y.detach()
 
@@ -52,7 +59,7 @@ class _Affine(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         clip: AffineClip = ctx.clip
         g = g.movedim(clip.layer.arguments.batch_axis, 0)
-        _, _, wants_x, wants_bias, wants_weight = ctx.needs_input_grad
+        _, _, _, wants_x, wants_bias, wants_weight = ctx.needs_input_grad
         dx, own = clip.rule.gradients(g, x, weight, wanted=(wants_x, wants_weight, wants_bias))
         examples = g.shape[0] if clip.mean else 1
         own = own * examples  # [B, K]
@@ -70,4 +77,5 @@ class _Affine(torch.autograd.Function):
             dx = zero_rows(dx.mul_(per_row(by.to(dx.dtype), dx)), keep)
         dw = total[: weight.numel()].view(weight.shape) if wants_weight else None
         db = total[-weight.numel() :].view(weight.shape) if wants_bias else None
-        return None, None, dx, db, dw
+        clip.sign(ctx.receipt, dw, db)
+        return None, None, None, dx, db, dw

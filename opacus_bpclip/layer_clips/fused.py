@@ -15,6 +15,7 @@ from opacus_bpclip.layer_clips.base import Settings
 from opacus_bpclip.layer_clips.node import NodeClip
 from opacus_bpclip.norms import rounding_margin, row_norms
 from opacus_bpclip.ops import clip_factors
+from opacus_bpclip.provenance import Receipt
 from opacus_bpclip.rules import FusedRule
 from opacus_bpclip.rules.base import may_rewrite, per_row, zero_rows
 
@@ -29,12 +30,12 @@ class FusedClip(NodeClip):
         self.keeps = layer.rule.keeps(self.config.bound)
         self.scales_output = self.config.max_input_norm is not None
 
-    def node(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def node(self, module: nn.Module, x: Tensor, y: Tensor, receipt: Receipt | None) -> Tensor:
         """Scale the output as if the input had been clipped."""
         with torch.no_grad():
             factor, norms, finite = self.measured(x.detach())
         weight, bias = (getattr(module, name) for name in ("weight", "bias"))
-        out: Tensor = _Fused.apply(self, y, x, bias, weight, factor, norms, finite)
+        out: Tensor = _Fused.apply(self, receipt, y, x, bias, weight, factor, norms, finite)
         return out
 
     def measured(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -56,6 +57,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any,
         clip: FusedClip,
+        receipt: Receipt | None,
         y: Tensor,
         x: Tensor,
         bias: Tensor | None,
@@ -64,7 +66,7 @@ class _Fused(torch.autograd.Function):
         norms: Tensor,
         finite: Tensor,
     ) -> Tensor:
-        ctx.clip = clip
+        ctx.clip, ctx.receipt = clip, receipt
         kept = norms if clip.keeps.norms else None
         axis = clip.layer.arguments.batch_axis
         rows = y.movedim(axis, 0)
@@ -105,7 +107,7 @@ class _Fused(torch.autograd.Function):
         joint = by.view(-1, 1, 1)
         if factor is not None:
             joint = joint * factor.to(joint.dtype)
-        _, _, wants_x, wants_bias, wants_weight, *_ = ctx.needs_input_grad
+        _, _, _, wants_x, wants_bias, wants_weight, *_ = ctx.needs_input_grad
         dx, dw = rule.gradients(
             torch.mul(g, rule.over_output(joint, g), out=room),
             x,
@@ -116,4 +118,5 @@ class _Fused(torch.autograd.Function):
         if dx is not None and clip.normalize:
             dx = dx / max(divided, 1)
         db = (by @ rule.bias_gradients(g)) * examples if wants_bias else None
-        return None, None, dx, db, dw, None, None, None
+        clip.sign(ctx.receipt, dw, db)
+        return None, None, None, dx, db, dw, None, None, None

@@ -17,6 +17,7 @@ from opacus_bpclip.call_checks import earlier_hook, wrong_batch
 from opacus_bpclip.calls import Args, Kwargs
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.base import Clip, Settings
+from opacus_bpclip.provenance import Receipt
 
 
 class NodeClip(Clip):
@@ -40,14 +41,27 @@ class NodeClip(Clip):
         self._followed = False
 
     @abstractmethod
-    def node(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def node(self, module: nn.Module, x: Tensor, y: Tensor, receipt: Receipt | None) -> Tensor:
         """Return the layer's output with the node behind it.
 
         Args:
             module: the layer.
             x: its input, batch first.
             y: what it made, without a graph; may be changed in place.
+            receipt: for the node to `sign`.
         """
+
+    def sign(self, receipt: Receipt | None, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Sign for the gradients that the node is about to send.
+
+        Args:
+            receipt: the node's; ``None`` where nobody watches.
+            weight: the weight's gradient, ``None`` for none.
+            bias: the bias's.
+        """
+        if receipt is not None:
+            gradients = {"weight": weight, "bias": bias}
+            receipt.sign([gradients[name] for name in self.layer.named_parameters])
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks; the second is the first after the layer, nothing may come between."""
@@ -75,11 +89,10 @@ class NodeClip(Clip):
         inputs = self.layer.arguments.get(args, kwargs)
         (x,) = inputs
         assert x is not None
+        receipt = None
         if followed:
             self.guard.require(earlier_hook(self.layer, self._key))
             self.guard.require(wrong_batch(self.layer, inputs, self.guard.examples))
             self.guard.check_output(self.layer, y)
-        out = self.node(module, x, y.detach())
-        if followed and out.requires_grad:
-            self.guard.follow(self.layer, out, inputs)
-        return out
+            receipt = self.guard.expect(self.layer)
+        return self.node(module, x, y.detach(), receipt)

@@ -48,11 +48,11 @@ class ParameterClip(Clip):
         if not torch.is_grad_enabled():
             return
         inputs = self.layer.arguments.get(args, kwargs)
+        self.guard.require(replaced_parameter(self.layer))
         compiling = torch.compiler.is_compiling()
         followed = False
         if compiling:  # pragma: no cover (torch.compile traces it, unseen by coverage)
             self.guard.note_compiled()
-            self.guard.require(replaced_parameter(self.layer))
         else:
             followed = self.guard.enter_layer(self.layer)
             if followed:
