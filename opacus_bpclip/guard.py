@@ -178,6 +178,11 @@ class GradientGuard:
         """Return how many examples the latest forward pass is over."""
         return self._batch_size
 
+    @property
+    def forward(self) -> int:
+        """Return the number of the latest forward pass."""
+        return self._forward
+
     def check_output(self, layer: Layer, y: Tensor) -> None:
         """Check that a layer made ``y`` with the parameters that are watched, in their dtype."""
         self.require(replaced_parameter(layer))

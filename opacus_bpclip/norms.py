@@ -76,6 +76,11 @@ def smallest_column(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).tiny ** 0.25)
 
 
+def smallest_column_norm(dtype: torch.dtype, *, weight: bool, bias: bool) -> float:
+    """Return what no norm of `column_norms` is below."""
+    return 1.0 if bias or not weight else smallest_column(dtype)
+
+
 def max_column_norm(max_norm: float, *, weight: bool, bias: bool) -> float:
     """Return the largest norm that a column can have, the bias's constant 1 included.
 
@@ -135,37 +140,45 @@ def weighted_bound(g: Tensor, norms: Tensor, room: Tensor | None = None) -> Tens
 
 
 def exact_bound(
-    g: Tensor, u: Tensor, norms: Tensor, one: Tensor | None, *, weight: bool, slack: float
+    g: Tensor, u: Tensor, norms: Tensor, *, weight: bool, bias: bool, slack: float
 ) -> Tensor:
     """Return the norm of each example's gradient, plus what rounding may add to it. ``[B]``.
 
     Positions may cancel in the gradient but not in its rounding errors. These are at most
-    ``slack * norm(g) * norm(u)`` (Frobenius norms), so that much is added. Inputs near unit norm
-    keep the squares in range.
+    ``slack * norm(g) * norm(u)`` (Frobenius norms), so that much is added.
 
     Args:
         g: ``[B, R, C, P]``.
         u: ``[B, R, D, P]``, the input columns without the bias's entry.
         norms: ``[B, R, P]``, the columns' norms with it.
-        one: ``[B]``, the bias's entry in every column (1, scaled as ``u`` is), ``None`` without a
-            trainable bias.
         weight: whether the weight is trainable.
+        bias: whether the bias is.
         slack: from `rounding_margin`.
     """
     dtype = norm_dtype(g.dtype)
     g, u = g.to(dtype), u.to(dtype)
-    positions = g.shape[3]
-    g_norm = torch.linalg.vector_norm(g, dim=(2, 3))
-    frobenius = g_norm * torch.linalg.vector_norm(norms, dim=2)
+    groups, channels, positions = g.shape[1:]
+    inputs = u.shape[2]
     if positions == 1:
-        per_group = frobenius
-    elif gram_is_cheaper(positions, g.shape[2], u.shape[2]):
-        # The root turns an error of the square into a larger one: the slack goes under it.
-        squared = _gram_square(g, u, one, weight=weight).clamp(min=0)
-        per_group = torch.sqrt(squared + slack * frobenius.square())
+        per_group = (torch.linalg.vector_norm(g, dim=(2, 3)) + underflow(channels, dtype)) * norms[
+            ..., 0
+        ]
     else:
-        per_group = _direct_norm(g, u, one, weight=weight) + slack * frobenius
-    count = g.shape[1] * positions * (positions + g.shape[2] + u.shape[2])
+        # What vanishes on one side may be multiplied by the other: it counts in the norms, and by
+        # so much that the slack covers it.
+        u_norm = torch.linalg.vector_norm(norms, dim=2)
+        u_norm = u_norm + underflow(positions * inputs, dtype) / math.sqrt(slack)
+        g_slack = underflow(positions * channels, dtype) / math.sqrt(slack)
+        if gram_is_cheaper(positions, channels, inputs):
+            squared, g_norm = _gram_square(g, u, weight=weight, bias=bias)
+            error = slack * ((g_norm + g_slack) * u_norm).square()
+            # The root turns an error of the square into a larger one: the slack goes under it.
+            per_group = torch.sqrt(squared.clamp(min=0) + error)
+        else:
+            g_norm = torch.linalg.vector_norm(g, dim=(2, 3)) + g_slack
+            own = _direct_norm(g, u, weight=weight, bias=bias)
+            per_group = own + slack * g_norm * u_norm
+    count = groups * positions * (positions + channels + inputs)
     return torch.linalg.vector_norm(per_group, dim=1) + underflow(count, dtype)
 
 
@@ -183,25 +196,30 @@ def exact_chunk(positions: int, groups: int, channels: int, inputs: int, item_si
     return max(1, EXACT_MEMORY_CAP // max(1, per_example))
 
 
-def _direct_norm(g: Tensor, u: Tensor, one: Tensor | None, *, weight: bool) -> Tensor:
+def _direct_norm(g: Tensor, u: Tensor, *, weight: bool, bias: bool) -> Tensor:
+    """Return the norm of each group's gradient, which is made. ``[B, R]``."""
     norm = torch.zeros(g.shape[:2], dtype=g.dtype, device=g.device)
     if weight:
         gradient = torch.matmul(g, u.transpose(-1, -2))
         norm = torch.linalg.vector_norm(gradient, dim=(2, 3))
-    if one is not None:
-        norm = torch.hypot(norm, torch.linalg.vector_norm(g.sum(-1), dim=2) * one[:, None])
+    if bias:
+        norm = torch.hypot(norm, torch.linalg.vector_norm(g.sum(-1), dim=2))
     return norm
 
 
-def _gram_square(g: Tensor, u: Tensor, one: Tensor | None, *, weight: bool) -> Tensor:
-    # norm(g u^T)^2 = sum_pq (g_p . g_q)(u_p . u_q)
+def _gram_square(g: Tensor, u: Tensor, *, weight: bool, bias: bool) -> tuple[Tensor, Tensor]:
+    """Return the squared norm of each group's gradient, never made, and ``g``'s norm. ``[B, R]``.
+
+    ``norm(g u^T)^2 = sum_pq (g_p . g_q)(u_p . u_q)``.
+    """
     gram = torch.matmul(g.transpose(-1, -2), g)
+    g_norm = gram.diagonal(dim1=2, dim2=3).sum(dim=2).sqrt()
     columns = torch.zeros_like(gram)
     if weight:
         columns = torch.matmul(u.transpose(-1, -2), u)
-    if one is not None:
-        columns = columns + one[:, None, None, None].square()
-    return (gram * columns).sum(dim=(2, 3))
+    if bias:
+        columns = columns + 1
+    return (gram * columns).sum(dim=(2, 3)), g_norm
 
 
 def underflow(count: int, dtype: torch.dtype) -> float:

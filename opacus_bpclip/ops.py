@@ -15,13 +15,14 @@ Edge cases:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from opacus_bpclip.norms import rounding_margin, row_norms
-from opacus_bpclip.rules.base import Inputs, Prepared, Rule, may_rewrite, per_row, zero_rows
+from opacus_bpclip.norms import rounding_margin
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule, per_row, where_needed, zero_rows
 
 
 def scale_input(inputs: Inputs, rule: Rule, max_norm: float) -> Inputs:
@@ -52,13 +53,13 @@ def clip_input(
         mean: whether the loss is a mean over the batch; as for `clip_upstream`.
     """
     prepared = _prepare(inputs, rule, max_norm)
-    norms, finite = prepared.norms, prepared.finite
+    norms, keep = prepared.norms, where_needed(prepared.finite)
     if norms is not None:
-        norms = zero_rows(norms, finite)
-    scales = tuple(x if x is None else zero_rows(x, finite) for x in prepared.scales)
+        norms = zero_rows(norms, keep)
+    scales = tuple(x if x is None else zero_rows(x, keep) for x in prepared.scales)
     divisor = rule.batch_sizes(inputs)[0] if mean else 1
     clipped = _attached(inputs, rule.silenced(prepared), scales, divisor)
-    return Prepared(clipped, norms, finite, scales)
+    return Prepared(clipped, norms, prepared.finite, scales)
 
 
 def clip_upstream(
@@ -110,19 +111,21 @@ class Factors(NamedTuple):
     Attributes:
         factor: ``[B]``, of the gradients' dtype; 0 where nothing is kept.
         keep: ``[B]`` bool; where false, the gradient may not be finite and is to be replaced.
+            ``None`` where it is nowhere false.
     """
 
     factor: Tensor
-    keep: Tensor
+    keep: Tensor | None
 
 
 def clip_factors(
     bound: Tensor,
-    size: Tensor,
-    finite: Tensor,
+    finite: Tensor | None,
     limit: Tensor,
     dtype: torch.dtype,
     *,
+    size: Callable[[], Tensor] | None = None,
+    least: float = 0.0,
     examples: int = 1,
     normalize: bool = False,
 ) -> Factors:
@@ -133,11 +136,12 @@ def clip_factors(
 
     Args:
         bound: ``[B]``, on the norms of the gradients at hand.
-        size: ``[B]``, what must be in range for the bound to be: the norms of the upstream
-            gradients.
-        finite: ``[B]`` bool, which examples' inputs are finite.
+        finite: ``[B]`` bool, which examples' inputs are finite; ``None`` for all.
         limit: a scalar tensor.
         dtype: of the gradients.
+        size: returns ``[B]``, what must be in range for the bound to be, see `Rule.size`; called
+            only if needed. ``None`` for the bound itself.
+        least: what part of ``size`` the bound is at least.
         examples: by what a mean loss has divided the gradients at hand.
         normalize: scale up, too.
     """
@@ -149,8 +153,23 @@ def clip_factors(
     # No square of what is below overflows, so that this threshold is the first to be met, and it is
     # the same for every `examples`. Comparing with nan gives False.
     largest = torch.finfo(bound.dtype).max ** 0.5 / (16 * max(examples, 1))
-    keep = finite & (bound < largest) & (size < largest)
-    return Factors(torch.where(keep, factor, 0.0).to(dtype), keep)
+    if size is None or least >= 1:
+        size, least = None, 1.0
+    if finite is None and _all_below(bound, largest * least):
+        return Factors(factor.to(dtype), None)
+    keep = bound < largest
+    if size is not None:
+        keep &= size() < largest
+    if finite is not None:
+        keep &= finite
+    return Factors(zero_rows(factor, keep).to(dtype), where_needed(keep))
+
+
+def _all_below(bound: Tensor, limit: float) -> bool:
+    """Return whether it costs nothing to know that every bound is below a limit, and it is."""
+    if torch.compiler.is_compiling() or bound.device.type != "cpu" or not len(bound):
+        return False
+    return bool(bound.max() < limit)
 
 
 class _Clip(NamedTuple):
@@ -173,10 +192,11 @@ class _ClipUpstream(torch.autograd.Function):
         ctx.save_for_backward(norms, finite, *inputs)
         ctx.clip = clip
         out = _alias(y)
-        if may_rewrite(finite):
+        keep = where_needed(finite)
+        if keep is not None:
             # The example was zeroed where the layer multiplies; nobody may take that for an output.
             rows = out.movedim(clip.batch_axis, 0)
-            rows.masked_fill_(~per_row(finite, rows), float("nan"))
+            rows.masked_fill_(~per_row(keep, rows), float("nan"))
         return out
 
     @staticmethod
@@ -193,10 +213,10 @@ class _ClipUpstream(torch.autograd.Function):
         bound = clip.rule.bound(clip.kind, g, tuple(inputs), norms, clip.max_norm)
         factor, keep = clip_factors(
             bound,
-            row_norms(g),
-            finite,
+            where_needed(finite),
             clip.limit,
             g.dtype,
+            size=lambda: clip.rule.size(clip.kind, g, norms),
             examples=examples,
             normalize=clip.normalize,
         )

@@ -52,7 +52,7 @@ def _input_norms(u):
 
 
 def _exact(g, u, columns, *, weight, bias):
-    """Through the rule's own scaling to unit norm; the columns of a 1x1 convolution are ``u``."""
+    """Through the rule; the columns of a 1x1 convolution are ``u``."""
     rule = ConvRule(
         weight=weight,
         bias=bias,
@@ -106,10 +106,10 @@ def test_a_finite_bound_covers_the_gradient_in_lower_precision(data, dtype, weig
 @given(products(exponents=st.just(0)), st.booleans())
 def test_gram_matrix_and_own_gradient_agree(case, bias):
     g, u = case
-    one = torch.ones(len(g), dtype=g.dtype) if bias else None
-    square = norms._gram_square(g, u, one, weight=True)
-    direct = norms._direct_norm(g, u, one, weight=True)
+    square, length = norms._gram_square(g, u, weight=True, bias=bias)
+    direct = norms._direct_norm(g, u, weight=True, bias=bias)
     assert torch.allclose(square, direct.square(), rtol=1e-9, atol=1e-12)
+    assert torch.allclose(length, torch.linalg.vector_norm(g, dim=(2, 3)))
 
 
 @pytest.mark.parametrize(

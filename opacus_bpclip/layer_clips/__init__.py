@@ -15,6 +15,7 @@ from opacus_bpclip.layer_clips.fused import FusedClip
 from opacus_bpclip.layer_clips.node import NodeClip
 from opacus_bpclip.layer_clips.parameters import ParameterClip
 from opacus_bpclip.layer_clips.recurrent import RecurrentClip
+from opacus_bpclip.layer_clips.shared import SharedMeasurement
 from opacus_bpclip.layer_clips.single import SingleClip
 from opacus_bpclip.rules import (
     BroadcastRule,
@@ -61,7 +62,7 @@ def layer_clips(
         mean: whether the loss is a mean over the batch.
     """
     networks: dict[int, list[Layer]] = {}
-    settings = Settings(config, limits, guard, mean)
+    settings = Settings(config, limits, guard, mean, SharedMeasurement())
     for layer in layers:
         if layer.recurrence is not None:
             networks.setdefault(id(layer.recurrence), []).append(layer)

@@ -63,13 +63,12 @@ class _Affine(torch.autograd.Function):
         dx, own = clip.rule.gradients(g, x, weight, wanted=(wants_x, wants_weight, wants_bias))
         examples = g.shape[0] if clip.mean else 1
         own = own * examples  # [B, K]
-        finite = torch.ones(len(own), dtype=torch.bool, device=own.device)
         by, keep = clip_factors(
             row_norms(own),
-            row_norms(g) * examples,
-            finite,
+            None,
             clip.limit,
             own.dtype,
+            size=lambda: row_norms(g) * examples,
             normalize=clip.normalize,
         )
         total = by @ zero_rows(own, keep)

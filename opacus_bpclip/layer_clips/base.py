@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.guard import GradientGuard
+from opacus_bpclip.layer_clips.shared import SharedMeasurement
 
 
 class Settings(NamedTuple):
@@ -21,12 +22,14 @@ class Settings(NamedTuple):
         limits: what one use of a layer may contribute, by the layer's name; read when needed.
         guard: watches the layers.
         mean: whether the loss is a mean over the batch.
+        shared: what the layers measure of inputs that they have in common.
     """
 
     config: BackpropClipping
     limits: Mapping[str, Tensor]
     guard: GradientGuard
     mean: bool
+    shared: SharedMeasurement[Any]
 
 
 class Clip(ABC):

@@ -5,6 +5,8 @@ What it computes is what `SingleClip` computes; the equations are in `FusedRule`
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +15,14 @@ from torch import Tensor, nn
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.base import Settings
 from opacus_bpclip.layer_clips.node import NodeClip
-from opacus_bpclip.norms import rounding_margin, row_norms
+from opacus_bpclip.layer_clips.shared import SharedMeasurement
+from opacus_bpclip.norms import rounding_margin
 from opacus_bpclip.ops import clip_factors
 from opacus_bpclip.provenance import Receipt
 from opacus_bpclip.rules import FusedRule
-from opacus_bpclip.rules.base import may_rewrite, per_row, zero_rows
+from opacus_bpclip.rules.base import per_row, where_needed, zero_rows
+
+Measurement = tuple[Tensor | None, Tensor, Tensor | None]
 
 
 class FusedClip(NodeClip):
@@ -28,22 +33,33 @@ class FusedClip(NodeClip):
         assert isinstance(layer.rule, FusedRule)
         self.rule = layer.rule
         self.keeps = layer.rule.keeps(self.config.bound)
+        self.shared: SharedMeasurement[Measurement] = settings.shared
+        # What is measured does not depend on what is trained.
+        self.geometry = replace(layer.rule, weight=True, bias=True)
         self.scales_output = self.config.max_input_norm is not None
 
     def node(self, module: nn.Module, x: Tensor, y: Tensor, receipt: Receipt | None) -> Tensor:
         """Scale the output as if the input had been clipped."""
         with torch.no_grad():
-            factor, norms, finite = self.measured(x.detach())
+            factor, norms, finite = self._measured(x, watched=receipt is not None)
         weight, bias = (getattr(module, name) for name in ("weight", "bias"))
         out: Tensor = _Fused.apply(self, receipt, y, x, bias, weight, factor, norms, finite)
         return out
 
-    def measured(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _measured(self, x: Tensor, *, watched: bool) -> Measurement:
+        # Only then is it known which forward pass this is.
+        if not watched:
+            return self.measured(x.detach())
+        return self.shared.of(x, self.geometry, self.guard.forward, self.measured)
+
+    def measured(self, x: Tensor) -> Measurement:
         """Return by what to scale the columns, their norms after that, and which rows are finite.
 
-        The factor is ``None`` for 1. Rows that are not finite have factor and norms 0.
+        The factor is ``None`` for 1, the rows for all. Those that are not finite have factor and
+        norms 0.
         """
-        norms, finite = self.rule.measure(x)
+        norms, every = self.rule.measure(x)
+        finite = where_needed(every)
         max_norm = self.config.max_input_norm
         if max_norm is None:
             return None, zero_rows(norms, finite), finite
@@ -64,7 +80,7 @@ class _Fused(torch.autograd.Function):
         weight: Tensor,
         factor: Tensor | None,
         norms: Tensor,
-        finite: Tensor,
+        finite: Tensor | None,
     ) -> Tensor:
         ctx.clip, ctx.receipt = clip, receipt
         kept = norms if clip.keeps.norms else None
@@ -72,7 +88,7 @@ class _Fused(torch.autograd.Function):
         rows = y.movedim(axis, 0)
         if factor is not None:
             rows = clip.rule.rescaled(rows, factor, bias)
-        if may_rewrite(finite):
+        if finite is not None:
             # Zeros where the layer multiplies; nobody may take those for an output.
             x = zero_rows(x, finite)
             rows = torch.where(per_row(finite, rows), rows, float("nan"))
@@ -96,10 +112,11 @@ class _Fused(torch.autograd.Function):
         bound = rule.bound_of_scaled(config.bound, g, x, norms, factor, config.max_input_norm, room)
         by, keep = clip_factors(
             bound,
-            row_norms(g),
             finite,
             clip.limit,
             g.dtype,
+            size=partial(rule.size, config.bound, g, norms),
+            least=rule.least_bound(config.bound, g.dtype, config.max_input_norm),
             examples=examples,
             normalize=clip.normalize,
         )

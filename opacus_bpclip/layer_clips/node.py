@@ -33,8 +33,8 @@ class NodeClip(Clip):
 
     def __init__(self, layer: Layer, settings: Settings) -> None:
         self.layer = layer
-        self.config, limits, self.guard, self.mean = settings
-        self.limit = limits[layer.name]
+        self.config, self.guard, self.mean = settings.config, settings.guard, settings.mean
+        self.limit = settings.limits[layer.name]
         self.normalize = self.config.upstream == "normalize"
         self.scales_output = False
         self._key = 0

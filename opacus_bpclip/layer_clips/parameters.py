@@ -27,8 +27,8 @@ class ParameterClip(Clip):
     def __init__(self, layer: Layer, rule: BroadcastRule, settings: Settings) -> None:
         self.layer = layer
         self.rule = rule
-        self.config, limits, self.guard, self.mean = settings
-        self.limit = limits[layer.name]
+        self.config, self.guard, self.mean = settings.config, settings.guard, settings.mean
+        self.limit = settings.limits[layer.name]
         self.parameters = {
             name: parameter
             for name, parameter in layer.module.named_parameters(recurse=False)
@@ -90,11 +90,8 @@ class _Copies(torch.autograd.Function):
             gradients = tuple(g * len(g) for g in gradients)
         joint = torch.cat([g.flatten(1) for g in gradients], dim=1)
         bound = clip.rule.bound(clip.config.bound, joint, (), None, None)
-        finite = torch.ones_like(bound, dtype=torch.bool)
         normalize = clip.config.upstream == "normalize"
-        factor, keep = clip_factors(
-            bound, bound, finite, clip.limit, joint.dtype, normalize=normalize
-        )
+        factor, keep = clip_factors(bound, None, clip.limit, joint.dtype, normalize=normalize)
         sums = [
             zero_rows(g * per_row(factor, g), keep).sum(dim=0).view(shape)
             for g, shape in zip(gradients, ctx.shapes, strict=True)

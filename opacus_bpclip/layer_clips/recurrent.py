@@ -22,7 +22,7 @@ from opacus_bpclip.layer_clips.base import Clip, Settings
 from opacus_bpclip.ops import clip_factors, clip_input, scale_input
 from opacus_bpclip.recurrence import aligns_rows, is_packed
 from opacus_bpclip.rules import Prepared
-from opacus_bpclip.rules.base import per_row, zero_rows
+from opacus_bpclip.rules.base import per_row, where_needed, zero_rows
 
 
 class RecurrentClip(Clip):
@@ -151,9 +151,8 @@ class _Sequence:
 
     def __init__(self, layer: Layer, batch_size: int, settings: Settings) -> None:
         self.layer = layer
-        self.config, limits, _, mean = settings
-        self.limit = limits[layer.name]
-        self.examples = batch_size if mean else 1  # by what a mean loss divides
+        self.config, self.limit = settings.config, settings.limits[layer.name]
+        self.examples = batch_size if settings.mean else 1  # by what a mean loss divides
         self.steps: list[_Kept] = []
         weight, bias = (layer.module._parameters.get(name) for name in ("weight", "bias"))
         self.token: Tensor = _Sum.apply(self, weight, bias)
@@ -172,7 +171,14 @@ class _Sequence:
         rule, config = self.layer.rule, self.config
         bound = rule.bound(config.bound, g, (x,), norms, config.max_input_norm)
         normalize = config.upstream == "normalize"
-        factor, keep = clip_factors(bound, bound, finite, self.limit, g.dtype, normalize=normalize)
+        factor, keep = clip_factors(
+            bound,
+            where_needed(finite),
+            self.limit,
+            g.dtype,
+            size=lambda: rule.size(config.bound, g, norms),
+            normalize=normalize,
+        )
         g = zero_rows(g * per_row(factor, g), keep).flatten(0, 1)
         x = zero_rows(x, keep).flatten(0, 1)
         return (g.T @ x if rule.weight else None, g.sum(dim=0) if rule.bias else None)

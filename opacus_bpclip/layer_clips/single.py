@@ -19,8 +19,8 @@ class SingleClip(Clip):
 
     def __init__(self, layer: Layer, settings: Settings) -> None:
         self.layer = layer
-        self.config, limits, self.guard, self.mean = settings
-        self.limit = limits[layer.name]
+        self.config, self.guard, self.mean = settings.config, settings.guard, settings.mean
+        self.limit = settings.limits[layer.name]
         self.clipped: Prepared | None = None
         self.passed: Inputs = ()
         self.versions: tuple[int, ...] = ()

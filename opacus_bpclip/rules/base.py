@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from opacus_bpclip.norms import row_norms
+
 # What a layer was called with: the first arguments of its forward, ``None`` where one was left out.
 Inputs = tuple[Tensor | None, ...]
 
@@ -101,8 +103,9 @@ class Rule(ABC):
 
     def silenced(self, prepared: Prepared) -> Inputs:
         """Return the prepared inputs, with zeros for examples that are not finite."""
+        keep = where_needed(prepared.finite)
         return tuple(
-            x if x is None or not x.is_floating_point() else zero_rows(x, prepared.finite)
+            x if x is None or not x.is_floating_point() else zero_rows(x, keep)
             for x in prepared.inputs
         )
 
@@ -129,6 +132,16 @@ class Rule(ABC):
             max_norm: what the inputs' norms were clipped to.
         """
 
+    def size(self, kind: str, g: Tensor, input_norms: Tensor | None) -> Tensor:
+        """Return what must be in the range of squares for `bound` to be right, ``[B]``.
+
+        Args:
+            kind: as for `bound`.
+            g: as for `bound`.
+            input_norms: as for `bound`.
+        """
+        return row_norms(g)
+
 
 def trainable(module: nn.Module, name: str) -> bool:
     """Return whether the module has a parameter of this name that requires a gradient."""
@@ -141,13 +154,15 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
-def may_rewrite(keep: Tensor) -> bool:
-    """Return whether rows must be rewritten where ``keep``, ``[B]``, is false."""
+def where_needed(keep: Tensor) -> Tensor | None:
+    """Return ``keep``, ``[B]`` bool, or ``None`` if no row is to be rewritten for being false."""
     # Reading a flag stalls an accelerator and breaks a traced graph: there, always rewrite.
-    return torch.compiler.is_compiling() or keep.device.type != "cpu" or not bool(keep.all())
+    if torch.compiler.is_compiling() or keep.device.type != "cpu":
+        return keep
+    return None if bool(keep.all()) else keep
 
 
-def zero_rows(x: Tensor, keep: Tensor) -> Tensor:
-    """Return ``x``, ``[B, ...]``, with zeros in the rows where ``keep``, ``[B]``, is false."""
+def zero_rows(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Return ``x``, ``[B, ...]``, with zeros where ``keep``, from `where_needed`, is false."""
     # Not a multiplication: zero times nan is nan.
-    return torch.where(per_row(keep, x), x, x.new_zeros(())) if may_rewrite(keep) else x
+    return x if keep is None else torch.where(per_row(keep, x), x, x.new_zeros(()))

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip import norms
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, trainable, zero_rows
+from opacus_bpclip.rules.base import (
+    Inputs,
+    Keep,
+    Prepared,
+    Rule,
+    trainable,
+    where_needed,
+    zero_rows,
+)
 from opacus_bpclip.rules.embedding import refuse_coupling_options
 
 
@@ -89,7 +97,7 @@ class EmbeddingBagRule(Rule):
         ids, offsets, weights = prepared.inputs
         if weights is None:
             return prepared.inputs
-        keep = prepared.finite[self._bags(prepared.inputs).bag]
+        keep = where_needed(prepared.finite[self._bags(prepared.inputs).bag])
         return ids, offsets, zero_rows(weights.flatten(), keep).view_as(weights)
 
     def keeps(self, kind: str) -> Keep:

@@ -16,7 +16,13 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from opacus_bpclip.norms import column_norms
+from opacus_bpclip.norms import (
+    column_norms,
+    max_column_norm,
+    norm_dtype,
+    rounding_margin,
+    smallest_column_norm,
+)
 from opacus_bpclip.rules.matrix import MatrixRule
 
 
@@ -86,6 +92,26 @@ class FusedRule(MatrixRule):
         assert norms is not None
         columns = column_norms(norms, weight=self.weight, bias=self.bias)
         return self.exact_bound(self.upstream(g), x, columns, factor)
+
+    def least_bound(self, kind: str, dtype: torch.dtype, max_norm: float | None) -> float:
+        """Return what part of `size` a bound is at least; 0 where that is not known.
+
+        A bound of some positions' sum is at least the shortest column's norm times the upstream
+        gradient's; an exact one is at least what it adds for rounding. With 1 or more, the bound
+        alone tells whether it is in range.
+
+        Args:
+            kind: as for `bound`.
+            dtype: of the upstream gradient.
+            max_norm: as for `bound`.
+        """
+        if kind == "product":
+            assert max_norm is not None
+            return max_column_norm(max_norm, weight=self.weight, bias=self.bias)
+        shortest = smallest_column_norm(norm_dtype(dtype), weight=self.weight, bias=self.bias)
+        if kind == "weighted":
+            return shortest
+        return shortest * rounding_margin(dtype, torch.device("cpu"))
 
     def rescaled(self, y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``b + s (y - b)``, in place outside of a traced graph.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip import norms
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, per_row
+from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
 
 
 class Measured(NamedTuple):
@@ -129,29 +129,34 @@ class MatrixRule(Rule):
         """
         batch, groups, channels, positions = upstream.shape
         dtype = columns.dtype
-        # Both sides at unit norm: no square over- or underflows, and x is smaller than its columns.
-        g_norm = torch.linalg.vector_norm(upstream, dim=(1, 2, 3), dtype=dtype)
-        g_norm = g_norm + norms.underflow(groups * channels * positions, dtype)
-        u_norm = torch.linalg.vector_norm(columns, dim=(1, 2))
-        u_norm = u_norm + norms.underflow(groups * positions, dtype)
         chunk = norms.exact_chunk(positions, groups, channels, self.column_size(), dtype.itemsize)
         bounds = []
         for start in range(0, max(batch, 1), chunk):
             rows = slice(start, start + chunk)
-            part, one = x[rows], u_norm[rows].reciprocal()
-            scale = per_row(one, x)
+            part = x[rows]
             if factor is not None:
-                scale = scale * self.spread(factor[rows], part)
+                part = part * self.spread(factor[rows].to(part.dtype), part)
             bounds.append(
                 norms.exact_bound(
-                    upstream[rows] / per_row(g_norm[rows], upstream),
-                    self.columns(part * scale),
-                    columns[rows] * per_row(one, columns),
-                    one if self.bias else None,
+                    upstream[rows],
+                    self.columns(part),
+                    columns[rows],
                     weight=self.weight,
+                    bias=self.bias,
                     slack=norms.rounding_margin(upstream.dtype, upstream.device),
                 )
             )
-        unit = bounds[0] if len(bounds) == 1 else torch.cat(bounds)
-        bound = unit * g_norm * u_norm + norms.underflow(1, dtype)
+        bound = bounds[0] if len(bounds) == 1 else torch.cat(bounds)
         return bound * norms.accumulation(positions, dtype)
+
+    def size(self, kind: str, g: Tensor, input_norms: Tensor | None) -> Tensor:
+        """Return the upstream gradient's norm; for the exact bound, times the columns' if above 1.
+
+        What cancels in that bound may overflow before it does.
+        """
+        size = norms.row_norms(g)
+        if kind != "exact":
+            return size
+        assert input_norms is not None
+        columns = norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
+        return size * norms.row_norms(columns).clamp(min=1)

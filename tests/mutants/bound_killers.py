@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from opacus.layers import DPRNN
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from opacus_bpclip import BackpropClipping
 from opacus_bpclip.rules import RULES, BroadcastRule
 from tests.checks import HUGE, Trainer, check_sensitivity
+from tests.helpers import make_private, summed
 
 
 def _one(model: nn.Module, shape: tuple[int, ...], x: Tensor, target: Tensor, **options) -> None:
@@ -203,3 +206,22 @@ def vanishing_columns() -> None:
     clipping = BackpropClipping(upstream="normalize")
     trainer = Trainer(model, (2,), clipping, max_grad_norm=1e3, dtype=torch.float32)
     check_sensitivity(trainer, torch.zeros(2, 2), torch.ones(2, 2))
+
+
+def buffer_filled_anew() -> None:
+    """A layer on one tensor, whose memory is filled with another batch between two steps."""
+    memory = np.full((1, 1), 1e-3)
+    x = torch.from_numpy(memory)
+    model = nn.Linear(1, 1, bias=False).double()
+    private = make_private(
+        model,
+        data=TensorDataset(torch.zeros(32, 1).double()),
+        backprop=BackpropClipping(max_input_norm=None, probe=False),
+    )
+    for value in (1e-3, HUGE):
+        memory[:] = value
+        private.optimizer.zero_grad()
+        (HUGE * private.model(x)).sum().backward()
+        private.optimizer.step()
+        moved = float(summed(private).norm())
+        assert moved <= 1.0, f"(root): {moved} > 1.0"

@@ -12,6 +12,7 @@ from torch import Tensor
 from opacus_bpclip import allocation, grad_sample_module, norms, ops
 from opacus_bpclip.grad_sample_module import BackpropClipHooks
 from opacus_bpclip.layer_clips import affine, fused, recurrent, single
+from opacus_bpclip.layer_clips.shared import SharedMeasurement
 from opacus_bpclip.rules import (
     BroadcastRule,
     ConvRule,
@@ -65,8 +66,8 @@ def bias_uncovered_by_exact(patch: pytest.MonkeyPatch) -> None:
     """The exact bound is the norm of the weight's gradient, without the bias's."""
     exact = norms.exact_bound
 
-    def without(g: Tensor, u: Tensor, columns: Tensor, one: Tensor | None, **options: Any) -> Any:
-        return exact(g, u, columns, None, **options)
+    def without(*arguments: Tensor, bias: bool, **options: Any) -> Any:
+        return exact(*arguments, bias=False, **options)
 
     patch.setattr(norms, "exact_bound", without)
 
@@ -248,7 +249,7 @@ def upstream_clipped_after_use(patch: pytest.MonkeyPatch) -> None:
             def backward(ctx: Any, g: Tensor) -> Tensor:
                 g = g * len(g)
                 bound = rule.bound(options["bound"], g, clipped.inputs, clipped.norms, None)
-                factor.append(ops.clip_factors(bound, bound, clipped.finite, limit, g.dtype).factor)
+                factor.append(ops.clip_factors(bound, clipped.finite, limit, g.dtype).factor)
                 return g
 
         (x,) = clipped.inputs
@@ -257,3 +258,13 @@ def upstream_clipped_after_use(patch: pytest.MonkeyPatch) -> None:
         return Late.apply(y)
 
     patch.setattr(single, "clip_upstream", after_use)
+
+
+@mutant(killed_by=killers.buffer_filled_anew, says=MOVED)
+def measurement_kept_for_the_next_batch(patch: pytest.MonkeyPatch) -> None:
+    """An input's measurement is kept as long as the tensor is the same, whatever batch its memory
+    holds now."""
+    of = SharedMeasurement.of
+    patch.setattr(
+        SharedMeasurement, "of", lambda self, x, how, _, measure: of(self, x, how, 0, measure)
+    )
