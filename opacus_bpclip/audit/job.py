@@ -27,6 +27,7 @@ from opacus_bpclip.jobs.errors import JobError, UsageError
 from opacus_bpclip.jobs.extras import require
 from opacus_bpclip.jobs.files import check_plot_format, check_writable
 from opacus_bpclip.jobs.loading import load_object, made_by
+from opacus_bpclip.jobs.values import require_at_least_one
 
 
 def run_audits(settings: Settings, output: Output) -> Record:
@@ -70,8 +71,7 @@ def check(settings: Settings, output: Output) -> None:
     """
     if output.resume and output.json is None:
         raise UsageError("--resume needs --json FILE, the file to continue from")
-    if output.processes < 1:
-        raise UsageError(f"--processes must be at least 1, not {output.processes}")
+    require_at_least_one("--processes", output.processes)
     if output.plot:
         require("matplotlib", "a plot")
         check_plot_format(output.plot)
