@@ -17,8 +17,9 @@ from opacus_bpclip.ab.record import Record
 from opacus_bpclip.ab.results import ArmResult, Plan
 from opacus_bpclip.ab.settings import Output, Settings
 from opacus_bpclip.jobs.errors import UsageError
-from opacus_bpclip.jobs.extras import require
-from opacus_bpclip.jobs.files import check_plot_format, check_writable
+from opacus_bpclip.jobs.extras import require, require_device
+from opacus_bpclip.jobs.files import check_plot, check_writable
+from opacus_bpclip.jobs.records import require_resumable
 
 
 class ArmTrainer(Protocol):
@@ -96,18 +97,12 @@ def check(settings: Settings, output: Output) -> None:
     Raises:
         UsageError: a package or the device is missing, or a file cannot be written.
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no GPU here")
+    require_device(settings.device)
     if output.progress:
         require("tqdm", "a progress bar (or else --no-progress)")
-    if output.resume and output.json is None:
-        raise UsageError("--resume needs --json FILE, the file to continue from")
-    if output.plot:
-        require("matplotlib", "a plot (or else --plot none)")
-        check_plot_format(output.plot)
-        check_writable("--plot", output.plot)
-    if output.json:
-        check_writable("--json", output.json)
+    require_resumable(output.resume, output.json)
+    check_plot(output.plot, "a plot (or else --plot none)")
+    check_writable(plot=output.plot, json=output.json)
 
 
 def _keep(record: Record, output: Output) -> None:

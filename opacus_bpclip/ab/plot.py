@@ -9,14 +9,17 @@ from typing import Any
 from opacus_bpclip.ab.record import Record
 from opacus_bpclip.ab.results import ArmResult
 from opacus_bpclip.ab.settings import BACKPROP, FLAT, FLAT_INPUT_CLIPPING, NON_PRIVATE, Settings
+from opacus_bpclip.jobs.figures import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    draw_band,
+    draw_level,
+    new_figure,
+    open_frame,
+)
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; markers say it again.
-_STYLES = {
-    FLAT: ("#0072B2", "s"),
-    FLAT_INPUT_CLIPPING: ("#E69F00", "^"),
-    BACKPROP: ("#009E73", "o"),
-}
-_NON_PRIVATE_COLOUR = "#444444"
+_STYLES = {FLAT: (BLUE, "s"), FLAT_INPUT_CLIPPING: (ORANGE, "^"), BACKPROP: (GREEN, "o")}
 
 
 def draw(record: Record, path: Path) -> None:
@@ -25,19 +28,14 @@ def draw(record: Record, path: Path) -> None:
     Private arms are curves over their epochs, mean over seeds in a band from the smallest to the
     largest; the non-private arm, which has no epsilon, is a line at its final accuracy.
     """
-    # A figure of its own: pyplot would keep global state and may ask for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.2, 4.8, dpi=150)
     axes = figure.add_subplot()
     for name in record.settings.arms:
         result = record.arm(name)
         if result is None:
             continue
         if name == NON_PRIVATE:
-            _draw_level(axes, result)
+            draw_level(axes, 100 * result.accuracy_mean, linewidth=1.5, label=_legend(result))
         else:
             _draw_curve(axes, result)
     _label(axes, record)
@@ -48,16 +46,6 @@ def draw(record: Record, path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_level(axes: Any, result: ArmResult) -> None:
-    axes.axhline(
-        100 * result.accuracy_mean,
-        color=_NON_PRIVATE_COLOUR,
-        linestyle="--",
-        linewidth=1.5,
-        label=f"{result.arm}: {result.accuracy_mean:.1%}",
-    )
-
-
 def _draw_curve(axes: Any, result: ArmResult) -> None:
     colour, marker = _STYLES[result.arm]
     epsilons = [epoch.epsilon for epoch in result.seeds[0].epochs]
@@ -65,23 +53,13 @@ def _draw_curve(axes: Any, result: ArmResult) -> None:
         [100 * epoch.accuracy for epoch in epochs]
         for epochs in zip(*(seed.epochs for seed in result.seeds), strict=True)
     ]
-    axes.plot(
-        epsilons,
-        [fmean(values) for values in by_epoch],
-        color=colour,
-        marker=marker,
-        markersize=4,
-        linewidth=1.8,
-        label=f"{result.arm}: {result.accuracy_mean:.1%}",
-    )
-    axes.fill_between(
-        epsilons,
-        [min(values) for values in by_epoch],
-        [max(values) for values in by_epoch],
-        color=colour,
-        alpha=0.18,
-        linewidth=0,
-    )
+    rows = [(min(values), fmean(values), max(values)) for values in by_epoch]
+    label = _legend(result)
+    draw_band(axes, epsilons, rows, colour=colour, marker=marker, linewidth=1.8, label=label)
+
+
+def _legend(result: ArmResult) -> str:
+    return f"{result.arm}: {result.accuracy_mean:.1%}"
 
 
 def _label(axes: Any, record: Record) -> None:
@@ -90,7 +68,7 @@ def _label(axes: Any, record: Record) -> None:
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(_title(record), fontsize=10)
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes)
 
 
 def _title(record: Record) -> str:

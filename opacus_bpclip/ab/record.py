@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from typing import Any
 from opacus_bpclip.ab.results import ArmResult, Plan, arm_from_dict
 from opacus_bpclip.ab.settings import Settings
 from opacus_bpclip.jobs.environment import versions
-from opacus_bpclip.jobs.errors import UsageError
-from opacus_bpclip.jobs.files import write_whole
+from opacus_bpclip.jobs.records import as_read, reading, require_same, write_record
 
 FORMAT = 1
 _PACKAGES = ("torch", "opacus", "opacus-bpclip", "numpy", "torchvision", "scikit-learn")
@@ -63,7 +61,7 @@ class Record:
 
 def write(record: Record, path: Path) -> None:
     """Write a record to a file, whole or not at all where the file is an ordinary one."""
-    write_whole(path, json.dumps(record.as_dict(), indent=2, allow_nan=False) + "\n")
+    write_record(path, record.as_dict())
 
 
 def resumed(record: Record, path: Path) -> Record:
@@ -79,30 +77,17 @@ def resumed(record: Record, path: Path) -> Record:
     """
     if not path.exists():
         return record
-    try:
-        held = json.loads(path.read_text())
-        _check_agreement(record, held, path)
+    refusal = f"cannot resume from {path}"
+    with reading(path, "ab", f"{refusal}: it") as held:
+        require_same(_decisive(held, as_read(record.as_dict())), refusal)
         arms = tuple(arm_from_dict(name, arm) for name, arm in held["arms"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"cannot resume from {path}: it is not a results file of opacus-bpclip ab "
-            f"({type(error).__name__}: {error})"
-        ) from error
     return Record(record.settings, record.plan, arms)
 
 
-def _check_agreement(record: Record, held: dict[str, Any], path: Path) -> None:
-    now = json.loads(json.dumps(record.as_dict()))
-    differences: list[str] = []
+def _decisive(held: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for part in ("settings", "versions"):
-        names: Iterable[str] = sorted(set(now[part]) | set(held[part]))
-        differences += [
-            f"{name} {held[part].get(name)} there, {now[part].get(name)} now"
-            for name in names
-            if name not in _FREE_TO_CHANGE and held[part].get(name) != now[part].get(name)
-        ]
+        for name in sorted(set(now[part]) | set(held[part])):
+            if name not in _FREE_TO_CHANGE:
+                yield name, held[part].get(name), now[part].get(name)
     for name in ("format", "platform"):
-        if held[name] != now[name]:
-            differences.append(f"{name} {held[name]} there, {now[name]} now")
-    if differences:
-        raise UsageError(f"cannot resume from {path}: {'; '.join(differences)}")
+        yield name, held[name], now[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,14 @@ from typing import Any, get_args
 
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound, Upstream
 from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.values import (
+    require_at_least_one,
+    require_choice,
+    require_distinct,
+    require_positive,
+    require_probability,
+    require_some,
+)
 
 NON_PRIVATE = "non-private"
 FLAT = "flat"
@@ -97,23 +104,19 @@ class Settings:
     device: str
 
     def __post_init__(self) -> None:
-        _require_choice("--dataset", self.dataset, tuple(DATASETS))
+        require_choice("--dataset", self.dataset, DATASETS)
         for name in ("epsilon", "lr", "max_grad_norm", "max_input_norm"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"{_option(name)} must be a finite number above 0, not {value}")
+            require_positive(_option(name), getattr(self, name))
         if self.epsilon > MAX_EPSILON:
             raise UsageError(
                 f"--epsilon must be at most {MAX_EPSILON:g}, not {self.epsilon:g}: more is no "
                 f"privacy; --arms {NON_PRIVATE} trains without any"
             )
-        if not 0 < self.delta < 1:
-            raise UsageError(f"--delta must be between 0 and 1, not {self.delta}")
+        require_probability("--delta", self.delta)
         if not 0 <= self.momentum < 1:
             raise UsageError(f"--momentum must be at least 0 and below 1, not {self.momentum}")
         for name in ("epochs", "batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{_option(name)} must be at least 1, not {getattr(self, name)}")
+            require_at_least_one(_option(name), getattr(self, name))
         for name, value, choices in (
             ("--bound", self.bound, get_args(Bound)),
             ("--allocation", self.allocation, get_args(Allocation)),
@@ -121,20 +124,17 @@ class Settings:
             ("--accountant", self.accountant, ACCOUNTANTS),
             ("--device", self.device, DEVICES),
         ):
-            _require_choice(name, value, choices)
+            require_choice(name, value, choices)
         self._check_seeds_and_arms()
 
     def _check_seeds_and_arms(self) -> None:
         for name, values in (("--seeds", self.seeds), ("--arms", self.arms)):
-            if not values:
-                raise UsageError(f"{name} must not be empty")
-            if len(set(values)) < len(values):
-                listed = " ".join(map(str, values))
-                raise UsageError(f"{name} must not name anything twice: {listed}")
+            require_some(name, values)
+            require_distinct(name, values)
         if min(self.seeds) < 0:
             raise UsageError(f"--seeds must be 0 or above, not {min(self.seeds)}")
         for arm in self.arms:
-            _require_choice("--arms", arm, ARMS)
+            require_choice("--arms", arm, ARMS)
         if self.max_input_norm is None:
             if FLAT_INPUT_CLIPPING in self.arms:
                 raise UsageError(
@@ -196,7 +196,7 @@ def settings_for(dataset: str = "digits", **given: Any) -> Settings:
         >>> settings_for("mnist", threads=1).batch_size
         1024
     """
-    _require_choice("--dataset", dataset, tuple(DATASETS))
+    require_choice("--dataset", dataset, DATASETS)
     own = DATASETS[dataset]
     values: dict[str, Any] = {
         "data_root": "data",
@@ -232,8 +232,3 @@ def available_cores() -> int:
 def _option(name: str) -> str:
     assert name in {field.name for field in fields(Settings)}
     return "--" + name.replace("_", "-")
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

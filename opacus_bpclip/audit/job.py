@@ -24,9 +24,10 @@ from opacus_bpclip.audit.user_target import Inputs, model_target
 from opacus_bpclip.audit.verdict import Verdict
 from opacus_bpclip.config import BackpropClipping, Bound
 from opacus_bpclip.jobs.errors import JobError, UsageError
-from opacus_bpclip.jobs.extras import require
-from opacus_bpclip.jobs.files import check_plot_format, check_writable
+from opacus_bpclip.jobs.files import check_plot, check_writable
 from opacus_bpclip.jobs.loading import load_object, made_by
+from opacus_bpclip.jobs.records import require_resumable
+from opacus_bpclip.jobs.values import require_at_least_one
 
 
 def run_audits(settings: Settings, output: Output) -> Record:
@@ -68,17 +69,10 @@ def check(settings: Settings, output: Output) -> None:
         UsageError: a package is missing, a file cannot be written, or the user's own code cannot be
             loaded.
     """
-    if output.resume and output.json is None:
-        raise UsageError("--resume needs --json FILE, the file to continue from")
-    if output.processes < 1:
-        raise UsageError(f"--processes must be at least 1, not {output.processes}")
-    if output.plot:
-        require("matplotlib", "a plot")
-        check_plot_format(output.plot)
-    for option in ("json", "markdown", "plot"):
-        path = getattr(output, option)
-        if path:
-            check_writable(f"--{option}", path)
+    require_resumable(output.resume, output.json)
+    require_at_least_one("--processes", output.processes)
+    check_plot(output.plot)
+    check_writable(json=output.json, markdown=output.markdown, plot=output.plot)
     if settings.target or settings.model:
         build(settings, tasks(settings)[0])
 

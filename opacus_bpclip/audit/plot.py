@@ -8,18 +8,13 @@ from typing import Any
 
 from opacus_bpclip.audit.empirical import Empirical
 from opacus_bpclip.audit.record import Record
+from opacus_bpclip.jobs.figures import BLUE, GREY, ORANGE, new_figure, open_frame
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-_WITHOUT, _WITH = "#0072B2", "#E69F00"
 _COLUMNS = 5
 
 
 def draw(record: Record, path: Path) -> None:
     """Write the histograms of all one-step trials, in the format of the path's suffix."""
-    # A figure of its own: pyplot would keep global state and may ask for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = [
         (verdict.target, verdict.empirical[0])
         for _, verdict in record.in_order
@@ -27,8 +22,7 @@ def draw(record: Record, path: Path) -> None:
     ]
     columns = min(_COLUMNS, max(len(panels), 1))
     lines = max(math.ceil(len(panels) / columns), 1)
-    figure = Figure(figsize=(3.6 * columns, 2.6 * lines + 0.8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.6 * columns, 2.6 * lines + 0.8, dpi=110)
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
@@ -50,14 +44,14 @@ def _panel(axes: Any, name: str, found: Empirical) -> None:
     width = (histogram.high - histogram.low) / bins
     edges = [histogram.low + i * width for i in range(bins + 1)]
     worlds = (
-        (histogram.without, _WITHOUT, "without the canary"),
-        (histogram.with_canary, _WITH, "with it"),
+        (histogram.without, BLUE, "without the canary"),
+        (histogram.with_canary, ORANGE, "with it"),
     )
     for counts, colour, label in worlds:
         axes.stairs(counts, edges, fill=True, alpha=0.5, color=colour, label=label)
-    axes.axvline(found.threshold, color="#444444", linestyle="--", linewidth=1, label="threshold")
+    axes.axvline(found.threshold, color=GREY, linestyle="--", linewidth=1, label="threshold")
     title = f"{name}\nmu at least {found.mu_lower:.2f}, claimed {found.mu:.2f}"
     axes.set_title(title, fontsize=8)
     axes.set_xlabel("score (claimed standard deviations)", fontsize=7)
     axes.tick_params(labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 from opacus_bpclip.audit.settings import Settings, Task
 from opacus_bpclip.audit.verdict import Verdict, verdict_from_dict
 from opacus_bpclip.jobs.environment import commit, versions
-from opacus_bpclip.jobs.errors import UsageError
-from opacus_bpclip.jobs.files import write_whole
+from opacus_bpclip.jobs.records import as_read, reading, require_same, write_record
 
 FORMAT = 1
 _PACKAGES = ("torch", "opacus", "opacus-bpclip", "numpy", "scipy")
@@ -65,7 +64,7 @@ class Record:
 def keep(record: Record, path: Path | None) -> None:
     """Write a record to a file, if there is one to write to."""
     if path:
-        write_whole(path, json.dumps(record.as_dict(), indent=2, allow_nan=False) + "\n")
+        write_record(path, record.as_dict())
 
 
 def resumed(record: Record, path: Path) -> Record:
@@ -81,27 +80,19 @@ def resumed(record: Record, path: Path) -> Record:
     """
     if not path.exists():
         return record
-    try:
-        held = json.loads(path.read_text())
-        differences = _differences(json.loads(json.dumps(record.as_dict())), held)
+    refusal = f"cannot resume from {path}"
+    with reading(path, "audit", f"{refusal}: it") as held:
+        decisive = list(_decisive(held, as_read(record.as_dict())))
         verdicts = [(Task(**found["task"]), verdict_from_dict(found)) for found in held["verdicts"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"cannot resume from {path}: it is not a results file of opacus-bpclip audit "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if differences:
-        raise UsageError(f"cannot resume from {path}: {'; '.join(differences)}")
+    require_same(decisive, refusal)
     wanted = tuple(pair for pair in verdicts if pair[0] in record.tasks)
     return Record(record.settings, record.tasks, wanted)
 
 
-def _differences(now: dict[str, Any], held: dict[str, Any]) -> list[str]:
-    pairs = [(name, held[name], now[name]) for name in ("format", "commit", "platform")]
+def _decisive(held: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in ("format", "commit", "platform"):
+        yield name, held[name], now[name]
     for part in ("settings", "versions"):
-        pairs += [
-            (name, held[part].get(name), value)
-            for name, value in now[part].items()
-            if name not in _FREE_TO_CHANGE
-        ]
-    return [f"{name} {there} there, {here} now" for name, there, here in pairs if there != here]
+        for name, value in now[part].items():
+            if name not in _FREE_TO_CHANGE:
+                yield name, held[part].get(name), value

@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from opacus_bpclip.config import Bound, is_positive_number
+from opacus_bpclip.config import Bound
 from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.values import (
+    require_at_least_one,
+    require_choice,
+    require_distinct,
+    require_positive,
+    require_probability,
+)
 
 CASE_NAMES = (
     "linear",
@@ -80,16 +87,11 @@ class Settings:
         _require_some_of("--case", self.cases, CASE_NAMES)
         _require_some_of("--bound", self.bounds, BOUNDS)
         _require_some_of("--loss-reduction", self.loss_reductions, REDUCTIONS)
-        for option, value in (
-            ("--noise-multiplier", self.noise_multiplier),
-            ("--max-grad-norm", self.max_grad_norm),
-            ("--max-input-norm", self.max_input_norm),
-        ):
-            if value is not None and not is_positive_number(value):
-                raise UsageError(f"{option} must be a finite number above 0, not {value}")
-        for option, value in (("--alpha", self.alpha), ("--delta", self.delta)):
-            if not 0 < value < 1:
-                raise UsageError(f"{option} must be between 0 and 1, not {value}")
+        require_positive("--noise-multiplier", self.noise_multiplier)
+        require_positive("--max-grad-norm", self.max_grad_norm)
+        require_positive("--max-input-norm", self.max_input_norm)
+        require_probability("--alpha", self.alpha)
+        require_probability("--delta", self.delta)
         if self.trials != 0 and self.trials < FEWEST_TRIALS:
             raise UsageError(f"--trials must be 0 or at least {FEWEST_TRIALS}, not {self.trials}")
         if self.seed < 0:
@@ -119,8 +121,8 @@ class Settings:
                 )
         elif self.vocabulary:
             raise UsageError("--vocabulary goes with an --input that is a shape")
-        if self.vocabulary is not None and self.vocabulary < 1:
-            raise UsageError(f"--vocabulary must be at least 1, not {self.vocabulary}")
+        if self.vocabulary is not None:
+            require_at_least_one("--vocabulary", self.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,5 @@ def shape_of(text: str) -> tuple[int, ...]:
 
 def _require_some_of(option: str, values: tuple[str, ...], choices: tuple[str, ...]) -> None:
     for value in values:
-        if value not in choices:
-            raise UsageError(f"{option} must be one of {', '.join(choices)}, not {value!r}")
-    if len(set(values)) < len(values):
-        raise UsageError(f"{option} must not name anything twice: {' '.join(values)}")
+        require_choice(option, value, choices)
+    require_distinct(option, values)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ from opacus_bpclip.bench.settings import (
     default_arms,
     points,
 )
-from opacus_bpclip.jobs.arguments import StoreTuple
-from opacus_bpclip.jobs.errors import JobError, UsageError
+from opacus_bpclip.jobs.arguments import Options, add_command
+from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.running import run_reported, take
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -33,39 +33,19 @@ peak memory comes from a process for each arm. Nothing is downloaded."""
 
 def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     """Add the subcommand to the command line."""
-    parser = subparsers.add_parser(
-        "bench",
-        help="compare the time and memory of training steps",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        # An option that is not given stays out of the namespace.
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.set_defaults(run=run)
+    summary = "compare the time and memory of training steps"
+    parser = add_command(subparsers, "bench", run, summary=summary, description=_DESCRIPTION)
     _add_options(parser)
     _add_output_options(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Run the subcommand; 0 if it went well, 2 for wrong usage, 1 for a failed measurement."""
-    given = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
-    try:
-        _run(given)
-    except JobError as error:
-        print(f"opacus-bpclip bench: error: {error}", file=sys.stderr)
-        return error.exit_status
-    except OSError as error:
-        print(f"opacus-bpclip bench: error: {error}", file=sys.stderr)
-        return JobError.exit_status
-    except KeyboardInterrupt:
-        print("opacus-bpclip bench: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_reported(args, _run)
 
 
-def _run(given: dict[str, Any]) -> None:
-    names = ("from_json", "json", "markdown", "plot", "update", "progress")
-    output = Output(**{name: given.pop(name) for name in names if name in given})
+def _run(given: dict[str, Any]) -> int:
+    output = take(Output, given)
     todo, settings = _what(given, output)
 
     from opacus_bpclip.bench.documents import update
@@ -82,6 +62,7 @@ def _run(given: dict[str, Any]) -> None:
         update(document, record)
     if output.plot:
         draw(record, output.plot)
+    return 0
 
 
 def _what(given: dict[str, Any], output: Output) -> tuple[list[Point], Settings]:
@@ -99,71 +80,40 @@ def _what(given: dict[str, Any], output: Output) -> tuple[list[Point], Settings]
     return points(names, growth), Settings(**{"arms": default_arms(growth), **given})
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what to measure")
-    group.add_argument(
+def _add_options(parser: ArgumentParser) -> None:
+    group = Options(parser, "what to measure")
+    group.several(
         "--case",
-        nargs="+",
-        action=StoreTuple,
-        metavar="CASE",
-        help=f"all, or some of {', '.join(CASES)} (default: {' '.join(ACCEPTANCE)})",
+        f"all, or some of {', '.join(CASES)} (default: {' '.join(ACCEPTANCE)})",
+        "CASE",
     )
-    group.add_argument(
-        "--growth", metavar="SIZE", help=f"a growth curve in place of cases: {', '.join(GROWTHS)}"
-    )
-    group.add_argument(
+    group.text("--growth", f"a growth curve in place of cases: {', '.join(GROWTHS)}", "SIZE")
+    growth_arms = " ".join(default_arms("batch"))
+    group.several(
         "--arms",
-        nargs="+",
-        action=StoreTuple,
-        metavar="ARM",
-        help=f"some of {', '.join(ARMS)} (default: all; for a growth curve "
-        f"{' '.join(default_arms('batch'))})",
+        f"some of {', '.join(ARMS)} (default: all; for a growth curve {growth_arms})",
+        "ARM",
     )
-    group.add_argument(
-        "--rounds",
-        type=int,
-        metavar="N",
-        help=f"steps of every arm that count (default: {Settings.rounds})",
-    )
-    group.add_argument(
+    group.integer("--rounds", f"steps of every arm that count (default: {Settings.rounds})")
+    group.number(
         "--limit",
-        type=float,
-        metavar="SECONDS",
-        help="start no more rounds of a comparison after this time, but do at least "
+        "start no more rounds of a comparison after this time, but do at least "
         f"{Settings.least_rounds} (default: {Settings.limit:g})",
+        "SECONDS",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="of torch (default: 1)")
-    group.add_argument("--device", metavar="NAME", help=f"{' or '.join(DEVICES)} (default: cpu)")
+    group.integer("--threads", "of torch (default: 1)")
+    group.text("--device", f"{' or '.join(DEVICES)} (default: cpu)")
 
 
-def _add_output_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--json", type=Path, metavar="FILE", help="write all facts here, after every comparison"
-    )
-    group.add_argument(
+def _add_output_options(parser: ArgumentParser) -> None:
+    group = Options(parser, "output")
+    group.json("comparison")
+    group.file(
         "--from-json",
-        type=Path,
-        metavar="FILE",
-        help="start from the results in this file: add to them what is measured now, or render "
-        "them if nothing else is asked for",
+        "start from the results in this file: add to them what is measured now, or render them if "
+        "nothing else is asked for",
     )
-    group.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here, too")
-    group.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the growth curves (needs matplotlib)"
-    )
-    group.add_argument(
-        "--update",
-        nargs="+",
-        action=StoreTuple,
-        type=Path,
-        metavar="FILE",
-        help="rewrite the generated blocks of these documents",
-    )
-    group.add_argument(
-        "--no-progress",
-        dest="progress",
-        action="store_false",
-        default=True,
-        help="do not say on stderr what is being measured",
-    )
+    group.file("--markdown", "write the tables here, too")
+    group.file("--plot", "draw the growth curves (needs matplotlib)")
+    group.several("--update", "rewrite the generated blocks of these documents", "FILE", type=Path)
+    group.no_progress("do not say on stderr what is being measured")

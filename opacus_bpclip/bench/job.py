@@ -17,9 +17,9 @@ from opacus_bpclip.bench.record import Record
 from opacus_bpclip.bench.results import ArmResult, Comparison
 from opacus_bpclip.bench.settings import Output, Point, Settings, is_compiled
 from opacus_bpclip.jobs.child import call_in_child
-from opacus_bpclip.jobs.errors import ChildError, UsageError
-from opacus_bpclip.jobs.extras import require
-from opacus_bpclip.jobs.files import check_plot_format, check_writable
+from opacus_bpclip.jobs.errors import ChildError
+from opacus_bpclip.jobs.extras import require_device
+from opacus_bpclip.jobs.files import check_plot, check_writable
 
 # One thread of the compiler's own: its processes would take time from a step that is measured.
 _ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -77,15 +77,9 @@ def check(settings: Settings, output: Output) -> None:
     Raises:
         UsageError: a package or the device is missing, or a file cannot be written.
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no GPU here")
-    if output.plot:
-        require("matplotlib", "a plot")
-        check_plot_format(output.plot)
-    for option in ("json", "markdown", "plot"):
-        path = getattr(output, option)
-        if path:
-            check_writable(f"--{option}", path)
+    require_device(settings.device)
+    check_plot(output.plot)
+    check_writable(json=output.json, markdown=output.markdown, plot=output.plot)
     for path in output.update:
         # What has no block would be found out only after everything is measured.
         documents.read(path, Record())

@@ -10,9 +10,21 @@ from opacus_bpclip.bench.record import Record
 from opacus_bpclip.bench.results import Comparison, Spread
 from opacus_bpclip.bench.settings import ARMS, GROWTHS, base_of
 from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    draw_band,
+    draw_level,
+    new_figure,
+    open_frame,
+)
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; markers say it again.
-_COLOURS = ("#009E73", "#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#444444")
+_COLOURS = (GREEN, BLUE, RED, ORANGE, PURPLE, SKY, GREY)
 _MARKERS = "osD^vP*"
 
 
@@ -31,12 +43,7 @@ def draw(record: Record, path: Path) -> None:
     drawn = {axis: curve for axis, curve in curves.items() if curve}
     if not drawn:
         raise UsageError("--plot needs a growth curve: --growth, or a file that holds one")
-    # A figure of its own: pyplot would keep global state and may ask for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6 * len(drawn) + 0.4), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6 * len(drawn) + 0.4, dpi=130)
     grid = figure.subplots(len(drawn), 2, squeeze=False)
     handles: dict[str, Any] = {}
     for (axis, curve), (left, right) in zip(drawn.items(), grid, strict=True):
@@ -58,24 +65,14 @@ def _draw(
         found = [(own.point.key[2], spread) for own in curve if (spread := ratio(own, arm))]
         if not found:
             continue
-        sizes = [size for size, _ in found]
-        colour = _COLOURS[index % len(_COLOURS)]
-        (handles[arm],) = axes.plot(
-            sizes,
-            [spread.median for _, spread in found],
-            color=colour,
+        handles[arm] = draw_band(
+            axes,
+            [size for size, _ in found],
+            [(spread.low, spread.median, spread.high) for _, spread in found],
+            colour=_COLOURS[index % len(_COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],
-            markersize=4,
         )
-        axes.fill_between(
-            sizes,
-            [spread.low for _, spread in found],
-            [spread.high for _, spread in found],
-            color=colour,
-            alpha=0.18,
-            linewidth=0,
-        )
-    axes.axhline(1, color="#444444", linestyle="--", linewidth=1)
+    draw_level(axes, 1, linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -84,5 +81,5 @@ def _draw(
     axes.set_ylabel(f"{what} / non-private")
     axes.set_title(curve[0].point.case.title, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes)
     return handles

@@ -12,8 +12,8 @@ from typing import Any
 from opacus_bpclip.bench.results import Comparison, comparison_from_dict
 from opacus_bpclip.bench.settings import Settings
 from opacus_bpclip.jobs.environment import versions
-from opacus_bpclip.jobs.errors import UsageError
 from opacus_bpclip.jobs.files import write_whole
+from opacus_bpclip.jobs.records import reading, require_same
 
 FORMAT = 1
 _PACKAGES = ("torch", "opacus", "opacus-bpclip")
@@ -87,8 +87,7 @@ def read(path: Path) -> Record:
     Raises:
         UsageError: the file cannot be read or is not a results file.
     """
-    try:
-        held = json.loads(path.read_text())
+    with reading(path, "bench", str(path)) as held:
         if held["format"] != FORMAT:
             raise ValueError(f"format {held['format']}, not {FORMAT}")
         around = held["circumstances"]
@@ -96,10 +95,6 @@ def read(path: Path) -> Record:
             Circumstances(**around) if around else None,
             tuple(comparison_from_dict(own) for own in held["comparisons"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path} is not a results file of opacus-bpclip bench ({type(error).__name__}: {error})"
-        ) from error
 
 
 def continued(record: Record, now: Circumstances) -> Record:
@@ -110,13 +105,8 @@ def continued(record: Record, now: Circumstances) -> Record:
     """
     if record.circumstances is not None and record.comparisons:
         before, after = vars(record.circumstances), vars(now)
-        differences = [
-            f"{name} {before[name]} there, {after[name]} now"
-            for name in before
-            if before[name] != after[name]
-        ]
-        if differences:
-            raise UsageError(f"cannot add to the results in --from-json: {'; '.join(differences)}")
+        decisive = ((name, before[name], after[name]) for name in before)
+        require_same(decisive, "cannot add to the results in --from-json")
     return replace(record, circumstances=now)
 
 

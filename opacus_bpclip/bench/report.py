@@ -9,6 +9,7 @@ from opacus_bpclip.bench.record import Record
 from opacus_bpclip.bench.results import ArmResult, Comparison, Spread, median_of
 from opacus_bpclip.bench.settings import ARMS, GROWTHS, base_of
 from opacus_bpclip.bench.targets import verdicts
+from opacus_bpclip.jobs.tables import markdown
 
 _EMPTY = "No results yet."
 
@@ -34,7 +35,7 @@ def summary(record: Record) -> str:
         "Time of a whole training step / its peak memory, as ratios to training the same model "
         "without privacy (medians)."
     )
-    return f"{note}\n{_circumstances(record)}\n\n{_table(rows)}"
+    return f"{note}\n{_circumstances(record)}\n\n{markdown(rows)}"
 
 
 def title(comparison: Comparison) -> str:
@@ -70,7 +71,7 @@ def _targets(record: Record) -> Iterator[str]:
             row = [own.case, f"`{own.arm}`", own.what, limit, _number(own.measured), met]
             rows.append(row)
     if len(rows) > 1:
-        yield f"### Targets\n\n{_table(rows)}"
+        yield f"### Targets\n\n{markdown(rows)}"
 
 
 def _cases(record: Record) -> Iterator[str]:
@@ -86,7 +87,7 @@ def _cases(record: Record) -> Iterator[str]:
         ]
         rounds = max((len(own.seconds) for own in comparison.arms), default=0)
         text = f"{comparison.parameters:,} parameters; rounds: {rounds}."
-        parts = [f"### {title(comparison)}", text, _table(rows)]
+        parts = [f"### {title(comparison)}", text, markdown(rows)]
         if failures:
             parts.append("\n".join(failures))
         yield "\n\n".join(parts)
@@ -111,7 +112,7 @@ def _growths(record: Record) -> Iterator[str]:
             rows.append([f"{own.point.key[2]:,}", *cells])
         fixed = ", ".join(_fixed_sizes(curve[0]))
         text = f"{fixed}. Time ratio / memory ratio, medians."
-        yield f"### Growth with {axis}: {curve[0].point.case.title}\n\n{text}\n\n{_table(rows)}"
+        yield f"### Growth with {axis}: {curve[0].point.case.title}\n\n{text}\n\n{markdown(rows)}"
 
 
 def _fixed_sizes(comparison: Comparison) -> Iterator[str]:
@@ -126,11 +127,6 @@ def _fixed_sizes(comparison: Comparison) -> Iterator[str]:
 def _in_order(arms: Iterable[str]) -> list[str]:
     found = set(arms)
     return [arm for arm in ARMS if arm in found and arm != base_of(arm)]
-
-
-def _table(rows: list[list[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
 def _pair(time: Spread | None, memory: Spread | None) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.values import (
+    require_at_least_one,
+    require_choice,
+    require_distinct,
+    require_some,
+)
 
 NON_PRIVATE = "non-private"
 BOUNDS = ("product", "weighted", "exact")
@@ -135,11 +141,10 @@ class Settings:
             if base_of(arm) not in self.arms:
                 raise UsageError(f"--arms {arm} needs {base_of(arm)}, which its ratios are to")
         for name in ("rounds", "threads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
+            require_at_least_one(f"--{name}", getattr(self, name))
         if not self.limit >= 0:
             raise UsageError(f"--limit must be a number of seconds at least 0, not {self.limit}")
-        _require_choices("--device", (self.device,), DEVICES)
+        require_choice("--device", self.device, DEVICES)
 
 
 @dataclass(frozen=True)
@@ -185,9 +190,9 @@ def points(cases: Sequence[str], growth: str | None) -> list[Point]:
         UsageError: an unknown name, or one twice.
     """
     if growth is None:
-        _require_choices("--case", cases, tuple(CASES))
+        _require_choices("--case", cases, CASES)
         return [Point(name, None, CASES[name]) for name in cases]
-    _require_choices("--growth", (growth,), tuple(GROWTHS))
+    require_choice("--growth", growth, GROWTHS)
     curve = GROWTHS[growth]
     base = CASES[curve.case]
     changed: list[dict[str, Any]] = [{curve.field: value} for value in curve.values]
@@ -199,11 +204,8 @@ def default_arms(growth: str | None) -> tuple[str, ...]:
     return ARMS if growth is None else _GROWTH_ARMS
 
 
-def _require_choices(option: str, values: Sequence[str], choices: tuple[str, ...]) -> None:
-    if not values:
-        raise UsageError(f"{option} must not be empty")
-    if len(set(values)) < len(values):
-        raise UsageError(f"{option} must not name anything twice: {' '.join(values)}")
+def _require_choices(option: str, values: Sequence[str], choices: Collection[str]) -> None:
+    require_some(option, values)
+    require_distinct(option, values)
     for value in values:
-        if value not in choices:
-            raise UsageError(f"{option} must be one of {', '.join(choices)}, not {value!r}")
+        require_choice(option, value, choices)

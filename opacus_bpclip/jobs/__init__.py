@@ -1,1 +1,1 @@
-"""What the long-running commands share: processes, peak memory, files, errors."""
+"""What the long-running commands share: options, processes, memory, files, pictures, errors."""

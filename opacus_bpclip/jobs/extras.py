@@ -1,8 +1,10 @@
-"""The optional packages that a comparison uses."""
+"""What a comparison uses and may not find: optional packages, and a GPU."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+
+import torch
 
 from opacus_bpclip.jobs.errors import UsageError
 
@@ -21,3 +23,16 @@ def require(module: str, purpose: str) -> None:
         raise UsageError(
             f'{purpose} needs {module}, which is not installed: pip install "opacus-bpclip[ab]"'
         )
+
+
+def require_device(device: str) -> None:
+    """Check that torch finds the device that was asked for.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        UsageError: there is no GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no GPU here")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.extras import require
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -19,16 +20,42 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def check_writable(option: str, path: Path) -> None:
+def check_writable(**files: Path | None) -> None:
     """Try to write: permissions alone do not tell of full disks, read-only mounts and folders.
 
     Args:
-        option: what the file was given by, to start the error with.
-        path: an ordinary file is left as it is, and an absent one absent.
+        **files: by their options' names, in the order to try them; None for one that is not wanted.
+            An ordinary file is left as it is, and an absent one absent.
 
     Raises:
-        UsageError: the file cannot be written.
+        UsageError: a file cannot be written.
     """
+    for option, path in files.items():
+        if path:
+            _try_to_write(f"--{option}", path)
+
+
+def check_plot(path: Path | None, purpose: str = "a plot") -> None:
+    """Check that a plot, if one is wanted, can be drawn in the format of its name.
+
+    Args:
+        path: of the plot; None if none is wanted.
+        purpose: what needs matplotlib, to start the error with.
+
+    Raises:
+        UsageError: matplotlib is not installed, or cannot write such a file.
+    """
+    if path is None:
+        return
+    require("matplotlib", purpose)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known: Callable[[], dict[str, str]] = FigureCanvasAgg.get_supported_filetypes
+    if path.suffix.lower().lstrip(".") not in known():
+        raise UsageError(f"--plot {path}: name a file that ends in .png, .pdf or .svg")
+
+
+def _try_to_write(option: str, path: Path) -> None:
     existed = path.exists()
     try:
         with path.open("a"):
@@ -39,16 +66,3 @@ def check_writable(option: str, path: Path) -> None:
         raise UsageError(f"{option} {path} cannot be written: {error.strerror}") from error
     if (path.is_file() or not existed) and not os.access(path.parent, os.W_OK):
         raise UsageError(f"{option} {path} cannot be written: its folder is read-only")
-
-
-def check_plot_format(path: Path) -> None:
-    """Check that matplotlib, which must be installed, can write a plot of this name.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    known: Callable[[], dict[str, str]] = FigureCanvasAgg.get_supported_filetypes
-    if path.suffix.lower().lstrip(".") not in known():
-        raise UsageError(f"--plot {path}: name a file that ends in .png, .pdf or .svg")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opacus_bpclip.audit import CASES, command, job
-from opacus_bpclip.audit.settings import CASE_NAMES, Settings, tasks
+from opacus_bpclip.audit.settings import CASE_NAMES, Output, Settings, tasks
 from opacus_bpclip.cli import build_parser, main
 
 EVERY_OPTION = (
@@ -53,7 +53,7 @@ def test_every_option_reaches_the_settings():
             ]
         )
     )
-    output = {name: args.pop(name) for name in command._OUTPUT}
+    output = {name: args.pop(name) for name in vars(Output())}
     assert output == {
         "json": Path("a.json"),
         "markdown": Path("a.md"),
