@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -160,6 +161,13 @@ def where_needed(keep: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling() or keep.device.type != "cpu":
         return keep
     return None if bool(keep.all()) else keep
+
+
+def where_finite(total: Tensor) -> Tensor | None:
+    """Return which entries of ``total``, ``[B]``, are finite, in the manner of `where_needed`."""
+    if torch.compiler.is_compiling() or total.device.type != "cpu":
+        return total.isfinite()
+    return None if math.isfinite(float(total.sum())) else where_needed(total.isfinite())
 
 
 def zero_rows(x: Tensor, keep: Tensor | None) -> Tensor:

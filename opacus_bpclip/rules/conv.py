@@ -70,7 +70,7 @@ class ConvRule(FusedRule):
         channels = x.unflatten(1, (self.groups, self.group_channels)).to(dtype)
         squared = channels.square()
         squared = squared[:, :, 0] if self.group_channels == 1 else squared.sum(dim=2)
-        finite = squared.flatten(1).sum(dim=1).isfinite()
+        total = squared.flatten(1).sum(dim=1)
         # Zeros around the input add nothing to a norm; any other padding is a part of the input.
         zeros = self.padding_mode == "constant"
         make = _windows.__wrapped__ if torch.compiler.is_compiling() else _windows
@@ -83,7 +83,7 @@ class ConvRule(FusedRule):
             # The next axis takes the place of the one that is added up.
             squared = torch.tensordot(squared, windows, dims=([2], [0]))
         norms = squared.sqrt().flatten(2)
-        return Measured(norms + 2 * bounds.underflow(self.column_size(), dtype), finite)
+        return Measured(norms + 2 * bounds.underflow(self.column_size(), dtype), total)
 
     def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
         """Clip the example by its largest patch."""
@@ -154,9 +154,9 @@ class ConvRule(FusedRule):
         )
         return dx, dw * multiplier if wanted[1] else None
 
-    def bias_gradients(self, g: Tensor) -> Tensor:
-        """Add up the positions."""
-        return g.flatten(2).sum(dim=2)
+    def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
+        """Add up the positions, then the examples."""
+        return factor @ g.flatten(2).sum(dim=2)
 
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, self.padding, mode=self.padding_mode) if any(self.padding) else x

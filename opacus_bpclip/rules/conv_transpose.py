@@ -69,7 +69,7 @@ class ConvTransposeRule(MatrixRule):
         dtype = bounds.norm_dtype(x.dtype)
         norms = torch.linalg.vector_norm(self.columns(x), dim=2, dtype=dtype)
         norms = norms + bounds.underflow(self.group_channels, dtype)
-        return Measured(norms, norms.isfinite().flatten(1).all(dim=1))
+        return Measured(norms, norms.sum(dim=(1, 2)))
 
     def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
         """Clip each pixel by its own norm."""

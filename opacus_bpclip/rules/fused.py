@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.norms import (
-    column_norms,
     max_column_norm,
     norm_dtype,
     rounding_margin,
@@ -63,15 +62,20 @@ class FusedRule(MatrixRule):
         """
 
     @abstractmethod
-    def bias_gradients(self, g: Tensor) -> Tensor:
-        """Return each example's gradient of the bias, ``[B, C]``."""
+    def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
+        """Return the sum of the examples' gradients of the bias, ``[C]``.
+
+        Args:
+            g: upstream gradient.
+            factor: ``[B]``, of each example.
+        """
 
     def bound_of_scaled(
         self,
         kind: str,
         g: Tensor,
         x: Tensor,
-        norms: Tensor | None,
+        columns: Tensor | None,
         factor: Tensor | None,
         max_norm: float | None,
         room: Tensor | None,
@@ -82,15 +86,14 @@ class FusedRule(MatrixRule):
             kind: as for `bound`.
             g: as for `bound`.
             x: the input, not scaled.
-            norms: of its columns, scaled.
+            columns: norms from `with_one`, of the scaled columns.
             factor: from `clip_factor`, ``None`` for 1.
             max_norm: as for `bound`.
             room: as ``g``, overwritten; saves fresh memory.
         """
         if kind != "exact":
-            return self.cheap_bound(kind, g, norms, max_norm, room)
-        assert norms is not None
-        columns = column_norms(norms, weight=self.weight, bias=self.bias)
+            return self.cheap_bound(kind, g, columns, max_norm, room)
+        assert columns is not None
         return self.exact_bound(self.upstream(g), x, columns, factor)
 
     def least_bound(self, kind: str, dtype: torch.dtype, max_norm: float | None) -> float:

@@ -45,7 +45,7 @@ class LinearRule(FusedRule):
         norms = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
         norms = norms + bounds.underflow(self.in_features, dtype)
         norms = norms.reshape(x.shape[0], 1, x.shape[1:-1].numel())
-        return Measured(norms, norms.sum(dim=(1, 2)).isfinite())
+        return Measured(norms, norms.sum(dim=(1, 2)))
 
     def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
         """Clip each position by its own norm."""
@@ -89,6 +89,8 @@ class LinearRule(FusedRule):
             dw = torch.addmm(nothing, rows.T, columns, beta=0, alpha=multiplier)
         return dx, dw
 
-    def bias_gradients(self, g: Tensor) -> Tensor:
-        """Add up the positions."""
-        return g if g.dim() == 2 else g.flatten(1, -2).sum(dim=1)
+    def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
+        """Add up the positions of all examples in one product."""
+        rows = g.reshape(-1, g.shape[-1])
+        repeated = factor.view(-1, 1).expand(-1, g.shape[1:-1].numel()).reshape(-1)
+        return torch.mv(rows.T, repeated)

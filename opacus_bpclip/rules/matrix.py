@@ -17,10 +17,15 @@ from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
 
 
 class Measured(NamedTuple):
-    """An input's norms: ``[B, R, P]`` of its columns, and ``[B]`` bool, which rows are finite."""
+    """An input's norms.
+
+    Attributes:
+        norms: ``[B, R, P]``, of its columns.
+        total: ``[B]``, finite where every number of the example is, and its square.
+    """
 
     norms: Tensor
-    finite: Tensor
+    total: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class MatrixRule(Rule):
         """Scale every column down to ``max_norm``."""
         (x,) = inputs
         assert x is not None
-        column_norms, finite = self.measure(x)
+        column_norms, total = self.measure(x)
+        finite = total.isfinite()
         if max_norm is None:
             return Prepared(inputs, column_norms, finite)
         factor = self.clip_factor(column_norms, max_norm)
@@ -81,18 +87,22 @@ class MatrixRule(Rule):
     ) -> Tensor:
         """Return the bound of this kind. Source: design section 3, proofs in docs/guarantee.md."""
         if kind != "exact":
-            return self.cheap_bound(kind, g, input_norms, max_norm)
+            columns = None if input_norms is None else self.with_one(input_norms)
+            return self.cheap_bound(kind, g, columns, max_norm)
         (x,) = inputs
         assert x is not None
         assert input_norms is not None
-        columns = norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
-        return self.exact_bound(self.upstream(g), x, columns)
+        return self.exact_bound(self.upstream(g), x, self.with_one(input_norms))
+
+    def with_one(self, input_norms: Tensor) -> Tensor:
+        """Return the norms of the columns with the bias's entry, from those without."""
+        return norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
 
     def cheap_bound(
         self,
         kind: str,
         g: Tensor,
-        input_norms: Tensor | None,
+        columns: Tensor | None,
         max_norm: float | None,
         room: Tensor | None = None,
     ) -> Tensor:
@@ -101,7 +111,7 @@ class MatrixRule(Rule):
         Args:
             kind: as for `bound`.
             g: as for `bound`.
-            input_norms: as for `bound`.
+            columns: norms from `with_one`; not needed for the product bound.
             max_norm: as for `bound`.
             room: as ``g``, overwritten; saves fresh memory.
         """
@@ -112,8 +122,7 @@ class MatrixRule(Rule):
             assert max_norm is not None
             largest = norms.max_column_norm(max_norm, weight=self.weight, bias=self.bias)
             return norms.product_bound(upstream, largest, room) * rounded
-        assert input_norms is not None
-        columns = norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
+        assert columns is not None
         return norms.weighted_bound(upstream, columns, room) * rounded
 
     def exact_bound(
@@ -124,7 +133,7 @@ class MatrixRule(Rule):
         Args:
             upstream: ``[B, R, C, P]``.
             x: the input, ``[B, ...]``.
-            columns: the norms of its columns, scaled and with the bias's entry.
+            columns: norms from `with_one`, of the scaled columns.
             factor: from `clip_factor`, by which ``x`` is still to be scaled; ``None`` for 1.
         """
         batch, groups, channels, positions = upstream.shape
@@ -150,13 +159,16 @@ class MatrixRule(Rule):
         return bound * norms.accumulation(positions, dtype)
 
     def size(self, kind: str, g: Tensor, input_norms: Tensor | None) -> Tensor:
-        """Return the upstream gradient's norm; for the exact bound, times the columns' if above 1.
+        """Return the upstream gradient's norm, in the exact bound times the columns' if above 1."""
+        return self.size_of(kind, g, None if input_norms is None else self.with_one(input_norms))
 
-        What cancels in that bound may overflow before it does.
+    def size_of(self, kind: str, g: Tensor, columns: Tensor | None) -> Tensor:
+        """Return `size` for columns of these norms, from `with_one`.
+
+        What cancels in the exact bound may overflow before it does.
         """
         size = norms.row_norms(g)
         if kind != "exact":
             return size
-        assert input_norms is not None
-        columns = norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
+        assert columns is not None
         return size * norms.row_norms(columns).clamp(min=1)
