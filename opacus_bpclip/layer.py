@@ -76,7 +76,7 @@ class Layer:
         """
         kind = type(module)
         # The rules of this package read what `_state` holds; another rule may read anything.
-        own = type(rule).from_module.__module__.startswith(f"{__package__}.")
+        own = str(type(rule).from_module.__module__).startswith(f"{__package__}.")
         return cls(
             name=name,
             module=module,
