@@ -101,6 +101,10 @@ def _add_options(parser: ArgumentParser) -> None:
         f"{Settings.least_rounds} (default: {Settings.limit:g})",
         "SECONDS",
     )
+    group.integer(
+        "--processes",
+        f"that share the rounds, one after the other (default: {Settings.processes})",
+    )
     group.integer("--threads", "of torch (default: 1)")
     group.text("--device", f"{' or '.join(DEVICES)} (default: cpu)")
 

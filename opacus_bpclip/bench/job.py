@@ -99,12 +99,14 @@ def _memory(arm: str, point: Point, settings: Settings, progress: bool) -> ArmRe
 def _add_times(
     results: dict[str, ArmResult], arms: Sequence[str], point: Point, settings: Settings
 ) -> None:
-    times = call_in_child(step_times, arms, point.case, settings, environment=_ENVIRONMENT)
-    for arm, found in times.items():
-        if isinstance(found, str):
-            results[arm] = ArmResult(arm, failure=found)
-        else:
-            results[arm] = replace(results[arm], seconds=found)
+    for share in settings.shares():
+        running = [arm for arm in arms if results[arm].failure is None]
+        times = call_in_child(step_times, running, point.case, share, environment=_ENVIRONMENT)
+        for arm, found in times.items():
+            if isinstance(found, str):
+                results[arm] = ArmResult(arm, failure=found)
+            else:
+                results[arm] = replace(results[arm], seconds=(*results[arm].seconds, *found))
 
 
 def _count_parameters(point: Point) -> int:

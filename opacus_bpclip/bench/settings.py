@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from opacus_bpclip.jobs.errors import UsageError
 from opacus_bpclip.jobs.values import (
@@ -122,6 +122,9 @@ class Settings:
         limit: seconds after which no round of a comparison begins, once there are `least_rounds`.
         threads: torch's intra-op threads.
         device: ``"cpu"`` or ``"cuda"``.
+        processes: that share the rounds, one after the other. Where the system puts a process's
+            memory decides some hundredths of a ratio.
+        least_rounds: that are taken whatever the limit.
 
     Raises:
         UsageError: a value outside these; the text names the option.
@@ -132,19 +135,38 @@ class Settings:
     limit: float = 60.0
     threads: int = 1
     device: str = "cpu"
-
-    least_rounds: ClassVar[int] = 6
+    processes: int = 3
+    least_rounds: int = 6
 
     def __post_init__(self) -> None:
         _require_choices("--arms", self.arms, ARMS)
         for arm in self.arms:
             if base_of(arm) not in self.arms:
                 raise UsageError(f"--arms {arm} needs {base_of(arm)}, which its ratios are to")
-        for name in ("rounds", "threads"):
+        for name in ("rounds", "threads", "processes"):
             require_at_least_one(f"--{name}", getattr(self, name))
         if not self.limit >= 0:
             raise UsageError(f"--limit must be a number of seconds at least 0, not {self.limit}")
         require_choice("--device", self.device, DEVICES)
+
+    def shares(self) -> list[Settings]:
+        """Return what each process measures.
+
+        Example:
+            >>> [share.rounds for share in Settings(rounds=8).shares()]
+            [3, 3, 2]
+        """
+        number = min(self.processes, self.rounds)
+        return [
+            replace(
+                self,
+                processes=1,
+                rounds=self.rounds // number + (index < self.rounds % number),
+                limit=self.limit / number,
+                least_rounds=-(-self.least_rounds // number),
+            )
+            for index in range(number)
+        ]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import pytest
 
 from opacus_bpclip.bench import command, job, settings
 from opacus_bpclip.bench import record as records
+from opacus_bpclip.bench.results import ArmResult
 from opacus_bpclip.bench.settings import ACCEPTANCE, ARMS, CASES, Output, Settings, points
 from opacus_bpclip.cli import build_parser, main
 from opacus_bpclip.jobs.child import in_one_line
@@ -38,9 +39,10 @@ def test_defaults_are_the_acceptance_cases_with_every_arm():
 
 def test_every_option_reaches_the_settings():
     options = "--case lstm text --arms non-private ghost --rounds 3 --limit 2 --threads 2"
+    options += " --processes 4"
     todo, how = what(*options.split())
     assert [(point.name, point.axis) for point in todo] == [("lstm", None), ("text", None)]
-    assert how == Settings(("non-private", "ghost"), rounds=3, limit=2.0, threads=2)
+    assert how == Settings(("non-private", "ghost"), rounds=3, limit=2.0, threads=2, processes=4)
     assert [point.name for point in what("--case", "all")[0]] == list(CASES)
 
 
@@ -76,6 +78,7 @@ def test_a_results_file_alone_is_only_rendered():
             "--arms exact-compiled needs non-private-compiled, which its ratios are to",
         ),
         ("--rounds 0", "--rounds must be at least 1, not 0"),
+        ("--processes 0", "--processes must be at least 1, not 0"),
         ("--threads 0", "--threads must be at least 1, not 0"),
         ("--limit -1", "--limit must be a number of seconds at least 0, not -1.0"),
         ("--limit nan", "--limit must be a number of seconds at least 0, not nan"),
@@ -192,6 +195,23 @@ def test_arm_that_cannot_run_is_told_and_not_timed(monkeypatch):
     assert broken.failure.startswith("RuntimeError: no rule for this")
 
 
+def test_processes_share_the_rounds_and_an_arm_fails_for_good(monkeypatch):
+    found = iter([{"a": (1.0, 2.0), "b": (1.0, 2.0)}, {"a": (3.0,), "b": "broke"}, {"a": (4.0,)}])
+    asked = []
+
+    def note(_, arms, case, share, *, environment):
+        asked.append((list(arms), share.rounds, share.limit, share.least_rounds))
+        return next(found)
+
+    monkeypatch.setattr(job, "call_in_child", note)
+    results = {name: ArmResult(name, peaks=None) for name in "ab"}
+    (point,) = points(("mlp",), None)
+    job._add_times(results, "ab", point, Settings(rounds=4, limit=9.0))
+    assert asked == [(["a", "b"], 2, 3.0, 2), (["a", "b"], 1, 3.0, 2), (["a"], 1, 3.0, 2)]
+    assert results["a"].seconds == (1.0, 2.0, 3.0, 4.0)
+    assert results["b"] == ArmResult("b", failure="broke")
+
+
 @pytest.mark.usefixtures("small")
 def test_compiled_arms_are_timed_apart_and_their_memory_is_not(monkeypatch):
     calls = []
@@ -203,7 +223,7 @@ def test_compiled_arms_are_timed_apart_and_their_memory_is_not(monkeypatch):
     monkeypatch.setattr(job, "call_in_child", note)
     names = ("non-private", "exact", "non-private-compiled", "exact-compiled")
     (point,) = points(("mlp",), None)
-    own = job.compare(point, Settings(names, rounds=2))
+    own = job.compare(point, Settings(names, rounds=2, processes=1))
     assert calls == [
         ("peak_memory", "non-private"),
         ("peak_memory", "exact"),

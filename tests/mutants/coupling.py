@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from opacus_bpclip import grad_sample_module, ops
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.layer_clips import affine, fused
-from opacus_bpclip.provenance import WatchedParameter
+from opacus_bpclip.provenance import Receipt, WatchedParameter
 from opacus_bpclip.rules import LinearRule, base
 from tests.mutants import bound_killers, coupling_killers, guard_killers
 from tests.mutants.registry import clipped_around_the_layer, mutant
@@ -106,3 +106,16 @@ def clip_not_joined_to_its_layer(patch: pytest.MonkeyPatch) -> None:
     """Nobody checks that the layer gets the gradient that was clipped for it."""
     clipped_around_the_layer(patch)
     patch.setattr(GradientGuard, "join", lambda self, layer, clipped, y: None)
+
+
+@mutant(killed_by=guard_killers.one_batch_backward_twice, says="nothing bounds was released")
+def receipts_signed_twice(patch: pytest.MonkeyPatch) -> None:
+    """Nobody counts how often a call of a layer sends its gradients: each backward pass is one more
+    contribution of every example."""
+    sign = Receipt.sign
+
+    def unspent(self: Receipt, gradients: Any) -> None:
+        self._spent = False
+        sign(self, gradients)
+
+    patch.setattr(Receipt, "sign", unspent)

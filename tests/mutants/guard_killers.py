@@ -50,6 +50,18 @@ def two_batches_in_one_step() -> None:
     check_refused(trainer, x, loss)
 
 
+def one_batch_backward_twice() -> None:
+    """Two backward passes through one forward pass, where several batches may add up."""
+    trainer, x = _two_layers()
+    trainer.model.allow_grad_accumulation()
+
+    def loss(y: Tensor, _: nn.Module) -> Tensor:
+        y.sum().backward(retain_graph=True)
+        return y.sum()
+
+    check_refused(trainer, x, loss)
+
+
 def gradient_set_by_hand() -> None:
     """A gradient put into `p.grad` between the backward pass and the step."""
     trainer, x = _two_layers()
