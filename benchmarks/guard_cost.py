@@ -2,9 +2,10 @@
 
     python benchmarks/guard_cost.py --rounds 40
 
-Rounds are interleaved in one process: each takes one step with the guard and one without, in
-alternating order, and a ratio compares the two. Times are CPU seconds of the process on one thread.
-Without the guard the gradients are clipped and noised just the same; nothing is watched.
+One model takes all steps, so that both kinds find the same memory: in each round one step with the
+guard and one without, in alternating order, and a ratio compares the two. Times are CPU seconds of
+the process on one thread. Without the guard the gradients are clipped and noised just the same;
+nothing is watched.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_bpclip import BackpropClipOptimizer, BackpropClipping, PrivacyEngine
 from opacus_bpclip.ab.models import build
 from opacus_bpclip.guard import GradientGuard
+from opacus_bpclip.provenance import WatchedParameter
 
 Step = Callable[[], None]
 
@@ -70,7 +72,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
-def make_step(make: Callable[[], nn.Module], x: Tensor, *, guarded: bool) -> Step:
+def make_step(make: Callable[[], nn.Module], x: Tensor) -> tuple[Step, GradientGuard]:
     torch.manual_seed(0)
     model = make()
     y = torch.randint(10, (len(x),))
@@ -83,8 +85,6 @@ def make_step(make: Callable[[], nn.Module], x: Tensor, *, guarded: bool) -> Ste
         clipping="backprop",
         backprop=BackpropClipping(),
     )
-    if not guarded:
-        switch_off(model.guard)
     assert isinstance(optimizer, BackpropClipOptimizer)
 
     def step() -> None:
@@ -92,20 +92,33 @@ def make_step(make: Callable[[], nn.Module], x: Tensor, *, guarded: bool) -> Ste
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    return step
+    return step, model.guard
 
 
-def switch_off(guard: GradientGuard) -> None:
-    """Make the guard hand on whatever is in ``p.grad``, as code without a guard would."""
+def nothing(*_: object) -> None:
+    """Check nothing."""
 
-    def nothing(*_: object) -> None:
-        """Check nothing."""
 
-    guard.remove()
-    guard.take = lambda parameter: parameter.grad  # type: ignore[method-assign]
-    guard.enter_layer = lambda layer: False  # type: ignore[method-assign]
-    for check in ("enter_forward", "leave_forward", "require", "clear"):
-        setattr(guard, check, nothing)
+# A guard that hands on whatever is in ``p.grad``, as code without a guard would.
+OFF = {
+    "take": lambda parameter: parameter.grad,
+    "enter_layer": lambda layer: False,
+    **dict.fromkeys(("enter_forward", "leave_forward", "require", "clear"), nothing),
+}
+
+
+def switch(guard: GradientGuard, *, on: bool) -> None:
+    """Have the guard watch its model, or not."""
+    if not on:
+        guard.remove()
+        vars(guard).update(OFF)
+        return
+    for check in OFF:
+        vars(guard).pop(check, None)
+    guard._watched = {
+        parameter: WatchedParameter(own.name, own.parameter, own.uses, guard._judge, guard.fail)
+        for parameter, own in guard._watched.items()
+    }
 
 
 def main() -> None:
@@ -118,16 +131,21 @@ def main() -> None:
     print(f"{'model':<24} {'guard / none':>12}  quartiles      {args.rounds} rounds, 1 thread")
     for name, (make, inputs) in CASES.items():
         x = inputs()
-        arms = [make_step(make, x, guarded=guarded) for guarded in (True, False)]
+        step, guard = make_step(make, x)
+        switch(guard, on=False)
         ratios = []
         for index in range(args.rounds + 3):
-            seconds = [0.0, 0.0]
-            for arm in (0, 1) if index % 2 else (1, 0):
+            seconds = {}
+            for on in (True, False) if index % 2 else (False, True):
+                if on:
+                    switch(guard, on=True)
                 start = time.process_time()
-                arms[arm]()
-                seconds[arm] = time.process_time() - start
+                step()
+                seconds[on] = time.process_time() - start
+                if on:
+                    switch(guard, on=False)
             if index >= 3:
-                ratios.append(seconds[0] / seconds[1])
+                ratios.append(seconds[True] / seconds[False])
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"{name:<24} {middle:12.3f}  {low:.3f}..{high:.3f}", flush=True)
 

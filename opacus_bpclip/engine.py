@@ -1,50 +1,17 @@
-"""``make_private(..., clipping="backprop")``: everything is checked before anything is touched."""
+"""``make_private(..., clipping="backprop")``: Opacus's engine, with one clipping method more."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import opacus
-from opacus.accountants.utils import get_noise_multiplier
-from opacus.optimizers import DPOptimizer
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 
-from opacus_bpclip.arguments import checked_options
-from opacus_bpclip.compatibility import require_compatible, try_out
+from opacus_bpclip import extensions
+from opacus_bpclip.compatibility import require_compatible
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.errors import CoverageError
-from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
-from opacus_bpclip.optimizer import BackpropClipOptimizer
-
-Original = Callable[..., Any]
-
-_REQUEST = "_backprop_request"
-
-
-def _options(function: Callable[..., Any]) -> set[str]:
-    """Return the names that a function declares, without ``**kwargs``."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
-
-
-# Read before `register` puts functions in place that take anything.
-_MAKE_PRIVATE_OPTIONS = _options(opacus.PrivacyEngine.make_private)
-_WITH_EPSILON_OPTIONS = _options(opacus.PrivacyEngine.make_private_with_epsilon)
-
-
-@dataclass
-class _Request:
-    """What one call of make_private hands to the engine's inner steps."""
-
-    config: BackpropClipping
-    passed: set[object]
-    entered: bool = False
-    hooks: BackpropClipHooks | None = None
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -85,11 +52,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
             CoverageError: the model has a trainable parameter that nothing bounds.
             ValueError: another argument is wrong. In both cases model and optimizer are unchanged.
         """
-        return make_private(super().make_private, self, **kwargs)
+        return extensions.make_private(super().make_private, self, **kwargs)
 
     def make_private_with_epsilon(self, **kwargs: Any) -> Any:
         """Make training private for a target epsilon; as ``make_private`` otherwise."""
-        return make_private_with_epsilon(super().make_private_with_epsilon, self, **kwargs)
+        return extensions.make_private_with_epsilon(
+            super().make_private_with_epsilon, self, **kwargs
+        )
 
     def validate(
         self,
@@ -117,7 +86,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if clipping == "backprop":
             require_compatible(module, backprop, data_loader)
         else:
-            _refuse_options(clipping, backprop)
+            extensions.refuse_options(clipping, backprop)
         super().validate(module=module, optimizer=optimizer, data_loader=data_loader)
 
     def is_compatible(self, **kwargs: Any) -> bool:
@@ -149,152 +118,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         return module
 
     def _prepare_model(self, module: nn.Module, **kwargs: Any) -> Any:
-        return prepare_model(super()._prepare_model, self, module, **kwargs)
+        return extensions.prepare_model(super()._prepare_model, self, module, **kwargs)
 
     def _prepare_optimizer(self, **kwargs: Any) -> Any:
-        return prepare_optimizer(super()._prepare_optimizer, self, **kwargs)
-
-
-# Each function below extends the engine's method of the same name. It takes the method it extends,
-# bound, so that `PrivacyEngine` and `register` share it.
-
-
-def make_private(
-    original: Original,
-    engine: opacus.PrivacyEngine,
-    *,
-    clipping: str = "flat",
-    backprop: BackpropClipping | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Extend ``make_private``."""
-    request: _Request | None = getattr(engine, _REQUEST, None)
-    if clipping != "backprop":
-        _refuse_options(clipping, backprop)
-        return original(clipping=clipping, **kwargs)
-    if request is not None and request.entered:
-        return original(clipping=clipping, **kwargs)
-    if request is None:
-        unknown = sorted(set(kwargs) - _MAKE_PRIVATE_OPTIONS)
-        if unknown:
-            raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
-        config = checked_options(engine, backprop, **kwargs)
-        request = _Request(*try_out(config, **kwargs))
-    else:
-        kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
-        checked_options(engine, request.config, **kwargs)
-    kwargs["grad_sample_mode"] = "hooks"
-    with _requested(engine, replace(request, entered=True)) as request:
-        try:
-            return original(clipping=clipping, **kwargs)
-        except BaseException:
-            if request.hooks is not None:
-                request.hooks.undo()
-            raise
-
-
-def make_private_with_epsilon(
-    original: Original,
-    engine: opacus.PrivacyEngine,
-    *,
-    clipping: str = "flat",
-    backprop: BackpropClipping | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Extend ``make_private_with_epsilon``."""
-    if clipping != "backprop":
-        _refuse_options(clipping, backprop)
-        return original(clipping=clipping, **kwargs)
-    if getattr(engine, _REQUEST, None) is not None:
-        return original(clipping=clipping, **kwargs)
-    _refuse_unknown_for_epsilon(kwargs)
-    config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
-    # Opacus hands unknown options to the noise search as well: the request carries ours past it.
-    with _requested(engine, _Request(*try_out(config, **kwargs))):
-        return original(clipping=clipping, **kwargs)
-
-
-def prepare_model(
-    original: Original,
-    engine: opacus.PrivacyEngine,
-    module: nn.Module,
-    *,
-    max_grad_norm: Any = 1.0,
-    loss_reduction: str = "mean",
-    batch_first: bool = True,
-    wrap_model: bool = True,
-    **kwargs: Any,
-) -> Any:
-    """Extend ``_prepare_model``."""
-    request: _Request | None = getattr(engine, _REQUEST, None)
-    if request is None:
-        return original(
-            module,
-            max_grad_norm=max_grad_norm,
-            loss_reduction=loss_reduction,
-            batch_first=batch_first,
-            wrap_model=wrap_model,
-            **kwargs,
-        )
-    engine.validate(module=module, optimizer=None, data_loader=None)
-    attach = BackpropClipModule if wrap_model else BackpropClipHooks
-    request.hooks = attach(
-        module,
-        config=request.config,
-        max_grad_norm=max_grad_norm,
-        loss_reduction=loss_reduction,
-        batch_first=batch_first,
-    )
-    request.hooks.prober.passed |= request.passed
-    return request.hooks
-
-
-def prepare_optimizer(
-    original: Original, engine: opacus.PrivacyEngine, *, optimizer: Any, **kwargs: Any
-) -> Any:
-    """Extend ``_prepare_optimizer``."""
-    request: _Request | None = getattr(engine, _REQUEST, None)
-    if request is None:
-        return original(optimizer=optimizer, **kwargs)
-    if isinstance(optimizer, DPOptimizer):
-        optimizer = optimizer.original_optimizer
-    assert request.hooks is not None
-    return BackpropClipOptimizer(
-        optimizer,
-        hooks=request.hooks,
-        noise_multiplier=kwargs["noise_multiplier"],
-        max_grad_norm=kwargs["max_grad_norm"],
-        expected_batch_size=kwargs["expected_batch_size"],
-        loss_reduction=kwargs["loss_reduction"],
-        generator=engine.secure_rng if engine.secure_mode else kwargs["noise_generator"],
-        secure_mode=engine.secure_mode,
-    )
-
-
-@contextmanager
-def _requested(engine: opacus.PrivacyEngine, request: _Request) -> Iterator[_Request]:
-    before = getattr(engine, _REQUEST, None)
-    setattr(engine, _REQUEST, request)
-    try:
-        yield request
-    finally:
-        if before is None:
-            delattr(engine, _REQUEST)
-        else:
-            setattr(engine, _REQUEST, before)
-
-
-def _refuse_options(clipping: str, backprop: object) -> None:
-    if backprop is not None:
-        raise ValueError(
-            f'backprop={backprop!r} was given with clipping={clipping!r}; it needs clipping="'
-            'backprop".'
-        )
-
-
-def _refuse_unknown_for_epsilon(kwargs: dict[str, Any]) -> None:
-    # Opacus hands options of its own to the noise search, and of those one to RDP's.
-    known = _MAKE_PRIVATE_OPTIONS | _WITH_EPSILON_OPTIONS | _options(get_noise_multiplier)
-    unknown = sorted(set(kwargs) - known - {"alphas"})
-    if unknown:
-        raise ValueError(f"Unknown options for make_private_with_epsilon: {', '.join(unknown)}.")
+        return extensions.prepare_optimizer(super()._prepare_optimizer, self, **kwargs)

@@ -22,13 +22,18 @@ from torch import Tensor, nn
 
 from opacus_bpclip.call_checks import changed_layer, other_dtype, replaced_parameter
 from opacus_bpclip.coverage import (
-    TRAINABLE_DTYPES,
     batch_normalization_problem,
     batch_normalizations,
     edited_problem,
     mixes_examples,
 )
 from opacus_bpclip.errors import PrivacyViolationError
+from opacus_bpclip.gradient_checks import (
+    lower_precision,
+    second_batch,
+    stale_gradient,
+    unaccounted,
+)
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.provenance import (
     Receipt,
@@ -261,42 +266,11 @@ class GradientGuard:
 
     def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that is about to reach its parameter."""
-        stale = watched.parameter.grad
-        if gradient.dtype not in TRAINABLE_DTYPES:
-            self.fail(
-                f"{watched.name} was turned to {gradient.dtype} after make_private: the sum over "
-                "the batch would be rounded by more than one example's contribution. Keep "
-                "trainable parameters in torch.float32."
-            )
-        if not watched.sent and not (self._compiled and watched.vouched):
-            self.fail(
-                f"{watched.name} got a gradient that did not come from its layer's call. "
-                + (
-                    "Run the first batch before torch.compile, so that it can be checked."
-                    if self._compiled
-                    else "Use the parameter through its layer only, not directly "
-                    "(F.linear(x, layer.weight), a penalty on the weights in the loss); attach "
-                    "privacy before torch.compile."
-                )
-            )
-        if watched.sent and not watched.is_sum_of_sent(gradient):
-            self.fail(
-                f"{watched.name} got gradient from outside its layer's call, and nothing bounds "
-                "it. Use the parameter through its layer only, not directly "
-                "(F.linear(x, layer.weight), a penalty on the weights in the loss), and without "
-                "hooks that change gradients."
-            )
-        if (watched.passes or len(self._sources) > 1) and not self.accumulation_allowed:
-            self.fail(
-                "Poisson sampling is not compatible with grad accumulation: two batches may share "
-                "an example. Call optimizer.step() and zero_grad() after every backward pass, or "
-                "use BatchMemoryManager."
-            )
-        if not watched.passes and stale is not None and bool(stale.any()):
-            self.fail(
-                f"{watched.name}.grad was not empty before the backward pass. Call "
-                "optimizer.zero_grad() after every step, and leave p.grad alone."
-            )
+        self.require(lower_precision(watched, gradient))
+        self.require(unaccounted(watched, gradient, compiled=self._compiled))
+        if not self.accumulation_allowed:
+            self.require(second_batch(watched, batches=len(self._sources)))
+        self.require(stale_gradient(watched))
         watched.vouched = True
 
     def watches(self, parameter: nn.Parameter) -> bool:

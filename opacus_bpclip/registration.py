@@ -8,13 +8,13 @@ from typing import Any
 
 import opacus
 
-from opacus_bpclip import engine
+from opacus_bpclip import extensions
 
 _EXTENSIONS: dict[str, Callable[..., Any]] = {
-    "make_private": engine.make_private,
-    "make_private_with_epsilon": engine.make_private_with_epsilon,
-    "_prepare_model": engine.prepare_model,
-    "_prepare_optimizer": engine.prepare_optimizer,
+    "make_private": extensions.make_private,
+    "make_private_with_epsilon": extensions.make_private_with_epsilon,
+    "_prepare_model": extensions.prepare_model,
+    "_prepare_optimizer": extensions.prepare_optimizer,
 }
 
 _originals: dict[str, Callable[..., Any]] = {}

@@ -1,0 +1,195 @@
+"""The engine's methods as this package extends them: everything is checked before it is touched.
+
+Each public function here extends the method of the same name. It takes the method that it extends,
+bound, so that `PrivacyEngine` and `register` share it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import opacus
+from opacus.accountants.utils import get_noise_multiplier
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from opacus_bpclip.arguments import checked_options
+from opacus_bpclip.compatibility import try_out
+from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
+from opacus_bpclip.optimizer import BackpropClipOptimizer
+
+Original = Callable[..., Any]
+
+_REQUEST = "_backprop_request"
+
+
+def _options(function: Callable[..., Any]) -> set[str]:
+    """Return the names that a function declares, without ``**kwargs``."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+
+
+# Read before `register` puts functions in place that take anything.
+_MAKE_PRIVATE_OPTIONS = _options(opacus.PrivacyEngine.make_private)
+_WITH_EPSILON_OPTIONS = _options(opacus.PrivacyEngine.make_private_with_epsilon)
+
+
+@dataclass
+class _Request:
+    """What one call of make_private hands to the engine's inner steps."""
+
+    config: BackpropClipping
+    passed: set[object]
+    entered: bool = False
+    hooks: BackpropClipHooks | None = None
+
+
+def make_private(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    *,
+    clipping: str = "flat",
+    backprop: BackpropClipping | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Extend ``make_private``."""
+    request: _Request | None = getattr(engine, _REQUEST, None)
+    if clipping != "backprop":
+        refuse_options(clipping, backprop)
+        return original(clipping=clipping, **kwargs)
+    if request is not None and request.entered:
+        return original(clipping=clipping, **kwargs)
+    if request is None:
+        unknown = sorted(set(kwargs) - _MAKE_PRIVATE_OPTIONS)
+        if unknown:
+            raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
+        config = checked_options(engine, backprop, **kwargs)
+        request = _Request(*try_out(config, **kwargs))
+    else:
+        kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
+        checked_options(engine, request.config, **kwargs)
+    kwargs["grad_sample_mode"] = "hooks"
+    with _requested(engine, replace(request, entered=True)) as request:
+        try:
+            return original(clipping=clipping, **kwargs)
+        except BaseException:
+            if request.hooks is not None:
+                request.hooks.undo()
+            raise
+
+
+def make_private_with_epsilon(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    *,
+    clipping: str = "flat",
+    backprop: BackpropClipping | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Extend ``make_private_with_epsilon``."""
+    if clipping != "backprop":
+        refuse_options(clipping, backprop)
+        return original(clipping=clipping, **kwargs)
+    if getattr(engine, _REQUEST, None) is not None:
+        return original(clipping=clipping, **kwargs)
+    _refuse_unknown_for_epsilon(kwargs)
+    config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
+    # Opacus hands unknown options to the noise search as well: the request carries ours past it.
+    with _requested(engine, _Request(*try_out(config, **kwargs))):
+        return original(clipping=clipping, **kwargs)
+
+
+def prepare_model(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    module: nn.Module,
+    *,
+    max_grad_norm: Any = 1.0,
+    loss_reduction: str = "mean",
+    batch_first: bool = True,
+    wrap_model: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Extend ``_prepare_model``."""
+    request: _Request | None = getattr(engine, _REQUEST, None)
+    if request is None:
+        return original(
+            module,
+            max_grad_norm=max_grad_norm,
+            loss_reduction=loss_reduction,
+            batch_first=batch_first,
+            wrap_model=wrap_model,
+            **kwargs,
+        )
+    engine.validate(module=module, optimizer=None, data_loader=None)
+    attach = BackpropClipModule if wrap_model else BackpropClipHooks
+    request.hooks = attach(
+        module,
+        config=request.config,
+        max_grad_norm=max_grad_norm,
+        loss_reduction=loss_reduction,
+        batch_first=batch_first,
+    )
+    request.hooks.prober.passed |= request.passed
+    return request.hooks
+
+
+def prepare_optimizer(
+    original: Original, engine: opacus.PrivacyEngine, *, optimizer: Any, **kwargs: Any
+) -> Any:
+    """Extend ``_prepare_optimizer``."""
+    request: _Request | None = getattr(engine, _REQUEST, None)
+    if request is None:
+        return original(optimizer=optimizer, **kwargs)
+    if isinstance(optimizer, DPOptimizer):
+        optimizer = optimizer.original_optimizer
+    assert request.hooks is not None
+    return BackpropClipOptimizer(
+        optimizer,
+        hooks=request.hooks,
+        noise_multiplier=kwargs["noise_multiplier"],
+        max_grad_norm=kwargs["max_grad_norm"],
+        expected_batch_size=kwargs["expected_batch_size"],
+        loss_reduction=kwargs["loss_reduction"],
+        generator=engine.secure_rng if engine.secure_mode else kwargs["noise_generator"],
+        secure_mode=engine.secure_mode,
+    )
+
+
+@contextmanager
+def _requested(engine: opacus.PrivacyEngine, request: _Request) -> Iterator[_Request]:
+    before = getattr(engine, _REQUEST, None)
+    setattr(engine, _REQUEST, request)
+    try:
+        yield request
+    finally:
+        if before is None:
+            delattr(engine, _REQUEST)
+        else:
+            setattr(engine, _REQUEST, before)
+
+
+def refuse_options(clipping: str, backprop: object) -> None:
+    """Refuse this package's options for any other clipping.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if backprop is not None:
+        raise ValueError(
+            f'backprop={backprop!r} was given with clipping={clipping!r}; it needs clipping="'
+            'backprop".'
+        )
+
+
+def _refuse_unknown_for_epsilon(kwargs: dict[str, Any]) -> None:
+    # Opacus hands options of its own to the noise search, and of those one to RDP's.
+    known = _MAKE_PRIVATE_OPTIONS | _WITH_EPSILON_OPTIONS | _options(get_noise_multiplier)
+    unknown = sorted(set(kwargs) - known - {"alphas"})
+    if unknown:
+        raise ValueError(f"Unknown options for make_private_with_epsilon: {', '.join(unknown)}.")
