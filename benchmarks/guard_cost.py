@@ -119,6 +119,10 @@ def switch(guard: GradientGuard, *, on: bool) -> None:
         parameter: WatchedParameter(own.name, own.parameter, own.uses, guard._judge, guard.fail)
         for parameter, own in guard._watched.items()
     }
+    guard._of_layer = {
+        name: tuple(guard._watched[own.parameter] for own in watched)
+        for name, watched in guard._of_layer.items()
+    }
 
 
 def main() -> None:

@@ -39,17 +39,19 @@ class CallArguments:
         Raises:
             TypeError: the first one is missing.
         """
-        inputs = tuple(
-            args[index] if index < len(args) else kwargs.get(name)
-            for index, name in enumerate(self.names)
-        )
+        inputs = args[: len(self.names)]
+        if len(inputs) < len(self.names):
+            inputs += tuple(kwargs.get(name) for name in self.names[len(inputs) :])
         if inputs[0] is None:
             raise TypeError(f"The layer was called without {self.names[0]!r}.")
         return inputs
 
     def get(self, args: Args, kwargs: Kwargs) -> Inputs:
         """Return the inputs of a call, batch first."""
-        return tuple(x if x is None else self._batch_first(x) for x in self.passed(args, kwargs))
+        inputs = self.passed(args, kwargs)
+        if self.batch_axis == 0:
+            return inputs
+        return tuple(x if x is None else self._batch_first(x) for x in inputs)
 
     def put(self, args: Args, kwargs: Kwargs, inputs: Inputs) -> tuple[Args, Kwargs]:
         """Return the arguments of a call with other inputs, given batch first."""
@@ -68,4 +70,4 @@ class CallArguments:
 
     def _batch_first(self, x: Tensor) -> Tensor:
         # Too few axes are refused with the layer's name, by the guard.
-        return x.movedim(self.batch_axis, 0) if 0 < self.batch_axis < x.dim() else x
+        return x.movedim(self.batch_axis, 0) if self.batch_axis < x.dim() else x

@@ -28,12 +28,7 @@ from opacus_bpclip.coverage import (
     mixes_examples,
 )
 from opacus_bpclip.errors import PrivacyViolationError
-from opacus_bpclip.gradient_checks import (
-    lower_precision,
-    second_batch,
-    stale_gradient,
-    unaccounted,
-)
+from opacus_bpclip.gradient_checks import wrong_gradient
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.provenance import (
     Receipt,
@@ -58,6 +53,7 @@ class GradientGuard:
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+        layers = tuple(layers)
         self._model = model
         self.violation: str | None = None
         self.accumulation_allowed = True
@@ -76,6 +72,10 @@ class GradientGuard:
                     self._watched[parameter] = WatchedParameter(
                         f"{layer.name}.{name}", parameter, layer.uses, self._judge, self.fail
                     )
+        self._of_layer = {
+            layer.name: tuple(self._watched[parameter] for parameter in layer.parameters)
+            for layer in layers
+        }
         self._parameters = dict(model.named_parameters())
         self._versions: list[int] = []
         self._frozen = [
@@ -199,7 +199,7 @@ class GradientGuard:
         Args:
             layer: the layer; the node stands in for one call of it.
         """
-        return self._receipt([self._watched[parameter] for parameter in layer.parameters])
+        return self._receipt(self._of_layer[layer.name])
 
     def follow(self, layer: Layer, y: Tensor, inputs: Inputs) -> None:
         """Follow the gradients that this call of the layer will send to its parameters.
@@ -266,11 +266,14 @@ class GradientGuard:
 
     def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that is about to reach its parameter."""
-        self.require(lower_precision(watched, gradient))
-        self.require(unaccounted(watched, gradient, compiled=self._compiled))
-        if not self.accumulation_allowed:
-            self.require(second_batch(watched, batches=len(self._sources)))
-        self.require(stale_gradient(watched))
+        problem = wrong_gradient(
+            watched,
+            gradient,
+            compiled=self._compiled,
+            alone=not self.accumulation_allowed,
+            batches=len(self._sources),
+        )
+        self.require(problem)
         watched.vouched = True
 
     def watches(self, parameter: nn.Parameter) -> bool:

@@ -31,7 +31,7 @@ class Layer:
         name: dotted path in the model, ``"(root)"`` for the model itself.
         module: the module.
         kind: its class when it was examined.
-        code: the methods that the rule relies on, as they were then.
+        code: the methods that the rule relies on, by name, as they were then.
         state: all that the rule was made from; ``None`` where it may be more than can be compared.
         rule: what bounds its gradient.
         named_parameters: its trainable parameters, by name.
@@ -43,7 +43,7 @@ class Layer:
     name: str
     module: nn.Module
     kind: type[nn.Module]
-    code: tuple[object, ...]
+    code: tuple[tuple[str, object], ...]
     state: State | None
     rule: Rule
     named_parameters: Mapping[str, nn.Parameter]
@@ -81,7 +81,7 @@ class Layer:
             name=name,
             module=module,
             kind=kind,
-            code=_code(kind, rule),
+            code=tuple((method, getattr(kind, method)) for method in rule.methods),
             state=_state(module) if own else None,
             rule=rule,
             named_parameters=parameters,
@@ -98,8 +98,11 @@ class Layer:
     @property
     def is_patched(self) -> bool:
         """Return whether the module computes something else than when it was examined."""
-        if type(self.module) is not self.kind or _code(self.kind, self.rule) != self.code:
+        if type(self.module) is not self.kind:
             return True
+        for method, code in self.code:
+            if getattr(self.kind, method) is not code:
+                return True
         if vars(self.module) == self.state and not _has_parts(self.module):
             return False
         if not vars(self.module).keys().isdisjoint(self.rule.methods):
@@ -117,10 +120,6 @@ class Layer:
             if getattr(self.module, name, None) is not parameter:
                 return name
         return None
-
-
-def _code(kind: type[nn.Module], rule: Rule) -> tuple[object, ...]:
-    return tuple(getattr(kind, method) for method in rule.methods)
 
 
 def _state(module: nn.Module) -> State | None:
