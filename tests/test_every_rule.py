@@ -82,7 +82,19 @@ def test_one_example_moves_the_sum_by_at_most_its_sensitivity(kind, data):
 
 @given(data=st.data())
 def test_a_contribution_is_autograds_gradient_of_the_example_times_one_factor(data):
-    case = data.draw(single_layers(data.draw(st.sampled_from(list(CASES)))))
+    _check_against_autograd(data, data.draw(st.sampled_from(list(CASES))))
+
+
+# As many examples for each class as the test above has for all of them takes minutes.
+@pytest.mark.slow
+@KINDS
+@given(data=st.data())
+def test_each_classs_contribution_is_autograds_gradient_times_one_factor(kind, data):
+    _check_against_autograd(data, kind)
+
+
+def _check_against_autograd(data, kind):
+    case = data.draw(single_layers(kind))
     limit = data.draw(st.sampled_from([1e-2, 1.0, 1e3]))
     bound = data.draw(st.sampled_from(BOUNDS))
     seed_torch(data.draw)
