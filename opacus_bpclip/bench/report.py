@@ -111,7 +111,7 @@ def _growths(record: Record) -> Iterator[str]:
             cells = (_pair(own.time_ratio(arm), own.memory_ratio(arm)) for arm in arms)
             rows.append([f"{own.point.key[2]:,}", *cells])
         fixed = ", ".join(_fixed_sizes(curve[0]))
-        text = f"{fixed}. Time ratio / memory ratio, medians."
+        text = "Time ratio / memory ratio, medians" + f"; {fixed}" * bool(fixed) + "."
         yield f"### Growth with {axis}: {curve[0].point.case.title}\n\n{text}\n\n{markdown(rows)}"
 
 

@@ -34,9 +34,19 @@ def test_targets():
 def test_growth_curve_has_no_targets():
     text = tables(record(*CURVE))
     assert "### Targets" not in text
-    assert "### Growth with width: MLP\n\nbatch size 256, depth 2." in text
+    told = "Time ratio / memory ratio, medians; batch size 256, depth 2."
+    assert f"### Growth with width: MLP\n\n{told}\n\n" in text
     assert "| width | `weighted` |\n|---|---|\n| 128 | 1.25 / - |\n| 256 | 1.12 / - |" in text
     assert [*verdicts(CURVE[0])] == []
+
+
+def test_growth_curve_of_a_model_without_other_sizes_says_no_more():
+    curve = comparison(
+        "cnn26k", arm("non-private", [1.0]), arm("weighted", [2.0]), axis="batch", value=16
+    )
+    assert "### Growth with batch: CNN26k\n\nTime ratio / memory ratio, medians.\n\n" in tables(
+        record(curve)
+    )
 
 
 def test_summary_leaves_growth_and_base_out():
