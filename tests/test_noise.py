@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 
 import pytest
 import torch
@@ -118,10 +118,9 @@ def test_noise_is_added_in_the_parameters_precision() -> None:
     assert not torch.equal(noise(private), noise(private).float().double())
 
 
-# Where the package is there, secure_mode works and nothing is to be refused.
-@pytest.mark.skipif(
-    importlib.util.find_spec("torchcsprng") is not None, reason="torchcsprng is installed"
-)
-def test_secure_mode_without_its_package_is_refused_by_opacus() -> None:
+def test_secure_mode_without_its_package_is_refused_by_opacus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchcsprng", None)
     with pytest.raises(ImportError, match="you must install the torchcsprng package"):
         PrivacyEngine(secure_mode=True)

@@ -76,8 +76,10 @@ def test_tensor_bytes_counts_each_storage_once():
     assert tensor_bytes() == before
 
 
-# A GPU's clock and its peak of memory are read by calls of torch.cuda that fail without one.
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="torch.cuda waits for a GPU and counts its memory, and fails where there is none",
+)
 def test_measures_on_a_gpu():
     settings = Settings(rounds=2, device="cuda")
     assert min(peak_memory("weighted", tiny("mlp"), settings)) > 0
