@@ -19,6 +19,8 @@ State = Mapping[str, object]
 
 # What can be no other value tomorrow while it is the same object.
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+# Whose layers hold their options as plain attributes.
+_LIBRARIES = ("torch", "opacus", "transformers")
 # What every module keeps for itself, whatever it computes.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 
@@ -75,14 +77,16 @@ class Layer:
             recurrence: as the attribute.
         """
         kind = type(module)
-        # The rules of this package read what `_state` holds; another rule may read anything.
+        # The rules of this package read what `_state` holds of a library's layers; another rule may
+        # read anything, and another class compute its attributes.
         own = str(type(rule).from_module.__module__).startswith(f"{__package__}.")
+        known = kind.__module__.partition(".")[0] in _LIBRARIES
         return cls(
             name=name,
             module=module,
             kind=kind,
             code=tuple((method, getattr(kind, method)) for method in rule.methods),
-            state=_state(module) if own else None,
+            state=_state(module) if own and known else None,
             rule=rule,
             named_parameters=parameters,
             arguments=CallArguments.of(module, rule, rule.batch_axis(batch_axis)),

@@ -73,6 +73,28 @@ def test_layers_with_parts_are_always_asked() -> None:
     assert only(module).state is None
 
 
+class Computing(nn.Embedding):
+    """An option that is no attribute: it may follow from anything."""
+
+    frequent = False
+
+    @property
+    def scale_grad_by_freq(self) -> bool:
+        return Computing.frequent
+
+    @scale_grad_by_freq.setter
+    def scale_grad_by_freq(self, value: bool) -> None:
+        """Leave it."""
+
+
+def test_classes_of_a_users_own_are_always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = only(Computing(2, 2))
+    assert layer.state is None
+    assert not layer.is_patched
+    monkeypatch.setattr(Computing, "frequent", True)
+    assert layer.is_patched
+
+
 @dataclass(frozen=True)
 class ScaledRule(LinearRule):
     """A rule that reads more than attributes: what an object holds."""
