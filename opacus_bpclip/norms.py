@@ -13,6 +13,7 @@ squares and products that vanish. Proofs: ``docs/guarantee.md``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -194,6 +195,22 @@ def exact_chunk(positions: int, groups: int, channels: int, inputs: int, item_si
     gram = 2 * positions * positions
     per_example = groups * (columns + min(gradient, gram)) * max(item_size, 4)
     return max(1, EXACT_MEMORY_CAP // max(1, per_example))
+
+
+def in_chunks(batch: int, chunk: int, bound: Callable[[slice], Tensor]) -> Tensor:
+    """Return one number for each example, made for ``chunk`` of them at a time. ``[B]``.
+
+    Args:
+        batch: how many examples there are.
+        chunk: from `exact_chunk`.
+        bound: called with which examples; returns their numbers.
+
+    Example:
+        >>> in_chunks(5, 2, lambda rows: torch.arange(5)[rows])
+        tensor([0, 1, 2, 3, 4])
+    """
+    parts = [bound(slice(start, start + chunk)) for start in range(0, max(batch, 1), chunk)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _direct_norm(g: Tensor, u: Tensor, *, weight: bool, bias: bool) -> Tensor:

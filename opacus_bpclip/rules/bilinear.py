@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -73,9 +72,10 @@ class BilinearRule(LinearRule):
         chunk = bounds.exact_chunk(
             positions, 1, g.shape[-1], self.in_features, input_norms.dtype.itemsize
         )
-        parts = []
-        for start in range(0, max(len(g), 1), chunk):
-            rows = slice(start, start + chunk)
+        exact = super().bound
+
+        def of(rows: slice) -> Tensor:
             outer = (one[rows].unsqueeze(-1) * other[rows].unsqueeze(-2)).flatten(-2)
-            parts.append(super().bound("exact", g[rows], (outer,), input_norms[rows], max_norm))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return exact("exact", g[rows], (outer,), input_norms[rows], max_norm)
+
+        return bounds.in_chunks(len(g), chunk, of)

@@ -143,12 +143,13 @@ class ConvTransposeRule(MatrixRule):
         chunk = bounds.exact_chunk(
             positions, self.groups, entries, self.group_channels, dtype.itemsize
         )
-        parts = []
-        for start in range(0, max(len(g), 1), chunk):
-            rows = slice(start, start + chunk)
+        bound = super().bound
+
+        def of(rows: slice) -> Tensor:
             norms = None if input_norms is None else input_norms[rows]
-            parts.append(super().bound(kind, g[rows], (x[rows],), norms, max_norm))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return bound(kind, g[rows], (x[rows],), norms, max_norm)
+
+        return bounds.in_chunks(len(g), chunk, of)
 
     def _bias_bound(self, kind: str, g: Tensor) -> Tensor:
         dtype = bounds.norm_dtype(g.dtype)

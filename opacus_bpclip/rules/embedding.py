@@ -90,17 +90,16 @@ class EmbeddingRule(Rule):
         g_norm = torch.linalg.vector_norm(g, dim=(1, 2), dtype=dtype)
         g_norm = g_norm + norms.underflow(channels * positions, dtype)
         chunk = norms.exact_chunk(positions, 1, channels, positions, dtype.itemsize)
-        squares = []
-        for start in range(0, max(batch, 1), chunk):
-            rows = slice(start, start + chunk)
+
+        def square_of(rows: slice) -> Tensor:
             counted = g[rows] * weights[rows].to(dtype)[:, None, :]
             unit = counted / per_row(g_norm[rows], counted)
             same = ids[rows][:, :, None] == ids[rows][:, None, :]
             gram = torch.matmul(unit.transpose(1, 2), unit)
-            squares.append(torch.where(same, gram, 0.0).sum(dim=(1, 2)))
-        square = squares[0] if len(squares) == 1 else torch.cat(squares)
-        slack = norms.rounding_margin(g.dtype, g.device)
-        return g_norm * torch.sqrt(square.clamp(min=0) + slack)
+            return torch.where(same, gram, 0.0).sum(dim=(1, 2))
+
+        square = norms.in_chunks(batch, chunk, square_of).clamp(min=0)
+        return g_norm * torch.sqrt(square + norms.rounding_margin(g.dtype, g.device))
 
     def _positions(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], x.shape[1:].numel())

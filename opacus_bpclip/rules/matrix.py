@@ -9,7 +9,6 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from opacus_bpclip import norms
@@ -139,24 +138,21 @@ class MatrixRule(Rule):
         batch, groups, channels, positions = upstream.shape
         dtype = columns.dtype
         chunk = norms.exact_chunk(positions, groups, channels, self.column_size(), dtype.itemsize)
-        bounds = []
-        for start in range(0, max(batch, 1), chunk):
-            rows = slice(start, start + chunk)
+
+        def of(rows: slice) -> Tensor:
             part = x[rows]
             if factor is not None:
                 part = part * self.spread(factor[rows].to(part.dtype), part)
-            bounds.append(
-                norms.exact_bound(
-                    upstream[rows],
-                    self.columns(part),
-                    columns[rows],
-                    weight=self.weight,
-                    bias=self.bias,
-                    slack=norms.rounding_margin(upstream.dtype, upstream.device),
-                )
+            return norms.exact_bound(
+                upstream[rows],
+                self.columns(part),
+                columns[rows],
+                weight=self.weight,
+                bias=self.bias,
+                slack=norms.rounding_margin(upstream.dtype, upstream.device),
             )
-        bound = bounds[0] if len(bounds) == 1 else torch.cat(bounds)
-        return bound * norms.accumulation(positions, dtype)
+
+        return norms.in_chunks(batch, chunk, of) * norms.accumulation(positions, dtype)
 
     def size(self, kind: str, g: Tensor, input_norms: Tensor | None) -> Tensor:
         """Return the upstream gradient's norm, in the exact bound times the columns' if above 1."""
