@@ -56,13 +56,9 @@ class WatchedParameter:
         arrive = parameter.register_hook(self._arrive)
         collect = parameter.register_post_accumulate_grad_hook(self._collect)
         self._handles = [arrive, collect]
-        self._hooks = (
-            cast("OrderedDict[int, Any]", parameter._backward_hooks),
-            cast("OrderedDict[int, Any]", parameter._post_accumulate_grad_hooks),
-        )
         # Ahead of the hooks that the parameter has already: an optimizer in one of them would step
         # on the sum without noise.
-        for hooks, handle in zip(self._hooks, self._handles, strict=True):
+        for hooks, handle in zip(self._hooks(), self._handles, strict=True):
             # Torch goes by the order of insertion, which move_to_end does not change.
             others = {key: hooks.pop(key) for key in tuple(hooks) if key != handle.id}
             hooks.update(others)
@@ -101,13 +97,19 @@ class WatchedParameter:
             self._require_unchanged(collected, self._collected_version)
         return collected
 
+    def _hooks(self) -> tuple[OrderedDict[int, Any], OrderedDict[int, Any]]:
+        # Looked up anew: somebody may have put another dict in the place of one.
+        before = cast("OrderedDict[int, Any]", self.parameter._backward_hooks)
+        after = cast("OrderedDict[int, Any]", self.parameter._post_accumulate_grad_hooks)
+        return before, after
+
     def _arrive(self, gradient: Tensor) -> None:
         for sent, version in self.sent:
             self._require_unchanged(sent, version)
         self._judge(self, gradient)
         self.sent = []
         # With other hooks around, out of their reach: `.data` leaves no trace in a version.
-        before, after = self._hooks
+        before, after = self._hooks()
         alone = len(before) == len(after) == 1
         self._arrived = _alias(gradient) if alone else gradient.clone()
         self._version = self._arrived._version

@@ -101,6 +101,8 @@ def _add_times(
 ) -> None:
     for share in settings.shares():
         running = [arm for arm in arms if results[arm].failure is None]
+        if not running:
+            return
         times = call_in_child(step_times, running, point.case, share, environment=_ENVIRONMENT)
         for arm, found in times.items():
             if isinstance(found, str):
