@@ -33,16 +33,18 @@ class AffineRule(Rule):
         """Return the input normalised as the layer does, without its affine map."""
 
     @abstractmethod
-    def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the normalised input, and the input's gradient, by the layer's own kernels.
+    def gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the input's gradient, and each example's own gradient, ``[B, K]``.
+
+        ``dgamma_c = sum_p g_cp n_cp`` and ``dbeta_c = sum_p g_cp``, one after the other.
 
         Args:
             g: upstream gradient, of the input's shape.
             x: the input.
             weight: the layer's.
-            wanted: whether the input's gradient is needed.
+            wanted: whether the input's gradient is needed, the weight's, the bias's.
         """
 
     @abstractmethod
@@ -72,27 +74,6 @@ class AffineRule(Rule):
         # Beyond this the layer's sum of squares may overflow. Comparing with nan gives False.
         finite = largest < math.sqrt(torch.finfo(x.dtype).max / (4 * max(flat.shape[1], 1)))
         return Prepared((centred,), None, finite)
-
-    def gradients(
-        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor]:
-        """Return the input's gradient, and each example's own gradient, ``[B, K]``.
-
-        ``dgamma_c = sum_p g_cp n_cp`` and ``dbeta_c = sum_p g_cp``, one after the other.
-
-        Args:
-            g: upstream gradient, of the input's shape.
-            x: the input.
-            weight: the layer's.
-            wanted: whether the input's gradient is needed, the weight's, the bias's.
-        """
-        normalized, dx = self.backward(g, x, weight, wanted=wanted[0])
-        parts = []
-        if wanted[1]:
-            parts.append(self.channels_first(normalized.mul_(g)).sum(dim=2))
-        if wanted[2]:
-            parts.append(self.channels_first(g).sum(dim=2))
-        return dx, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def keeps(self, kind: str) -> Keep:
         """Keep the input, as the layer does, but for the product bound."""

@@ -75,13 +75,19 @@ class ConvRule(FusedRule):
         zeros = self.padding_mode == "constant"
         make = _windows.__wrapped__ if torch.compiler.is_compiling() else _windows
         squared = squared if zeros else self._pad(squared)
-        for axis in range(len(self.kernel)):
-            pair = 2 * (len(self.kernel) - 1 - axis)
+        # The last axis first: then each product reads what is there, in the order in which it lies.
+        last = len(self.kernel) - 1
+        for axis in range(last, -1, -1):
+            pair = 2 * (last - axis)
             before, after = self.padding[pair : pair + 2] if zeros else (0, 0)
             reach = (self.kernel[axis], self.stride[axis], self.dilation[axis])
-            windows = make(squared.shape[2], before, after, *reach, squared.dtype, squared.device)
-            # The next axis takes the place of the one that is added up.
-            squared = torch.tensordot(squared, windows, dims=([2], [0]))
+            size = squared.shape[2 + axis]
+            windows = make(size, before, after, *reach, squared.dtype, squared.device)
+            if axis == last:
+                squared = torch.matmul(squared, windows)
+            else:
+                # The axes behind this one are finished: one.
+                squared = torch.matmul(windows.T, squared.flatten(3 + axis))
         norms = squared.sqrt().flatten(2)
         return Measured(norms + 2 * bounds.underflow(self.column_size(), dtype), total)
 

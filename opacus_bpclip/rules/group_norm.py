@@ -67,19 +67,35 @@ class GroupNormRule(AffineRule):
         assert self.eps is not None
         return F.group_norm(x, self.groups, eps=self.eps)
 
-    def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Normalise over each group, and back."""
+    def gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor]:
+        """Take each example's channels for channels of their own, of one single example.
+
+        The layer's kernel adds up over examples what it has made for each of their channels; here
+        it has nothing to add, and tells the examples apart at the price of the sum.
+        """
+        batch, positions = x.shape[0], x.shape[2:].numel()
+        wants_x, wants_weight, wants_bias = wanted
+        if not batch:
+            return torch.zeros_like(x), x.new_zeros(0, (wants_weight + wants_bias) * self.channels)
         x, g = x.contiguous(), g.contiguous()
-        sizes = (x.shape[0], self.channels, x.shape[2:].numel(), self.groups)
-        normalized, mean, rstd = torch.ops.aten.native_group_norm(x, None, None, *sizes, self.eps)
-        if not wanted:
-            return normalized, None
-        dx, _, _ = torch.ops.aten.native_group_norm_backward(
-            g, x, mean, rstd, weight, *sizes, (True, False, False)
+        _, mean, rstd = torch.ops.aten.native_group_norm(
+            x, None, None, batch, self.channels, positions, self.groups, self.eps
         )
-        return normalized, dx
+        flat = (1, batch * self.channels, positions)
+        dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+            g.view(flat),
+            x.view(flat),
+            mean.view(1, -1),
+            rstd.view(1, -1),
+            weight.repeat(batch),
+            *flat,
+            batch * self.groups,
+            (wants_x, wants_weight, wants_bias),
+        )
+        parts = [part.view(batch, -1) for part in (dweight, dbias) if part is not None]
+        return None if dx is None else dx.view(x.shape), torch.cat(parts, dim=1)
 
     def centred(self, x: Tensor) -> Tensor:
         """Take the mean over each group away."""

@@ -41,10 +41,29 @@ class LayerNormRule(AffineRule):
         assert self.eps is not None
         return F.layer_norm(x, self.shape, eps=self.eps)
 
+    def gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor]:
+        """Normalise again, and add up each example's positions."""
+        normalized, dx = self.backward(g, x, weight, wanted=wanted[0])
+        parts = []
+        if wanted[1]:
+            parts.append(self.channels_first(normalized.mul_(g)).sum(dim=2))
+        if wanted[2]:
+            parts.append(self.channels_first(g).sum(dim=2))
+        return dx, torch.cat(parts, dim=1)
+
     def backward(
         self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Normalise over the last axes, and back."""
+        """Return the normalised input, and the input's gradient, by the layer's own kernels.
+
+        Args:
+            g: upstream gradient, of the input's shape.
+            x: the input.
+            weight: the layer's.
+            wanted: whether the input's gradient is needed.
+        """
         normalized, mean, rstd = torch.ops.aten.native_layer_norm(
             x, self.shape, None, None, self.eps
         )
