@@ -153,13 +153,15 @@ def clip_factors(
     # No square of what is below overflows, so that this threshold is the first to be met, and it is
     # the same for every `examples`. Comparing with nan gives False.
     largest = torch.finfo(bound.dtype).max ** 0.5 / (16 * max(examples, 1))
-    if size is None or least >= 1:
-        size, least = None, 1.0
-    if finite is None and _all_below(bound, largest * least):
+    if size is None:
+        least = 1.0
+    if finite is None and least > 0 and _all_below(bound, largest * min(least, 1.0)):
         return Factors(factor.to(dtype), None)
+    if size is not None and least < 1:
+        bound = torch.maximum(bound, size())  # nan if one of them is
+        if finite is None and _all_below(bound, largest):
+            return Factors(factor.to(dtype), None)
     keep = bound < largest
-    if size is not None:
-        keep &= size() < largest
     if finite is not None:
         keep &= finite
     return Factors(zero_rows(factor, keep).to(dtype), where_needed(keep))

@@ -60,15 +60,17 @@ class _Affine(torch.autograd.Function):
         clip: AffineClip = ctx.clip
         g = g.movedim(clip.layer.arguments.batch_axis, 0)
         _, _, _, wants_x, wants_bias, wants_weight = ctx.needs_input_grad
-        dx, own = clip.rule.gradients(g, x, weight, wanted=(wants_x, wants_weight, wants_bias))
         examples = g.shape[0] if clip.mean else 1
+        # First, while the gradient is in the processor's cache.
+        size = row_norms(g) * examples
+        dx, own = clip.rule.gradients(g, x, weight, wanted=(wants_x, wants_weight, wants_bias))
         own = own * examples  # [B, K]
         by, keep = clip_factors(
             row_norms(own),
             None,
             clip.limit,
             own.dtype,
-            size=lambda: row_norms(g) * examples,
+            size=lambda: size,
             normalize=clip.normalize,
         )
         total = by @ zero_rows(own, keep)

@@ -132,6 +132,8 @@ class _Fused(torch.autograd.Function):
         if factor is not None:
             joint = joint * factor.to(joint.dtype)
         _, _, _, wants_x, wants_bias, wants_weight, *_ = ctx.needs_input_grad
+        # Before the products, which drive the gradient out of the processor's cache.
+        db = rule.bias_gradient(g, by) * examples if wants_bias else None
         dx, dw = rule.gradients(
             torch.mul(g, rule.over_output(joint, g), out=room),
             x,
@@ -141,6 +143,5 @@ class _Fused(torch.autograd.Function):
         )
         if dx is not None and clip.normalize:
             dx = dx / max(divided, 1)
-        db = rule.bias_gradient(g, by) * examples if wants_bias else None
         clip.sign(ctx.receipt, dw, db)
         return None, None, None, dx, db, dw, None, None, None
