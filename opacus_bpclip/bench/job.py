@@ -23,8 +23,15 @@ from opacus_bpclip.jobs.files import check_plot, check_writable
 
 # One thread of the compiler's own: its processes would take time from a step that is measured.
 _ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+# glibc is to keep what is freed. Left to itself it may give a large tensor back to the system and
+# page it in anew, a cost that comes and goes from process to process and hits any of the arms.
+_TIME_ENVIRONMENT = {
+    **_ENVIRONMENT,
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
 # With a fixed threshold glibc gives every tensor of some size back when it is freed, so the
-# process's memory is the tensors'. Times are taken with the library's own settings.
+# process's memory is the tensors'.
 _MEMORY_ENVIRONMENT = {**_ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": str(64 * 2**10)}
 
 
@@ -103,7 +110,7 @@ def _add_times(
         running = [arm for arm in arms if results[arm].failure is None]
         if not running:
             return
-        times = call_in_child(step_times, running, point.case, share, environment=_ENVIRONMENT)
+        times = call_in_child(step_times, running, point.case, share, environment=_TIME_ENVIRONMENT)
         for arm, found in times.items():
             if isinstance(found, str):
                 results[arm] = ArmResult(arm, failure=found)
