@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opacus_bpclip import BackpropClipping, layer_clips
+from opacus_bpclip.rules import GroupNormRule
 from tests.checks import Trainer, joint
 from tests.strategies import MODES, norm_cases, product_cases, seeds
 
@@ -55,6 +56,39 @@ def test_a_normalisations_node_does_what_its_clips_do_with_the_exact_bound(case,
     node, around = _both_ways(layer, case.shape, clipping, x, target)
     for one, other in zip(node, around, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("wants_input", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.GroupNorm(2, 6), (4, 6)),
+        (nn.GroupNorm(3, 6), (4, 6, 3, 2)),
+        (nn.InstanceNorm1d(6, affine=True), (4, 6, 5)),
+        (nn.GroupNorm(2, 6), (0, 6, 3)),
+    ],
+)
+def test_a_group_norm_tells_examples_apart(layer, shape, trained, wants_input):
+    torch.manual_seed(0)
+    layer = copy.deepcopy(layer).double()
+    nn.init.normal_(layer.weight)
+    x, g = torch.randn(2, *shape, dtype=torch.float64)
+    x[1:2, 0] = torch.nan  # nobody else's problem
+    rule = GroupNormRule.from_module(layer)
+    dx, own = rule.gradients(g, x, layer.weight.detach(), wanted=(wants_input, *trained))
+    assert (dx is not None) == wants_input
+    assert own.shape == (len(x), 6 * sum(trained))
+    parameters = [p for p, train in zip(layer.parameters(), trained, strict=True) if train]
+    for index in range(len(x)):
+        one = x[index : index + 1].requires_grad_()
+        inputs = torch.autograd.grad(layer(one), [one, *parameters], g[index : index + 1])
+        expected = torch.cat(inputs[1:])
+        torch.testing.assert_close(own[index], expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+        if dx is not None:
+            torch.testing.assert_close(
+                dx[index], inputs[0][0], rtol=1e-9, atol=1e-9, equal_nan=True
+            )
 
 
 @pytest.mark.parametrize("upstream", ["clip", "normalize"])

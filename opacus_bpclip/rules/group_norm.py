@@ -78,7 +78,8 @@ class GroupNormRule(AffineRule):
         batch, positions = x.shape[0], x.shape[2:].numel()
         wants_x, wants_weight, wants_bias = wanted
         if not batch:
-            return torch.zeros_like(x), x.new_zeros(0, (wants_weight + wants_bias) * self.channels)
+            own = x.new_zeros(0, (wants_weight + wants_bias) * self.channels)
+            return torch.zeros_like(x) if wants_x else None, own
         x, g = x.contiguous(), g.contiguous()
         _, mean, rstd = torch.ops.aten.native_group_norm(
             x, None, None, batch, self.channels, positions, self.groups, self.eps

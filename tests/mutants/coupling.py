@@ -11,7 +11,7 @@ from opacus_bpclip import grad_sample_module, ops
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.layer_clips import affine, fused
 from opacus_bpclip.provenance import Receipt, WatchedParameter
-from opacus_bpclip.rules import LinearRule, base
+from opacus_bpclip.rules import GroupNormRule, LinearRule, base
 from tests.mutants import bound_killers, coupling_killers, guard_killers
 from tests.mutants.registry import clipped_around_the_layer, mutant
 
@@ -78,6 +78,19 @@ def one_factor_for_the_batch(patch: pytest.MonkeyPatch) -> None:
         return own.amax().expand_as(own) if len(own) else own
 
     patch.setattr(LinearRule, "bound_of_scaled", largest)
+
+
+@mutant(killed_by=coupling_killers.group_norm_together_and_alone, says="together and alone differ")
+def examples_channels_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    """A group norm's kernel returns the gradients of all examples' channels in one row; cut up the
+    wrong way, each piece is clipped as one example's and holds several's."""
+    gradients = GroupNormRule.gradients
+
+    def transposed(self: GroupNormRule, *args: Any, **options: Any) -> tuple[Any, Tensor]:
+        dx, own = gradients(self, *args, **options)
+        return dx, own.T.reshape(own.shape)
+
+    patch.setattr(GroupNormRule, "gradients", transposed)
 
 
 @mutant(killed_by=coupling_killers.input_not_finite, says="the sum is not finite")

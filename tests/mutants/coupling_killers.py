@@ -26,6 +26,15 @@ def hostile_batch_together_and_alone() -> None:
     check_independence(trainer, x, target)
 
 
+def group_norm_together_and_alone() -> None:
+    """A batch through a group norm, with one large example, and its examples one by one."""
+    torch.manual_seed(0)
+    trainer = Trainer(nn.GroupNorm(2, 4), (4, 3), BackpropClipping())
+    x, target = torch.randn(3, 4, 3).double(), torch.ones(3, 12).double()
+    target[-1] *= HUGE
+    check_independence(trainer, x, target)
+
+
 def input_not_finite() -> None:
     """An example with nan in its input."""
     trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping())
