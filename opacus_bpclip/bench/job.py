@@ -23,12 +23,12 @@ from opacus_bpclip.jobs.files import check_plot, check_writable
 
 # One thread of the compiler's own: its processes would take time from a step that is measured.
 _ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-# glibc is to keep what is freed. Left to itself it may give a large tensor back to the system and
-# page it in anew, a cost that comes and goes from process to process and hits any of the arms.
+# glibc learns from what is freed which sizes to keep for the process. Whether it has, and so if
+# an arm pages its tensors in anew in each step, is chance. These are the values it ends up with.
 _TIME_ENVIRONMENT = {
     **_ENVIRONMENT,
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
 }
 # With a fixed threshold glibc gives every tensor of some size back when it is freed, so the
 # process's memory is the tensors'.

@@ -219,7 +219,7 @@ def test_compiled_arms_are_timed_apart_and_their_memory_is_not(monkeypatch):
     def note(function, *args, environment):
         calls.append((function.__name__, args[0]))
         # A peak is seen where memory is given back, a time is steady where it is not.
-        assert ("MALLOC_MMAP_MAX_" in environment) == (function is job.step_times)
+        assert ("MALLOC_TRIM_THRESHOLD_" in environment) == (function is job.step_times)
         return dict.fromkeys(args[0], (1.0, 1.0)) if function is job.step_times else [1]
 
     monkeypatch.setattr(job, "call_in_child", note)
