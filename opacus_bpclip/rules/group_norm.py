@@ -74,6 +74,10 @@ class GroupNormRule(AffineRule):
 
         The layer's kernel adds up over examples what it has made for each of their channels; here
         it has nothing to add, and tells the examples apart at the price of the sum.
+
+        It gets the normalised input, of mean 0 and deviation 1, not the input: ``sum_p g_p x_p``
+        less ``mean sum_p g_p`` would cancel for a large mean, into rounding errors that change
+        with the size of a mean loss's batch.
         """
         batch, positions = x.shape[0], x.shape[2:].numel()
         wants_x, wants_weight, wants_bias = wanted
@@ -81,16 +85,19 @@ class GroupNormRule(AffineRule):
             own = x.new_zeros(0, (wants_weight + wants_bias) * self.channels)
             return torch.zeros_like(x) if wants_x else None, own
         x, g = x.contiguous(), g.contiguous()
-        _, mean, rstd = torch.ops.aten.native_group_norm(
+        normalized, _, rstd = torch.ops.aten.native_group_norm(
             x, None, None, batch, self.channels, positions, self.groups, self.eps
         )
         flat = (1, batch * self.channels, positions)
+        deviation = torch.ones(1, batch * self.groups, dtype=rstd.dtype, device=rstd.device)
+        # The deviation is the same for all channels of a group: as well a part of the weight.
+        scaled = rstd.view(batch, self.groups, 1) * weight.view(self.groups, -1)
         dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
             g.view(flat),
-            x.view(flat),
-            mean.view(1, -1),
-            rstd.view(1, -1),
-            weight.repeat(batch),
+            normalized.view(flat),
+            torch.zeros_like(deviation),
+            deviation,
+            scaled.view(-1),
             *flat,
             batch * self.groups,
             (wants_x, wants_weight, wants_bias),

@@ -64,15 +64,21 @@ class LayerNormRule(AffineRule):
             weight: the layer's.
             wanted: whether the input's gradient is needed.
         """
-        normalized, mean, rstd = torch.ops.aten.native_layer_norm(
-            x, self.shape, None, None, self.eps
-        )
+        normalized, _, rstd = torch.ops.aten.native_layer_norm(x, self.shape, None, None, self.eps)
         if not wanted:
             return normalized, None
+        # Not of the input, which a large mean would turn into rounding errors: see `GroupNormRule`.
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            g, x, self.shape, mean, rstd, weight, None, (True, False, False)
+            g,
+            normalized,
+            self.shape,
+            torch.zeros_like(rstd),
+            torch.ones_like(rstd),
+            weight,
+            None,
+            (True, False, False),
         )
-        return normalized, dx
+        return normalized, dx.mul_(rstd)
 
     def centred(self, x: Tensor) -> Tensor:
         """Take the mean over the last axes away."""
