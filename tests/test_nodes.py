@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opacus_bpclip import BackpropClipping, layer_clips
-from opacus_bpclip.rules import GroupNormRule
+from opacus_bpclip.rules import GroupNormRule, LayerNormRule
 from tests.checks import Trainer, joint
 from tests.strategies import MODES, norm_cases, product_cases, seeds
 
@@ -89,6 +89,18 @@ def test_a_group_norm_tells_examples_apart(layer, shape, trained, wants_input):
             torch.testing.assert_close(
                 dx[index], inputs[0][0], rtol=1e-9, atol=1e-9, equal_nan=True
             )
+
+
+@pytest.mark.parametrize("layer", [nn.GroupNorm(2, 6), nn.LayerNorm(8)])
+def test_rounding_far_from_zero_does_not_follow_the_size_of_the_batch(layer):
+    torch.manual_seed(0)
+    x, g = 1e4 + torch.randn(4, 6, 8), torch.randn(4, 6, 8)
+    rule = (GroupNormRule if isinstance(layer, nn.GroupNorm) else LayerNormRule).from_module(layer)
+    found = [
+        rule.gradients(g / n, x, layer.weight.detach(), wanted=(True, True, True)) for n in (1, 3)
+    ]
+    for one, third in zip(*found, strict=True):
+        torch.testing.assert_close(third * 3, one, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("upstream", ["clip", "normalize"])
