@@ -76,10 +76,8 @@ def test_tensor_bytes_counts_each_storage_once():
     assert tensor_bytes() == before
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(),
-    reason="torch.cuda waits for a GPU and counts its memory, and fails where there is none",
-)
+# torch.cuda waits for a GPU and counts its memory, and raises where there is none.
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda raises without a GPU")
 def test_measures_on_a_gpu():
     settings = Settings(rounds=2, device="cuda")
     assert min(peak_memory("weighted", tiny("mlp"), settings)) > 0
