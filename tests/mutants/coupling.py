@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import grad_sample_module, ops
@@ -91,6 +92,29 @@ def examples_channels_mixed_up(patch: pytest.MonkeyPatch) -> None:
         return dx, own.T.reshape(own.shape)
 
     patch.setattr(GroupNormRule, "gradients", transposed)
+
+
+@mutant(
+    killed_by=coupling_killers.group_norm_far_from_zero_together_and_alone,
+    says="together and alone differ",
+)
+def means_left_in_normalisations_kernels(patch: pytest.MonkeyPatch) -> None:
+    """A group norm's backward kernel takes the mean away from what it has added up. Of a large one
+    rounding errors stay, and they change with the size of a mean loss's batch."""
+    gradients = GroupNormRule.gradients
+
+    def cancelling(
+        self: GroupNormRule, g: Tensor, x: Tensor, weight: Tensor, **options: Any
+    ) -> tuple[Any, Tensor]:
+        dx, own = gradients(self, g, x, weight, **options)
+        flat = x.view(len(x), self.groups, -1)
+        mean = flat.mean(dim=2).repeat_interleave(self.channels // self.groups, dim=1)
+        rstd = torch.rsqrt(flat.var(dim=2, correction=0) + self.eps)
+        rstd = rstd.repeat_interleave(self.channels // self.groups, dim=1)
+        own[:, : self.channels] = ((g * x).sum(dim=2) - mean * g.sum(dim=2)) * rstd
+        return dx, own
+
+    patch.setattr(GroupNormRule, "gradients", cancelling)
 
 
 @mutant(killed_by=coupling_killers.input_not_finite, says="the sum is not finite")

@@ -35,6 +35,14 @@ def group_norm_together_and_alone() -> None:
     check_independence(trainer, x, target)
 
 
+def group_norm_far_from_zero_together_and_alone() -> None:
+    """A batch through a group norm, far above its deviations, and its examples one by one."""
+    torch.manual_seed(0)
+    trainer = Trainer(nn.GroupNorm(2, 4), (4, 3), BackpropClipping())
+    x, target = 1e9 + torch.randn(3, 4, 3).double(), torch.randn(3, 12).double()
+    check_independence(trainer, x, target)
+
+
 def input_not_finite() -> None:
     """An example with nan in its input."""
     trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping())
