@@ -13,13 +13,19 @@ squares and products that vanish. Proofs: ``docs/guarantee.md``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-# An upper limit for the temporary columns or gradients of `exact_bound`, in bytes.
-EXACT_MEMORY_CAP = 64 * 2**20
+# An upper limit for the temporary columns or gradients of an exact bound, in bytes. A processor
+# works in its cache; an accelerator, and a traced graph, would rather do much at once.
+EXACT_MEMORY_CAP = 8 * 2**20
+_LARGE_EXACT_MEMORY_CAP = 64 * 2**20
+
+# An example's own gradient takes the flops that the sum over the batch would take anyway, but it is
+# written once and read twice. That costs as much as this many flops for each of its numbers.
+_FLOPS_OF_PASSES = 32
 
 # How many units of the last place the sums and products of one bound may lose together.
 _ULPS = 64
@@ -158,43 +164,96 @@ def exact_bound(
     """
     dtype = norm_dtype(g.dtype)
     g, u = g.to(dtype), u.to(dtype)
-    groups, channels, positions = g.shape[1:]
+    channels, positions = g.shape[2:]
     inputs = u.shape[2]
     if positions == 1:
-        per_group = (torch.linalg.vector_norm(g, dim=(2, 3)) + underflow(channels, dtype)) * norms[
-            ..., 0
-        ]
-    else:
-        # What vanishes on one side may be multiplied by the other: it counts in the norms, and by
-        # so much that the slack covers it.
-        u_norm = torch.linalg.vector_norm(norms, dim=2)
-        u_norm = u_norm + underflow(positions * inputs, dtype) / math.sqrt(slack)
-        g_slack = underflow(positions * channels, dtype) / math.sqrt(slack)
-        if gram_is_cheaper(positions, channels, inputs):
-            squared, g_norm = _gram_square(g, u, weight=weight, bias=bias)
-            error = slack * ((g_norm + g_slack) * u_norm).square()
-            # The root turns an error of the square into a larger one: the slack goes under it.
-            per_group = torch.sqrt(squared.clamp(min=0) + error)
-        else:
-            g_norm = torch.linalg.vector_norm(g, dim=(2, 3)) + g_slack
-            own = _direct_norm(g, u, weight=weight, bias=bias)
-            per_group = own + slack * g_norm * u_norm
+        g_norm = torch.linalg.vector_norm(g, dim=(2, 3)) + underflow(channels, dtype)
+        return _joined(g_norm * norms[..., 0], g, inputs)
+    if not gram_is_cheaper(positions, channels, inputs):
+        own = _direct_norm(g, u, weight=weight, bias=bias)
+        return own_bound(own, g, norms, inputs=inputs, slack=slack)
+    squared, g_norm = _gram_square(g, u, weight=weight, bias=bias)
+    error = slack * _frobenius_product(g_norm, g, norms, inputs, slack).square()
+    # The root turns an error of the square into a larger one: the slack goes under it.
+    return _joined(torch.sqrt(squared.clamp(min=0) + error), g, inputs)
+
+
+def own_bound(own: Tensor, g: Tensor, norms: Tensor, *, inputs: int, slack: float) -> Tensor:
+    """Return `exact_bound` from the norm of the gradient itself. ``[B]``.
+
+    Args:
+        own: ``[B, R]``, the norm of each group's gradient, as arithmetic has made it.
+        g: as for `exact_bound`.
+        norms: as for `exact_bound`.
+        inputs: ``D``.
+        slack: as for `exact_bound`.
+    """
+    g_norm = torch.linalg.vector_norm(g, dim=(2, 3), dtype=norm_dtype(g.dtype))
+    return _joined(own + slack * _frobenius_product(g_norm, g, norms, inputs, slack), g, inputs)
+
+
+def _frobenius_product(
+    g_norm: Tensor, g: Tensor, norms: Tensor, inputs: int, slack: float
+) -> Tensor:
+    """Return the product of the norms of ``g`` and of the columns, for each group. ``[B, R]``.
+
+    What vanishes on one side may be multiplied by the other: it counts in the norms, and by so much
+    that the slack covers it.
+    """
+    channels, positions = g.shape[2:]
+    g_slack = underflow(positions * channels, norms.dtype) / math.sqrt(slack)
+    u_slack = underflow(positions * inputs, norms.dtype) / math.sqrt(slack)
+    return (g_norm + g_slack) * (torch.linalg.vector_norm(norms, dim=2) + u_slack)
+
+
+def _joined(per_group: Tensor, g: Tensor, inputs: int) -> Tensor:
+    """Return the norm over groups, with what may have vanished on the way. ``[B]``."""
+    groups, channels, positions = g.shape[1:]
     count = groups * positions * (positions + channels + inputs)
-    return torch.linalg.vector_norm(per_group, dim=1) + underflow(count, dtype)
+    return torch.linalg.vector_norm(per_group, dim=1) + underflow(count, per_group.dtype)
 
 
 def gram_is_cheaper(positions: int, channels: int, inputs: int) -> bool:
-    """Return whether two ``P x P`` Gram matrices cost less than the ``C x D`` gradient."""
+    """Return whether two ``P x P`` Gram matrices cost less than the ``C x D`` gradient.
+
+    For a gradient that is made to be measured and thrown away.
+    """
     return positions * positions * (channels + inputs) < positions * channels * inputs
 
 
-def exact_chunk(positions: int, groups: int, channels: int, inputs: int, item_size: int) -> int:
-    """Return how many examples `exact_bound` may take at once under ``EXACT_MEMORY_CAP``."""
+def own_is_cheaper(positions: int, channels: int, inputs: int) -> bool:
+    """Return whether two ``P x P`` Gram matrices cost more than to keep the ``C x D`` gradient.
+
+    For a gradient that is made, measured, scaled and added to the sum over the batch.
+    """
+    flops_of_gram = 2 * positions * positions * (channels + inputs)
+    return flops_of_gram >= _FLOPS_OF_PASSES * channels * inputs
+
+
+def exact_chunk(per_example: int, device: torch.device) -> int:
+    """Return how many examples at a time stay under the cap for temporary memory, at least 1.
+
+    Args:
+        per_example: bytes that each of them takes, see `exact_bytes`.
+        device: where.
+    """
+    large = torch.compiler.is_compiling() or device.type != "cpu"
+    cap = _LARGE_EXACT_MEMORY_CAP if large else EXACT_MEMORY_CAP
+    return max(1, cap // max(1, per_example))
+
+
+def exact_bytes(positions: int, groups: int, channels: int, inputs: int, dtype: torch.dtype) -> int:
+    """Return the bytes of temporary memory that `exact_bound` takes for an example."""
     gradient = channels * (inputs + 1)
     columns = positions * (inputs + channels)
     gram = 2 * positions * positions
-    per_example = groups * (columns + min(gradient, gram)) * max(item_size, 4)
-    return max(1, EXACT_MEMORY_CAP // max(1, per_example))
+    return groups * (columns + min(gradient, gram)) * norm_dtype(dtype).itemsize
+
+
+def chunks(batch: int, size: int) -> Iterator[slice]:
+    """Yield ``batch`` examples, ``size`` at a time; an empty slice if there are none."""
+    for start in range(0, max(batch, 1), size):
+        yield slice(start, start + size)
 
 
 def in_chunks(batch: int, chunk: int, bound: Callable[[slice], Tensor]) -> Tensor:
@@ -209,7 +268,7 @@ def in_chunks(batch: int, chunk: int, bound: Callable[[slice], Tensor]) -> Tenso
         >>> in_chunks(5, 2, lambda rows: torch.arange(5)[rows])
         tensor([0, 1, 2, 3, 4])
     """
-    parts = [bound(slice(start, start + chunk)) for start in range(0, max(batch, 1), chunk)]
+    parts = [bound(rows) for rows in chunks(batch, chunk)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

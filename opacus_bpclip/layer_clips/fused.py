@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.base import Settings
 from opacus_bpclip.layer_clips.node import NodeClip
+from opacus_bpclip.layer_clips.own import sum_own_gradients
 from opacus_bpclip.layer_clips.shared import SharedMeasurement
 from opacus_bpclip.norms import rounding_margin
 from opacus_bpclip.ops import clip_factors
@@ -112,35 +113,52 @@ class _Fused(torch.autograd.Function):
         if clip.normalize:
             # As in clip_upstream: what is scaled up must not be measured divided by anything.
             g, examples = g * divided, 1
-        # The bound's temporary makes room for the product below: fresh memory is slow.
+        # Temporaries make room for the product below: fresh memory is slow.
         room = None if torch.compiler.is_compiling() else torch.empty_like(g)
-        bound = rule.bound_of_scaled(
-            config.bound, g, x, columns, factor, config.max_input_norm, room
-        )
-        by, keep = clip_factors(
-            bound,
-            finite,
-            clip.limit,
-            g.dtype,
-            size=partial(rule.size_of, config.bound, g, columns),
-            least=rule.least_bound(config.bound, g.dtype, config.max_input_norm),
-            examples=examples,
-            normalize=clip.normalize,
-        )
-        g = zero_rows(g, keep)
-        joint = by.view(-1, 1, 1)
-        if factor is not None:
-            joint = joint * factor.to(joint.dtype)
         _, _, _, wants_x, wants_bias, wants_weight, *_ = ctx.needs_input_grad
+        dw = None
+        if wants_weight and rule.sums_own(config.bound, g):
+            assert columns is not None
+            scaled = g
+            if factor is not None:
+                scaled = torch.mul(g, rule.over_output(factor.to(g.dtype), g), out=room)
+            (by, keep), dw = sum_own_gradients(
+                rule,
+                g,
+                scaled,
+                x,
+                weight,
+                columns,
+                finite,
+                clip.limit,
+                examples=examples,
+                normalize=clip.normalize,
+            )
+        else:
+            by, keep = clip_factors(
+                rule.bound_of_scaled(
+                    config.bound, g, x, columns, factor, config.max_input_norm, room
+                ),
+                finite,
+                clip.limit,
+                g.dtype,
+                size=partial(rule.size_of, config.bound, g, columns),
+                least=rule.least_bound(config.bound, g.dtype, config.max_input_norm),
+                examples=examples,
+                normalize=clip.normalize,
+            )
+        g = zero_rows(g, keep)
         # Before the products, which drive the gradient out of the processor's cache.
         db = rule.bias_gradient(g, by) * examples if wants_bias else None
-        dx, dw = rule.gradients(
-            torch.mul(g, rule.over_output(joint, g), out=room),
-            x,
-            weight,
-            multiplier=examples,
-            wanted=(wants_x, wants_weight),
-        )
+        dx = None
+        wanted = (wants_x, wants_weight and dw is None)
+        if any(wanted):
+            joint = by.view(-1, 1, 1)
+            if factor is not None:
+                joint = joint * factor.to(joint.dtype)
+            scaled = torch.mul(g, rule.over_output(joint, g), out=room)
+            dx, product = rule.gradients(scaled, x, weight, multiplier=examples, wanted=wanted)
+            dw = product if dw is None else dw
         if dx is not None and clip.normalize:
             dx = dx / max(divided, 1)
         clip.sign(ctx.receipt, dw, db)

@@ -69,9 +69,8 @@ class BilinearRule(LinearRule):
         assert one is not None
         assert other is not None
         assert input_norms is not None
-        chunk = bounds.exact_chunk(
-            positions, 1, g.shape[-1], self.in_features, input_norms.dtype.itemsize
-        )
+        needed = bounds.exact_bytes(positions, 1, g.shape[-1], self.in_features, g.dtype)
+        chunk = bounds.exact_chunk(needed, g.device)
         exact = super().bound
 
         def of(rows: slice) -> Tensor:

@@ -160,6 +160,47 @@ class ConvRule(FusedRule):
         )
         return dx, dw * multiplier if wanted[1] else None
 
+    def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Take each example's channels for groups of channels, of one single example.
+
+        The layer's kernel then has no other example to add up.
+        """
+        dtype = bounds.norm_dtype(g.dtype)
+        batch = len(g)
+        g, x = g.to(dtype), x.to(dtype)
+        if not self._groups_are_fast(g):
+            upstream, columns = self.upstream(g), self.columns(x)
+            own = torch.matmul(upstream, columns.transpose(-1, -2))
+            return own.view(batch, *weight.shape)
+        _, own, _ = torch.ops.aten.convolution_backward(
+            g.reshape(1, -1, *g.shape[2:]),
+            x.reshape(1, -1, *x.shape[2:]),
+            # Only its shape counts.
+            x.new_empty(()).expand(batch * weight.shape[0], *weight.shape[1:]),
+            None,
+            self.stride,
+            self.padding[::-2],
+            self.dilation,
+            False,
+            (0,) * len(self.kernel),
+            batch * self.groups,
+            (False, True, False),
+        )
+        return own.view(batch, *weight.shape)
+
+    def own_bytes(self, g: Tensor, weight: Tensor) -> int:
+        """Count the unfolded input, too, where there is one."""
+        own = super().own_bytes(g, weight)
+        if self._groups_are_fast(g):
+            return own
+        columns = self.groups * self.column_size() * g.shape[2:].numel()
+        return own + columns * bounds.norm_dtype(g.dtype).itemsize
+
+    def _groups_are_fast(self, g: Tensor) -> bool:
+        # A processor's kernels work on blocks of channels within a group; an accelerator's are slow
+        # with many groups.
+        return g.device.type == "cpu" and self.group_channels > 1
+
     def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
         """Add up the positions, then the examples."""
         return factor @ g.flatten(2).sum(dim=2)

@@ -139,10 +139,8 @@ class ConvTransposeRule(MatrixRule):
         g = self._aligned(g, x)
         positions = x.shape[2:].numel()
         entries = g.shape[1] // self.groups * math.prod(self.kernel)
-        dtype = bounds.norm_dtype(g.dtype)
-        chunk = bounds.exact_chunk(
-            positions, self.groups, entries, self.group_channels, dtype.itemsize
-        )
+        needed = bounds.exact_bytes(positions, self.groups, entries, self.group_channels, g.dtype)
+        chunk = bounds.exact_chunk(needed, g.device)
         bound = super().bound
 
         def of(rows: slice) -> Tensor:

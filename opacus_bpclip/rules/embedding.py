@@ -89,7 +89,8 @@ class EmbeddingRule(Rule):
         batch, channels, positions = g.shape
         g_norm = torch.linalg.vector_norm(g, dim=(1, 2), dtype=dtype)
         g_norm = g_norm + norms.underflow(channels * positions, dtype)
-        chunk = norms.exact_chunk(positions, 1, channels, positions, dtype.itemsize)
+        needed = norms.exact_bytes(positions, 1, channels, positions, dtype)
+        chunk = norms.exact_chunk(needed, g.device)
 
         def square_of(rows: slice) -> Tensor:
             counted = g[rows] * weights[rows].to(dtype)[:, None, :]

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.norms import (
+    accumulation,
     max_column_norm,
     norm_dtype,
+    own_bound,
+    own_is_cheaper,
     rounding_margin,
     smallest_column_norm,
 )
@@ -62,6 +65,20 @@ class FusedRule(MatrixRule):
         """
 
     @abstractmethod
+    def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return each example's gradient of the weight, in one tensor. ``[B, *weight.shape]``.
+
+        Args:
+            g: upstream gradient, scaled by the columns' factors; ``B`` above 0.
+            x: the input, not scaled.
+            weight: the layer's.
+        """
+
+    def own_bytes(self, g: Tensor, weight: Tensor) -> int:
+        """Return the bytes of temporary memory that `own_gradients` takes for an example."""
+        return weight.numel() * norm_dtype(g.dtype).itemsize
+
+    @abstractmethod
     def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
         """Return the sum of the examples' gradients of the bias, ``[C]``.
 
@@ -95,6 +112,37 @@ class FusedRule(MatrixRule):
             return self.cheap_bound(kind, g, columns, max_norm, room)
         assert columns is not None
         return self.exact_bound(self.upstream(g), x, columns, factor)
+
+    def sums_own(self, kind: str, g: Tensor) -> bool:
+        """Return whether to make each example's own gradient, measure it and add it up.
+
+        Args:
+            kind: as for `bound`.
+            g: as for `bound`.
+        """
+        if kind != "exact" or not self.weight or not len(g):
+            return False
+        channels, positions = self.upstream(g).shape[2:]
+        # One position's gradient is an outer product, whose norm is known without it.
+        return positions > 1 and own_is_cheaper(positions, channels, self.column_size())
+
+    def bound_of_own(self, own: Tensor, g: Tensor, columns: Tensor) -> Tensor:
+        """Return the exact bound for gradients that have been made. ``[B]``.
+
+        Args:
+            own: from `own_gradients`.
+            g: as for `bound`.
+            columns: norms from `with_one`, of the scaled columns.
+        """
+        upstream = self.upstream(g)
+        batch, groups, _, positions = upstream.shape
+        norm = torch.linalg.vector_norm(own.view(batch, groups, -1), dim=2)
+        if self.bias:
+            sums = upstream.sum(dim=3, dtype=own.dtype)
+            norm = torch.hypot(norm, torch.linalg.vector_norm(sums, dim=2))
+        slack = rounding_margin(g.dtype, g.device)
+        bound = own_bound(norm, upstream, columns, inputs=self.column_size(), slack=slack)
+        return bound * accumulation(positions, g.dtype)
 
     def least_bound(self, kind: str, dtype: torch.dtype, max_norm: float | None) -> float:
         """Return what part of `size` a bound is at least; 0 where that is not known.

@@ -89,6 +89,12 @@ class LinearRule(FusedRule):
             dw = torch.addmm(nothing, rows.T, columns, beta=0, alpha=multiplier)
         return dx, dw
 
+    def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply ``g`` with the input, for each example."""
+        dtype = bounds.norm_dtype(g.dtype)
+        rows, columns = (t.reshape(len(t), -1, t.shape[-1]).to(dtype) for t in (g, x))
+        return torch.matmul(rows.transpose(1, 2), columns)
+
     def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
         """Add up the positions of all examples in one product."""
         rows = g.reshape(-1, g.shape[-1])

@@ -137,7 +137,8 @@ class MatrixRule(Rule):
         """
         batch, groups, channels, positions = upstream.shape
         dtype = columns.dtype
-        chunk = norms.exact_chunk(positions, groups, channels, self.column_size(), dtype.itemsize)
+        needed = norms.exact_bytes(positions, groups, channels, self.column_size(), dtype)
+        chunk = norms.exact_chunk(needed, x.device)
 
         def of(rows: slice) -> Tensor:
             part = x[rows]

@@ -1,0 +1,94 @@
+"""The exact bound where it pays to make each example's own gradient.
+
+A few examples' gradients at a time are made, measured, scaled and added up, and are gone before the
+next ones. What is measured is the very thing that is added up, whatever rounding has made of it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opacus_bpclip.norms import chunks, exact_chunk
+from opacus_bpclip.ops import Factors, clip_factors
+from opacus_bpclip.rules import FusedRule
+from opacus_bpclip.rules.base import zero_rows
+
+
+class Summed(NamedTuple):
+    """What has become of a batch.
+
+    Attributes:
+        factors: as from `clip_factors`.
+        gradient: the sum of the examples' clipped gradients of the weight, as their loss has it.
+    """
+
+    factors: Factors
+    gradient: Tensor
+
+
+def sum_own_gradients(
+    rule: FusedRule,
+    g: Tensor,
+    scaled: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    finite: Tensor | None,
+    limit: Tensor,
+    *,
+    examples: int,
+    normalize: bool,
+) -> Summed:
+    """Clip and add up the examples' gradients of a layer's weight.
+
+    Args:
+        rule: the layer's.
+        g: upstream gradient, batch first, of one example at least.
+        scaled: the same, scaled by the factors of the input's columns.
+        x: the input, not scaled.
+        weight: the layer's.
+        columns: norms from `MatrixRule.with_one`, of the scaled columns.
+        finite: as for `clip_factors`, as are the others.
+        limit: the layer's sensitivity.
+        examples: by what a mean loss has divided the gradients.
+        normalize: scale up, too.
+    """
+    least = rule.least_bound("exact", g.dtype, None)
+    found: list[Factors] = []
+    total: Tensor | None = None
+    for rows in chunks(len(g), exact_chunk(rule.own_bytes(g, weight), g.device)):
+        own = rule.own_gradients(scaled[rows], x[rows], weight)
+        factors = clip_factors(
+            rule.bound_of_own(own, g[rows], columns[rows]),
+            None if finite is None else finite[rows],
+            limit,
+            g.dtype,
+            size=partial(rule.size_of, "exact", g[rows], columns[rows]),
+            least=least,
+            examples=examples,
+            normalize=normalize,
+        )
+        flat = zero_rows(own.flatten(1), factors.keep)
+        part = factors.factor.to(flat.dtype) @ flat
+        total = part if total is None else total.add_(part)
+        found.append(factors)
+    assert total is not None
+    return Summed(_joined(found), (total * examples).view(weight.shape).to(weight.dtype))
+
+
+def _joined(found: list[Factors]) -> Factors:
+    if len(found) == 1:
+        return found[0]
+    keep = None
+    if any(part.keep is not None for part in found):
+        keep = torch.cat(
+            [
+                torch.ones_like(part.factor, dtype=torch.bool) if part.keep is None else part.keep
+                for part in found
+            ]
+        )
+    return Factors(torch.cat([part.factor for part in found]), keep)
