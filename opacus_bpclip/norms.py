@@ -25,7 +25,7 @@ _LARGE_EXACT_MEMORY_CAP = 64 * 2**20
 
 # An example's own gradient takes the flops that the sum over the batch would take anyway, but it is
 # written once and read twice. That costs as much as this many flops for each of its numbers.
-_FLOPS_OF_PASSES = 32
+_FLOPS_OF_PASSES = 36
 
 # How many units of the last place the sums and products of one bound may lose together.
 _ULPS = 64

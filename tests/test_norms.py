@@ -121,13 +121,23 @@ def test_the_cheaper_way_to_the_exact_norm_is_chosen(positions, channels, inputs
     assert chosen is cheaper
 
 
+@pytest.mark.parametrize(
+    ("positions", "channels", "inputs", "cheaper"),
+    [(2, 512, 512, False), (64, 256, 256, True), (64, 256, 2304, False), (256, 128, 1152, True)],
+)
+def test_what_is_added_up_anyway_is_made_earlier(positions, channels, inputs, cheaper):
+    assert norms.own_is_cheaper(positions, channels, inputs) is cheaper
+
+
 @pytest.mark.parametrize("positions", [1, 64, 4096])
 @pytest.mark.parametrize("inputs", [16, 4096])
 def test_a_chunk_of_examples_stays_under_the_memory_cap(positions, inputs):
-    chunk = norms.exact_chunk(positions, 1, 64, inputs, 4)
-    per_example = 4 * (positions * (inputs + 64) + min(64 * inputs, 2 * positions**2))
+    per_example = norms.exact_bytes(positions, 1, 64, inputs, torch.float32)
+    assert per_example >= 4 * (positions * (inputs + 64) + min(64 * inputs, 2 * positions**2))
+    chunk = norms.exact_chunk(per_example, torch.device("cpu"))
     assert chunk >= 1
     assert chunk == 1 or chunk * per_example <= norms.EXACT_MEMORY_CAP
+    assert norms.exact_chunk(per_example, torch.device("cuda")) >= chunk
 
 
 def test_the_bias_counts_in_the_largest_column():

@@ -70,7 +70,13 @@ def weighted_with_bias() -> None:
 
 
 def exact_with_bias() -> None:
-    """A layer over a sequence with a bias, in the exact bound."""
+    """A layer over two positions with a bias, in the exact bound."""
+    x, target = torch.full((2, 1), HUGE), torch.full((2,), HUGE)
+    _one(nn.Linear(1, 1), (2, 1), x, target, bound="exact")
+
+
+def own_gradients_with_bias() -> None:
+    """A layer over so many positions, in the exact bound, that gradients are cheaper than pairs."""
     x, target = torch.full((5, 1), HUGE), torch.full((5,), HUGE)
     _one(nn.Linear(1, 1), (5, 1), x, target, bound="exact")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from opacus_bpclip.rules import (
     BroadcastRule,
     ConvRule,
     EmbeddingRule,
+    FusedRule,
     LayerNormRule,
     LinearRule,
     matrix,
@@ -70,6 +72,17 @@ def bias_uncovered_by_exact(patch: pytest.MonkeyPatch) -> None:
         return exact(*arguments, bias=False, **options)
 
     patch.setattr(norms, "exact_bound", without)
+
+
+@mutant(killed_by=killers.own_gradients_with_bias, says=MOVED)
+def bias_uncovered_by_own_gradients(patch: pytest.MonkeyPatch) -> None:
+    """Where an example's own gradient is made, the weight's alone is measured."""
+    bound = FusedRule.bound_of_own
+
+    def without(self: FusedRule, *arguments: Tensor) -> Tensor:
+        return bound(replace(self, bias=False), *arguments)
+
+    patch.setattr(FusedRule, "bound_of_own", without)
 
 
 @mutant(killed_by=killers.input_above_the_clip, says=MOVED)

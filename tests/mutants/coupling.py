@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from opacus_bpclip import grad_sample_module, ops
 from opacus_bpclip.guard import GradientGuard
-from opacus_bpclip.layer_clips import affine, fused
+from opacus_bpclip.layer_clips import affine, fused, own
 from opacus_bpclip.provenance import Receipt, WatchedParameter
-from opacus_bpclip.rules import GroupNormRule, LinearRule, base
+from opacus_bpclip.rules import ConvRule, GroupNormRule, LinearRule, base
 from tests.mutants import bound_killers, coupling_killers, guard_killers
 from tests.mutants.registry import clipped_around_the_layer, mutant
 
@@ -75,8 +75,8 @@ def one_factor_for_the_batch(patch: pytest.MonkeyPatch) -> None:
     bound = LinearRule.bound_of_scaled
 
     def largest(self: LinearRule, *args: Any) -> Tensor:
-        own = bound(self, *args)
-        return own.amax().expand_as(own) if len(own) else own
+        each = bound(self, *args)
+        return each.amax().expand_as(each) if len(each) else each
 
     patch.setattr(LinearRule, "bound_of_scaled", largest)
 
@@ -92,6 +92,19 @@ def examples_channels_mixed_up(patch: pytest.MonkeyPatch) -> None:
         return dx, own.T.reshape(own.shape)
 
     patch.setattr(GroupNormRule, "gradients", transposed)
+
+
+@mutant(killed_by=coupling_killers.convolution_together_and_alone, says="together and alone differ")
+def examples_kernels_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    """A convolution's kernel takes examples for groups of channels, and returns gradients in one
+    row; cut up the wrong way, each piece holds several examples'."""
+    gradients = ConvRule.own_gradients
+
+    def transposed(self: ConvRule, *args: Any) -> Tensor:
+        found = gradients(self, *args)
+        return found.flatten(1).T.reshape(found.shape)
+
+    patch.setattr(ConvRule, "own_gradients", transposed)
 
 
 @mutant(
@@ -123,6 +136,12 @@ def nan_passed_through(patch: pytest.MonkeyPatch) -> None:
     """An example that is not finite goes into the sum, and everybody's gradient is nan."""
     for module in (ops, base, fused, affine):
         patch.setattr(module, "zero_rows", lambda x, keep: x)
+
+
+@mutant(killed_by=coupling_killers.upstream_of_a_sequence_not_finite, says="the sum is not finite")
+def nan_in_own_gradients_passed_through(patch: pytest.MonkeyPatch) -> None:
+    """A gradient that is not finite is added up with factor zero, which makes it nan."""
+    patch.setattr(own, "zero_rows", lambda x, keep: x)
 
 
 @mutant(killed_by=guard_killers.weight_beside_its_layer, says="nothing bounds was released")

@@ -43,6 +43,23 @@ def group_norm_far_from_zero_together_and_alone() -> None:
     check_independence(trainer, x, target)
 
 
+def convolution_together_and_alone() -> None:
+    """A batch through a convolution in the exact bound, one example large, and each by itself."""
+    torch.manual_seed(0)
+    trainer = Trainer(nn.Conv1d(2, 2, 1), (2, 9), BackpropClipping(bound="exact"))
+    x, target = torch.randn(3, 2, 9).double(), torch.ones(3, 18).double()
+    target[-1] *= HUGE
+    check_independence(trainer, x, target)
+
+
+def upstream_of_a_sequence_not_finite() -> None:
+    """An example, a sequence, whose upstream gradient is infinite, in the exact bound."""
+    trainer = Trainer(nn.Linear(2, 2), (9, 2), BackpropClipping(bound="exact"))
+    target = torch.ones(3, 18, dtype=torch.float64)
+    target[-1, 0] = float("inf")
+    check_silent(trainer, torch.ones(3, 9, 2, dtype=torch.float64), target)
+
+
 def input_not_finite() -> None:
     """An example with nan in its input."""
     trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping())
