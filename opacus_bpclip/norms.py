@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 # An upper limit for the temporary columns or gradients of an exact bound, in bytes. A processor
-# works in its cache; an accelerator, and a traced graph, would rather do much at once.
-EXACT_MEMORY_CAP = 8 * 2**20
+# works in its cache, and gets small blocks of memory without asking the system; an accelerator, and
+# a traced graph, would rather do much at once.
+EXACT_MEMORY_CAP = 2 * 2**20
 _LARGE_EXACT_MEMORY_CAP = 64 * 2**20
 
 # An example's own gradient takes the flops that the sum over the batch would take anyway, but it is
-# written once and read twice. That costs as much as this many flops for each of its numbers.
-_FLOPS_OF_PASSES = 36
+# written once and read twice. That costs about as much as this many flops for each of its numbers:
+# benchmarks/exact_norm.py.
+_FLOPS_OF_PASSES = 42
 
 # How many units of the last place the sums and products of one bound may lose together.
 _ULPS = 64
