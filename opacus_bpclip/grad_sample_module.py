@@ -16,7 +16,7 @@ from opacus_bpclip.coverage import trainable_layers
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.input_clipping import attach_input_clips, take_input_clips
-from opacus_bpclip.layer_clips import layer_clips
+from opacus_bpclip.layer_clips import frozen_normalizations, layer_clips
 from opacus_bpclip.probe import Batch, Prober, UntriedError
 from opacus_bpclip.recurrence import is_packed
 from opacus_bpclip.tying import tied_groups
@@ -88,6 +88,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         mean = loss_reduction == "mean"
         for clip in layer_clips(layers.values(), config, self._limits, self.guard, mean=mean):
             self._handles += clip.attach()
+        for frozen in frozen_normalizations(m, {layer.module for layer in layers.values()}):
+            self._handles += frozen.attach()
         setattr(m, _ATTACHED, True)
         self._attached = True
 

@@ -11,6 +11,7 @@ from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.affine import AffineClip
 from opacus_bpclip.layer_clips.base import Clip, Settings
+from opacus_bpclip.layer_clips.frozen import frozen_normalizations
 from opacus_bpclip.layer_clips.fused import FusedClip
 from opacus_bpclip.layer_clips.node import NodeClip
 from opacus_bpclip.layer_clips.parameters import ParameterClip
@@ -28,7 +29,7 @@ from opacus_bpclip.rules import (
     Rule,
 )
 
-__all__ = ["layer_clips"]
+__all__ = ["frozen_normalizations", "layer_clips"]
 
 # By the rule's very class, since one that inherits may describe another layer; and only where the
 # layer's forward is the one that the closed form belongs to.

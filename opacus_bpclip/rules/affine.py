@@ -48,6 +48,16 @@ class AffineRule(Rule):
         """
 
     @abstractmethod
+    def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Return the input's gradient alone.
+
+        Args:
+            g: as for `gradients`.
+            x: as for `gradients`.
+            weight: the layer's; ``None`` for ones.
+        """
+
+    @abstractmethod
     def centred(self, x: Tensor) -> Tensor:
         """Return the input less its means, which the layer is invariant to."""
 

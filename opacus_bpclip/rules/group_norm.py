@@ -70,6 +70,21 @@ class GroupNormRule(AffineRule):
     def gradients(
         self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor]:
+        """Put together what the kernel makes of each example's channels."""
+        dx, *parts = self._backward(g, x, weight, wanted)
+        return dx, torch.cat([part for part in parts if part is not None], dim=1)
+
+    def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Normalise again, and take the layer's own kernel."""
+        if weight is None:
+            weight = x.new_ones(self.channels)
+        dx, _, _ = self._backward(g, x, weight, (True, False, False))
+        assert dx is not None
+        return dx
+
+    def _backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
         """Take each example's channels for channels of their own, of one single example.
 
         The layer's kernel adds up over examples what it has made for each of their channels; here
@@ -78,12 +93,19 @@ class GroupNormRule(AffineRule):
         It gets the normalised input, of mean 0 and deviation 1, not the input: ``sum_p g_p x_p``
         less ``mean sum_p g_p`` would cancel for a large mean, into rounding errors that change
         with the size of a mean loss's batch.
+
+        Returns:
+            The gradient of the input, and each example's of weight and bias, ``[B, C]``; ``None``
+            for what is not wanted.
         """
         batch, positions = x.shape[0], x.shape[2:].numel()
-        wants_x, wants_weight, wants_bias = wanted
         if not batch:
-            own = x.new_zeros(0, (wants_weight + wants_bias) * self.channels)
-            return torch.zeros_like(x) if wants_x else None, own
+            empty = (
+                torch.zeros_like(x),
+                x.new_zeros(0, self.channels),
+                x.new_zeros(0, self.channels),
+            )
+            return tuple(part if want else None for part, want in zip(empty, wanted, strict=True))
         x, g = x.contiguous(), g.contiguous()
         normalized, _, rstd = torch.ops.aten.native_group_norm(
             x, None, None, batch, self.channels, positions, self.groups, self.eps
@@ -92,7 +114,7 @@ class GroupNormRule(AffineRule):
         deviation = torch.ones(1, batch * self.groups, dtype=rstd.dtype, device=rstd.device)
         # The deviation is the same for all channels of a group: as well a part of the weight.
         scaled = rstd.view(batch, self.groups, 1) * weight.view(self.groups, -1)
-        dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+        dx, *parts = torch.ops.aten.native_group_norm_backward(
             g.view(flat),
             normalized.view(flat),
             torch.zeros_like(deviation),
@@ -100,10 +122,10 @@ class GroupNormRule(AffineRule):
             scaled.view(-1),
             *flat,
             batch * self.groups,
-            (wants_x, wants_weight, wants_bias),
+            wanted,
         )
-        parts = [part.view(batch, -1) for part in (dweight, dbias) if part is not None]
-        return None if dx is None else dx.view(x.shape), torch.cat(parts, dim=1)
+        own = (None if part is None else part.view(batch, -1) for part in parts)
+        return None if dx is None else dx.view(x.shape), *own
 
     def centred(self, x: Tensor) -> Tensor:
         """Take the mean over each group away."""

@@ -53,15 +53,21 @@ class LayerNormRule(AffineRule):
             parts.append(self.channels_first(g).sum(dim=2))
         return dx, torch.cat(parts, dim=1)
 
+    def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Normalise again, and take the layer's own kernel."""
+        _, dx = self.backward(g, x, weight, wanted=True)
+        assert dx is not None
+        return dx
+
     def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
+        self, g: Tensor, x: Tensor, weight: Tensor | None, *, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return the normalised input, and the input's gradient, by the layer's own kernels.
 
         Args:
             g: upstream gradient, of the input's shape.
             x: the input.
-            weight: the layer's.
+            weight: the layer's; ``None`` for ones.
             wanted: whether the input's gradient is needed.
         """
         normalized, _, rstd = torch.ops.aten.native_layer_norm(x, self.shape, None, None, self.eps)
@@ -107,7 +113,7 @@ class RMSNormRule(LayerNormRule):
         return F.rms_norm(x, self.shape, eps=self.eps)
 
     def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: bool
+        self, g: Tensor, x: Tensor, weight: Tensor | None, *, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Divide by the root mean square, and back."""
         axes = self._axes()
@@ -116,7 +122,7 @@ class RMSNormRule(LayerNormRule):
         normalized = x * rstd
         if not wanted:
             return normalized, None
-        affine = g * weight
+        affine = g if weight is None else g * weight
         along = (affine * normalized).mean(dim=axes, keepdim=True)
         return normalized, (affine - normalized * along).mul_(rstd)
 

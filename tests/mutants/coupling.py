@@ -130,6 +130,16 @@ def means_left_in_normalisations_kernels(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GroupNormRule, "gradients", cancelling)
 
 
+@mutant(
+    killed_by=coupling_killers.frozen_norm_far_from_zero_together_and_alone,
+    says="together and alone differ",
+)
+def frozen_normalisations_left_to_autograd(patch: pytest.MonkeyPatch) -> None:
+    """A frozen normalisation's kernel takes `mean * sum g` from `sum g x`, and the layers below
+    clip what rounding has made of the difference."""
+    patch.setattr(grad_sample_module, "frozen_normalizations", lambda *_: ())
+
+
 @mutant(killed_by=coupling_killers.input_not_finite, says="the sum is not finite")
 @mutant(killed_by=coupling_killers.upstream_not_finite, says="the sum is not finite")
 def nan_passed_through(patch: pytest.MonkeyPatch) -> None:

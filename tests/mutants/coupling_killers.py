@@ -43,6 +43,17 @@ def group_norm_far_from_zero_together_and_alone() -> None:
     check_independence(trainer, x, target)
 
 
+def frozen_norm_far_from_zero_together_and_alone() -> None:
+    """A batch through a layer whose outputs are far above their deviations, a frozen layer norm and
+    another layer, and its examples one by one."""
+    torch.manual_seed(0)
+    first = nn.Linear(6, 6)
+    nn.init.constant_(first.bias, 1e9)
+    model = nn.Sequential(first, nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 2))
+    trainer = Trainer(model, (6,), BackpropClipping(max_input_norm=None))
+    check_independence(trainer, torch.randn(3, 6).double(), torch.randn(3, 2).double())
+
+
 def convolution_together_and_alone() -> None:
     """A batch through a convolution in the exact bound, one example large, and each by itself."""
     torch.manual_seed(0)

@@ -1,0 +1,80 @@
+"""Normalisation layers without trainable parameters: their input's gradient, free of cancellation.
+
+Nothing of theirs is clipped. But torch's backward kernels subtract ``mean * sum g`` from
+``sum g x``. For a large mean that leaves rounding errors that change with the size of a mean loss's
+batch, and so with every example's companions, and the layers below would clip a gradient with those
+in it. See ``docs/rules/normalization.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from opacus_bpclip.calls import Args, Kwargs
+from opacus_bpclip.layer_clips.base import Clip
+from opacus_bpclip.rules import AffineRule, GroupNormRule, LayerNormRule
+
+# By the very forward that the rule's closed form belongs to. RMSNorm has no mean, and an instance
+# norm's kernels take it from the input first.
+_RULES: dict[Any, type[LayerNormRule | GroupNormRule]] = {
+    nn.LayerNorm.forward: LayerNormRule,
+    nn.GroupNorm.forward: GroupNormRule,
+}
+
+
+class FrozenNormalization(Clip):
+    """The hook of one layer, which puts a node in the place of its part of the graph.
+
+    Args:
+        module: the layer. Nobody watches it, so its rule is read anew in each forward pass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hook; first, so that nothing comes between the layer and it."""
+        hook = self.module.register_forward_hook
+        return [hook(self.leave, with_kwargs=True, prepend=True)]
+
+    def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
+        """Put the node behind the layer's output."""
+        (x,) = (*args, *kwargs.values())
+        if not torch.is_grad_enabled() or not x.requires_grad:
+            return None
+        rule = _RULES[type(module).forward].from_module(module)
+        out: Tensor = _Normalized.apply(rule, y.detach(), x, getattr(module, "weight", None))
+        return out
+
+
+def frozen_normalizations(
+    model: nn.Module, clipped: Collection[nn.Module]
+) -> Iterator[FrozenNormalization]:
+    """Yield what attaches to each normalisation layer that is not clipped.
+
+    Args:
+        model: the model.
+        clipped: its layers with trainable parameters.
+    """
+    for module in model.modules():
+        if type(module).forward in _RULES and module not in clipped:
+            yield FrozenNormalization(module)
+
+
+class _Normalized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rule: AffineRule, y: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.rule = rule
+        ctx.save_for_backward(x, weight)
+        return y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return None, None, ctx.rule.input_gradient(g, x, weight), None
