@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opacus_bpclip import BackpropClipping, norms
-from opacus_bpclip.rules import ConvRule, FusedRule, LinearRule
-from tests.checks import Trainer, joint
+from opacus_bpclip.rules import ConvRule, FusedRule, LinearRule, conv
+from tests.checks import HUGE, Trainer, check_independence, joint
 from tests.strategies import product_cases, seeds
 
 
@@ -46,8 +46,9 @@ def test_each_is_what_autograd_makes_of_the_example_alone(case, seed, scale, gro
     st.sampled_from(["clip", "normalize"]),
     st.sampled_from([None, 0.1, 100.0]),
     st.sampled_from([None, "x", "target"]),
+    st.sampled_from([1, 8]),
 )
-def test_they_add_up_to_what_pairs_of_positions_give(case, seed, upstream, max_norm, broken):
+def test_they_add_up_to_what_pairs_of_positions_give(case, seed, upstream, max_norm, broken, block):
     torch.manual_seed(seed)
     layer = case.layer.double()
     x = torch.randn(5, *case.shape, dtype=torch.float64)
@@ -59,10 +60,23 @@ def test_they_add_up_to_what_pairs_of_positions_give(case, seed, upstream, max_n
     for own in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(FusedRule, "sums_own", lambda self, kind, g, own=own: own and self.weight)
+            patch.setattr(conv, "_BLOCK", block)
             patch.setattr(norms, "EXACT_MEMORY_CAP", 2 * layer.weight.numel() * x.itemsize)
             trainer = Trainer(copy.deepcopy(layer), case.shape, clipping, max_grad_norm=0.7)
             found.append(joint(trainer.released(x, target)))
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_of_many_channels_tells_examples_apart(groups):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, 4, 3, padding=1, groups=groups)
+    assert _rule(layer)._groups_are_fast(torch.zeros(1))
+    trainer = Trainer(layer, (16, 6, 6), BackpropClipping(bound="exact"))
+    x, target = torch.randn(3, 16, 6, 6).double(), torch.randn(3, 144).double()
+    x[1] *= HUGE
+    target[2] *= HUGE
+    check_independence(trainer, x, target)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

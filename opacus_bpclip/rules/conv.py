@@ -21,6 +21,9 @@ from opacus_bpclip.rules.base import per_row, trainable
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.matrix import Measured
 
+# A processor's kernels work on blocks of at least so many channels within a group.
+_BLOCK = 8
+
 
 @dataclass(frozen=True)
 class ConvRule(FusedRule):
@@ -197,9 +200,8 @@ class ConvRule(FusedRule):
         return own + columns * bounds.norm_dtype(g.dtype).itemsize
 
     def _groups_are_fast(self, g: Tensor) -> bool:
-        # A processor's kernels work on blocks of channels within a group; an accelerator's are slow
-        # with many groups.
-        return g.device.type == "cpu" and self.group_channels > 1
+        # An accelerator's kernels are slow with many groups.
+        return g.device.type == "cpu" and self.group_channels >= _BLOCK
 
     def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
         """Add up the positions, then the examples."""
