@@ -104,8 +104,11 @@ def row_norms(g: Tensor) -> Tensor:
     The whole bound where ``g`` is the examples' gradient itself.
     """
     dtype = norm_dtype(g.dtype)
-    g = g.flatten(1)
-    return torch.linalg.vector_norm(g, dim=1, dtype=dtype) + underflow(g.shape[1], dtype)
+    # Not flattened: a compiler may have the channels last, and would read them one by one.
+    g = g.unsqueeze(-1)
+    axes = tuple(range(1, g.dim()))
+    count = g.shape[1:].numel()
+    return torch.linalg.vector_norm(g, dim=axes, dtype=dtype) + underflow(count, dtype)
 
 
 def product_bound(g: Tensor, max_column_norm: float, room: Tensor | None = None) -> Tensor:

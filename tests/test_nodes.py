@@ -58,6 +58,7 @@ def test_a_normalisations_node_does_what_its_clips_do_with_the_exact_bound(case,
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("wants_input", [True, False])
 @pytest.mark.parametrize(
@@ -69,7 +70,10 @@ def test_a_normalisations_node_does_what_its_clips_do_with_the_exact_bound(case,
         (nn.GroupNorm(2, 6), (0, 6, 3)),
     ],
 )
-def test_a_group_norm_tells_examples_apart(layer, shape, trained, wants_input):
+def test_a_group_norm_tells_examples_apart(
+    layer, shape, trained, wants_input, compiling, monkeypatch
+):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
     nn.init.normal_(layer.weight)
@@ -81,18 +85,22 @@ def test_a_group_norm_tells_examples_apart(layer, shape, trained, wants_input):
     assert own.shape == (len(x), 6 * sum(trained))
     parameters = [p for p, train in zip(layer.parameters(), trained, strict=True) if train]
     for index in range(len(x)):
+        if index == 1:
+            assert not (trained[0] and own[index].isfinite().all())
+            continue
         one = x[index : index + 1].requires_grad_()
         inputs = torch.autograd.grad(layer(one), [one, *parameters], g[index : index + 1])
-        expected = torch.cat(inputs[1:])
-        torch.testing.assert_close(own[index], expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+        torch.testing.assert_close(own[index], torch.cat(inputs[1:]), rtol=1e-9, atol=1e-9)
         if dx is not None:
-            torch.testing.assert_close(
-                dx[index], inputs[0][0], rtol=1e-9, atol=1e-9, equal_nan=True
-            )
+            torch.testing.assert_close(dx[index], inputs[0][0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("layer", [nn.GroupNorm(2, 6), nn.LayerNorm(8)])
-def test_rounding_far_from_zero_does_not_follow_the_size_of_the_batch(layer):
+def test_rounding_far_from_zero_does_not_follow_the_size_of_the_batch(
+    layer, compiling, monkeypatch
+):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     x, g = 1e4 + torch.randn(4, 6, 8), torch.randn(4, 6, 8)
     rule = (GroupNormRule if isinstance(layer, nn.GroupNorm) else LayerNormRule).from_module(layer)

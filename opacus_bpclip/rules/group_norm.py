@@ -106,6 +106,8 @@ class GroupNormRule(AffineRule):
                 x.new_zeros(0, self.channels),
             )
             return tuple(part if want else None for part, want in zip(empty, wanted, strict=True))
+        if torch.compiler.is_compiling() and x.device.type == "cpu":
+            return self._channel_by_channel(g, x, weight, wanted)
         x, g = x.contiguous(), g.contiguous()
         normalized, _, rstd = torch.ops.aten.native_group_norm(
             x, None, None, batch, self.channels, positions, self.groups, self.eps
@@ -126,6 +128,32 @@ class GroupNormRule(AffineRule):
         )
         own = (None if part is None else part.view(batch, -1) for part in parts)
         return None if dx is None else dx.view(x.shape), *own
+
+    def _channel_by_channel(
+        self, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Return `_backward` by the textbook, for a compiler that has the channels last.
+
+        With ``h = gamma g``: ``dx = (h - mean(h) - n mean(h n)) / deviation``, over each group.
+        What belongs to a group is spread over its channels by a product with zeros and ones, which
+        no compiler takes apart: loops over positions and channels then read one number a channel.
+        """
+        batch, positions = len(x), x.shape[2:].numel()
+        _, mean, rstd = torch.ops.aten.native_group_norm(
+            x, None, None, batch, self.channels, positions, self.groups, self.eps
+        )
+        size = self.channels // self.groups
+        groups = torch.arange(self.groups, device=x.device)
+        spread = (groups[:, None] == groups.repeat_interleave(size)).to(rstd.dtype)  # [R, C]
+        centre, scale = mean @ spread, rstd @ spread  # [B, C]
+        average = spread.T @ spread / (size * positions)
+        g = self.channels_first(g)
+        normalized = (self.channels_first(x) - centre[..., None]) * scale[..., None]
+        own = (g * normalized).sum(dim=2), g.sum(dim=2)
+        along, shift = ((sums * weight * scale) @ average for sums in own)
+        dx = g * (weight * scale)[..., None] - normalized * along[..., None] - shift[..., None]
+        parts = (dx.view(x.shape), *own)
+        return tuple(part if want else None for part, want in zip(parts, wanted, strict=True))
 
     def centred(self, x: Tensor) -> Tensor:
         """Take the mean over each group away."""
