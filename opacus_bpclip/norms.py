@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 # An upper limit for the temporary columns or gradients of an exact bound, in bytes. A processor
-# works in its cache, and gets small blocks of memory without asking the system; an accelerator, and
-# a traced graph, would rather do much at once.
+# works in its cache, and gets small blocks of memory without asking the system. A traced graph has
+# the operations of each chunk in it; an accelerator would rather do much at once.
 EXACT_MEMORY_CAP = 2 * 2**20
-_LARGE_EXACT_MEMORY_CAP = 64 * 2**20
+_TRACED_EXACT_MEMORY_CAP = 16 * 2**20
+_ACCELERATOR_EXACT_MEMORY_CAP = 64 * 2**20
 
 # An example's own gradient takes the flops that the sum over the batch would take anyway, but it is
 # written once and read twice. That costs about as much as this many flops for each of its numbers:
@@ -242,8 +243,11 @@ def exact_chunk(per_example: int, device: torch.device) -> int:
         per_example: bytes that each of them takes, see `exact_bytes`.
         device: where.
     """
-    large = torch.compiler.is_compiling() or device.type != "cpu"
-    cap = _LARGE_EXACT_MEMORY_CAP if large else EXACT_MEMORY_CAP
+    cap = EXACT_MEMORY_CAP
+    if device.type != "cpu":
+        cap = _ACCELERATOR_EXACT_MEMORY_CAP
+    elif torch.compiler.is_compiling():
+        cap = _TRACED_EXACT_MEMORY_CAP
     return max(1, cap // max(1, per_example))
 
 

@@ -200,8 +200,10 @@ class ConvRule(FusedRule):
         return own + columns * bounds.norm_dtype(g.dtype).itemsize
 
     def _groups_are_fast(self, g: Tensor) -> bool:
-        # An accelerator's kernels are slow with many groups.
-        return g.device.type == "cpu" and self.group_channels >= _BLOCK
+        # An accelerator's kernels are slow with many groups; unfolding that a compiler has fused
+        # with the product is slower still.
+        large = self.group_channels >= _BLOCK or torch.compiler.is_compiling()
+        return g.device.type == "cpu" and large
 
     def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
         """Add up the positions, then the examples."""
