@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from opacus_bpclip import BackpropClipping, PrivacyViolationError
 from tests.helpers import (
+    CLASSES,
+    FEATURES,
     Private,
     assert_refused_until_zero_grad,
     backward,
@@ -53,6 +56,40 @@ def test_a_compiled_model_gives_the_eager_gradient(bound: Any, wrap_model: bool)
         train_step(eager, size)
         train_step(fast, size)
         torch.testing.assert_close(summed(fast), summed(eager))
+
+
+def every_node() -> nn.Sequential:
+    """Layers of every kind that a node stands for, positions enough for the exact bound's own
+    gradients, and normalisations without trainable parameters."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, FEATURES)),
+        nn.Conv1d(1, 8, 3, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.Tanh(),
+        nn.Conv1d(8, 8, 1, groups=2),
+        nn.GroupNorm(2, 8, affine=False),
+        nn.LayerNorm(FEATURES),
+        nn.Linear(FEATURES, 4),
+        nn.LayerNorm(4, elementwise_affine=False),
+        nn.RMSNorm(4),
+        nn.Flatten(),
+        nn.Linear(32, CLASSES),
+    )
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("bound", ["product", "weighted", "exact"])
+def test_every_node_compiles(bound: Any) -> None:
+    options = {"backprop": BackpropClipping(bound=bound)}
+    eager, fast = make_private(every_node(), **options), make_private(every_node(), **options)
+    train_step(eager)
+    train_step(fast)
+    fast = compiled(fast)
+    for size in (6, 4):
+        train_step(eager, size)
+        train_step(fast, size)
+        torch.testing.assert_close(summed(fast), summed(eager), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
