@@ -181,6 +181,10 @@ def test_a_frozen_backbone_trains_its_head_alone():
     assert list(trainer.optimizer.layer_sensitivities) == ["fc"]
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     check_sensitivity(trainer, x, torch.randn(3, 3, dtype=torch.float64) * 100)
+    # A frozen normalisation's hook does nothing where no gradient flows.
     assert not any(
-        module._forward_hooks for module in model.modules() if module not in (model, model.fc)
+        module._forward_hooks
+        for module in model.modules()
+        if module not in (model, model.fc) and not isinstance(module, nn.GroupNorm)
     )
+    assert not model.avgpool(model.layer1(model.conv1(x))).requires_grad
