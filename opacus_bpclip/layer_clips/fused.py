@@ -113,6 +113,13 @@ class _Fused(torch.autograd.Function):
         if clip.normalize:
             # As in clip_upstream: what is scaled up must not be measured divided by anything.
             g, examples = g * divided, 1
+        factors_of = partial(
+            clip_factors,
+            limit=clip.limit,
+            dtype=g.dtype,
+            examples=examples,
+            normalize=clip.normalize,
+        )
         # Temporaries make room for the product below: fresh memory is slow.
         room = None if torch.compiler.is_compiling() else torch.empty_like(g)
         _, _, _, wants_x, wants_bias, wants_weight, *_ = ctx.needs_input_grad
@@ -123,29 +130,17 @@ class _Fused(torch.autograd.Function):
             if factor is not None:
                 scaled = torch.mul(g, rule.over_output(factor.to(g.dtype), g), out=room)
             (by, keep), dw = sum_own_gradients(
-                rule,
-                g,
-                scaled,
-                x,
-                weight,
-                columns,
-                finite,
-                clip.limit,
-                examples=examples,
-                normalize=clip.normalize,
+                rule, g, scaled, x, weight, columns, finite, factors_of
             )
+            dw = dw * examples
         else:
-            by, keep = clip_factors(
+            by, keep = factors_of(
                 rule.bound_of_scaled(
                     config.bound, g, x, columns, factor, config.max_input_norm, room
                 ),
                 finite,
-                clip.limit,
-                g.dtype,
                 size=partial(rule.size_of, config.bound, g, columns),
                 least=rule.least_bound(config.bound, g.dtype, config.max_input_norm),
-                examples=examples,
-                normalize=clip.normalize,
             )
         g = zero_rows(g, keep)
         # Before the products, which drive the gradient out of the processor's cache.

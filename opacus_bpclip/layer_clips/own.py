@@ -6,6 +6,7 @@ next ones. What is measured is the very thing that is added up, whatever roundin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.norms import chunks, exact_chunk
-from opacus_bpclip.ops import Factors, clip_factors
+from opacus_bpclip.ops import Factors
 from opacus_bpclip.rules import FusedRule
 from opacus_bpclip.rules.base import zero_rows
 
@@ -23,7 +24,7 @@ class Summed(NamedTuple):
 
     Attributes:
         factors: as from `clip_factors`.
-        gradient: the sum of the examples' clipped gradients of the weight, as their loss has it.
+        gradient: the sum of the examples' gradients of the weight, each times its factor.
     """
 
     factors: Factors
@@ -38,10 +39,7 @@ def sum_own_gradients(
     weight: Tensor,
     columns: Tensor,
     finite: Tensor | None,
-    limit: Tensor,
-    *,
-    examples: int,
-    normalize: bool,
+    factors_of: Callable[..., Factors],
 ) -> Summed:
     """Clip and add up the examples' gradients of a layer's weight.
 
@@ -52,32 +50,26 @@ def sum_own_gradients(
         x: the input, not scaled.
         weight: the layer's.
         columns: norms from `MatrixRule.with_one`, of the scaled columns.
-        finite: as for `clip_factors`, as are the others.
-        limit: the layer's sensitivity.
-        examples: by what a mean loss has divided the gradients.
-        normalize: scale up, too.
+        finite: as for `clip_factors`.
+        factors_of: `clip_factors` for this layer and batch.
     """
     least = rule.least_bound("exact", g.dtype, None)
     found: list[Factors] = []
     total: Tensor | None = None
     for rows in chunks(len(g), exact_chunk(rule.own_bytes(g, weight), g.device)):
         own = rule.own_gradients(scaled[rows], x[rows], weight)
-        factors = clip_factors(
+        factors = factors_of(
             rule.bound_of_own(own, g[rows], columns[rows]),
             None if finite is None else finite[rows],
-            limit,
-            g.dtype,
             size=partial(rule.size_of, "exact", g[rows], columns[rows]),
             least=least,
-            examples=examples,
-            normalize=normalize,
         )
         flat = zero_rows(own.flatten(1), factors.keep)
         part = factors.factor.to(flat.dtype) @ flat
         total = part if total is None else total.add_(part)
         found.append(factors)
     assert total is not None
-    return Summed(_joined(found), (total * examples).view(weight.shape).to(weight.dtype))
+    return Summed(_joined(found), total.view(weight.shape).to(weight.dtype))
 
 
 def _joined(found: list[Factors]) -> Factors:
