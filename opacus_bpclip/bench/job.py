@@ -38,7 +38,7 @@ _MEMORY_ENVIRONMENT = {**_ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": str(64 * 2**10)
 def measure(todo: Sequence[Point], settings: Settings, output: Output) -> Record:
     """Measure points, and add them to the record of ``output.from_json``.
 
-    ``output.json`` is written after every point.
+    ``output.json`` is written after every point, and without any, too.
 
     Raises:
         UsageError: something is wrong that was found before anything was measured.
@@ -52,6 +52,8 @@ def measure(todo: Sequence[Point], settings: Settings, output: Output) -> Record
         record = record.with_comparison(compare(point, settings, progress=output.progress))
         if output.json:
             records.write(record, output.json)
+    if output.json and not todo:
+        records.write(record, output.json)
     return record
 
 

@@ -164,8 +164,10 @@ def test_whole_run_and_what_is_made_of_its_file(tmp_path, capsys):
 
     tables = tmp_path / "tables.md"
     render = ["--from-json", str(data), "--markdown", str(tables), "--update", str(page)]
+    render += ["--json", str(tmp_path / "copy.json")]
     assert main(["bench", *render]) == 0
     assert tables.read_text().rstrip("\n") in page.read_text()
+    assert (tmp_path / "copy.json").read_text() == data.read_text()
 
 
 def test_plot_of_a_results_file(tmp_path, capsys):
