@@ -4,7 +4,7 @@
 
 For each layer: the time of its backward pass with Gram matrices over that with own gradients,
 median of paired rounds on one thread, and the flops of the Gram matrices for each number of the
-gradient, by which `norms.own_is_cheaper` decides.
+gradient, by which `exact_norms.own_is_cheaper` decides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import BackpropClipping, PrivacyEngine
-from opacus_bpclip.norms import own_is_cheaper
+from opacus_bpclip.exact_norms import own_is_cheaper
 from opacus_bpclip.rules import FusedRule
 
 BATCH = 32

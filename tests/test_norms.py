@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opacus_bpclip import norms
+from opacus_bpclip import exact_norms, norms
 from opacus_bpclip.rules import ConvRule
 from tests.strategies import seeds
 
@@ -106,8 +106,8 @@ def test_a_finite_bound_covers_the_gradient_in_lower_precision(data, dtype, weig
 @given(products(exponents=st.just(0)), st.booleans())
 def test_gram_matrix_and_own_gradient_agree(case, bias):
     g, u = case
-    square, length = norms._gram_square(g, u, weight=True, bias=bias)
-    direct = norms._direct_norm(g, u, weight=True, bias=bias)
+    square, length = exact_norms._gram_square(g, u, weight=True, bias=bias)
+    direct = exact_norms._direct_norm(g, u, weight=True, bias=bias)
     assert torch.allclose(square, direct.square(), rtol=1e-9, atol=1e-12)
     assert torch.allclose(length, torch.linalg.vector_norm(g, dim=(2, 3)))
 
@@ -117,7 +117,7 @@ def test_gram_matrix_and_own_gradient_agree(case, bias):
     [(2, 512, 512, True), (64, 256, 256, True), (1024, 16, 16, False), (64, 8, 8, False)],
 )
 def test_the_cheaper_way_to_the_exact_norm_is_chosen(positions, channels, inputs, cheaper):
-    chosen = norms.gram_is_cheaper(positions, channels, inputs)
+    chosen = exact_norms.gram_is_cheaper(positions, channels, inputs)
     assert chosen is cheaper
 
 
@@ -126,18 +126,28 @@ def test_the_cheaper_way_to_the_exact_norm_is_chosen(positions, channels, inputs
     [(2, 512, 512, False), (64, 256, 256, True), (64, 256, 2304, False), (256, 128, 1152, True)],
 )
 def test_what_is_added_up_anyway_is_made_earlier(positions, channels, inputs, cheaper):
-    assert norms.own_is_cheaper(positions, channels, inputs) is cheaper
+    assert exact_norms.own_is_cheaper(positions, channels, inputs) is cheaper
+
+
+def test_what_may_vanish_of_an_own_gradient_is_in_its_bound():
+    size, positions = 2048, 150
+    assert exact_norms.own_is_cheaper(positions, size, size)
+    columns = torch.full((1, 1, positions), norms.smallest_column(torch.float32))
+    g = torch.zeros(1, 1, size, positions)
+    bound = exact_norms.own_bound(torch.zeros(1, 1), g, columns, inputs=size, slack=1e-5)
+    # The square of each entry just below the smallest normal number.
+    assert float(bound) >= (size * size * torch.finfo(torch.float32).tiny) ** 0.5
 
 
 @pytest.mark.parametrize("positions", [1, 64, 4096])
 @pytest.mark.parametrize("inputs", [16, 4096])
 def test_a_chunk_of_examples_stays_under_the_memory_cap(positions, inputs):
-    per_example = norms.exact_bytes(positions, 1, 64, inputs, torch.float32)
+    per_example = exact_norms.exact_bytes(positions, 1, 64, inputs, torch.float32)
     assert per_example >= 4 * (positions * (inputs + 64) + min(64 * inputs, 2 * positions**2))
-    chunk = norms.exact_chunk(per_example, torch.device("cpu"))
+    chunk = exact_norms.exact_chunk(per_example, torch.device("cpu"))
     assert chunk >= 1
-    assert chunk == 1 or chunk * per_example <= norms.EXACT_MEMORY_CAP
-    assert norms.exact_chunk(per_example, torch.device("cuda")) >= chunk
+    assert chunk == 1 or chunk * per_example <= exact_norms.EXACT_MEMORY_CAP
+    assert exact_norms.exact_chunk(per_example, torch.device("cuda")) >= chunk
 
 
 def test_the_bias_counts_in_the_largest_column():

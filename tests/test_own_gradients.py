@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip import BackpropClipping, norms
+from opacus_bpclip import BackpropClipping, exact_norms
 from opacus_bpclip.rules import ConvRule, FusedRule, LinearRule, conv
 from tests.checks import HUGE, Trainer, check_independence, joint
 from tests.strategies import product_cases, seeds
@@ -61,7 +61,7 @@ def test_they_add_up_to_what_pairs_of_positions_give(case, seed, upstream, max_n
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(FusedRule, "sums_own", lambda self, kind, g, own=own: own and self.weight)
             patch.setattr(conv, "_BLOCK", block)
-            patch.setattr(norms, "EXACT_MEMORY_CAP", 2 * layer.weight.numel() * x.itemsize)
+            patch.setattr(exact_norms, "EXACT_MEMORY_CAP", 2 * layer.weight.numel() * x.itemsize)
             trainer = Trainer(copy.deepcopy(layer), case.shape, clipping, max_grad_norm=0.7)
             found.append(joint(trainer.released(x, target)))
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-7)

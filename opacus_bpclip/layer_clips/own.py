@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opacus_bpclip.norms import chunks, exact_chunk
+from opacus_bpclip.exact_norms import chunks, exact_chunk
 from opacus_bpclip.ops import Factors
 from opacus_bpclip.rules import FusedRule
 from opacus_bpclip.rules.base import zero_rows

@@ -12,6 +12,7 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from opacus_bpclip import exact_norms
 from opacus_bpclip import norms as bounds
 from opacus_bpclip.rules.base import Inputs, Prepared, trainable
 from opacus_bpclip.rules.linear import LinearRule
@@ -69,12 +70,12 @@ class BilinearRule(LinearRule):
         assert one is not None
         assert other is not None
         assert input_norms is not None
-        needed = bounds.exact_bytes(positions, 1, g.shape[-1], self.in_features, g.dtype)
-        chunk = bounds.exact_chunk(needed, g.device)
+        needed = exact_norms.exact_bytes(positions, 1, g.shape[-1], self.in_features, g.dtype)
+        chunk = exact_norms.exact_chunk(needed, g.device)
         exact = super().bound
 
         def of(rows: slice) -> Tensor:
             outer = (one[rows].unsqueeze(-1) * other[rows].unsqueeze(-2)).flatten(-2)
             return exact("exact", g[rows], (outer,), input_norms[rows], max_norm)
 
-        return bounds.in_chunks(len(g), chunk, of)
+        return exact_norms.in_chunks(len(g), chunk, of)

@@ -148,20 +148,8 @@ class ConvRule(FusedRule):
         self, g: Tensor, x: Tensor, weight: Tensor, *, multiplier: int, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Convolve ``g`` with weight and input."""
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            g,
-            x,
-            weight,
-            None,
-            self.stride,
-            self.padding[::-2],
-            self.dilation,
-            False,
-            (0,) * len(self.kernel),
-            self.groups,
-            (*wanted, False),
-        )
-        return dx, dw * multiplier if wanted[1] else None
+        dx, dw = self._backward(g, x, weight, self.groups, wanted)
+        return dx, None if dw is None else dw * multiplier
 
     def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Take each example's channels for groups of channels, of one single example.
@@ -173,23 +161,37 @@ class ConvRule(FusedRule):
         g, x = g.to(dtype), x.to(dtype)
         if not self._groups_are_fast(g):
             upstream, columns = self.upstream(g), self.columns(x)
-            own = torch.matmul(upstream, columns.transpose(-1, -2))
-            return own.view(batch, *weight.shape)
-        _, own, _ = torch.ops.aten.convolution_backward(
+            unfolded = torch.matmul(upstream, columns.transpose(-1, -2))
+            return unfolded.view(batch, *weight.shape)
+        _, own = self._backward(
             g.reshape(1, -1, *g.shape[2:]),
             x.reshape(1, -1, *x.shape[2:]),
             # Only its shape counts.
             x.new_empty(()).expand(batch * weight.shape[0], *weight.shape[1:]),
+            batch * self.groups,
+            (False, True),
+        )
+        assert own is not None
+        return own.view(batch, *weight.shape)
+
+    def _backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return what the layer's own kernel makes for input and weight, if wanted."""
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            g,
+            x,
+            weight,
             None,
             self.stride,
             self.padding[::-2],
             self.dilation,
             False,
             (0,) * len(self.kernel),
-            batch * self.groups,
-            (False, True, False),
+            groups,
+            (*wanted, False),
         )
-        return own.view(batch, *weight.shape)
+        return dx, dw
 
     def own_bytes(self, g: Tensor, weight: Tensor) -> int:
         """Count the unfolded input, too, where there is one."""

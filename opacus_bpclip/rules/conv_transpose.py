@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from opacus_bpclip import exact_norms
 from opacus_bpclip import norms as bounds
 from opacus_bpclip.rules.base import Inputs, Keep, trainable
 from opacus_bpclip.rules.matrix import MatrixRule, Measured
@@ -139,15 +140,17 @@ class ConvTransposeRule(MatrixRule):
         g = self._aligned(g, x)
         positions = x.shape[2:].numel()
         entries = g.shape[1] // self.groups * math.prod(self.kernel)
-        needed = bounds.exact_bytes(positions, self.groups, entries, self.group_channels, g.dtype)
-        chunk = bounds.exact_chunk(needed, g.device)
+        needed = exact_norms.exact_bytes(
+            positions, self.groups, entries, self.group_channels, g.dtype
+        )
+        chunk = exact_norms.exact_chunk(needed, g.device)
         bound = super().bound
 
         def of(rows: slice) -> Tensor:
             norms = None if input_norms is None else input_norms[rows]
             return bound(kind, g[rows], (x[rows],), norms, max_norm)
 
-        return bounds.in_chunks(len(g), chunk, of)
+        return exact_norms.in_chunks(len(g), chunk, of)
 
     def _bias_bound(self, kind: str, g: Tensor) -> Tensor:
         dtype = bounds.norm_dtype(g.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip import norms
+from opacus_bpclip import exact_norms, norms
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, per_row, trainable
 
@@ -89,8 +89,8 @@ class EmbeddingRule(Rule):
         batch, channels, positions = g.shape
         g_norm = torch.linalg.vector_norm(g, dim=(1, 2), dtype=dtype)
         g_norm = g_norm + norms.underflow(channels * positions, dtype)
-        needed = norms.exact_bytes(positions, 1, channels, positions, dtype)
-        chunk = norms.exact_chunk(needed, g.device)
+        needed = exact_norms.exact_bytes(positions, 1, channels, positions, dtype)
+        chunk = exact_norms.exact_chunk(needed, g.device)
 
         def square_of(rows: slice) -> Tensor:
             counted = g[rows] * weights[rows].to(dtype)[:, None, :]
@@ -99,7 +99,7 @@ class EmbeddingRule(Rule):
             gram = torch.matmul(unit.transpose(1, 2), unit)
             return torch.where(same, gram, 0.0).sum(dim=(1, 2))
 
-        square = norms.in_chunks(batch, chunk, square_of).clamp(min=0)
+        square = exact_norms.in_chunks(batch, chunk, square_of).clamp(min=0)
         return g_norm * torch.sqrt(square + norms.rounding_margin(g.dtype, g.device))
 
     def _positions(self, x: Tensor) -> Tensor:

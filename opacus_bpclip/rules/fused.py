@@ -16,12 +16,11 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from opacus_bpclip.exact_norms import own_bound, own_is_cheaper
 from opacus_bpclip.norms import (
     accumulation,
     max_column_norm,
     norm_dtype,
-    own_bound,
-    own_is_cheaper,
     rounding_margin,
     smallest_column_norm,
 )

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from opacus_bpclip import norms
+from opacus_bpclip import exact_norms, norms
 from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
 
 
@@ -137,14 +137,14 @@ class MatrixRule(Rule):
         """
         batch, groups, channels, positions = upstream.shape
         dtype = columns.dtype
-        needed = norms.exact_bytes(positions, groups, channels, self.column_size(), dtype)
-        chunk = norms.exact_chunk(needed, x.device)
+        needed = exact_norms.exact_bytes(positions, groups, channels, self.column_size(), dtype)
+        chunk = exact_norms.exact_chunk(needed, x.device)
 
         def of(rows: slice) -> Tensor:
             part = x[rows]
             if factor is not None:
                 part = part * self.spread(factor[rows].to(part.dtype), part)
-            return norms.exact_bound(
+            return exact_norms.exact_bound(
                 upstream[rows],
                 self.columns(part),
                 columns[rows],
@@ -153,7 +153,7 @@ class MatrixRule(Rule):
                 slack=norms.rounding_margin(upstream.dtype, upstream.device),
             )
 
-        return norms.in_chunks(batch, chunk, of) * norms.accumulation(positions, dtype)
+        return exact_norms.in_chunks(batch, chunk, of) * norms.accumulation(positions, dtype)
 
     def size(self, kind: str, g: Tensor, input_norms: Tensor | None) -> Tensor:
         """Return the upstream gradient's norm, in the exact bound times the columns' if above 1."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opacus_bpclip import allocation, grad_sample_module, norms, ops
+from opacus_bpclip import allocation, exact_norms, grad_sample_module, norms, ops
 from opacus_bpclip.grad_sample_module import BackpropClipHooks
 from opacus_bpclip.layer_clips import affine, fused, recurrent, single
 from opacus_bpclip.layer_clips.shared import SharedMeasurement
@@ -66,12 +66,12 @@ def bias_uncovered_by_columns(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.exact_with_bias, says=MOVED)
 def bias_uncovered_by_exact(patch: pytest.MonkeyPatch) -> None:
     """The exact bound is the norm of the weight's gradient, without the bias's."""
-    exact = norms.exact_bound
+    exact = exact_norms.exact_bound
 
     def without(*arguments: Tensor, bias: bool, **options: Any) -> Any:
         return exact(*arguments, bias=False, **options)
 
-    patch.setattr(norms, "exact_bound", without)
+    patch.setattr(exact_norms, "exact_bound", without)
 
 
 @mutant(killed_by=killers.own_gradients_with_bias, says=MOVED)
