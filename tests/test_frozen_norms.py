@@ -119,3 +119,33 @@ def test_an_empty_batch_gives_an_empty_gradient():
         model.layer(x).sum().backward()
         assert x.grad is not None
         assert x.grad.shape == (0, 4, 6)
+
+
+@everywhere
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
+def test_lower_precision_is_as_good_as_autograds(make, weight):
+    torch.manual_seed(0)
+    layer = make().to(weight)
+    model, _ = _attached(Between(copy.deepcopy(layer)))
+    x, g = torch.randn(2, 3, 4, 6).to(torch.bfloat16)
+    found = []
+    for one in (layer, model.layer):
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(one(leaf), leaf, g.to(one(leaf).dtype))
+        assert gradient.dtype == torch.bfloat16
+        found.append(gradient)
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.05)
+
+
+@everywhere
+def test_a_changed_forward_or_output_keeps_its_own_gradient(make):
+    for change in ("forward", "hook"):
+        layer = make()
+        model, _ = _attached(Between(layer))
+        if change == "forward":
+            layer.forward = lambda x: x * 2
+        else:
+            layer.register_forward_hook(lambda *args: args[1][0] * 2, prepend=True)
+        x = torch.randn(3, 4, 6, requires_grad=True)
+        model.layer(x).sum().backward()
+        torch.testing.assert_close(x.grad, torch.full_like(x, 2))

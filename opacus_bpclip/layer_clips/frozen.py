@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.calls import Args, Kwargs
 from opacus_bpclip.layer_clips.base import Clip
+from opacus_bpclip.norms import norm_dtype
 from opacus_bpclip.rules import AffineRule, GroupNormRule, LayerNormRule
 
 # By the very forward that the rule's closed form belongs to. RMSNorm has no mean, and an instance
@@ -25,6 +26,7 @@ _RULES: dict[Any, type[LayerNormRule | GroupNormRule]] = {
     nn.LayerNorm.forward: LayerNormRule,
     nn.GroupNorm.forward: GroupNormRule,
 }
+_KERNELS = ("NativeLayerNormBackward0", "NativeGroupNormBackward0")
 
 
 class FrozenNormalization(Clip):
@@ -47,6 +49,9 @@ class FrozenNormalization(Clip):
         (x,) = (*args, *kwargs.values())
         if not torch.is_grad_enabled() or not x.requires_grad:
             return None
+        if "forward" in vars(module) or not _made_by_the_layer(y):
+            # Somebody has given it another forward, or changed its output before this hook.
+            return None
         rule = _RULES[type(module).forward].from_module(module)
         out: Tensor = _Normalized.apply(rule, y.detach(), x, getattr(module, "weight", None))
         return out
@@ -66,6 +71,10 @@ def frozen_normalizations(
             yield FrozenNormalization(module)
 
 
+def _made_by_the_layer(y: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(y.grad_fn).__name__ in _KERNELS
+
+
 class _Normalized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rule: AffineRule, y: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -77,4 +86,8 @@ class _Normalized(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return None, None, ctx.rule.input_gradient(g, x, weight), None
+        # In one precision: a frozen layer's weight may have another than what flows through it.
+        dtype = norm_dtype(x.dtype)
+        weight = None if weight is None else weight.to(dtype)
+        dx = ctx.rule.input_gradient(g.to(dtype), x.to(dtype), weight)
+        return None, None, dx.to(x.dtype), None
