@@ -56,7 +56,8 @@ def tensor_bytes() -> int:
     """Return the bytes of all tensors that Python can reach, each storage once."""
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        if not issubclass(type(thing), torch.Tensor):
+        # Not the compiler's stand-ins, subclasses that have no memory and refuse to tell.
+        if type(thing) not in (torch.Tensor, torch.nn.Parameter):
             continue
         for tensor in (thing, thing.grad if thing.is_leaf else None):
             if tensor is not None and tensor.layout == torch.strided:
