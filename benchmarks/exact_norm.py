@@ -37,6 +37,7 @@ def backward_of(layer: nn.Module, x: Tensor) -> Callable[[], float]:
         data_loader=DataLoader(TensorDataset(x), batch_size=len(x)),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
+        poisson_sampling=False,
         clipping="backprop",
         backprop=BackpropClipping(bound="exact"),
     )

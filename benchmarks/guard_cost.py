@@ -76,7 +76,7 @@ def make_step(make: Callable[[], nn.Module], x: Tensor) -> tuple[Step, GradientG
     torch.manual_seed(0)
     model = make()
     y = torch.randint(10, (len(x),))
-    model, optimizer, _ = PrivacyEngine().make_private(
+    model, optimizer, loader = PrivacyEngine().make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
         data_loader=DataLoader(TensorDataset(x, y), batch_size=len(x)),
@@ -88,11 +88,12 @@ def make_step(make: Callable[[], nn.Module], x: Tensor) -> tuple[Step, GradientG
     assert isinstance(optimizer, BackpropClipOptimizer)
 
     def step() -> None:
+        loader.samples.draw(len(x), 0)
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    return step, model.guard
+    return step, model._guard
 
 
 def nothing(*_: object) -> None:

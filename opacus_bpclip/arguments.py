@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import opacus
@@ -10,10 +11,14 @@ from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from opacus_bpclip.allocation import layer_fractions
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.loader import several_rows
+from opacus_bpclip.ranks import several_ranks
+from opacus_bpclip.sampled_items import sampled_items
 from opacus_bpclip.tying import tied_groups
 
 
@@ -22,6 +27,7 @@ def checked_options(
     backprop: object,
     *,
     module: nn.Module,
+    optimizer: Any,
     max_grad_norm: object,
     noise_multiplier: object,
     loss_reduction: str = "mean",
@@ -66,6 +72,10 @@ def checked_options(
             "rand_on_empty=True adds a made-up example to empty batches, which would count as "
             'data. Leave it out: clipping="backprop" steps on empty batches.'
         )
+    _refuse_optimizer(optimizer)
+    problem = several_ranks()
+    if problem:
+        raise ValueError(problem)
     _refuse_wrapped(module)
     uses = {} if backprop.uses == "auto" else backprop.declared_uses
     groups = tied_groups(trainable_layers(module, uses, batch_first=batch_first))
@@ -75,8 +85,42 @@ def checked_options(
     return backprop
 
 
+def checked_loader(
+    *,
+    data_loader: DataLoader[Any],
+    batch_first: bool = True,
+    poisson_sampling: bool = True,
+    **_: Any,
+) -> dict[str, Any]:
+    """Check the data loader that Poisson sampling is to replace.
+
+    Returns:
+        ``data_loader``, over the items that it reaches.
+
+    Raises:
+        ValueError: it cannot be replaced, or makes several rows of one item.
+    """
+    if not poisson_sampling:
+        return {}
+    data_loader = sampled_items(data_loader)
+    problem = several_rows(data_loader, axis=0 if batch_first else 1)
+    if problem:
+        raise ValueError(problem)
+    return {"data_loader": data_loader}
+
+
 def _is_noise_multiplier(value: object) -> bool:
     return is_positive_number(value) or (not isinstance(value, bool) and value == 0)
+
+
+def _refuse_optimizer(optimizer: Any) -> None:
+    step = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if step is not None and step.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss several times a step, and each "
+            "evaluation would be a release of its own. Use an optimizer that takes one gradient a "
+            "step, such as SGD or Adam."
+        )
 
 
 def _refuse_wrapped(module: nn.Module) -> None:

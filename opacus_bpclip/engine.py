@@ -120,5 +120,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def _prepare_model(self, module: nn.Module, **kwargs: Any) -> Any:
         return extensions.prepare_model(super()._prepare_model, self, module, **kwargs)
 
+    def _prepare_data_loader(self, data_loader: Any, **kwargs: Any) -> Any:
+        return extensions.prepare_data_loader(
+            super()._prepare_data_loader, self, data_loader, **kwargs
+        )
+
     def _prepare_optimizer(self, **kwargs: Any) -> Any:
         return extensions.prepare_optimizer(super()._prepare_optimizer, self, **kwargs)

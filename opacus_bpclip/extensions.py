@@ -7,6 +7,7 @@ bound, so that `PrivacyEngine` and `register` share it.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,11 +17,14 @@ import opacus
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.optimizers import DPOptimizer
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 
-from opacus_bpclip.arguments import checked_options
+from opacus_bpclip.accounting import AccountStep
+from opacus_bpclip.arguments import checked_loader, checked_options
 from opacus_bpclip.compatibility import try_out
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
+from opacus_bpclip.loader import PrivateDataLoader
 from opacus_bpclip.optimizer import BackpropClipOptimizer
 
 Original = Callable[..., Any]
@@ -69,6 +73,7 @@ def make_private(
         if unknown:
             raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
         config = checked_options(engine, backprop, **kwargs)
+        kwargs |= checked_loader(**kwargs)
         request = _Request(*try_out(config, **kwargs))
     else:
         kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
@@ -76,11 +81,14 @@ def make_private(
     kwargs["grad_sample_mode"] = "hooks"
     with _requested(engine, replace(request, entered=True)) as request:
         try:
-            return original(clipping=clipping, **kwargs)
+            result = original(clipping=clipping, **kwargs)
         except BaseException:
             if request.hooks is not None:
-                request.hooks.undo()
+                request.hooks._undo()
             raise
+        _, optimizer, loader = result
+        optimizer.attach_step_hook(AccountStep(engine.accountant, 1 / len(loader)))
+        return result
 
 
 def make_private_with_epsilon(
@@ -99,6 +107,7 @@ def make_private_with_epsilon(
         return original(clipping=clipping, **kwargs)
     _refuse_unknown_for_epsilon(kwargs)
     config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
+    kwargs |= checked_loader(**kwargs)
     # Opacus hands unknown options to the noise search as well: the request carries ours past it.
     with _requested(engine, _Request(*try_out(config, **kwargs))):
         return original(clipping=clipping, **kwargs)
@@ -135,8 +144,32 @@ def prepare_model(
         loss_reduction=loss_reduction,
         batch_first=batch_first,
     )
-    request.hooks.prober.passed |= request.passed
+    request.hooks._prober.passed |= request.passed
     return request.hooks
+
+
+def prepare_data_loader(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    data_loader: DataLoader[Any],
+    *,
+    poisson_sampling: bool,
+    distributed: bool,
+    **kwargs: Any,
+) -> DataLoader[Any]:
+    """Extend ``_prepare_data_loader``."""
+    request: _Request | None = getattr(engine, _REQUEST, None)
+    if request is None or not poisson_sampling:
+        return original(
+            data_loader, poisson_sampling=poisson_sampling, distributed=distributed, **kwargs
+        )
+    assert request.hooks is not None
+    _note_dataset(engine, data_loader.dataset)
+    private = PrivateDataLoader.from_data_loader(
+        data_loader, distributed=distributed, generator=engine.secure_rng, **kwargs
+    )
+    request.hooks._sample_from(private.samples)
+    return private
 
 
 def prepare_optimizer(
@@ -184,6 +217,21 @@ def refuse_options(clipping: str, backprop: object) -> None:
         raise ValueError(
             f'backprop={backprop!r} was given with clipping={clipping!r}; it needs clipping="'
             'backprop".'
+        )
+
+
+def _note_dataset(engine: opacus.PrivacyEngine, dataset: Any) -> None:
+    """Warn, as Opacus does, if an engine has accounted for another data set before."""
+    if isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if engine.dataset is None:
+        engine.dataset = dataset
+    elif engine.dataset != dataset:
+        warnings.warn(
+            f"PrivacyEngine detected new dataset object. Was: {engine.dataset}, got: {dataset}. "
+            "Its accountant adds up what was spent on one data set. Make a new engine for another "
+            "one; if both are the same data, this does not matter.",
+            stacklevel=2,
         )
 
 

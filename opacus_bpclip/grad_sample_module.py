@@ -19,6 +19,7 @@ from opacus_bpclip.input_clipping import attach_input_clips, take_input_clips
 from opacus_bpclip.layer_clips import frozen_normalizations, layer_clips
 from opacus_bpclip.probe import Batch, Prober, UntriedError
 from opacus_bpclip.recurrence import is_packed
+from opacus_bpclip.samples import SampleLog
 from opacus_bpclip.tying import tied_groups
 
 _ATTACHED = "_backprop_clip_hooks"
@@ -29,7 +30,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
 
     Guarantee: after one backward pass, ``p.grad`` of all trainable parameters together is a sum
     over the batch's examples; each term depends on its example and the parameters alone, and has
-    norm at most ``max_grad_norm``, the part of layer ``l`` at most ``layer_sensitivities[l]``.
+    norm at most ``max_grad_norm``, the part of layer ``l`` at most the optimizer's
+    ``layer_sensitivities[l]``.
 
     Args:
         m: the model, changed in place by hooks; its layers stay what they are.
@@ -62,7 +64,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
         self._module = m
-        self.config = config = config or BackpropClipping()
+        self._config = config = config or BackpropClipping()
         self.batch_first = batch_first
         self.loss_reduction = loss_reduction
         self._layers = layers = trainable_layers(m, config.declared_uses, batch_first=batch_first)
@@ -70,13 +72,13 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         sizes = {name: group.size for name, group in self._groups.items()}
         self._fractions = allocation.layer_fractions(sizes, config.allocation)
         self._limits = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in layers}
-        self.guard = GradientGuard(m, layers.values())
+        self._guard = GradientGuard(m, layers.values())
         self._untried: str | None = None
-        self.prober = Prober(m, loss_reduction=loss_reduction)
+        self._prober = Prober(m, loss_reduction=loss_reduction)
         try:
-            self.max_grad_norm = max_grad_norm
+            self._max_grad_norm = max_grad_norm
         except ValueError:
-            self.guard.remove()
+            self._guard.remove()
             raise
         # Clips that the model brings along give way to ours, and stay where there are none.
         replaced = m if config.max_input_norm is not None else nn.Module()
@@ -86,7 +88,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             m.register_forward_hook(self._leave_root, always_call=True),
         ]
         mean = loss_reduction == "mean"
-        for clip in layer_clips(layers.values(), config, self._limits, self.guard, mean=mean):
+        for clip in layer_clips(layers.values(), config, self._limits, self._guard, mean=mean):
             self._handles += clip.attach()
         for frozen in frozen_normalizations(m, {layer.module for layer in layers.values()}):
             self._handles += frozen.attach()
@@ -94,46 +96,51 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._attached = True
 
     @property
-    def max_grad_norm(self) -> float:
+    def _max_grad_norm(self) -> float:
         """Joint L2 sensitivity of the summed gradient; setting it moves every layer's.
 
         Raises:
             ValueError: set to anything but a finite number above zero.
             PrivacyViolationError: set while clipped gradients wait for their noise.
         """
-        return self._max_grad_norm
+        return self._norm
 
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float) -> None:
+    @_max_grad_norm.setter
+    def _max_grad_norm(self, value: float) -> None:
         if not is_positive_number(value):
             raise ValueError(f"Expected max_grad_norm={value!r} to be a finite number > 0.")
-        if self.guard.pending:
+        if self._guard.pending:
             raise PrivacyViolationError(
                 "max_grad_norm was set in the middle of a logical batch: gradients clipped to the "
                 "old value would get the new value's noise. Set it between step() and backward()."
             )
-        self._max_grad_norm = value
-        for name, sensitivity in self.layer_sensitivities.items():
+        self._norm = value
+        for name, sensitivity in self._layer_sensitivities.items():
             group = self._groups[name]
             limit = allocation.limit_of_each_use(sensitivity, group.uses)
             for layer in group.layers:
                 self._limits[layer.name].fill_(limit)
 
     @property
-    def layer_sensitivities(self) -> Mapping[str, float]:
+    def _layer_sensitivities(self) -> Mapping[str, float]:
         """Return Delta_l by module name; their squares sum to ``max_grad_norm ** 2``.
 
         Layers that share a parameter share one, under the first one's name.
         """
-        return {name: part * self._max_grad_norm for name, part in self._fractions.items()}
+        return {name: part * self._norm for name, part in self._fractions.items()}
 
     def forbid_grad_accumulation(self) -> None:
         """Make a second backward pass before the optimizer's step an error."""
-        self.guard.accumulation_allowed = False
+        self._guard.passes.accumulation_allowed = False
 
     def allow_grad_accumulation(self) -> None:
         """Let several backward passes over disjoint batches add up before one step."""
-        self.guard.accumulation_allowed = True
+        self._guard.passes.accumulation_allowed = True
+
+    def _sample_from(self, samples: SampleLog) -> None:
+        """Train on nothing but the batches that a private loader draws."""
+        samples.attached = True
+        self._guard.passes.samples = samples
 
     def set_grad_sample_to_none(self) -> None:
         """Do nothing: no parameter has per-example gradients."""
@@ -146,7 +153,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.guard.remove()
+        self._guard.remove()
         if self._attached:
             delattr(self._module, _ATTACHED)
             self._attached = False
@@ -161,10 +168,10 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         for parameter in self._module.parameters():
             if hasattr(parameter, "summed_grad"):
                 del parameter.summed_grad
-        if attached and self.config.max_input_norm is not None:
-            attach_input_clips(self._layers.values(), self.config.max_input_norm)
+        if attached and self._config.max_input_norm is not None:
+            attach_input_clips(self._layers.values(), self._config.max_input_norm)
 
-    def undo(self) -> None:
+    def _undo(self) -> None:
         """Leave the model as it was before, with the input clipping it had."""
         self.remove_hooks()
         self._put_back_input_clips()
@@ -174,23 +181,23 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             return
         size = self._batch_size(args, kwargs)
         self._untried = None
-        if self.config.probe:
+        if self._config.probe:
             batch = Batch(args, kwargs, size, 0 if self.batch_first else 1)
             try:
-                problem = self.prober.on_batch(batch)
+                problem = self._prober.on_batch(batch)
             except UntriedError as error:
                 # The forward pass itself may tell better what is wrong with the batch.
                 problem, self._untried = None, str(error)
             if problem:
-                self.guard.fail(problem.text)
-        self.guard.enter_forward(size)
+                self._guard.fail(problem.text)
+        self._guard.enter_forward(size)
 
     def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.guard.leave_forward()
+            self._guard.leave_forward()
             # Without an output an error is on its way already, and says more.
             if self._untried and output is not None:
-                self.guard.fail(self._untried)
+                self._guard.fail(self._untried)
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = 0 if self.batch_first else 1
@@ -217,3 +224,12 @@ class BackpropClipModule(BackpropClipHooks, AbstractGradSampleModule):
         nn.Module.__init__(self)
         BackpropClipHooks.__init__(self, m, **options)
         self.grad_accumulation_hook = None
+
+    def __getattr__(self, item: str) -> Any:
+        """Return a submodule by its dotted name, as Opacus does, or an attribute of the model."""
+        try:
+            return super().__getattr__(item)
+        except AttributeError:
+            if item == "_module":  # not there yet: this object is being copied
+                raise
+            return getattr(self._module, item)

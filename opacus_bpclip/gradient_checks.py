@@ -8,16 +8,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from opacus_bpclip.coverage import TRAINABLE_DTYPES
+from opacus_bpclip.passes import ACCUMULATION
 from opacus_bpclip.provenance import WatchedParameter
 
 _THROUGH_ITS_LAYER = (
-    "Use the parameter through its layer only, not directly (F.linear(x, layer.weight), a penalty "
-    "on the weights in the loss)"
+    "Use the parameter through its layer only, not directly as F.linear(x, layer.weight) does. In "
+    "place of a penalty on the weights in the loss, give the optimizer weight_decay, or shrink the "
+    "weights after its step"
 )
 
 
 def wrong_gradient(
-    watched: WatchedParameter, gradient: Tensor, *, compiled: bool, alone: bool, batches: int
+    watched: WatchedParameter, gradient: Tensor, *, compiled: bool, alone: bool
 ) -> str | None:
     """Say why a gradient cannot be accounted for, ``None`` if it can.
 
@@ -26,7 +28,6 @@ def wrong_gradient(
         gradient: what is about to reach it.
         compiled: whether part of the forward pass was traced, and so unseen.
         alone: whether the step is to be of one batch.
-        batches: from how many forward passes the gradients at hand came.
     """
     if gradient.dtype not in TRAINABLE_DTYPES:
         return _lower_precision(watched.name, gradient)
@@ -38,12 +39,8 @@ def wrong_gradient(
             f"{watched.name} got gradient from outside its layer's call, and nothing bounds "
             f"it. {_THROUGH_ITS_LAYER}, and without hooks that change gradients."
         )
-    if alone and (watched.passes or batches > 1):
-        return (
-            "Poisson sampling is not compatible with grad accumulation: two batches may share "
-            "an example. Call optimizer.step() and zero_grad() after every backward pass, or "
-            "use BatchMemoryManager."
-        )
+    if alone and watched.passes:
+        return ACCUMULATION
     stale = watched.parameter.grad
     if stale is not None and not watched.passes and bool(stale.any()):
         return (

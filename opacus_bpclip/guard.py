@@ -30,6 +30,7 @@ from opacus_bpclip.coverage import (
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.gradient_checks import wrong_gradient
 from opacus_bpclip.layer import Layer
+from opacus_bpclip.passes import BackwardPasses
 from opacus_bpclip.provenance import (
     Receipt,
     WatchedParameter,
@@ -37,6 +38,7 @@ from opacus_bpclip.provenance import (
     parameter_edges,
     watch_edge,
 )
+from opacus_bpclip.ranks import several_ranks
 from opacus_bpclip.rules import Inputs
 
 
@@ -49,19 +51,20 @@ class GradientGuard:
 
     Attributes:
         violation: why the gradients at hand must not be used, or ``None``.
-        accumulation_allowed: whether several backward passes may add up before one step.
+        refused: whether the optimizer has refused them.
+        passes: the backward passes that they came from.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
         layers = tuple(layers)
         self._model = model
         self.violation: str | None = None
-        self.accumulation_allowed = True
+        self.refused = False
+        self.passes = BackwardPasses()
         self._compiled = False
         self._in_forward = False
         self._batch_size = 0
         self._forward = 0  # the number of the latest forward pass
-        self._sources: set[int] = set()  # numbers of those that the gradients at hand came from
         self._calls: dict[str, int] = {}  # of each layer in the latest forward pass
         self._watched: dict[Tensor, WatchedParameter] = {}
         for layer in layers:
@@ -92,7 +95,8 @@ class GradientGuard:
     def clear(self) -> None:
         """Forget the gradients at hand: they have been used or thrown away."""
         self.violation = None
-        self._sources.clear()
+        self.refused = False
+        self.passes.clear()
         for watched in self._watched.values():
             watched.clear()
 
@@ -105,12 +109,12 @@ class GradientGuard:
     def pending(self) -> bool:
         """Return whether clipped gradients wait for their noise."""
         sums = (getattr(parameter, "summed_grad", None) for parameter in self._watched)
-        return self.passes > 0 or any(
+        return self.collected > 0 or any(
             summed is not None and not hasattr(summed, "_processed") for summed in sums
         )
 
     @property
-    def passes(self) -> int:
+    def collected(self) -> int:
         """Return how many backward passes the gradients at hand add up."""
         return max((watched.passes for watched in self._watched.values()), default=0)
 
@@ -118,6 +122,7 @@ class GradientGuard:
 
     def enter_forward(self, batch_size: int) -> None:
         """Begin a forward pass of the root over ``batch_size`` examples."""
+        self.require(several_ranks())
         for name, parameter in self._frozen:
             if parameter.requires_grad:
                 self.fail(
@@ -262,7 +267,11 @@ class GradientGuard:
         raise PrivacyViolationError(reason)
 
     def _receipt(self, watched: Sequence[WatchedParameter]) -> Receipt:
-        return Receipt(watched, partial(self._sources.add, self._forward), self.fail)
+        begin = partial(self._begin_backward, self._forward, self._batch_size)
+        return Receipt(watched, begin, self.fail)
+
+    def _begin_backward(self, forward: int, rows: int) -> None:
+        self.require(self.passes.begin(forward, rows))
 
     def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that is about to reach its parameter."""
@@ -270,8 +279,7 @@ class GradientGuard:
             watched,
             gradient,
             compiled=self._compiled,
-            alone=not self.accumulation_allowed,
-            batches=len(self._sources),
+            alone=not self.passes.accumulation_allowed,
         )
         self.require(problem)
         watched.vouched = True

@@ -6,7 +6,7 @@ after export, and in any comparison with another clipping method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -86,8 +86,25 @@ def attach_input_clips(layers: Iterable[Layer], max_input_norm: float) -> None:
             layer.module.register_forward_pre_hook(clip, with_kwargs=True)
 
 
-def take_input_clips(model: nn.Module) -> Callable[[], None]:
-    """Take every input clip off a model; return what puts them back as they were."""
+class TakenClips:
+    """Input clips that were taken off their modules; a call puts them back as they were.
+
+    Args:
+        clips: each with its module and its key there.
+    """
+
+    def __init__(self, clips: list[tuple[nn.Module, int, InputClip]]) -> None:
+        self._clips = clips
+
+    def __call__(self) -> None:
+        """Put them back."""
+        for module, key, clip in self._clips:
+            module._forward_pre_hooks[key] = clip
+            module._forward_pre_hooks_with_kwargs[key] = True
+
+
+def take_input_clips(model: nn.Module) -> TakenClips:
+    """Take every input clip off a model; return what puts them back."""
     taken = [
         (module, key, hook)
         for module in model.modules()
@@ -97,10 +114,4 @@ def take_input_clips(model: nn.Module) -> Callable[[], None]:
     for module, key, _ in taken:
         del module._forward_pre_hooks[key]
         del module._forward_pre_hooks_with_kwargs[key]
-
-    def put_back() -> None:
-        for module, key, hook in taken:
-            module._forward_pre_hooks[key] = hook
-            module._forward_pre_hooks_with_kwargs[key] = True
-
-    return put_back
+    return TakenClips(taken)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opacus_bpclip.first_order import first_order
 from opacus_bpclip.norms import rounding_margin
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule, per_row, where_needed, zero_rows
 
@@ -202,7 +203,7 @@ class _ClipUpstream(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         norms, finite, *inputs = ctx.saved_tensors
         clip: _Clip = ctx.clip
@@ -239,7 +240,7 @@ class _Attach(torch.autograd.Function):
         return _alias(prepared)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         (scale,) = ctx.saved_tensors
         return (g / ctx.divisor if scale is None else g * (scale / ctx.divisor)), None, None, None

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
-from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
+from torch import Tensor
 from torch.optim import Optimizer
 
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.grad_sample_module import BackpropClipHooks
 from opacus_bpclip.noise import add_noise_, with_own_memory
+from opacus_bpclip.optimizer_wrapper import OptimizerWrapper
 
 
-class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
+class BackpropClipOptimizer(OptimizerWrapper):
     """Opacus's optimizer for gradients that arrive clipped and summed.
 
     A step takes the sum of contributions into ``p.summed_grad``, adds Gaussian noise of standard
@@ -60,10 +61,7 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
                 f"Expected loss_reduction={loss_reduction!r} to be the model's, "
                 f"{hooks.loss_reduction!r}."
             )
-        self._hooks = hooks
-        self._passes = 1
-        self._refused = False
-        self._stepped = False
+        self._hooks = hooks  # before Opacus's own, which sets what is kept there
         self.keep_summed_grad = False
         super().__init__(
             optimizer,
@@ -82,16 +80,16 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
             ValueError: set to anything but a finite number above zero.
             PrivacyViolationError: set while clipped gradients wait for their noise.
         """
-        return self._hooks.max_grad_norm
+        return self._hooks._max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float) -> None:
-        self._hooks.max_grad_norm = value
+        self._hooks._max_grad_norm = value
 
     @property
     def layer_sensitivities(self) -> Mapping[str, float]:
         """Return Delta_l by module name; their squares sum to ``max_grad_norm ** 2``."""
-        return self._hooks.layer_sensitivities
+        return self._hooks._layer_sensitivities
 
     @property
     def accumulated_iterations(self) -> int:
@@ -99,7 +97,7 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
 
         Always 1 under Poisson sampling. `BatchMemoryManager`'s physical batches are one batch.
         """
-        return self._passes
+        return max(1, self._guard.collected)
 
     def accumulate(self) -> None:
         """Add each parameter's sum of contributions to ``p.summed_grad``.
@@ -109,12 +107,12 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
                 released; `zero_grad` clears the state.
             ValueError: `zero_grad` was not called since the last step.
         """
-        guard = self._hooks.guard
+        guard = self._guard
         if guard.violation is not None:
             raise PrivacyViolationError(
                 f"These gradients are not covered by the guarantee: {guard.violation}"
             )
-        if self._stepped:
+        if any(_is_released(p.grad) for p in self.params):
             raise ValueError(
                 "Gradients haven't been cleared since the last optimizer step. To obtain privacy "
                 "guarantees you must call optimizer.zero_grad() on each step."
@@ -127,7 +125,7 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
                     "its gradient. Add it to the model and the optimizer first, then call "
                     "make_private."
                 )
-        self._passes = max(1, guard.passes)
+        guard.require(guard.passes.collect(any_gradient=guard.collected > 0))
         for p in self.params:
             gradient = guard.take(p)
             if gradient is not None:
@@ -135,7 +133,6 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
                 p.summed_grad = gradient if p.summed_grad is None else p.summed_grad + gradient
             elif p.summed_grad is None:
                 p.summed_grad = torch.zeros_like(p)
-        guard.finish()
 
     def add_noise(self) -> None:
         """Turn each ``p.summed_grad`` into ``p.grad`` by Gaussian noise, drawn anew for each entry.
@@ -186,13 +183,17 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
                 p.grad = None
         if skip:
             self._is_last_step_skipped = True
+            self._guard.finish()
             return False
         self.add_noise()
         self.scale_grad()
-        self._stepped = True
+        for p in self.params:
+            _mark_as_released(p.grad)
         if self.step_hook:
             self.step_hook(self)
         self._is_last_step_skipped = False
+        self._guard.finish()
+        self._guard.passes.samples.close()
         return True
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -219,18 +220,30 @@ class BackpropClipOptimizer(DPOptimizerFastGradientClipping):
             set_to_none: set ``p.grad`` to ``None`` instead of zero, as torch does by default;
                 ``p.summed_grad`` always is.
         """
-        self._stepped = False
-        if self._hooks.guard.violation is not None and not self._refused:
+        if self._guard.violation is not None and not self._guard.refused:
             self._end_refused_batch(self._check_skip_next_step())
-        self._refused = False
         super().zero_grad(set_to_none)
-        self._hooks.guard.clear()
+        self._guard.clear()
 
     def _end_refused_batch(self, skip: bool) -> None:
         # Every physical batch brings one signal, taken here as step() would have. If it ended a
-        # logical batch, what that has collected must not be added to the next one's.
-        self._refused = True
-        if not skip:
+        # logical batch, what that has collected must not be added to the next one's; nor must what
+        # another sample has.
+        samples = self._guard.passes.samples
+        self._guard.refused = True
+        if not skip or samples.mixed:
             for p in self.params:
                 p.summed_grad = None
             self._is_last_step_skipped = False
+            samples.close()
+
+
+def _mark_as_released(gradient: Tensor) -> None:
+    gradient._released_version = gradient._version  # type: ignore[attr-defined]
+
+
+def _is_released(gradient: Tensor | None) -> bool:
+    """Return whether a gradient is the last step's, as it was released."""
+    if gradient is None:
+        return False
+    return getattr(gradient, "_released_version", None) == gradient._version

@@ -53,8 +53,11 @@ class WatchedParameter:
         self._collected_version = 0
         self._judge = judge
         self._fail = fail
-        arrive = parameter.register_hook(self._arrive)
-        collect = parameter.register_post_accumulate_grad_hook(self._collect)
+        self._attach()
+
+    def _attach(self) -> None:
+        arrive = self.parameter.register_hook(self._arrive)
+        collect = self.parameter.register_post_accumulate_grad_hook(self._collect)
         self._handles = [arrive, collect]
         # Ahead of the hooks that the parameter has already: an optimizer in one of them would step
         # on the sum without noise.
@@ -62,6 +65,17 @@ class WatchedParameter:
             # Torch goes by the order of insertion, which move_to_end does not change.
             others = {key: hooks.pop(key) for key in tuple(hooks) if key != handle.id}
             hooks.update(others)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy starts with, which has no gradients at hand."""
+        at_hand = {"_handles", "sent", "passes", "_arrived", "_collected"}
+        return {name: value for name, value in vars(self).items() if name not in at_hand}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Watch the parameter's copy: torch copies no hooks of a parameter."""
+        vars(self).update(state)
+        self.clear()
+        self._attach()
 
     def remove(self) -> None:
         """Stop watching."""

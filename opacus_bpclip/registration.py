@@ -14,6 +14,7 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
     "make_private": extensions.make_private,
     "make_private_with_epsilon": extensions.make_private_with_epsilon,
     "_prepare_model": extensions.prepare_model,
+    "_prepare_data_loader": extensions.prepare_data_loader,
     "_prepare_optimizer": extensions.prepare_optimizer,
 }
 

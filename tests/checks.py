@@ -76,6 +76,8 @@ class Trainer:
         )
         assert isinstance(self.optimizer, BackpropClipOptimizer)
         self.optimizer.keep_summed_grad = True
+        # The batches are made up, not sampled.
+        self.optimizer._guard.passes.samples.attached = False
 
     def step(self, x: Tensor, target: Tensor) -> None:
         self.optimizer.zero_grad()

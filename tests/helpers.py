@@ -91,8 +91,10 @@ def make_private(
     max_grad_norm: float = 1.0,
     clipping: str = "backprop",
     wrap_model: bool = True,
+    counted: bool = False,
     **options: Any,
 ) -> Private:
+    """Make a model private; it takes any batch, unless the loader's are to be ``counted``."""
     engine = engine or PrivacyEngine()
     if backprop is not None:
         options["backprop"] = backprop
@@ -108,6 +110,7 @@ def make_private(
     )
     if clipping == "backprop":
         optimizer.keep_summed_grad = True
+        handle._guard.passes.samples.attached = counted
     return Private(engine, handle if wrap_model else model, optimizer, loader, handle)
 
 

@@ -243,7 +243,7 @@ def test_gradients_are_not_copied_on_their_way() -> None:
     node.register_prehook(lambda gradients: sent.append(gradients[0].data_ptr()))
     private.optimizer.zero_grad(set_to_none=True)
     backward(private)
-    assert private.handle.guard.take(weight).data_ptr() == sent[0]
+    assert private.handle._guard.take(weight).data_ptr() == sent[0]
 
 
 def test_a_gradient_that_somebody_else_holds_is_the_same() -> None:

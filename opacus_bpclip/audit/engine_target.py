@@ -71,6 +71,7 @@ class EngineTrainer(Trainer):
                 noise_multiplier=noise_multiplier,
                 max_grad_norm=max_grad_norm,
                 loss_reduction=loss_reduction,
+                poisson_sampling=False,
                 clipping="backprop",
                 backprop=clipping,
             )

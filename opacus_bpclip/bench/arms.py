@@ -45,6 +45,7 @@ def make_step(arm: str, case: Case, device: torch.device) -> Step:
             criterion=criterion,
             noise_multiplier=1.0,
             max_grad_norm=1.0,
+            poisson_sampling=False,
             **_options(method_of(arm)),
         )
         criterion = criteria[0] if criteria else criterion

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip.first_order import first_order
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.base import Settings
 from opacus_bpclip.layer_clips.node import NodeClip
@@ -54,7 +55,7 @@ class _Affine(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         clip: AffineClip = ctx.clip

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.calls import Args, Kwargs
+from opacus_bpclip.first_order import first_order
 from opacus_bpclip.layer_clips.base import Clip
 from opacus_bpclip.norms import norm_dtype
 from opacus_bpclip.rules import AffineRule, GroupNormRule, LayerNormRule
@@ -83,7 +84,7 @@ class _Normalized(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         # In one precision: a frozen layer's weight may have another than what flows through it.

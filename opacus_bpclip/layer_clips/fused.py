@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip.first_order import first_order
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.base import Settings
 from opacus_bpclip.layer_clips.node import NodeClip
@@ -103,7 +104,7 @@ class _Fused(torch.autograd.Function):
         return rows.movedim(0, axis).detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, factor, columns, finite = ctx.saved_tensors
         clip: FusedClip = ctx.clip

@@ -10,7 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.call_checks import replaced_parameter, wrong_batch
 from opacus_bpclip.calls import Args, Kwargs
+from opacus_bpclip.first_order import first_order
 from opacus_bpclip.layer import Layer
+from opacus_bpclip.layer_clips.alignment import Alignment
 from opacus_bpclip.layer_clips.base import Clip, Settings
 from opacus_bpclip.ops import clip_factors
 from opacus_bpclip.rules import BroadcastRule
@@ -29,6 +31,7 @@ class ParameterClip(Clip):
         self.rule = rule
         self.config, self.guard, self.mean = settings.config, settings.guard, settings.mean
         self.limit = settings.limits[layer.name]
+        self.alignments: list[Alignment] = []
         self.parameters = {
             name: parameter
             for name, parameter in layer.module.named_parameters(recurse=False)
@@ -58,13 +61,21 @@ class ParameterClip(Clip):
             if followed:
                 self.guard.require(wrong_batch(self.layer, inputs, self.guard.examples))
         (batch_size,) = self.rule.batch_sizes(inputs)
-        copies = _Copies.apply(self, batch_size, *self.parameters.values())
+        made = _Copies.apply(self, batch_size, *self.parameters.values())
+        copies = dict(zip(self.parameters, made, strict=True))
         if followed:
-            self.guard.follow(self.layer, copies[0], ())
-        module._parameters.update(zip(self.parameters, copies, strict=True))
+            self.guard.follow(self.layer, made[0], ())
+        module._parameters.update(copies)
+        if not compiling:
+            name = self.layer.name
+            named = {f"{name}.{parameter}": copy for parameter, copy in copies.items()}
+            self.alignments.append(Alignment(named, (args, kwargs), self.guard.fail))
+            self.alignments[-1].__enter__()
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> None:
         """Put the parameters back, also after an error."""
+        if self.alignments:
+            self.alignments.pop().__exit__(None, None, None)
         module._parameters.update(self.parameters)
 
 
@@ -83,7 +94,7 @@ class _Copies(torch.autograd.Function):
         )
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         clip: ParameterClip = ctx.clip
         if clip.mean:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.call_checks import wrong_rows
 from opacus_bpclip.calls import Args, Kwargs
+from opacus_bpclip.first_order import first_order
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.base import Clip, Settings
 from opacus_bpclip.ops import clip_factors, clip_input, scale_input
@@ -193,7 +194,7 @@ class _Sum(torch.autograd.Function):
         return weight.new_zeros(())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         return None, *ctx.sequence.gradient()
 
@@ -220,7 +221,7 @@ class _Keep(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, norms, finite = ctx.saved_tensors
         ctx.sequence.steps.append(_Kept(g, x, norms, finite))

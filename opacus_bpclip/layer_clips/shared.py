@@ -19,6 +19,10 @@ class SharedMeasurement(Generic[T]):
         self._key: Hashable = None
         self._result: T | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return nothing of what was measured: a copy has seen no input."""
+        return vars(SharedMeasurement())
+
     def of(self, x: Tensor, how: Hashable, forward: int, measure: Callable[[Tensor], T]) -> T:
         """Return ``measure(x)``, from memory if that is what was measured last.
 

@@ -175,4 +175,5 @@ class FusedRule(MatrixRule):
         by = self.over_output(factor.to(y.dtype), y)
         if bias is None:
             return torch.mul(y, by, out=out)
-        return self.with_bias(y, by, bias, out)
+        # Autocast computes the output in another dtype than the bias has.
+        return self.with_bias(y, by, bias.to(y.dtype), out)

@@ -65,7 +65,7 @@ class ClippedLayer:
         arguments = each(arguments, lambda x: x.detach().requires_grad_(x.is_floating_point()))
         y = self.layer(*arguments)
         (y * upstream).sum().backward()
-        guard = self.hooks.guard
+        guard = self.hooks._guard
         sums = [
             torch.zeros_like(p) if (taken := guard.take(p)) is None else taken
             for p in self.layer.parameters()

@@ -148,7 +148,7 @@ def empty_batches_skipped(patch):
     pre_step = BackpropClipOptimizer.pre_step
 
     def mutant(self, closure=None):
-        if not self._hooks.guard._batch_size:
+        if not self._hooks._guard._batch_size:
             self.zero_grad(set_to_none=True)
             return False
         return pre_step(self, closure)

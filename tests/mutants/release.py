@@ -46,7 +46,7 @@ def empty_batches_skipped(patch: pytest.MonkeyPatch) -> None:
     step = BackpropClipOptimizer.step
 
     def skipping(self: BackpropClipOptimizer, closure: None = None) -> None:
-        if self._hooks.guard._batch_size:
+        if self._hooks._guard._batch_size:
             step(self, closure)
         for p in self.params:
             p.grad = p.new_zeros(p.shape)
@@ -61,7 +61,7 @@ def private_divisor(patch: pytest.MonkeyPatch) -> None:
 
     def scale_grad(self: BackpropClipOptimizer) -> None:
         for p in self.params:
-            p.grad /= max(1, self._hooks.guard._batch_size)
+            p.grad /= max(1, self._hooks._guard._batch_size)
 
     patch.setattr(BackpropClipOptimizer, "scale_grad", scale_grad)
 

@@ -1,0 +1,63 @@
+"""The settings that an accountant's history was spent under: saved with the optimizer, compared."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from opacus_bpclip.config import BackpropClipping
+
+KEY = "privacy_settings"
+
+Settings = Mapping[str, object]
+
+
+def settings_of(
+    config: BackpropClipping,
+    *,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    sample_rate: float | None,
+    expected_batch_size: float | None,
+    loss_reduction: str,
+) -> Settings:
+    """Return what decides how much a step spends, and what it computes, as plain values."""
+    return {
+        "noise_multiplier": noise_multiplier,
+        "max_grad_norm": max_grad_norm,
+        "sample_rate": sample_rate,
+        "expected_batch_size": expected_batch_size,
+        "loss_reduction": loss_reduction,
+        "bound": config.bound,
+        "max_input_norm": config.max_input_norm,
+        "allocation": _plain(config.allocation),
+        "upstream": config.upstream,
+        "uses": _plain(config.uses),
+    }
+
+
+def compare(saved: Settings | None, present: Settings) -> None:
+    """Warn if a checkpoint is loaded into other settings than it was saved with.
+
+    Args:
+        saved: the checkpoint's; ``None`` where it has none, as those of other optimizers have.
+        present: what training would go on with.
+    """
+    if saved is None:
+        return
+    changed = [
+        f"{name} was {saved[name]!r} and is {value!r}"
+        for name, value in present.items()
+        if name in saved and saved[name] != value
+    ]
+    if changed:
+        warnings.warn(
+            f"The checkpoint was saved under other settings: {'; '.join(changed)}. The accountant "
+            "keeps what was spent under the old ones and adds each step under the new. If that is "
+            "not what you want, call make_private with the old ones, and load again.",
+            stacklevel=3,
+        )
+
+
+def _plain(value: object) -> object:
+    return dict(value) if isinstance(value, Mapping) else value

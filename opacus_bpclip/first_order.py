@@ -1,0 +1,38 @@
+"""Backward functions that cannot be differentiated again, and say why."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from opacus_bpclip.errors import PrivacyViolationError
+
+Backward = Callable[..., Any]
+
+_PROBLEM = (
+    "A gradient was taken with create_graph=True through a layer that clips (a gradient penalty, "
+    "as in WGAN-GP or R1, or a second-order optimizer). Its gradient is clipped for each example, "
+    "and a loss made from it has gradients that nothing bounds. Leave the penalty out of the "
+    "loss; the optimizer's weight_decay keeps a model's slope small, too."
+)
+
+
+def first_order(backward: Backward) -> Backward:
+    """Mark the backward function of a clipping node: it runs without a graph of its own.
+
+    Raises:
+        PrivacyViolationError: the decorated function, where a graph is wanted.
+    """
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Any) -> Any:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            raise PrivacyViolationError(_PROBLEM)
+        return once(ctx, *gradients)
+
+    return checked

@@ -1,0 +1,72 @@
+"""The backward passes of one step: of which forward passes, and of which sampled batch they are."""
+
+from __future__ import annotations
+
+import torch
+
+from opacus_bpclip.samples import SampleLog
+
+ACCUMULATION = (
+    "Poisson sampling is not compatible with grad accumulation: two batches may share an example. "
+    "Call optimizer.step() and zero_grad() after every backward pass, or use BatchMemoryManager."
+)
+_TWO_FORWARDS = (
+    "One backward pass came from two forward passes of the model (a siamese or triplet loss, "
+    "R-Drop, a discriminator on real and generated examples): an example that is in both would "
+    "contribute twice, and nothing shows which rows belong together. Put them in one call: give "
+    "the model a forward that takes all inputs, runs its layers on each, and returns all outputs, "
+    "and declare how often it uses each layer with BackpropClipping(uses={name: K}) or "
+    'uses="auto".'
+)
+
+
+class BackwardPasses:
+    """What the gradients at hand came from.
+
+    Attributes:
+        samples: the batches that the private loader has drawn.
+        accumulation_allowed: whether several backward passes may add up before one step.
+    """
+
+    def __init__(self) -> None:
+        self.samples = SampleLog()
+        self.accumulation_allowed = True
+        self._forwards: set[int] = set()
+        self._task = -1
+
+    def begin(self, forward: int, rows: int) -> str | None:
+        """Note that a backward pass reached a layer; return why it must not.
+
+        Args:
+            forward: the number of the forward pass that it goes back through.
+            rows: how many examples that one was over.
+        """
+        if forward in self._forwards:
+            return None
+        task = torch._C._current_graph_task_id()
+        if self._forwards:
+            if task == self._task:
+                return _TWO_FORWARDS
+            if not self.accumulation_allowed:
+                return ACCUMULATION
+        self._forwards.add(forward)
+        self._task = task
+        return self.samples.spend(rows)
+
+    def collect(self, *, any_gradient: bool) -> str | None:
+        """Note that the gradients at hand go into the step; return why they must not.
+
+        Args:
+            any_gradient: whether there are any.
+        """
+        problem = None
+        if any_gradient and not self._forwards:
+            # A compiled graph made them, and nobody has counted its rows.
+            problem = self.samples.spend(None)
+        self.samples.collect()
+        return problem
+
+    def clear(self) -> None:
+        """Forget them: they have been collected or thrown away."""
+        self._forwards.clear()
+        self.samples.discard()
