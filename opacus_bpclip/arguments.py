@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from opacus_bpclip.allocation import layer_fractions
 from opacus_bpclip.config import BackpropClipping, is_positive_number
-from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.coverage import declared_uses, trainable_layers
 from opacus_bpclip.loader import several_rows
 from opacus_bpclip.ranks import several_ranks
 from opacus_bpclip.sampled_items import sampled_items
@@ -77,7 +77,7 @@ def checked_options(
     if problem:
         raise ValueError(problem)
     _refuse_wrapped(module)
-    uses = {} if backprop.uses == "auto" else backprop.declared_uses
+    uses = {} if backprop.uses == "auto" else declared_uses(backprop)
     groups = tied_groups(trainable_layers(module, uses, batch_first=batch_first))
     layer_fractions({name: group.size for name, group in groups.items()}, backprop.allocation)
     # What Opacus asks of every model; ours, on the guarantee, came first.

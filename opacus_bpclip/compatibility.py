@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from opacus_bpclip.config import BackpropClipping
-from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.coverage import declared_uses, trainable_layers
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.probe import Prober, with_uses
 
@@ -27,7 +27,7 @@ def require_compatible(
             what to do.
     """
     config = config or BackpropClipping()
-    trainable_layers(module, {} if config.uses == "auto" else config.declared_uses)
+    trainable_layers(module, {} if config.uses == "auto" else declared_uses(config))
     if data_loader is not None:
         try_out(config, module=module, data_loader=data_loader)
 

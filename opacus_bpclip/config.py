@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
-from opacus_bpclip.errors import CoverageError
-
 Bound = Literal["product", "weighted", "exact"]
 Upstream = Literal["clip", "normalize"]
 Allocation = Literal["equal", "dimension"]
@@ -87,20 +85,6 @@ class BackpropClipping:
     upstream: Upstream = "clip"
     uses: Literal["auto"] | Mapping[str, int] = field(default_factory=dict)
     probe: bool = True
-
-    @property
-    def declared_uses(self) -> Mapping[str, int]:
-        """Return ``uses`` as a mapping.
-
-        Raises:
-            CoverageError: it is ``"auto"``, and nobody has counted yet.
-        """
-        if isinstance(self.uses, str):
-            raise CoverageError(
-                'uses="auto" needs examples to count on: it is for make_private, which has a data '
-                "loader. Declare how often each layer is used: BackpropClipping(uses={name: K})."
-            )
-        return self.uses
 
     def __post_init__(self) -> None:
         _require_choice("bound", self.bound, get_args(Bound))

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from opacus_bpclip.attention import attention_axes
+from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.recurrence import recurrent_linears, renamed_parameters
@@ -118,6 +119,20 @@ def trainable_layers(
             f"{', '.join(layers)}."
         )
     return layers
+
+
+def declared_uses(config: BackpropClipping) -> Mapping[str, int]:
+    """Return the option ``uses`` as a mapping.
+
+    Raises:
+        CoverageError: it is ``"auto"``, and nobody has counted yet.
+    """
+    if isinstance(config.uses, str):
+        raise CoverageError(
+            'uses="auto" needs examples to count on: it is for make_private, which has a data '
+            "loader. Declare how often each layer is used: BackpropClipping(uses={name: K})."
+        )
+    return config.uses
 
 
 def batch_normalizations(model: nn.Module) -> dict[str, nn.Module]:

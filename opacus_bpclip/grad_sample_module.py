@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from opacus_bpclip import allocation
 from opacus_bpclip.config import BackpropClipping, is_positive_number
-from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.coverage import declared_uses, trainable_layers
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.input_clipping import attach_input_clips, take_input_clips
@@ -67,7 +67,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._config = config = config or BackpropClipping()
         self.batch_first = batch_first
         self.loss_reduction = loss_reduction
-        self._layers = layers = trainable_layers(m, config.declared_uses, batch_first=batch_first)
+        self._layers = layers = trainable_layers(m, declared_uses(config), batch_first=batch_first)
         self._groups = tied_groups(layers)
         sizes = {name: group.size for name, group in self._groups.items()}
         self._fractions = allocation.layer_fractions(sizes, config.allocation)

@@ -52,6 +52,7 @@ class GradientGuard:
     Attributes:
         violation: why the gradients at hand must not be used, or ``None``.
         refused: whether the optimizer has refused them.
+        accumulated: how many backward passes the last gradients added up.
         passes: the backward passes that they came from.
     """
 
@@ -60,6 +61,7 @@ class GradientGuard:
         self._model = model
         self.violation: str | None = None
         self.refused = False
+        self.accumulated = 1
         self.passes = BackwardPasses()
         self._compiled = False
         self._in_forward = False
@@ -102,6 +104,7 @@ class GradientGuard:
 
     def finish(self) -> None:
         """Forget the gradients at hand, and the forward pass that they came from."""
+        self.accumulated = max(1, self.collected)
         self.clear()
         self._compiled = False
 

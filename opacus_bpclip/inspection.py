@@ -66,7 +66,7 @@ def inspect(
         [('(root)', 'LinearRule', 1.0)]
     """
     from opacus_bpclip.allocation import layer_fractions
-    from opacus_bpclip.coverage import Finding, examine, trainable_layers
+    from opacus_bpclip.coverage import Finding, declared_uses, examine, trainable_layers
     from opacus_bpclip.probe import count_uses, find_coupling
     from opacus_bpclip.tying import tied_groups
 
@@ -84,7 +84,7 @@ def inspect(
             module = model if problem.module == "(root)" else model.get_submodule(problem.module)
             found = findings.get(problem.module, Finding(problem.module, module, {}, None))
             findings[problem.module] = replace(found, problems=(problem.text,))
-    uses = config.declared_uses if fine else {}
+    uses = declared_uses(config) if fine else {}
     sensitivities: dict[str, float] = {}
     if fine:
         groups = tied_groups(trainable_layers(model, uses))

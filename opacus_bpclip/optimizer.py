@@ -97,7 +97,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
 
         Always 1 under Poisson sampling. `BatchMemoryManager`'s physical batches are one batch.
         """
-        return max(1, self._guard.collected)
+        return self._guard.collected or self._guard.accumulated
 
     def accumulate(self) -> None:
         """Add each parameter's sum of contributions to ``p.summed_grad``.

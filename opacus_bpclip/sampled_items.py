@@ -59,6 +59,10 @@ def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
             f"The data loader has a batch sampler of its own ({type(batches).__name__}), which "
             f"Poisson sampling would replace. {_REMEDY}"
         )
+    if not len(loader):
+        raise ValueError(
+            f"The data loader has no batch: fewer items than batch_size, and drop_last. {_REMEDY}"
+        )
     indices = _subset(loader.sampler, len(loader.dataset))  # type: ignore[arg-type]
     if indices is None:
         return loader

@@ -14,7 +14,12 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_bpclip import BackpropClipping, PrivacyEngine, PrivacyViolationError
+from opacus_bpclip import (
+    BackpropClipOptimizer,
+    BackpropClipping,
+    PrivacyEngine,
+    PrivacyViolationError,
+)
 
 FEATURES, CLASSES = 4, 3
 BOUNDS = pytest.mark.parametrize("bound", ["product", "weighted", "exact"])
@@ -118,7 +123,14 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
+def hand_over(private: Private, rows: int) -> None:
+    """Pretend that the private loader has drawn a batch."""
+    if isinstance(private.optimizer, BackpropClipOptimizer):
+        private.optimizer._guard.passes.samples.draw(rows, 0)
+
+
 def backward(private: Private, size: int = 6) -> None:
+    hand_over(private, size)
     loss_of(private.model, *batch(size)).backward()
 
 
@@ -250,5 +262,6 @@ def noise(private: Private, divisor: float = 8) -> Tensor:
 
 def step_on(private: Private, x: Tensor, y: Tensor) -> None:
     private.optimizer.zero_grad()
+    hand_over(private, len(x))
     loss_of(private.model, x, y).backward()
     private.optimizer.step()

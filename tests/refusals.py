@@ -10,12 +10,25 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data import default_collate as collate
 
 from opacus_bpclip import BackpropClipping, CoverageError
 from tests.helpers import FEATURES, dataset, make_private, mlp
 
 SGD = torch.optim.SGD
+SAMPLED = (
+    "Pass a DataLoader with batch_size (and shuffle=True, if you like) over the items to train on; "
+    "torch.utils.data.Subset(dataset, indices) makes a data set of some of them. With a sampling "
+    "of your own, and an epsilon that you derive yourself, use "
+    "make_private(poisson_sampling=False)."
+)
 
 
 class Endless(IterableDataset):
@@ -200,12 +213,56 @@ REFUSALS = {
         {"optimizer": SGD(mlp().parameters(), lr=0.1)},
     ),
     "iterable data": Refusal(
-        # Raised inside Opacus, after the model was wrapped.
-        "Uniform sampling is not supported for IterableDataset",
+        "Uniform sampling is not supported for IterableDataset: a stream has no items that could "
+        f"be drawn. {SAMPLED}",
         {"data_loader": DataLoader(Endless(), batch_size=8)},
     ),
-    "iterable data, not wrapped": Refusal(
-        "Uniform sampling is not supported for IterableDataset",
-        {"data_loader": DataLoader(Endless(), batch_size=8), "wrap_model": False},
+    "no batch": Refusal(
+        f"The data loader has no batch: fewer items than batch_size, and drop_last. {SAMPLED}",
+        {"data_loader": DataLoader(dataset(5), batch_size=8, drop_last=True)},
+    ),
+    "no batch size": Refusal(
+        "The data loader has batch_size=None, so nothing says how many items to expect in a batch. "
+        f"{SAMPLED}",
+        {"data_loader": DataLoader(dataset(), batch_size=None)},
+    ),
+    "a batch sampler": Refusal(
+        "The data loader has a batch sampler of its own (list), which Poisson sampling would "
+        f"replace. {SAMPLED}",
+        {"data_loader": DataLoader(dataset(), batch_sampler=[[0, 1], [2, 3]])},
+    ),
+    "weighted items": Refusal(
+        "The data loader's WeightedRandomSampler does not draw each item once: Poisson sampling "
+        "would replace it, with another sampling rate, expected batch size and choice of items "
+        f"than it says. {SAMPLED}",
+        {"data_loader": DataLoader(dataset(), 8, sampler=WeightedRandomSampler([1.0] * 32, 60))},
+    ),
+    "items drawn again": Refusal(
+        "The data loader's RandomSampler does not draw each item once: Poisson sampling would "
+        "replace it, with another sampling rate, expected batch size and choice of items than it "
+        f"says. {SAMPLED}",
+        {"data_loader": DataLoader(dataset(), 8, sampler=RandomSampler(range(32), True))},
+    ),
+    "fewer items": Refusal(
+        "The data loader's RandomSampler does not draw each item once: Poisson sampling would "
+        "replace it, with another sampling rate, expected batch size and choice of items than it "
+        f"says. {SAMPLED}",
+        {"data_loader": DataLoader(dataset(), 8, sampler=RandomSampler(dataset(), num_samples=9))},
+    ),
+    "an item named twice": Refusal(
+        "The data loader's SubsetRandomSampler names an item twice: it would contribute twice to a "
+        "step. Name each item once.",
+        {"data_loader": DataLoader(dataset(), 8, sampler=SubsetRandomSampler([1, 2, 1]))},
+    ),
+    "three crops of an item": Refusal(
+        "The data loader's collate_fn makes 12 rows of 4 items (crops, views, copies?). The bound "
+        "holds for one row of each item: an item with several rows contributes several times as "
+        "much. Make one row of each item, for example one crop, drawn anew each time.",
+        {"data_loader": DataLoader(dataset(), 8, collate_fn=lambda items: collate(3 * items))},
+    ),
+    "several evaluations a step": Refusal(
+        "LBFGS evaluates the loss several times a step, and each evaluation would be a release of "
+        "its own. Use an optimizer that takes one gradient a step, such as SGD or Adam.",
+        {"optimizer": torch.optim.LBFGS(mlp().parameters())},
     ),
 }

@@ -60,7 +60,7 @@ def test_the_noise_for_a_budget_is_opacus_own(accountant: str, tolerance: dict[s
         backprop=BackpropClipping(bound="exact"),
         **tolerance,
     )
-    assert handle.config.bound == "exact"
+    assert handle._config.bound == "exact"
     assert optimizer.noise_multiplier == get_noise_multiplier(
         target_epsilon=2.0,
         target_delta=1e-5,

@@ -131,6 +131,7 @@ def test_a_parameter_that_another_layers_rule_knows_nothing_of_is_refused(
         (1e3 * private.model(batch(1)[0])).sum().backward()
     assert str(refusal.value) == (
         "lender.weight got a gradient that did not come from its layer's call. Use the parameter "
-        "through its layer only, not directly (F.linear(x, layer.weight), a penalty on the weights "
-        "in the loss); attach privacy before torch.compile."
+        "through its layer only, not directly as F.linear(x, layer.weight) does. In place of a "
+        "penalty on the weights in the loss, give the optimizer weight_decay, or shrink the "
+        "weights after its step; attach privacy before torch.compile."
     )

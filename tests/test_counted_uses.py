@@ -29,7 +29,7 @@ class Repeated(nn.Module):
 @given(st.integers(1, 5))
 def test_uses_are_counted_by_a_dry_run(times: int) -> None:
     private = make_private(Repeated(times), backprop=BackpropClipping(uses="auto"))
-    assert private.handle.config.uses == {"cell": times, "head": 1}
+    assert private.handle._config.uses == {"cell": times, "head": 1}
     loss_of(private.model, *batch()).backward()
     private.optimizer.step()
     assert summed(private).norm() <= 6 * (1 + 1e-6)
@@ -67,4 +67,4 @@ def test_the_steps_of_a_recurrent_network_are_no_uses() -> None:
         data=data,
         backprop=BackpropClipping(uses="auto"),
     )
-    assert set(private.handle.config.uses.values()) == {1}
+    assert set(private.handle._config.uses.values()) == {1}

@@ -75,7 +75,7 @@ def test_cleanup_restores_the_model_but_for_its_input_clipping(wrap_model: bool)
 
 
 def test_the_default_options_are_used_when_none_are_given() -> None:
-    assert make_private(mlp()).handle.config == BackpropClipping()
+    assert make_private(mlp()).handle._config == BackpropClipping()
 
 
 def test_poisson_sampling_can_be_turned_off() -> None:

@@ -84,8 +84,9 @@ MORE_THAN_ONCE = (
     "BackpropClipping(uses={'head': ...})."
 )
 DIRECT = (
-    "Use the parameter through its layer only, not directly (F.linear(x, layer.weight), a penalty "
-    "on the weights in the loss)"
+    "Use the parameter through its layer only, not directly as F.linear(x, layer.weight) does. In "
+    "place of a penalty on the weights in the loss, give the optimizer weight_decay, or shrink the "
+    "weights after its step"
 )
 BESIDE = (
     f"head.weight got gradient from outside its layer's call, and nothing bounds it. {DIRECT}, and "

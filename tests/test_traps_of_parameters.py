@@ -34,8 +34,9 @@ REMEDIES = (
     "opacus_bpclip.register_rule."
 )
 DIRECT = (
-    "Use the parameter through its layer only, not directly (F.linear(x, layer.weight), a penalty "
-    "on the weights in the loss)"
+    "Use the parameter through its layer only, not directly as F.linear(x, layer.weight) does. In "
+    "place of a penalty on the weights in the loss, give the optimizer weight_decay, or shrink the "
+    "weights after its step"
 )
 
 

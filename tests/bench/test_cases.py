@@ -73,7 +73,7 @@ def test_arm_is_the_method_that_it_is_named_after(arm, monkeypatch):
     model, optimizer, *_ = Spy.returned
     if arm in BOUNDS:
         assert type(model) is BackpropClipModule
-        assert model.config.bound == arm
+        assert model._config.bound == arm
     else:
         assert (
             type(model)

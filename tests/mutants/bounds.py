@@ -40,15 +40,15 @@ def sqrt_of_the_layers_lost(patch: pytest.MonkeyPatch) -> None:
 def layers_not_told_of_a_new_limit(patch: pytest.MonkeyPatch) -> None:
     """A scheduler lowers `max_grad_norm`, and with it the noise; the layers go on clipping to the
     old one."""
-    setter = BackpropClipHooks.max_grad_norm
+    setter = BackpropClipHooks._max_grad_norm
 
     def once(self: BackpropClipHooks, value: float) -> None:
-        if hasattr(self, "_max_grad_norm"):
-            self._max_grad_norm = value
+        if hasattr(self, "_norm"):
+            self._norm = value
         else:
             setter.fset(self, value)
 
-    patch.setattr(BackpropClipHooks, "max_grad_norm", property(setter.fget, once))
+    patch.setattr(BackpropClipHooks, "_max_grad_norm", property(setter.fget, once))
 
 
 @mutant(killed_by=killers.product_with_bias, says=MOVED)
