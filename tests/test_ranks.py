@@ -1,0 +1,59 @@
+"""Several ranks are refused until they are supported: they would train apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from opacus_bpclip import PrivacyViolationError
+from tests.helpers import backward, make_private, mlp, train_step
+
+REFUSAL = (
+    'The process group has 2 ranks, which clipping="backprop" does not support yet: each rank '
+    "would sample, add noise and step on its own, and their models would drift apart while the "
+    "accountant sees one of them. Train in one process (torchrun --nproc-per-node 1, or no process "
+    "group)."
+)
+
+
+@contextmanager
+def process_group(ranks: int) -> Iterator[None]:
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_model_on_several_ranks_is_refused_before_training() -> None:
+    with process_group(2), pytest.raises(ValueError, match="process group") as refusal:
+        make_private(mlp())
+    assert str(refusal.value) == REFUSAL
+
+
+def test_a_process_group_that_is_made_later_is_refused_on_the_batch() -> None:
+    private = make_private(mlp())
+    train_step(private)
+    private.optimizer.zero_grad()
+    with process_group(2), pytest.raises(PrivacyViolationError) as refusal:
+        backward(private)
+    assert str(refusal.value) == REFUSAL
+
+
+def test_a_model_that_is_wrapped_after_make_private_is_refused_on_the_batch() -> None:
+    private = make_private(mlp())
+    with process_group(2):
+        wrapped = private._replace(model=DistributedDataParallel(private.model))
+        with pytest.raises(PrivacyViolationError) as refusal:
+            backward(wrapped)
+    assert str(refusal.value) == REFUSAL
+
+
+def test_one_rank_trains() -> None:
+    with process_group(1):
+        train_step(make_private(mlp()))
