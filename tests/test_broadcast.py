@@ -195,3 +195,82 @@ def test_a_parameter_that_could_be_taken_for_a_batch_is_refused(dims, message):
             Trainer(Scale(), (WIDTH,), BackpropClipping())
     finally:
         del RULES[Scale]
+
+
+class Scaled(nn.Module):
+    """One class that is used on tensors of three and of four axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+class ScaledRule(BroadcastRule):
+    parameters = ("scale",)
+    dims: ClassVar = {"scale": 3}
+
+
+class Bent(Scaled):
+    """Bends its copies before they meet the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sigmoid(self.scale.square())
+
+
+class BentRule(ScaledRule):
+    pass
+
+
+class Nested(nn.Module):
+    """Meets the output of a child, and something constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+        self.child = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("constant", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x) * (self.scale * self.constant)
+
+
+class NestedRule(ScaledRule):
+    pass
+
+
+AXES = (
+    "0.scale is broadcast against a tensor of {axes} axes, of shape {shape}, but its rule says 3, "
+    "the batch included: one example's copy of it would meet other examples. Say in the rule's "
+    "dims how many axes that tensor has. A module that is used on tensors of several numbers of "
+    "axes needs a class and a rule for each."
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule"), [(Scaled, ScaledRule), (Bent, BentRule), (Nested, NestedRule)]
+)
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("shape", [(1, 3, WIDTH), (4, 3, WIDTH), (WIDTH,)])
+def test_a_rule_with_wrong_dims_is_refused_on_every_batch(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[nn.Module],
+    rule: type[BroadcastRule],
+    count: int,
+    shape: tuple[int, ...],
+) -> None:
+    monkeypatch.setitem(RULES, kind, rule)
+    trainer = Trainer(nn.Sequential(kind()), (2, WIDTH), BackpropClipping())
+    right = torch.randn(count, 2, WIDTH, dtype=torch.float64)
+    trainer.model(right).sum().backward()
+    trainer.optimizer.zero_grad()
+    wrong = torch.randn(count, *shape, dtype=torch.float64)
+    for _ in range(2):
+        with pytest.raises(PrivacyViolationError) as refusal:
+            trainer.model(wrong)
+        assert str(refusal.value) == AXES.format(axes=wrong.dim(), shape=tuple(wrong.shape))
+        trainer.optimizer.zero_grad()
+    trainer.model(right).sum().backward()
+    trainer.optimizer.step()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from opacus.data_loader import DPDataLoader
+from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import (
@@ -17,6 +18,7 @@ from opacus_bpclip import (
     PrivacyEngine,
 )
 from tests.helpers import (
+    FEATURES,
     dataset,
     loss_of,
     make_private,
@@ -156,3 +158,42 @@ def test_an_allocation_by_name_sets_each_layers_sensitivity() -> None:
         mlp(), max_grad_norm=2.0, backprop=BackpropClipping(allocation={"2": 3.0, "0": 1.0})
     )
     assert private.optimizer.layer_sensitivities == pytest.approx({"0": 1.0, "2": 3.0**0.5})
+
+
+class Configured(nn.Module):
+    """A model whose attributes have names that a wrapper might use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, 3)
+        self.config = {"use_cache": True}
+        self.guard, self.prober, self.undo, self.max_grad_norm = "guard", "prober", "undo", 5
+        self.layer_sensitivities = {"layer": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def generate(self) -> str:
+        return "generated"
+
+
+def test_the_wrapper_shows_the_models_own_attributes() -> None:
+    model = Configured()
+    handle = make_private(model).handle
+    assert handle.config is model.config
+    handle.config["use_cache"] = False
+    assert (handle.guard, handle.prober, handle.undo) == ("guard", "prober", "undo")
+    assert (handle.max_grad_norm, handle.layer_sensitivities) == (5, {"layer": 1})
+    assert handle.generate() == "generated"
+    assert handle.layer is model.layer
+    with pytest.raises(AttributeError, match="'Configured' object has no attribute 'nothing'"):
+        _ = handle.nothing
+
+
+@pytest.mark.parametrize("kind", [BackpropClipHooks, BackpropClipModule])
+def test_the_wrapper_adds_no_public_name_to_opacus_own(kind: type) -> None:
+    model = nn.Sequential(nn.Linear(FEATURES, 3))
+    ours = kind(model)
+    opacus_own = {*dir(AbstractGradSampleModule), "batch_first", "loss_reduction"}
+    opacus_own |= {"grad_accumulation_hook", *vars(nn.Module())}
+    assert {name for name in (*dir(ours), *vars(ours)) if not name.startswith("_")} <= opacus_own

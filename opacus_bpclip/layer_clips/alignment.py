@@ -48,14 +48,18 @@ class Alignment(TorchFunctionMode):
                 for other in others:
                     self._check(name, copy, other)
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if any(id(x) in self._data for x in others):
+        if any(self._is_data(x) for x in others):
             self._data |= {id(x): x for x in made}
-        elif copies and not others:
+        elif copies:
             self._copies |= {id(x): (copies[0][0], x) for x in made}
         return out
 
+    def _is_data(self, x: Tensor) -> bool:
+        # What a child's own autograd function returned was made out of sight, but has a graph.
+        return id(x) in self._data or x.requires_grad
+
     def _check(self, name: str, copy: Tensor, other: Tensor) -> None:
-        fewer = other.dim() < copy.dim() and id(other) in self._data
+        fewer = other.dim() < copy.dim() and self._is_data(other)
         if other.dim() > copy.dim() or fewer:
             self._fail(
                 f"{name} is broadcast against a tensor of {other.dim()} axes, of shape "
