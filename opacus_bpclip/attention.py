@@ -1,4 +1,4 @@
-"""Attention whose layers are called, and PyTorch's transformer: on which axis layers have the batch.
+"""Attention whose layers are called, and PyTorch's transformer: on which axis is the batch.
 
 These modules say ``batch_first`` for themselves, whatever the layout of the model around them.
 """

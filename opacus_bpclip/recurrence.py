@@ -1,8 +1,8 @@
 """Recurrent networks of Opacus's cells: which layers run once a time step, rows always aligned.
 
 `DPRNN`, `DPLSTM` and `DPGRU`, and what `replacements` makes of PyTorch's, call the layers of their
-cells once for each time step. Row ``i`` of every call belongs to the same example, also in packed sequences, where later steps have the first
-rows only. Code of anybody else promises no such thing.
+cells once for each time step. Row ``i`` of every call belongs to the same example, also in packed
+sequences, where later steps have the first rows only. Code of anybody else promises no such thing.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ class Copies:
         assert parameter is not None
         return self._part(parameter, rows.start, parameter.detach()[rows])
 
-    def flat(self, parameter: nn.Parameter | None) -> nn.Parameter:
+    def flat(self, parameter: Tensor | None) -> nn.Parameter:
         """Return a copy with one axis, trainable where the parameter is."""
-        assert parameter is not None
+        assert isinstance(parameter, nn.Parameter)
         return self._part(parameter, None, parameter.detach().flatten())
 
     def _part(self, parameter: nn.Parameter, key: int | None, part: Tensor) -> nn.Parameter:

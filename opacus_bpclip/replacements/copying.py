@@ -87,6 +87,7 @@ def _copy_computed_tensors(model: nn.Module, copies: Copies) -> None:
 def _leave_fast_path(model: nn.Module) -> None:
     """Have evaluation use the layers: PyTorch's encoder would hand them nested tensors."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            if any(isinstance(part, MultiheadAttention) for part in module.modules()):
-                module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(part, MultiheadAttention) for part in module.modules()
+        ):
+            module.use_nested_tensor = False

@@ -105,7 +105,7 @@ class _OfTheBatch(Replacer):
             pair = verify.twins(normalization.bare(module), norm, generator)
             return verify.first_difference(pair, trials.norm_calls(module, generator))
         shape = (2, module.num_features)
-        shapes = [(*shape, 3, 3)]
+        shapes: list[tuple[int, ...]] = [(*shape, 3, 3)]
         if module.num_features >= normalization.FEWEST_FEATURES:
             shapes.append(shape)
         return normalization.dead(norm, shapes, generator)

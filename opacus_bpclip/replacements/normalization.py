@@ -40,7 +40,7 @@ class FixedBatchNorm(_BatchNorm):
         super().train(False)
         return self
 
-    def _check_input_dim(self, input: Tensor) -> None:
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         pass
 
 
@@ -93,11 +93,11 @@ def per_example(norm: _BatchNorm, copies: Copies) -> nn.Module:
         )
     _take_parameters(made, norm, copies)
     made.train(norm.training)
-    after = {name: norm._modules[name] for name in ("drop", "act") if name in norm._modules}
-    if not after:
+    if not norm._modules:
         return made
-    parts = {name: copy.deepcopy(module, copies.memo) for name, module in after.items()}
-    sequence = nn.Sequential(OrderedDict(norm=made, **parts))
+    sequence = nn.Sequential(OrderedDict(norm=made))
+    for name in ("drop", "act"):
+        sequence.add_module(name, copy.deepcopy(norm.get_submodule(name), copies.memo))
     sequence.training = norm.training
     return sequence
 

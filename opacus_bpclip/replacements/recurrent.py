@@ -60,7 +60,11 @@ class Recurrent(DPRNNBase):
             made._parameters[name] = made._parameters.pop(name)
         return made.train(module.training)
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,  # noqa: A002
+        hx: Any = None,
+    ) -> tuple[Any, Any]:
         """Run over a batch of sequences, as PyTorch's network does.
 
         Args:

@@ -83,10 +83,10 @@ def norm_calls(norm: _NormBase, generator: torch.Generator) -> Iterator[Call]:
         norm: a batch or instance normalisation; its number of features is read.
         generator: draws the input.
     """
-    kind = _BatchNorm if isinstance(norm, _BatchNorm) else _InstanceNorm
+    forward: Any = (_BatchNorm if isinstance(norm, _BatchNorm) else _InstanceNorm).forward
     axes = next((axes for axes, kinds in _AXES.items() if isinstance(norm, kinds)), 2)
     x = _normal(generator, 4, norm.num_features, *(3,) * axes)
-    yield f"for an input of shape {tuple(x.shape)}", lambda m: kind.forward(m, x)
+    yield f"for an input of shape {tuple(x.shape)}", lambda m: forward(m, x)
 
 
 def _call(module: nn.Module, *, args: list[Any], options: Mapping[str, Any]) -> Any:
