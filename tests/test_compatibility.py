@@ -63,7 +63,7 @@ def with_scale() -> nn.Module:
         pytest.param(
             nn.LSTM(4, 4),
             None,
-            r"\(LSTM\): no rule bounds .*PrivacyEngine.get_compatible_module\(model, clipping=.* replaces it",
+            r"\(LSTM\): no rule bounds .*get_compatible_module\(model, clipping=.* replaces it",
             id="lstm",
         ),
         pytest.param(Centred(), LOADER, r"\(root\) \(Centred\) couples examples", id="coupled"),

@@ -109,18 +109,18 @@ class MultiheadAttention(nn.Module):
         """
         width = module.embed_dim
         # Without memory, and without drawing numbers: every parameter is put in below.
-        made = cls(
-            width,
-            module.num_heads,
-            module.dropout,
-            bias=module.in_proj_bias is not None,
-            add_bias_kv=module.bias_k is not None,
-            add_zero_attn=module.add_zero_attn,
-            kdim=module.kdim,
-            vdim=module.vdim,
-            batch_first=module.batch_first,
-            device="meta",
-        )
+        with torch.device("meta"):
+            made = cls(
+                width,
+                module.num_heads,
+                module.dropout,
+                bias=module.in_proj_bias is not None,
+                add_bias_kv=module.bias_k is not None,
+                add_zero_attn=module.add_zero_attn,
+                kdim=module.kdim,
+                vdim=module.vdim,
+                batch_first=module.batch_first,
+            )
         for index, name in enumerate(_PROJECTIONS):
             rows = slice(index * width, (index + 1) * width)
             layer = made.get_submodule(name)

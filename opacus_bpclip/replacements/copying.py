@@ -31,8 +31,8 @@ def compatible_copy(model: nn.Module) -> nn.Module:
     copies = Copies()
     replaced: list[tuple[str, nn.Module, nn.Module]] = []  # name, original, replacement
     _copy_computed_tensors(model, copies)
-    # Layers may draw their first parameters when they are made.
-    with torch.random.fork_rng():
+    # One's own fixers may draw parameters; the package's makers draw nothing.
+    with torch.random.fork_rng(devices=[]):
         for name, module in model.named_modules():
             made = _replacement(module, copies)
             if made is not None:
