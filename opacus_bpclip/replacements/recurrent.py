@@ -58,7 +58,14 @@ class Recurrent(DPRNNBase):
         made._register_renamed_parameters()
         for name in module._parameters:  # in PyTorch's order, which optimizers' states have
             made._parameters[name] = made._parameters.pop(name)
+        # Opacus's own hook overlooks a network that is a part of a model.
+        made._state_dict_hooks.clear()
+        made.register_state_dict_post_hook(_save_once)
+        made.register_load_state_dict_pre_hook(_load_twice)
+        made.register_load_state_dict_post_hook(_tie)
         return made.train(module.training)
+
+    load_state_dict = nn.Module.load_state_dict  # Opacus's knows no other option than strict
 
     def forward(
         self,
@@ -141,6 +148,27 @@ class LSTM(Recurrent, DPLSTM):
 
 class GRU(Recurrent, DPGRU):
     """Drop-in replacement of ``nn.GRU``."""
+
+
+def _save_once(module: Recurrent, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """Leave the parameters under PyTorch's names alone in a state dict."""
+    for inner in module.old_to_new:
+        state.pop(prefix + inner, None)
+
+
+def _load_twice(module: Recurrent, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Give a state dict the layers' own names, too: the layers are asked as well."""
+    for inner, name in module.old_to_new.items():
+        if prefix + name in state:
+            state[prefix + inner] = state[prefix + name]
+
+
+def _tie(module: Recurrent, _: Any) -> None:
+    """Have the layers use the network's parameters, also where these were put in anew."""
+    for inner, name in module.old_to_new.items():
+        if name in module._parameters:
+            layer, _, kind = inner.rpartition(".")
+            module.get_submodule(layer)._parameters[kind] = module._parameters[name]
 
 
 def _run_cell(

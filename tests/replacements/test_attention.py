@@ -77,7 +77,9 @@ def outputs_and_gradients(module: nn.Module, inputs: list[Tensor], options: dict
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
         y, weights = module(*inputs, **options)
-    (y.square().nan_to_num().sum() + (0 if weights is None else weights.nan_to_num().sum())).backward()
+    (
+        y.square().nan_to_num().sum() + (0 if weights is None else weights.nan_to_num().sum())
+    ).backward()
     gradients = {name: p.grad for name, p in module.named_parameters()}
     return y, weights, [x.grad for x in inputs], gradients
 
@@ -193,7 +195,10 @@ def test_nothing_is_broadcast_in_silence():
 
 
 def test_an_empty_batch_is_a_batch():
-    made, x = compatible_copy(attention(batch_first=True, add_bias_kv=True)), torch.zeros(0, 3, WIDTH)
+    made, x = (
+        compatible_copy(attention(batch_first=True, add_bias_kv=True)),
+        torch.zeros(0, 3, WIDTH),
+    )
     x, masks = x.double(), {"key_padding_mask": torch.zeros(0, 3, dtype=torch.bool)}
     masks["attn_mask"] = torch.zeros(0, 3, 3, dtype=torch.bool)
     for need_weights in (True, False):
@@ -207,7 +212,9 @@ def test_a_new_one_is_made_like_pytorchs():
     assert {p.dtype for p in made.parameters()} == {torch.float64}
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor")
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor"
+)
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_pytorchs_encoder_computes_the_same_in_training_and_evaluation(batch_first, norm_first):

@@ -261,7 +261,9 @@ def test_attention_that_was_not_replaced_is_refused_with_the_remedy_which_works(
         'PrivacyEngine.get_compatible_module(model, clipping="backprop") replaces it. '
     ) in str(refusal.value)
     made = PrivacyEngine.get_compatible_module(model, clipping="backprop")
-    private = make_private(nn.Sequential(made, nn.Flatten(), nn.Linear(STEPS * WIDTH, 3)), data=data)
+    private = make_private(
+        nn.Sequential(made, nn.Flatten(), nn.Linear(STEPS * WIDTH, 3)), data=data
+    )
     private.optimizer.zero_grad()
     nn.functional.cross_entropy(private.model(data.tensors[0][:5]), data.tensors[1][:5]).backward()
     private.optimizer.step()
