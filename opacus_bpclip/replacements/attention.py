@@ -14,14 +14,8 @@ from opacus.layers.dp_multihead_attention import SequenceBias
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opacus_bpclip.replacements.attention_state import PROJECTIONS, from_pytorch, to_pytorch
 from opacus_bpclip.replacements.base import Copies
-
-# The parameters that nn.MultiheadAttention keeps in one piece, and ours in three.
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-# Names in nn.MultiheadAttention's state dict, and in ours without the hooks below.
-_SEPARATE = {f"{name}_weight": f"{name}.weight" for name in _PROJECTIONS}
-_ADDED = {"bias_k": "added_k.bias", "bias_v": "added_v.bias"}
-_LAST = ("out_proj.weight", "out_proj.bias")
 
 
 class MultiheadAttention(nn.Module):
@@ -96,8 +90,8 @@ class MultiheadAttention(nn.Module):
                 SequenceBias(embed_dim, batch_first=True).to(device, dtype) for _ in range(2)
             )
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **made)
-        self.register_state_dict_post_hook(_rename_for_pytorch)
-        self.register_load_state_dict_pre_hook(_rename_from_pytorch)
+        self.register_state_dict_post_hook(to_pytorch)
+        self.register_load_state_dict_pre_hook(from_pytorch)
 
     @classmethod
     def of(cls, module: nn.MultiheadAttention, copies: Copies) -> MultiheadAttention:
@@ -121,7 +115,7 @@ class MultiheadAttention(nn.Module):
                 vdim=module.vdim,
                 batch_first=module.batch_first,
             )
-        for index, name in enumerate(_PROJECTIONS):
+        for index, name in enumerate(PROJECTIONS):
             rows = slice(index * width, (index + 1) * width)
             layer = made.get_submodule(name)
             packed = module._parameters["in_proj_weight"]
@@ -176,9 +170,7 @@ class MultiheadAttention(nn.Module):
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
-            # One view for what is one tensor, so that it is measured once.
-            views = {id(x): x.transpose(0, 1) for x in (query, key, value)}
-            query, key, value = views[id(query)], views[id(key)], views[id(value)]
+            query, key, value = _transposed(query, key, value)
         self._require_shapes(query, key, value, key_padding_mask, attn_mask)
         if is_causal and key_padding_mask is None and not need_weights:
             attn_mask = None
@@ -256,39 +248,8 @@ def _as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
 
 
-def _rename_for_pytorch(
-    module: MultiheadAttention, state: dict[str, Tensor], prefix: str, _: Any
-) -> None:
-    """Put a state dict under the names that nn.MultiheadAttention has, in its order."""
-    same = module.kdim == module.embed_dim and module.vdim == module.embed_dim
-    weights = [state.pop(f"{prefix}{name}.weight") for name in _PROJECTIONS]
-    if same:
-        state[f"{prefix}in_proj_weight"] = torch.cat(weights)
-    else:
-        state.update(zip((prefix + name for name in _SEPARATE), weights, strict=True))
-    if module.q_proj.bias is not None:
-        biases = [state.pop(f"{prefix}{name}.bias") for name in _PROJECTIONS]
-        state[f"{prefix}in_proj_bias"] = torch.cat(biases)
-    for theirs, ours in _ADDED.items():
-        if prefix + ours in state:
-            state[prefix + theirs] = state.pop(prefix + ours).view(1, 1, -1)
-    for name in _LAST:
-        if prefix + name in state:
-            state[prefix + name] = state.pop(prefix + name)
-
-
-def _rename_from_pytorch(
-    module: MultiheadAttention, state: dict[str, Tensor], prefix: str, *_: Any
-) -> None:
-    """Put a state dict with the names of nn.MultiheadAttention under the layers' own."""
-    for kind in ("weight", "bias"):
-        packed = state.pop(f"{prefix}in_proj_{kind}", None)
-        if packed is not None:
-            for name, part in zip(_PROJECTIONS, packed.chunk(3), strict=False):
-                state[f"{prefix}{name}.{kind}"] = part
-    for theirs, ours in _SEPARATE.items():
-        if prefix + theirs in state:
-            state[prefix + ours] = state.pop(prefix + theirs)
-    for theirs, ours in _ADDED.items():
-        if prefix + theirs in state:
-            state[prefix + ours] = state.pop(prefix + theirs).flatten()
+def _transposed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the batch first; what is one tensor stays one, and so is measured once."""
+    q = query.transpose(0, 1)
+    k = q if key is query else key.transpose(0, 1)
+    return q, k, k if value is key else value.transpose(0, 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from opacus.validators import ModuleValidator
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.replacements.attention import MultiheadAttention
-from opacus_bpclip.replacements.base import Copies
+from opacus_bpclip.replacements.base import Copies, Replacer
 from opacus_bpclip.replacements.kinds import replacer_of
 from opacus_bpclip.replacements.verify import changed_state, geometry
 
@@ -26,43 +28,57 @@ def compatible_copy(model: nn.Module) -> nn.Module:
         model: the model; neither it nor any random number generator is changed.
 
     Raises:
-        CoverageError: a replacement would compute something else; the message names the module.
+        CoverageError: a replacement would compute something else, or a lazy module is not
+            initialised; the message names the module.
     """
+    _require_initialised(model)
     copies = Copies()
-    replaced: list[tuple[str, nn.Module, nn.Module]] = []  # name, original, replacement
+    done: list[_Replaced] = []
     _copy_computed_tensors(model, copies)
     # One's own fixers may draw parameters; the package's makers draw nothing.
     with torch.random.fork_rng(devices=[]):
         for name, module in model.named_modules():
-            made = _replacement(module, copies)
-            if made is not None:
+            fixer = _own_fixer(module)
+            replacer = replacer_of(module)
+            if fixer:
+                copies.memo[id(module)] = fixer(copy.deepcopy(module, copies.memo))
+            elif replacer and not replacer.obstacle(module):
+                made = replacer.make(module, copies)
                 copies.memo[id(module)] = made
-                replaced.append((name or "(root)", module, made))
+                done.append(_Replaced(name or "(root)", module, made, replacer))
         copied = copy.deepcopy(model, copies.memo)
-        _require_equal(replaced)
+    _require_same(done)
     _leave_fast_path(copied)
     return copied
 
 
-def _replacement(module: nn.Module, copies: Copies) -> nn.Module | None:
-    fixer = ModuleValidator.FIXERS.get(type(module))
-    if fixer is not None and not fixer.__module__.startswith("opacus."):
-        made = fixer(copy.deepcopy(module, copies.memo))
-        assert isinstance(made, nn.Module)
-        return made
-    replacer = replacer_of(module)
-    if replacer is None or replacer.obstacle(module):
-        return None
-    return replacer.make(module, copies)
+class _Replaced(NamedTuple):
+    name: str
+    module: nn.Module
+    made: nn.Module
+    replacer: Replacer
 
 
-def _require_equal(replaced: list[tuple[str, nn.Module, nn.Module]]) -> None:
+def _require_initialised(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        own = (*module._parameters.values(), *module._buffers.values())
+        if any(nn.parameter.is_lazy(each) for each in own):
+            raise CoverageError(
+                f"{name or '(root)'} ({type(module).__name__}) is not initialised yet. Run one "
+                "batch through the model first."
+            )
+
+
+def _own_fixer(module: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
+    """Return what somebody else than Opacus has registered for modules of this class."""
+    fixer: Callable[[nn.Module], nn.Module] | None = ModuleValidator.FIXERS.get(type(module))
+    return None if fixer is None or fixer.__module__.startswith("opacus.") else fixer
+
+
+def _require_same(done: list[_Replaced]) -> None:
     """Compare once what computes the same but for the values of its parameters."""
     known: list[object] = []
-    for name, module, made in replaced:
-        replacer = replacer_of(module)
-        if replacer is None:
-            continue
+    for name, module, made, replacer in done:
         problem = changed_state(module, made) if replacer.keeps_state else None
         options = geometry(module)
         if not problem and options not in known:

@@ -72,7 +72,7 @@ def first_difference(pair: Iterable[nn.Module], calls: Iterable[Call]) -> str | 
 def changed_state(module: nn.Module, made: nn.Module) -> str | None:
     """Return what of a module's state dict its replacement does not have as it was, if anything."""
     before, after = module.state_dict(), made.state_dict()
-    if list(before) != list(after):
+    if before.keys() != after.keys():
         return f"its state_dict has {', '.join(after)} instead of {', '.join(before)}"
     for name, value in before.items():
         # Tensors without memory, on the meta device, have no values to compare.

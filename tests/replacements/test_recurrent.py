@@ -117,7 +117,7 @@ def test_what_opacus_makes_of_dropout_is_refused(monkeypatch):
         made.load_state_dict(module.state_dict())
         for name in module._parameters:
             made._parameters[name] = made._parameters.pop(name)
-        made.forward = lambda input, hx=None: DPLSTM.forward(made, input, hx)
+        made.forward = lambda x, hx=None: DPLSTM.forward(made, x, hx)
         return made
 
     monkeypatch.setattr(recurrent.LSTM, "of", classmethod(of))
