@@ -81,21 +81,22 @@ class Replacer(ABC):
         """
 
 
-def common_obstacle(module: nn.Module, kind: type[nn.Module]) -> str | None:
+def common_obstacle(module: nn.Module, kind: type[nn.Module], *parts: nn.Module) -> str | None:
     """Say why a module is not simply one of its kind, and what to do; ``None`` if it is.
 
     Args:
         module: the module.
         kind: the class whose forward is understood.
+        *parts: what is inside and will be replaced with it.
     """
     if type(module).forward is not kind.forward or "forward" in vars(module):
         return f"overrides {kind.__name__}.forward, so nobody knows what it computes"
     if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
         return "is not initialised yet: run one batch through the model first"
-    if hasattr(module, "parametrizations"):
+    if any(hasattr(each, "parametrizations") for each in (module, *parts)):
         return "is reparametrized (weight_norm, spectral_norm, pruning): remove that first"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name) for name in hooks):
+    if any(getattr(each, name) for each in (module, *parts) for name in hooks):
         return (
             "has hooks, which a replacement would lose: remove them, and register them on what "
             "get_compatible_module returns"

@@ -37,7 +37,8 @@ def compatible_copy(model: nn.Module) -> nn.Module:
     _copy_computed_tensors(model, copies)
     # One's own fixers may draw parameters; the package's makers draw nothing.
     with torch.random.fork_rng(devices=[]):
-        for name, module in model.named_modules():
+        # What is inside first: a module that is replaced takes over its parts.
+        for name, module in reversed(list(model.named_modules())):
             fixer = _own_fixer(module)
             replacer = replacer_of(module)
             if fixer:
@@ -47,7 +48,7 @@ def compatible_copy(model: nn.Module) -> nn.Module:
                 copies.memo[id(module)] = made
                 done.append(_Replaced(name or "(root)", module, made, replacer))
         copied = copy.deepcopy(model, copies.memo)
-    _require_same(done)
+    _require_same(done[::-1])
     _leave_fast_path(copied)
     return copied
 

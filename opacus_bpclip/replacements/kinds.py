@@ -30,7 +30,8 @@ class _Attention(Replacer):
         return isinstance(module, nn.MultiheadAttention) and _is_trained(module)
 
     def obstacle(self, module: nn.Module) -> str | None:
-        return common_obstacle(module, nn.MultiheadAttention)
+        assert isinstance(module, nn.MultiheadAttention)
+        return common_obstacle(module, nn.MultiheadAttention, module.out_proj)
 
     def make(self, module: nn.Module, copies: Copies) -> nn.Module:
         assert isinstance(module, nn.MultiheadAttention)

@@ -29,14 +29,7 @@ def twins(module: nn.Module, made: nn.Module, generator: torch.Generator) -> lis
         generator: draws the parameters.
     """
     pair = [copy.deepcopy(each).to_empty(device="cpu").double().eval() for each in (module, made)]
-    state = {
-        name: torch.rand(value.shape, generator=generator, dtype=torch.float64) * 2 - 0.5
-        if value.is_floating_point()
-        else torch.zeros(value.shape, dtype=value.dtype)
-        for name, value in pair[0].state_dict().items()
-    }
-    # Variances are above zero.
-    state = {name: v.abs() + 0.1 if "running_var" in name else v for name, v in state.items()}
+    state = {name: _made_up(name, value, generator) for name, value in pair[0].state_dict().items()}
     for each in pair:
         each.load_state_dict(state)
     return pair
@@ -88,6 +81,16 @@ def geometry(module: nn.Module) -> object:
     plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, type(None)))}
     shapes = [(name, tuple(value.shape)) for name, value in module.state_dict().items()]
     return type(module), sorted(plain.items(), key=str), shapes
+
+
+def _made_up(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+    if not value.is_floating_point():
+        return torch.zeros(value.shape, dtype=value.dtype)
+    made = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    if name == "running_var":
+        return made.abs() + 0.1
+    # As wide as layers are made: what saturates a softmax or a gate hides what is before it.
+    return made / value.shape[-1] ** 0.5 if value.dim() > 1 else made
 
 
 def _tensors(output: Any) -> list[Tensor]:

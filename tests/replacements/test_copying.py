@@ -108,12 +108,14 @@ def test_reparametrized_layers_are_copied(reparametrize):
     PrivacyEngine.get_compatible_module(model, clipping="backprop")
 
 
-def test_a_reparametrized_layer_is_not_replaced():
+@pytest.mark.parametrize(("part", "name"), [("", "in_proj_weight"), ("out_proj", "weight")])
+def test_a_reparametrized_layer_is_not_replaced(part, name):
     model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2)})
-    nn.utils.parametrizations.weight_norm(model["a"], "in_proj_weight")
+    layer = model["a"].get_submodule(part)
+    nn.utils.parametrizations.weight_norm(layer, name)
     with pytest.raises(CoverageError, match=r"it is reparametrized .*: remove that first"):
         PrivacyEngine.get_compatible_module(model, clipping="backprop")
-    nn.utils.parametrize.remove_parametrizations(model["a"], "in_proj_weight")
+    nn.utils.parametrize.remove_parametrizations(layer, name)
     PrivacyEngine.get_compatible_module(model, clipping="backprop")
 
 
@@ -136,17 +138,27 @@ def test_a_fixer_of_ones_own_is_used_as_it_is():
     class Odd(nn.BatchNorm1d):
         pass
 
+    class Outer(nn.Sequential):
+        pass
+
     @register_module_fixer(Odd)
     def fix(module: nn.Module) -> nn.Module:
         return nn.Sequential(nn.LayerNorm(module.num_features), nn.Linear(4, 4))
 
+    @register_module_fixer(Outer)
+    def unpack(module: nn.Module) -> nn.Module:
+        return nn.Sequential(*module)
+
     try:
-        model = nn.Sequential(nn.Linear(4, 4), Odd(4))
+        model = Outer(nn.Linear(4, 4), Odd(4), nn.BatchNorm1d(4))
         state = torch.get_rng_state()
-        assert type(compatible_copy(model)[1]) is nn.Sequential
+        made = compatible_copy(model)
+        kinds = [nn.Linear, nn.Sequential, nn.GroupNorm]
+        assert type(made) is nn.Sequential
+        assert [type(module) for module in made] == kinds
         assert torch.equal(torch.get_rng_state(), state)
     finally:
-        del ModuleValidator.FIXERS[Odd]
+        del ModuleValidator.FIXERS[Odd], ModuleValidator.FIXERS[Outer]
 
 
 def test_the_model_itself_may_be_what_is_replaced():
