@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,6 +18,7 @@ from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.recurrence import recurrent_linears, renamed_parameters
+from opacus_bpclip.replacements import mixes_examples, replacer_of
 from opacus_bpclip.rules import Rule, registered_kind, supported_layers
 
 TRAINABLE_DTYPES = (torch.float32, torch.float64)
@@ -55,14 +54,14 @@ def examine(model: nn.Module) -> list[Finding]:
         problems = []
         rule = None
         if mixing.pop(name, None):
-            problems.append(batch_normalization_problem(name))
+            problems.append(batch_normalization_problem(name, module))
         else:
             rule, problem = _rule_for(module, own)
             if rule is None:
                 problems.append(f"{name} ({type(module).__name__}): {problem}")
         findings.append(Finding(name, module, own, rule, tuple(problems)))
     findings += [
-        Finding(name, norm, {}, None, (batch_normalization_problem(name),))
+        Finding(name, norm, {}, None, (batch_normalization_problem(name, norm),))
         for name, norm in mixing.items()
     ]
     return findings
@@ -144,22 +143,23 @@ def batch_normalizations(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def mixes_examples(norm: nn.Module) -> bool:
-    """Return whether a batch normalisation would use its batch's statistics now."""
-    return norm.training or cast(_BatchNorm, norm).running_mean is None
-
-
-def batch_normalization_problem(name: str) -> str:
+def batch_normalization_problem(name: str, norm: nn.Module) -> str:
     """Say what is wrong with a batch normalisation that mixes examples."""
     return (
-        f"{name} normalises over the batch: each example's value depends on its companions. Use "
-        "GroupNorm (PrivacyEngine.get_compatible_module replaces it), or keep it in evaluation "
-        "mode with running statistics."
+        f"{name} normalises over the batch: each example's value depends on its companions. "
+        f"{_replacement(norm)} Or use GroupNorm, or keep it in evaluation mode with running "
+        "statistics."
     )
 
 
-def _is_replaced(module: nn.Module) -> bool:
-    return type(module) in ModuleValidator.FIXERS
+def _replacement(module: nn.Module) -> str:
+    """Say whether `get_compatible_module` replaces a module, and if not, why; empty if never."""
+    replacer = replacer_of(module)
+    if replacer is None:
+        return ""
+    obstacle = replacer.obstacle(module)
+    method = 'PrivacyEngine.get_compatible_module(model, clipping="backprop")'
+    return f"{method} does not replace it: it {obstacle}." if obstacle else f"{method} replaces it."
 
 
 def edited_problem(name: str) -> str:
@@ -192,9 +192,10 @@ def _rule_for(
     """Return the module's rule, or why it has none and what to do."""
     registered = registered_kind(type(module))
     if registered is None:
+        replacement = _replacement(module)
         return None, (
             f"no rule bounds the gradient of {', '.join(own)}. "
-            + "PrivacyEngine.get_compatible_module replaces it. " * _is_replaced(module)
+            + (replacement and f"{replacement} ")
             + "Freeze it (requires_grad=False), "
             f"build the model from supported layers ({', '.join(supported_layers())}), or write a "
             "rule for it and register that with opacus_bpclip.register_rule."

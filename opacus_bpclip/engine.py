@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import opacus
+from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 
@@ -12,6 +13,7 @@ from opacus_bpclip import extensions
 from opacus_bpclip.compatibility import require_compatible
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.replacements import compatible_copy
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -99,22 +101,27 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
     @classmethod
     def get_compatible_module(cls, module: nn.Module, *, clipping: str = "flat") -> nn.Module:
-        """Return a copy with what Opacus can replace replaced, and checked.
+        """Return a copy in which what can be replaced is, and which is checked.
 
-        BatchNorm becomes GroupNorm, ``LSTM``, ``GRU``, ``RNN`` and ``MultiheadAttention`` become
-        Opacus's own, whose linear layers have rules.
+        With ``clipping="backprop"``, ``MultiheadAttention``, ``RNN``, ``LSTM`` and ``GRU`` become
+        networks of layers that have rules; they compute the same, which is compared on made-up
+        inputs, and have the same state dict. BatchNorm becomes GroupNorm, a frozen one keeps its
+        running statistics (``docs/supported-layers.md``). Without it, this is Opacus's own method.
 
         Args:
             module: the model.
             clipping: the clipping that it is meant for.
 
         Raises:
-            CoverageError: with ``clipping="backprop"``, something nobody bounds is left.
+            CoverageError: with ``clipping="backprop"``, something nobody bounds is left, or a
+                replacement would compute something else than what it replaces.
             UnsupportedModuleError: what Opacus itself refuses is left.
         """
-        module = super().get_compatible_module(module)
-        if clipping == "backprop":
-            require_compatible(module)
+        if clipping != "backprop":
+            return super().get_compatible_module(module)
+        module = compatible_copy(module)
+        require_compatible(module)
+        ModuleValidator.validate(module, strict=True)
         return module
 
     def _prepare_model(self, module: nn.Module, **kwargs: Any) -> Any:

@@ -25,7 +25,6 @@ from opacus_bpclip.coverage import (
     batch_normalization_problem,
     batch_normalizations,
     edited_problem,
-    mixes_examples,
 )
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.gradient_checks import wrong_gradient
@@ -39,6 +38,7 @@ from opacus_bpclip.provenance import (
     watch_edge,
 )
 from opacus_bpclip.ranks import several_ranks
+from opacus_bpclip.replacements import mixes_examples
 from opacus_bpclip.rules import Inputs
 
 
@@ -135,7 +135,7 @@ class GradientGuard:
         # Looked up anew: a module may have been put in the place of another.
         for name, norm in batch_normalizations(self._model).items():
             if mixes_examples(norm):
-                self.fail(batch_normalization_problem(name))
+                self.fail(batch_normalization_problem(name, norm))
         self._compiled = False
         self._calls.clear()
         self._forward += 1

@@ -1,8 +1,8 @@
-"""Opacus's recurrent networks: which linear layers run once a time step, rows always aligned.
+"""Recurrent networks of Opacus's cells: which layers run once a time step, rows always aligned.
 
-`DPRNN`, `DPLSTM` and `DPGRU` call the layers of their cells once for each time step. Row ``i`` of
-every call belongs to the same example, also in packed sequences, where later steps have the first
-rows only. Code of anybody else promises no such thing.
+`DPRNN`, `DPLSTM` and `DPGRU`, and what `replacements` makes of PyTorch's, call the layers of their
+cells once for each time step. Row ``i`` of every call belongs to the same example, also in packed
+sequences, where later steps have the first rows only. Code of anybody else promises no such thing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import TypeIs
 
+from opacus_bpclip.replacements.recurrent import Recurrent
+
 _CELL_FORWARDS = {cell.forward for cell in (DPRNNCell, DPLSTMCell, DPGRUCell)}
-_NETWORK_METHODS = ("forward", "forward_layer", "iterate_layers")
+# What aligns the rows, by the class that it is known of.
+_NETWORK_METHODS: dict[type[DPRNNBase], tuple[str, ...]] = {
+    DPRNNBase: ("forward", "forward_layer", "iterate_layers"),
+    Recurrent: ("forward", "_run"),
+}
 
 
 def recurrent_linears(model: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -41,10 +47,14 @@ def renamed_parameters(module: nn.Module) -> set[str]:
 
 
 def aligns_rows(network: DPRNNBase) -> bool:
-    """Return whether a network is Opacus's own code, which keeps each example in one row."""
-    own = all(
-        getattr(type(network), method) is getattr(DPRNNBase, method) and method not in vars(network)
-        for method in _NETWORK_METHODS
+    """Return whether a network is code that is known to keep each example in one row."""
+    own = any(
+        all(
+            getattr(type(network), method, None) is getattr(kind, method)
+            and method not in vars(network)
+            for method in methods
+        )
+        for kind, methods in _NETWORK_METHODS.items()
     )
     cells = (
         type(cell).forward in _CELL_FORWARDS and "forward" not in vars(cell)

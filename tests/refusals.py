@@ -161,9 +161,9 @@ REFUSALS = {
     ),
     "batch norm": Refusal(
         "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
-        "- 0 normalises over the batch: each example's value depends on its companions. Use "
-        "GroupNorm (PrivacyEngine.get_compatible_module replaces it), or keep it in evaluation "
-        "mode with running statistics.",
+        "- 0 normalises over the batch: each example's value depends on its companions. "
+        'PrivacyEngine.get_compatible_module(model, clipping="backprop") replaces it. Or use '
+        "GroupNorm, or keep it in evaluation mode with running statistics.",
         error=CoverageError,
         model=with_batch_norm,
         repair=drop_first,

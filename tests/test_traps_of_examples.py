@@ -174,9 +174,9 @@ def test_mixup_inside_the_model() -> None:
 
 
 MIXED = (
-    "{} normalises over the batch: each example's value depends on its companions. Use GroupNorm "
-    "(PrivacyEngine.get_compatible_module replaces it), or keep it in evaluation mode with running "
-    "statistics."
+    "{} normalises over the batch: each example's value depends on its companions. "
+    'PrivacyEngine.get_compatible_module(model, clipping="backprop") replaces it. Or use '
+    "GroupNorm, or keep it in evaluation mode with running statistics."
 )
 
 

@@ -82,7 +82,8 @@ def test_multihead_attention_bypasses_its_own_layer() -> None:
     refused_before_training(
         Attention(),
         f"{HEADER}attention (MultiheadAttention): no rule bounds the gradient of in_proj_weight, "
-        f"in_proj_bias. PrivacyEngine.get_compatible_module replaces it. {REMEDIES}",
+        "in_proj_bias. "
+        f'PrivacyEngine.get_compatible_module(model, clipping="backprop") replaces it. {REMEDIES}',
     )
 
 

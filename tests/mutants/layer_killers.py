@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from opacus_bpclip.replacements import compatible_copy
 from tests.checks import HUGE, Trainer, check_independence, check_sensitivity, check_silent
 from tests.layers import Bags, BatchSecond, Pair
 
@@ -173,6 +174,25 @@ def attention_with_the_batch_second() -> None:
     # The whole batch has as many examples as steps: there, sizes cannot tell the axes apart.
     x = torch.randn(3, 3, 4, dtype=torch.float64)
     x[-1] *= 100
+    with _nothing_refused():
+        check_sensitivity(trainer, x, torch.randn(3, 12, dtype=torch.float64) * 100)
+        check_independence(trainer, x, torch.randn(3, 12, dtype=torch.float64) * 100)
+
+
+class Encodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = compatible_copy(nn.TransformerEncoderLayer(4, 2, 8, 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+def transformer_with_the_batch_second() -> None:
+    """PyTorch's transformer, whose batch is second, on as many examples as steps and on fewer."""
+    torch.manual_seed(0)
+    trainer = Trainer(Encodes(), (3, 4), BackpropClipping())
+    x = torch.randn(3, 3, 4, dtype=torch.float64)
     with _nothing_refused():
         check_sensitivity(trainer, x, torch.randn(3, 12, dtype=torch.float64) * 100)
         check_independence(trainer, x, torch.randn(3, 12, dtype=torch.float64) * 100)

@@ -240,10 +240,15 @@ def bias_of_a_transposed_linear_layer_uncovered(patch: pytest.MonkeyPatch) -> No
 
 
 @mutant(
+    killed_by=killers.transformer_with_the_batch_second,
+    says=REFUSED.format(layer=r"layer\.norm1"),
+)
+@mutant(
     killed_by=killers.attention_with_the_batch_second,
     says=REFUSED.format(layer=r"attention\.qlinear"),
 )
 def attention_taken_for_layers_of_the_model(patch: pytest.MonkeyPatch) -> None:
-    """The layers inside an attention are taken to have the batch where the model has it: one
-    factor would scale one time step of all examples. The guard sees it, as soon as sizes differ."""
+    """The layers inside an attention, and a transformer's, are taken to have the batch where the
+    model has it: one factor would scale one time step of all examples. The guard sees it, as soon
+    as sizes differ."""
     patch.setattr(coverage, "attention_axes", lambda model: {})

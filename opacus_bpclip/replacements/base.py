@@ -1,0 +1,104 @@
+"""What a replacement is made of: copies of parameters, and what each kind of layer must answer."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class Copies:
+    """Copies of a model's objects, one of each, however often the model refers to it.
+
+    Attributes:
+        memo: copies by the original's ``id``, as ``copy.deepcopy`` keeps them.
+    """
+
+    def __init__(self) -> None:
+        self.memo: dict[int, Any] = {}
+        self._parts: dict[tuple[int, int | None], nn.Parameter] = {}
+
+    def parameter(self, parameter: Tensor | None) -> nn.Parameter:
+        """Return the copy of a parameter."""
+        copied = copy.deepcopy(parameter, self.memo)
+        assert isinstance(copied, nn.Parameter)
+        return copied
+
+    def rows(self, parameter: nn.Parameter | None, rows: slice) -> nn.Parameter:
+        """Return a copy of some rows, trainable where the parameter is."""
+        assert parameter is not None
+        return self._part(parameter, rows.start, parameter.detach()[rows])
+
+    def flat(self, parameter: Tensor | None) -> nn.Parameter:
+        """Return a copy with one axis, trainable where the parameter is."""
+        assert isinstance(parameter, nn.Parameter)
+        return self._part(parameter, None, parameter.detach().flatten())
+
+    def _part(self, parameter: nn.Parameter, key: int | None, part: Tensor) -> nn.Parameter:
+        made = self._parts.get((id(parameter), key))
+        if made is None:
+            made = nn.Parameter(part.clone(), requires_grad=parameter.requires_grad)
+            self._parts[id(parameter), key] = made
+        return made
+
+
+class Replacer(ABC):
+    """How layers of one kind are replaced.
+
+    Attributes:
+        keeps_state: whether a replacement's state dict is that of what it replaces.
+    """
+
+    keeps_state: ClassVar[bool] = False
+
+    @abstractmethod
+    def is_needed(self, module: nn.Module) -> bool:
+        """Return whether a module is of this kind and cannot be trained, or trained with."""
+
+    @abstractmethod
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Say why a module of this kind cannot be replaced, and what to do; ``None`` if it can.
+
+        The sentence goes on after the module's name.
+        """
+
+    @abstractmethod
+    def make(self, module: nn.Module, copies: Copies) -> nn.Module:
+        """Return the replacement, with the parameters' values, flags, dtypes and devices.
+
+        Args:
+            module: what is replaced; it is not changed.
+            copies: of everything that the replacement takes over.
+        """
+
+    @abstractmethod
+    def difference(self, module: nn.Module, made: nn.Module) -> str | None:
+        """Say how a replacement computes something else than it must, ``None`` if it does not.
+
+        The values of the parameters do not matter: they are made up.
+        """
+
+
+def common_obstacle(module: nn.Module, kind: type[nn.Module], *parts: nn.Module) -> str | None:
+    """Say why a module is not simply one of its kind, and what to do; ``None`` if it is.
+
+    Args:
+        module: the module.
+        kind: the class whose forward is understood.
+        *parts: what is inside and will be replaced with it.
+    """
+    if type(module).forward is not kind.forward or "forward" in vars(module):
+        return f"overrides {kind.__name__}.forward, so nobody knows what it computes"
+    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
+        return "is not initialised yet: run one batch through the model first"
+    if any(hasattr(each, "parametrizations") for each in (module, *parts)):
+        return "is reparametrized (weight_norm, spectral_norm, pruning): remove that first"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(each, name) for each in (module, *parts) for name in hooks):
+        return (
+            "has hooks, which a replacement would lose: remove them, and register them on what "
+            "get_compatible_module returns"
+        )
+    return None

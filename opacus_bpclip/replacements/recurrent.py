@@ -1,0 +1,197 @@
+"""Recurrent networks that compute what PyTorch's do, from the cells of Opacus's.
+
+Opacus's own networks differ where dropout is on: they drop out the last layer's outputs, too, and
+feed the holes back into the next time step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from opacus.layers import DPGRU, DPLSTM, DPRNN
+from opacus.layers.dp_rnn import DPRNNBase
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Self
+
+from opacus_bpclip.replacements.base import Copies
+
+State = tuple[Tensor, ...]  # of h, and of c for an LSTM
+
+
+class Recurrent(DPRNNBase):
+    """What the three networks have in common; parameters and state dict are PyTorch's.
+
+    The layers inside run once a time step, and row ``i`` of every step is the same example.
+    """
+
+    @classmethod
+    def of(cls, module: nn.RNNBase, copies: Copies) -> Self:
+        """Return the replacement of a network, with copies of its parameters.
+
+        Args:
+            module: what is replaced; without ``proj_size``.
+            copies: makes the copies, each parameter's once.
+        """
+        options: dict[str, Any] = {}
+        if isinstance(module, nn.RNN):
+            options["nonlinearity"] = module.nonlinearity
+        # Without memory, and without drawing numbers: every parameter is put in below.
+        with torch.device("meta"):
+            made = cls(
+                module.input_size,
+                module.hidden_size,
+                num_layers=module.num_layers,
+                bias=module.bias,
+                batch_first=module.batch_first,
+                bidirectional=module.bidirectional,
+                **options,
+            )
+        made.dropout, made.mode = module.dropout, module.mode
+        for name, parameter in module._parameters.items():
+            kind, matrix, cell = name.split("_", 2)  # weight_ih_l0_reverse
+            assert parameter is not None
+            setattr(made.get_submodule(f"{cell}.{matrix}"), kind, copies.parameter(parameter))
+        made._register_renamed_parameters()
+        for name in module._parameters:  # in PyTorch's order, which optimizers' states have
+            made._parameters[name] = made._parameters.pop(name)
+        # Opacus's own hook overlooks a network that is a part of a model.
+        made._state_dict_hooks.clear()
+        made.register_state_dict_post_hook(_save_once)
+        made.register_load_state_dict_pre_hook(_load_twice)
+        made.register_load_state_dict_post_hook(_tie)
+        return made.train(module.training)
+
+    load_state_dict = nn.Module.load_state_dict  # Opacus's knows no other option than strict
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,  # noqa: A002
+        hx: Any = None,
+    ) -> tuple[Any, Any]:
+        """Run over a batch of sequences, as PyTorch's network does.
+
+        Args:
+            input: ``[B, T, D]`` if ``batch_first``, else ``[T, B, D]``; ``[T, D]`` for one example;
+                or a packed batch.
+            hx: initial state, ``[layers * directions, B, H]``, for an LSTM a pair of them; zeros if
+                ``None``.
+
+        Returns:
+            The last layer's outputs, shaped like ``input``, and the last state, shaped like ``hx``.
+        """
+        if isinstance(input, PackedSequence):
+            steps = list(input.data.split(input.batch_sizes.tolist()))
+            for cell in self.cells:
+                cell.set_max_batch_length(len(steps[0]))
+            initial = self._initial(hx, steps[0], input.sorted_indices)
+            outputs, last = self._run(steps, initial)
+            if input.unsorted_indices is not None:
+                last = tuple(state.index_select(1, input.unsorted_indices) for state in last)
+            return input._replace(data=torch.cat(outputs)), self._as_passed(last)
+        alone = input.dim() == 2
+        axis = 0 if alone or not self.batch_first else 1
+        x = input.unsqueeze(1) if alone else input
+        if alone and hx is not None:
+            hx = tuple(h.unsqueeze(1) for h in hx) if self.has_cell_state else hx.unsqueeze(1)
+        steps = list(x.unbind(axis))
+        outputs, last = self._run(steps, self._initial(hx, steps[0], None))
+        y = torch.stack(outputs, dim=axis)
+        if alone:
+            return y.squeeze(1), self._as_passed(tuple(state.squeeze(1) for state in last))
+        return y, self._as_passed(last)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no memory to lay out. Models call it in their forward."""
+
+    def _as_passed(self, state: State) -> Any:
+        return state if self.has_cell_state else state[0]
+
+    def _initial(self, hx: Any, first: Tensor, order: Tensor | None) -> State:
+        """Return the initial state in the order of the rows of the first step."""
+        if hx is None:
+            shape = (self.num_layers * self.num_directions, len(first), self.hidden_size)
+            return (first.new_zeros(shape),) * (1 + self.has_cell_state)
+        state: State = tuple(hx) if self.has_cell_state else (hx,)
+        return state if order is None else tuple(h.index_select(1, order) for h in state)
+
+    def _run(self, steps: list[Tensor], initial: State) -> tuple[list[Tensor], State]:
+        """Run all layers; return the last one's outputs by step, and the last state."""
+        last: list[State] = []
+        for layer in range(self.num_layers):
+            if layer and self.dropout and self.training:
+                steps = [F.dropout(step, self.dropout) for step in steps]
+            outputs = []
+            for direction in range(self.num_directions):
+                index = layer * self.num_directions + direction
+                ys, state = _run_cell(
+                    self.cells[index],
+                    steps[::-1] if direction else steps,
+                    tuple(part[index] for part in initial),
+                )
+                outputs.append(ys[::-1] if direction else ys)
+                last.append(state)
+            steps = [torch.cat(both, dim=1) for both in zip(*outputs, strict=True)]
+        return steps, tuple(torch.stack(part) for part in zip(*last, strict=True))
+
+
+class RNN(Recurrent, DPRNN):
+    """Drop-in replacement of ``nn.RNN``."""
+
+
+class LSTM(Recurrent, DPLSTM):
+    """Drop-in replacement of ``nn.LSTM`` without ``proj_size``."""
+
+
+class GRU(Recurrent, DPGRU):
+    """Drop-in replacement of ``nn.GRU``."""
+
+
+def _save_once(module: Recurrent, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """Leave the parameters under PyTorch's names alone in a state dict."""
+    for inner in module.old_to_new:
+        state.pop(prefix + inner, None)
+
+
+def _load_twice(module: Recurrent, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Give a state dict the layers' own names, too: the layers are asked as well."""
+    for inner, name in module.old_to_new.items():
+        if prefix + name in state:
+            state[prefix + inner] = state[prefix + name]
+
+
+def _tie(module: Recurrent, _: Any) -> None:
+    """Have the layers use the network's parameters, also where these were put in anew."""
+    for inner, name in module.old_to_new.items():
+        if name in module._parameters:
+            layer, _, kind = inner.rpartition(".")
+            module.get_submodule(layer)._parameters[kind] = module._parameters[name]
+
+
+def _run_cell(
+    cell: nn.Module, steps: Sequence[Tensor], initial: State
+) -> tuple[list[Tensor], State]:
+    """Run one direction of one layer over its steps, ``[B_t, D]`` each.
+
+    Sequences of a packed batch end in the order of its rows, last row first; from behind they begin
+    in that order.
+    """
+    state = tuple(part[: len(steps[0])] for part in initial)
+    ended: list[State] = []
+    outputs = []
+    for x in steps:
+        before, now = len(state[0]), len(x)
+        if now < before:
+            ended.append(tuple(part[now:] for part in state))
+            state = tuple(part[:now] for part in state)
+        elif now > before:
+            new = (part[before:now] for part in initial)
+            state = tuple(torch.cat(both) for both in zip(state, new, strict=True))
+        after = cell(x, state if len(state) > 1 else state[0])
+        state = after if isinstance(after, tuple) else (after,)
+        outputs.append(state[0])
+    rows = [state, *reversed(ended)]
+    return outputs, tuple(torch.cat(parts) for parts in zip(*rows, strict=True))

@@ -1,0 +1,67 @@
+"""Replacements that are not what they replace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from opacus_bpclip.replacements import normalization, recurrent, verify
+from opacus_bpclip.replacements.attention import MultiheadAttention
+from tests.mutants import replacement_killers as killers
+from tests.mutants.registry import mutant
+
+DIFFERS = r"refused: body \({kind}\): its replacement, {kind}, is not the same, .*differ by"
+
+
+@mutant(killed_by=killers.attention_that_is_wrong, says="something else was returned")
+def replacements_not_compared(patch: pytest.MonkeyPatch) -> None:
+    """What a replacement computes is never compared with what it replaces: a model would learn, and
+    export, another function than its author's."""
+    patch.setattr(verify, "first_difference", lambda *_: None)
+
+
+@mutant(killed_by=killers.attention_with_masks, says=DIFFERS.format(kind="MultiheadAttention"))
+def padding_attended_to(patch: pytest.MonkeyPatch) -> None:
+    """Attention leaves the padding mask out: an example's value depends on what fills it up."""
+    mask = MultiheadAttention._mask
+
+    def without(
+        self: MultiheadAttention, query: Tensor, padding: Tensor | None, given: Tensor | None
+    ) -> Tensor | None:
+        return mask(self, query, None, given)
+
+    patch.setattr(MultiheadAttention, "_mask", without)
+
+
+@mutant(killed_by=killers.network_with_dropout, says=DIFFERS.format(kind="LSTM"))
+def last_layer_dropped_out(patch: pytest.MonkeyPatch) -> None:
+    """A recurrent network drops out what its last layer returns, too, as Opacus's own does."""
+    run = recurrent.Recurrent._run
+
+    def dropped(
+        self: recurrent.Recurrent, steps: list[Tensor], initial: recurrent.State
+    ) -> tuple[list[Tensor], recurrent.State]:
+        steps, last = run(self, steps, initial)
+        return [torch.dropout(step, self.dropout, self.training) for step in steps], last
+
+    patch.setattr(recurrent.Recurrent, "_run", dropped)
+
+
+@mutant(killed_by=killers.normalised_vectors, says="example's gradient is")
+def channels_normalised_alone(patch: pytest.MonkeyPatch) -> None:
+    """Every channel is a group of its own: of a vector nothing is left, and the layers below get no
+    gradient but rounding errors."""
+    patch.setattr(normalization, "groups_of", lambda channels: channels)
+
+
+@mutant(killed_by=killers.frozen_normalisation, says="refused|companions change")
+def frozen_statistics_forgotten_in_training(patch: pytest.MonkeyPatch) -> None:
+    """A frozen batch normalisation follows the model into training mode, and uses its batch's
+    statistics there: examples change each other's values."""
+    patch.setattr(normalization.FixedBatchNorm, "train", _train)
+
+
+def _train(norm: _BatchNorm, mode: bool = True) -> nn.Module:
+    return nn.Module.train(norm, mode)
