@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from opacus_bpclip import BackpropClipping, PrivacyViolationError
-from opacus_bpclip.probe.batches import made_up_batches
+from opacus_bpclip.probe.forms import made_up_batches
 from tests.helpers import CLASSES, FEATURES, batch, loss_of, make_private
 from tests.probing import Middle, OnlyReal
 
@@ -81,7 +81,7 @@ class Stream(IterableDataset):
 
 
 def test_a_stream_shows_no_example_and_waits_for_the_first_batch() -> None:
-    assert not list(made_up_batches(DataLoader(Stream(), batch_size=2)))
+    assert not list(made_up_batches(DataLoader(Stream(), batch_size=2), nn.Linear(1, 1)))
 
 
 def test_the_promise_that_nothing_is_coupled_turns_the_search_off() -> None:
