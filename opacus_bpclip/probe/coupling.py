@@ -13,7 +13,7 @@ from torch import nn
 
 from opacus_bpclip.probe import ragged
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
-from opacus_bpclip.probe.problems import Problem, UntriedError
+from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.recording import ChangedLaterError, Copy, Recording
 from opacus_bpclip.probe.search import Search, partitions, same
@@ -42,7 +42,7 @@ def find_coupling(model: nn.Module, batch: Batch, *, loss_reduction: str) -> Pro
         try:
             return _searched(model, batch, loss_reduction, double=double)
         except Exception as error:  # whatever the model's own code raises
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = first_line(error)
     raise UntriedError(reason)
 
 

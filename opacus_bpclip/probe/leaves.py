@@ -52,19 +52,26 @@ def map_leaves(value: Any, change: Change) -> Any:
     is returned itself. An object that is in two places is changed once, and is in both again.
     """
     done: dict[int, tuple[Any, Any]] = {}
+    copies: dict[int, Any] = {}
 
     def visit(own: Any) -> Any:
-        if id(own) not in done:
-            done[id(own)] = (own, own)  # where an object holds itself
-            parts = parts_of(own)
-            if parts is None:
-                made = change(own)
-            else:
-                changed = [(key, visit(part)) for key, part in parts]
-                same = all(a is b for (_, a), (_, b) in zip(parts, changed, strict=True))
-                made = own if same else _rebuilt(own, changed)
-            done[id(own)] = (own, made)
-        return done[id(own)][1]
+        if id(own) in done:
+            return done[id(own)][1]
+        parts = parts_of(own)
+        if parts is None:
+            made = change(own)
+        elif id(own) in copies:
+            # An object that holds itself: so does its copy, which is filled further up.
+            if copies[id(own)] is None:
+                copies[id(own)] = copy.copy(own)
+            return copies[id(own)]
+        else:
+            copies[id(own)] = None
+            changed = [(key, visit(part)) for key, part in parts]
+            same = all(a is b for (_, a), (_, b) in zip(parts, changed, strict=True))
+            made = own if same else _rebuilt(own, changed, copies[id(own)])
+        done[id(own)] = own, made
+        return made
 
     return visit(value)
 
@@ -139,11 +146,11 @@ def _attributes(value: Any) -> list[tuple[Any, Any]] | None:
     return list(found.items()) if isinstance(own, dict) or slots else None
 
 
-def _rebuilt(value: Any, parts: list[tuple[Any, Any]]) -> Any:
+def _rebuilt(value: Any, parts: list[tuple[Any, Any]], copied: Any) -> Any:
     if isinstance(value, tuple):
         made = [part for _, part in parts]
         return value._make(made) if hasattr(value, "_make") else type(value)(made)
-    copied = copy.copy(value)
+    copied = copy.copy(value) if copied is None else copied
     for key, part in parts:
         if isinstance(value, (dict, list, deque)):
             copied[key] = part

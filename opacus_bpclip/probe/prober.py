@@ -14,7 +14,7 @@ from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.coupling import find_coupling
 from opacus_bpclip.probe.forms import made_up_batches
-from opacus_bpclip.probe.problems import Problem, UntriedError
+from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.recording import Copy
 
@@ -97,7 +97,7 @@ def count_uses(model: nn.Module, batch: Batch) -> dict[str, int]:
             with Copy(model, double=double) as copy:
                 run = copy.run(batch, Steady())
         except Exception as error:  # whatever the model's own code raises
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = first_line(error)
             continue
         calls = Counter(call.name for call in run.calls)
         names = {module: name for name, module in model.named_modules()}

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.forms import argument_name
-from opacus_bpclip.probe.leaves import Path, named_leaves
+from opacus_bpclip.probe.leaves import Path, batch_leaves, named_leaves
 from opacus_bpclip.probe.values import kept_positions, position_axis
 
 # What stands for "ignore this position": PyTorch and Hugging Face, older code, label images.
@@ -39,10 +39,11 @@ class Labels(NamedTuple):
 
 
 def padded(batch: Batch) -> Batch | None:
-    """Return the batch with 1 and then 0 in all integers and flags, in different proportions.
+    """Return the batch with all integers and flags 0 from some place on, in each example another.
 
-    Padding masks and loss masks then keep different numbers of positions, each one at least.
-    ``None`` if there is no such tensor with several positions for each example.
+    So padding masks and loss masks keep different numbers of positions. The first one is 1: a mask
+    must leave something to attend to, in causal attention, too. ``None`` if there is no such tensor
+    with several positions for each example.
     """
     if not any(_has_positions(leaf, batch) for _, leaf in _leaves(batch)):
         return None
@@ -50,7 +51,10 @@ def padded(batch: Batch) -> Batch | None:
     def pad(leaf: Any) -> Any:
         if not _has_positions(leaf, batch):
             return leaf
-        return kept_positions(leaf, batch.axis).to(leaf.dtype).expand_as(leaf).clone()
+        along = position_axis(leaf, batch.axis)
+        assert along is not None
+        ended = leaf * kept_positions(leaf, batch.axis).to(leaf.dtype)
+        return ended.index_fill(along, torch.zeros(1, dtype=torch.long, device=leaf.device), 1)
 
     return batch.map(pad)
 
@@ -112,11 +116,10 @@ class NegativeIndices(TorchDispatchMode):
         names = [argument.name for argument in func._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         for name in ("index", "indices", "target"):
-            value = given.get(name)
-            if not isinstance(value, Tensor) or value.is_floating_point() or not value.numel():
-                continue
-            if given.get("ignore_index") != self._ignored and int(value.min()) < 0:
-                raise IndexError(f"{name} out of range in {func._schema.name}")
+            for value in batch_leaves(given.get(name)):
+                if _is_integral(value) and value.numel() and int(value.min()) < 0:
+                    if given.get("ignore_index") != self._ignored:
+                        raise IndexError(f"{name} out of range in {func._schema.name}")
         return func(*args, **kwargs)
 
 
@@ -124,11 +127,14 @@ def _leaves(batch: Batch) -> Iterator[tuple[Path, Any]]:
     yield from named_leaves((batch.args, batch.kwargs))
 
 
+def _is_integral(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
+
+
 def _has_positions(leaf: Any, batch: Batch) -> bool:
     return (
-        isinstance(leaf, Tensor)
+        _is_integral(leaf)
         and batch.holds_examples(leaf)
-        and not (leaf.is_floating_point() or leaf.is_complex())
         and position_axis(leaf, batch.axis) is not None
     )
 

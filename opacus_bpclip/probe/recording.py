@@ -48,7 +48,7 @@ class Recording:
         copied: whether what the modules inside the model take and return is copied. It costs as
             much as the run itself, and is needed only where somebody works in place on it.
         calls: of its modules, in the order in which they returned; the model's own is the last.
-        state: the model's parameters and persistent buffers after the run, by name.
+        state: the model's persistent buffers after the run, by name.
     """
 
     copied: bool = True
@@ -129,7 +129,8 @@ class Copy:
     @staticmethod
     def fits(model: nn.Module) -> bool:
         """Return whether the model is small enough to be copied in double precision."""
-        return sum(p.numel() for p in model.parameters()) <= _LARGEST_IN_DOUBLE
+        sizes = (p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
+        return sum(sizes) <= _LARGEST_IN_DOUBLE
 
     def run(
         self, batch: Batch, steady: Steady | None, *, inputs: bool = False, inside: bool = True
@@ -257,5 +258,6 @@ def _recorded(
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
+    buffers = {id(buffer) for buffer in model.buffers()}
     kept = model.state_dict(keep_vars=True)
-    return {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in kept.items() if id(value) in buffers}

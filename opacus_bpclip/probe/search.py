@@ -90,7 +90,7 @@ class Search:
         if not any(bool(x.isfinite().any()) for x in made):
             raise UntriedError("nothing in it makes a finite number")
         self.tolerance = min(_UNITS * self.steady.eps, _COARSEST)
-        if self.copy.device.type == "cuda" and self.steady.eps > torch.finfo(torch.float64).eps:
+        if self.copy.device.type == "cuda" and self.steady.single_products:
             self.tolerance = _COARSEST  # TensorFloat-32 products
         return base
 
