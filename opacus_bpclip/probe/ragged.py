@@ -116,10 +116,10 @@ class NegativeIndices(TorchDispatchMode):
         names = [argument.name for argument in func._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         for name in ("index", "indices", "target"):
-            for value in batch_leaves(given.get(name)):
-                if _is_integral(value) and value.numel() and int(value.min()) < 0:
-                    if given.get("ignore_index") != self._ignored:
-                        raise IndexError(f"{name} out of range in {func._schema.name}")
+            values = filter(_is_integral, batch_leaves(given.get(name)))
+            negative = any(value.numel() and int(value.min()) < 0 for value in values)
+            if negative and given.get("ignore_index") != self._ignored:
+                raise IndexError(f"{name} out of range in {func._schema.name}")
         return func(*args, **kwargs)
 
 

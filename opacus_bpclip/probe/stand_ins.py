@@ -56,7 +56,7 @@ class StandIns:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_error: object) -> None:
         for holder, content in self._holders:
             _refill(holder, content)
         for own, *_ in self._copies.values():
@@ -87,7 +87,9 @@ class StandIns:
         return stand_in
 
     def _put_values_back(self, own: Any) -> None:
-        copy, version = self._copies[id(own)][1:]
+        _, copy, version = self._copies.get(id(own), (own, None, None))
+        if copy is None:
+            return
         if isinstance(own, np.ndarray):
             own[...] = copy
         elif own._version != version:
