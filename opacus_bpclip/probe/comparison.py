@@ -125,7 +125,8 @@ def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
 
 
 def _largest(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, ord=torch.inf))
+    smallest, largest = torch.aminmax(x)
+    return max(-float(smallest), float(largest))  # nan if there is any
 
 
 def distance(one: Tensor, other: Tensor) -> Tensor:
