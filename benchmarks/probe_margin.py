@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip.ab.models import build
 from opacus_bpclip.probe import EXAMPLES, Batch, search
-from opacus_bpclip.probe.recording import Copy
+from opacus_bpclip.probe.copies import Copy
 
 
 def bert() -> nn.Module:

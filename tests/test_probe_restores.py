@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 from opacus_bpclip import BackpropClipping
 from opacus_bpclip.probe import Batch, UntriedError, count_uses, find_coupling
-from opacus_bpclip.probe.recording import Copy
+from opacus_bpclip.probe.copies import Copy
 from tests.helpers import FEATURES, loss_of, make_private
 from tests.probing import found, made_up
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from opacus_bpclip.probe import ragged
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
+from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
-from opacus_bpclip.probe.recording import ChangedLaterError, Copy, Recording
+from opacus_bpclip.probe.recording import ChangedLaterError, Recording
 from opacus_bpclip.probe.search import Search, partitions, same
 
 

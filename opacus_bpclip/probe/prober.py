@@ -12,11 +12,11 @@ from opacus_bpclip.coverage import trainable_layers
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
+from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.coupling import find_coupling
 from opacus_bpclip.probe.forms import made_up_batches
 from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
-from opacus_bpclip.probe.recording import Copy
 
 
 class Prober:

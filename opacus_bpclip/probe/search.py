@@ -19,9 +19,10 @@ from opacus_bpclip.probe.comparison import (
     layouts,
     vanish,
 )
+from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.problems import Problem, UntriedError
 from opacus_bpclip.probe.randomness import Steady
-from opacus_bpclip.probe.recording import CallRecord, Copy, Recording, alike
+from opacus_bpclip.probe.recording import CallRecord, Recording, alike
 
 # Above the rounding of batched kernels, in units of the coarsest precision that a run computes in;
 # ``benchmarks/probe_margin.py`` measures both sides.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_bpclip.probe import ragged, recording, values
+from opacus_bpclip.probe import copies, ragged, values
 from tests.mutants import probe_killers
 from tests.mutants.registry import mutant
 
@@ -50,4 +50,4 @@ def classes_halved_evenly(patch: pytest.MonkeyPatch) -> None:
 def stand_ins_stay(patch: pytest.MonkeyPatch) -> None:
     """A model keeps the copies that it was tried out with, in double precision, and trains those:
     nobody watches them."""
-    patch.setattr(recording.StandIns, "__exit__", lambda self, *error: None)
+    patch.setattr(copies.StandIns, "__exit__", lambda self, *error: None)
