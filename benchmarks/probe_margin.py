@@ -17,8 +17,8 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 
 from opacus_bpclip.ab.models import build
-from opacus_bpclip.probe import EXAMPLES, Batch, coupling
-from opacus_bpclip.probe.recording import Copy
+from opacus_bpclip.probe import EXAMPLES, Batch, search
+from opacus_bpclip.probe.copies import Copy
 
 
 def bert() -> nn.Module:
@@ -62,9 +62,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 
 def least_power(model: nn.Module, batch: Batch, *, double: bool) -> int:
     for power in range(-8, 20):
-        coupling._UNITS = 2.0**power
-        if coupling._Search(Copy(model, double=double), batch, "mean").problem() is None:
-            return power
+        search._UNITS = 2.0**power
+        with Copy(model, double=double) as copy:
+            if search.Search(copy, batch, "mean").problem() is None:
+                return power
     raise AssertionError("coupled at any tolerance")
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from opacus.grad_sample import AbstractGradSampleHooks, AbstractGradSampleModule
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from opacus_bpclip import allocation
 from opacus_bpclip.config import BackpropClipping, is_positive_number
@@ -17,8 +16,7 @@ from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.input_clipping import attach_input_clips, take_input_clips
 from opacus_bpclip.layer_clips import frozen_normalizations, layer_clips
-from opacus_bpclip.probe import Batch, Prober, UntriedError
-from opacus_bpclip.recurrence import is_packed
+from opacus_bpclip.probe import Batch, Prober, UntriedError, batch_size
 from opacus_bpclip.samples import SampleLog
 from opacus_bpclip.tying import tied_groups
 
@@ -201,11 +199,9 @@ class BackpropClipHooks(AbstractGradSampleHooks):
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = 0 if self.batch_first else 1
-        for leaf in tree_leaves((args, kwargs), is_leaf=is_packed):
-            if is_packed(leaf):
-                return int(leaf.batch_sizes[0]) if len(leaf.batch_sizes) else 0
-            if isinstance(leaf, Tensor) and leaf.dim() > axis:
-                return leaf.shape[axis]
+        size = batch_size(args, kwargs, axis)
+        if size is not None:
+            return size
         raise CoverageError(
             "The model's inputs hold no tensor with a batch axis, so the number of examples is "
             f"unknown. Pass the batch as a tensor, batch {('first', 'second')[axis]}."

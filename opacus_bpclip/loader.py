@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from opacus_bpclip.probe.batches import leaves, map_leaves
+from opacus_bpclip.probe.leaves import batch_leaves, map_leaves, parts_of
 from opacus_bpclip.probe.randomness import repeatable
 from opacus_bpclip.samples import SampleLog
 
@@ -137,7 +137,7 @@ def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
             item = loader.dataset[0]
             batches = [loader.collate_fn([item] * count) for count in (3, 4)]
         sizes = [
-            [leaf.shape[axis] for leaf in leaves(batch) if _has_axis(leaf, axis)]
+            [leaf.shape[axis] for leaf in batch_leaves(batch) if _has_axis(leaf, axis)]
             for batch in batches
         ]
     except Exception:
@@ -165,18 +165,14 @@ def _emptied(one: Any, two: Any) -> Any:
             if size != other:
                 return one.narrow(axis, 0, 0).clone()
         return one
-    if isinstance(one, Mapping) and type(one) is dict:
+    if type(one) is dict:
         return {key: _emptied(value, two[key]) for key, value in one.items()}
     if isinstance(one, list) and len(one) != len(two):
         return []
     if type(one) in (list, tuple):
         return type(one)(_emptied(x, y) for x, y in zip(one, two, strict=True))
-    if _is_leaf(one):
+    if parts_of(one) is None:
         return one
-    others = iter(list(leaves(two)))
-    return map_leaves(one, lambda leaf: _emptied(leaf, next(others)))
-
-
-def _is_leaf(value: Any) -> bool:
-    found: Sequence[Any] = list(leaves(value))
-    return len(found) == 1 and found[0] is value
+    pairs = zip(batch_leaves(one), batch_leaves(two), strict=True)
+    partner = {id(leaf): other for leaf, other in pairs}
+    return map_leaves(one, lambda leaf: _emptied(leaf, partner[id(leaf)]))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -68,3 +69,54 @@ def test_the_steps_of_a_recurrent_network_are_no_uses() -> None:
         backprop=BackpropClipping(uses="auto"),
     )
     assert set(private.handle._config.uses.values()) == {1}
+
+
+class TwoRuns(nn.Module):
+    """A recurrent network that runs several times in one forward pass."""
+
+    def __init__(self, runs: int) -> None:
+        super().__init__()
+        self.runs, self.lstm = runs, DPLSTM(FEATURES, FEATURES, num_layers=2, batch_first=True)
+        self.head = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.runs):
+            x = self.lstm(x)[0]
+        return self.head(x[:, -1])
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3])
+def test_the_runs_of_a_recurrent_network_are_uses(runs: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 5, FEATURES)
+    private = make_private(
+        TwoRuns(runs),
+        data=TensorDataset(x, torch.zeros(32, dtype=torch.long)),
+        backprop=BackpropClipping(uses="auto"),
+    )
+    uses = private.handle._config.uses
+    assert {count for name, count in uses.items() if name.startswith("lstm.")} == {runs}
+    assert uses["head"] == 1
+    loss_of(private.model, x[:6], torch.zeros(6, dtype=torch.long)).backward()
+    private.optimizer.step()
+    assert summed(private).norm() <= 6 * (1 + 1e-6)
+
+
+class Pair(nn.Module):
+    """Takes two inputs, as does a loop over ``(a, b, label)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.layer(a) - self.layer(b)
+        # By luck a label fits: as a mask, it would reach over the batch.
+        return y if mask is None else y * mask.double().mean()
+
+
+def test_a_batch_of_inputs_and_a_label_is_tried_without_the_label() -> None:
+    data = TensorDataset(*torch.randn(2, 32, FEATURES), torch.zeros(32, dtype=torch.long))
+    private = make_private(Pair(), data=data, backprop=BackpropClipping(uses="auto"))
+    assert private.handle._config.uses == {"layer": 2}
+    assert private.handle._prober.passed

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from opacus_bpclip import PrivacyEngine
-from opacus_bpclip.probe import Batch
-from opacus_bpclip.probe import coupling as search
+from opacus_bpclip.probe import Batch, search
 from tests.helpers import FEATURES
 from tests.probing import Middle, Recurrent, Returning, found, made_up
 from tests.strategies import LayerCase, architectures

@@ -119,9 +119,13 @@ def test_contrastive_loss_inside_the_model() -> None:
     refused_before_training(
         nn.Sequential(*mlp(), Apply(info_nce)),
         "The model returns a tensor without a batch axis that is not the mean of what its examples "
-        "give alone, as loss_reduction='mean' has it. The bound holds for what an example "
-        "contributes on its own; coupled examples move each other's gradients beyond it. Return "
-        "one value for each example. If you are certain that the loss never sees it, set "
+        "give alone, as loss_reduction='mean' has it. A loss that divides by how many tokens or "
+        "labels of the whole batch count (ignored positions, padding, class weights) is such a "
+        "one. The bound holds for what an example contributes on its own; coupled examples move "
+        "each other's gradients beyond it. Return one loss for each example; or do not pass the "
+        "labels to the model, and compute the loss from its logits with "
+        "opacus_bpclip.CrossEntropy(ignore_index=...), which a transformers Trainer takes as "
+        "compute_loss_func. If you are certain that the loss never sees this tensor, set "
         "BackpropClipping(probe=False).",
     )
 

@@ -2,6 +2,7 @@
 
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.coupling import find_coupling
+from opacus_bpclip.probe.leaves import batch_leaves, batch_size
 from opacus_bpclip.probe.prober import Prober, count_uses, with_uses
 from opacus_bpclip.probe.problems import UntriedError
 
@@ -10,6 +11,8 @@ __all__ = [
     "Batch",
     "Prober",
     "UntriedError",
+    "batch_leaves",
+    "batch_size",
     "count_uses",
     "find_coupling",
     "with_uses",

@@ -7,45 +7,17 @@ proves nothing; ``docs/guarantee.md`` says what it finds and how weak that may b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from contextlib import nullcontext
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from opacus_bpclip.coverage import edited_problem
-from opacus_bpclip.probe import problems
+from opacus_bpclip.probe import ragged
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
-from opacus_bpclip.probe.comparison import (
-    Companions,
-    Layout,
-    differ,
-    distance,
-    layouts,
-    vanish,
-)
-from opacus_bpclip.probe.problems import Problem, UntriedError
+from opacus_bpclip.probe.copies import Copy
+from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
-from opacus_bpclip.probe.recording import CallRecord, Copy, Recording, alike
-
-# Above the rounding of batched kernels, in units of the coarsest precision that a run computes in;
-# ``benchmarks/probe_margin.py`` measures both sides.
-_UNITS = 2.0**10
-
-# What half precision and TensorFloat-32 leave to be seen; a looser tolerance would see nothing.
-_COARSEST = 2.0**-4
-
-_SIDES = ("inputs", "outputs")
-
-Compare = Callable[[Tensor, Tensor, Sequence[Layout], Companions, float], bool]
-
-
-class _Trial(NamedTuple):
-    """The same examples among other companions, and how random numbers are held still."""
-
-    other: Batch
-    companions: Companions
-    steady: Steady | None
+from opacus_bpclip.probe.recording import ChangedLaterError, Recording
+from opacus_bpclip.probe.search import Search, partitions, same
 
 
 def find_coupling(model: nn.Module, batch: Batch, *, loss_reduction: str) -> Problem | None:
@@ -56,179 +28,77 @@ def find_coupling(model: nn.Module, batch: Batch, *, loss_reduction: str) -> Pro
 
     Args:
         model: the model, with or without clipping attached.
-        batch: two or more examples, of which the first four are used.
+        batch: two or more examples, of which the first four are used; once more with other
+            values of integers, so that different parts of them count.
         loss_reduction: ``"mean"`` or ``"sum"``: what a tensor without a batch axis, such as a loss
             that the model computes itself, must be over its examples.
 
     Raises:
         UntriedError: the model does not run on this batch or on parts of it.
     """
-    batch = batch.select(range(min(batch.size, EXAMPLES)))
     reason = ""
     for double in (True, False):
         if double and not Copy.fits(model):
             continue
         try:
-            return _Search(Copy(model, double=double), batch, loss_reduction).problem()
+            return _searched(model, batch, loss_reduction, double=double)
         except Exception as error:  # whatever the model's own code raises
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = first_line(error)
     raise UntriedError(reason)
 
 
-class _Search:
-    """Compares runs of one copy of a model."""
+def _searched(
+    model: nn.Module, batch: Batch, loss_reduction: str, *, double: bool
+) -> Problem | None:
+    batch = batch.select(range(min(batch.size, EXAMPLES)))
+    for copied in (False, True):
+        try:
+            with Copy(model, double=double, copied=copied) as copy:
+                problem = Search(copy, batch, loss_reduction).problem()
+                return problem or _problem_when_ragged(copy, batch, loss_reduction)
+        except ChangedLaterError:
+            continue
+    raise AssertionError("copies do not change")
 
-    def __init__(self, copy: Copy, batch: Batch, loss_reduction: str) -> None:
-        self.copy = copy
-        self.batch = batch
-        self.mean = loss_reduction == "mean"
-        self.steady = Steady()
-        self.tolerance = 0.0
-        self.layouts: dict[tuple[str, int, str, int], list[Layout] | None] = {}
 
-    def problem(self) -> Problem | None:
-        """Return what is wrong; values of companions are looked at first, then their number."""
-        base = self.copy.run(self.batch, self.steady)
-        made = (x for call in base.calls for x in call.outputs)
-        if not any(bool(x.isfinite().any()) for x in made):
-            raise UntriedError("nothing in it makes a finite number")
-        self.tolerance = min(_UNITS * self.steady.eps, _COARSEST)
-        if self.copy.device.type == "cuda" and self.steady.eps > torch.finfo(torch.float64).eps:
-            self.tolerance = _COARSEST  # TensorFloat-32 products
-        for name in self.copy.edited():
-            return Problem(_owner(name), edited_problem(name))
-        parts = [
-            (_Trial(self.batch.select(rows), self._among(rows), self.steady), rows)
-            for pair in _partitions(self.batch.size)
-            for rows in pair
-        ]
-        runs = [self.copy.run(trial.other, self.steady) for trial, _ in parts]
-        for (trial, _), run in zip(parts, runs, strict=True):
-            self._learn(base, run, trial.companions)
-        seeded = self.copy.run(self.batch, None) if self.steady.random else base
-        for rows in next(_partitions(self.batch.size)):
-            size = self.batch.size
-            among = Companions(size, size, rows, rows)
-            trial = _Trial(self.batch.swapped(rows, seed=2), among, None)
-            run = self.copy.run(trial.other, None)
-            if self._coupled(seeded, run, among):
-                return self._told(trial, "the values of its companions in the batch")
-            for name in _taken_up(self.copy.model, seeded, run):
-                return Problem(_owner(name), problems.buffered(name))
-        for (trial, _), run in zip(parts, runs, strict=True):
-            if self._coupled(base, run, trial.companions):
-                return self._told(trial, "the number of its companions in the batch")
-        for first in range(0, len(parts), 2):
-            halves = [(runs[at], len(parts[at][1])) for at in (first, first + 1)]
-            if not self._adds_up(base, halves):
-                return Problem("(root)", problems.not_additive(mean=self.mean))
+def _problem_when_ragged(copy: Copy, batch: Batch, loss_reduction: str) -> Problem | None:
+    """Return what is wrong when the examples differ in how much of them counts.
+
+    Values that the model does not run on are none that it is trained with.
+    """
+    start = ragged.padded(batch)
+    if start is None:
+        return None
+    problem = _problem_of_numbers(copy, start, loss_reduction)
+    accelerated = copy.device.type != "cpu"
+    _, rows = next(partitions(batch.size))
+    plain = _run(copy, start.select(rows))
+    for labels in ragged.possible_labels(copy.model, start, accelerated=accelerated):
+        known = [plain]
+        for value in labels.values:
+            if problem is not None:
+                return problem
+            variant = ragged.ignoring(start, labels.leaf, value)
+            with ragged.NegativeIndices(value) if accelerated else nullcontext():
+                run = _run(copy, variant.select(rows))
+                # What makes no difference, or none to another value, has been searched.
+                if run is not None and not any(other and same(run, other) for other in known):
+                    known.append(run)
+                    problem = _problem_of_numbers(copy, variant, loss_reduction)
+    return problem
+
+
+def _problem_of_numbers(copy: Copy, batch: Batch, loss_reduction: str) -> Problem | None:
+    try:
+        return Search(copy, batch, loss_reduction).problem_of_numbers()
+    except ChangedLaterError:
+        raise
+    except Exception:  # whatever the model's own code raises
         return None
 
-    def _among(self, rows: Sequence[int]) -> Companions:
-        return Companions(self.batch.size, len(rows), rows, range(len(rows)))
 
-    def _learn(self, base: Recording, run: Recording, companions: Companions) -> None:
-        """Find the batch in every tensor, from its sizes in two batches."""
-        for call, other in base.matched(run):
-            for side in _SIDES:
-                pairs = zip(getattr(call, side), getattr(other, side), strict=False)
-                for index, (x, y) in enumerate(pairs):
-                    key = (call.name, call.index, side, index)
-                    self.layouts.setdefault(key, layouts(x.shape, y.shape, companions))
-
-    def _coupled(self, base: Recording, run: Recording, companions: Companions) -> bool:
-        """Return whether an example's row changed in what the model, or a module in it, returned.
-
-        The model's own outputs are in the batch's order. Inside, somebody may have sorted the rows,
-        and shapes may follow from what the examples hold.
-        """
-        *inside, root = base.matched(run)
-        return self._moved(*root, "outputs", companions, differ, strict=True) or any(
-            self._moved(*calls, "outputs", companions, vanish) for calls in inside
-        )
-
-    def _moved(
-        self,
-        call: CallRecord,
-        other: CallRecord,
-        side: str,
-        companions: Companions,
-        compare: Compare,
-        *,
-        strict: bool = False,
-    ) -> bool:
-        ours, theirs = getattr(call, side), getattr(other, side)
-        if len(ours) != len(theirs):
-            return strict
-        for index, (x, y) in enumerate(zip(ours, theirs, strict=True)):
-            where = self.layouts.get((call.name, call.index, side, index), [])
-            if where is None or x.dim() != y.dim() or not (where or x.shape == y.shape):
-                # Entries for pairs of examples, or a size that depends on something else.
-                if strict:
-                    return True
-            elif where and compare(x, y, where, companions, self.tolerance):
-                return True
-        return False
-
-    def _same(self, one: Recording, other: Recording) -> bool:
-        """Return whether the model returned the same numbers twice."""
-        return len(one.outputs) == len(other.outputs) and all(
-            x.shape == y.shape and bool(distance(x[None], y[None]).max() <= self.tolerance)
-            for x, y in zip(one.outputs, other.outputs, strict=True)
-        )
-
-    def _adds_up(self, base: Recording, halves: Sequence[tuple[Recording, int]]) -> bool:
-        """Return whether outputs without a batch axis are constants, or sums over the examples."""
-        root = base.calls[-1]
-        for index, whole in enumerate(root.outputs):
-            if self.layouts.get((root.name, root.index, "outputs", index)):
-                continue
-            parts = [run.outputs[index] for run, _ in halves]
-            weights = [count / self.batch.size if self.mean else 1.0 for _, count in halves]
-            total = torch.stack([w * x for w, x in zip(weights, parts, strict=True)]).sum(dim=0)
-            gaps = [float(distance(whole[None], x[None]).max()) for x in (total, *parts)]
-            if gaps[0] > self.tolerance and max(gaps[1:]) > self.tolerance:
-                return False
-        return True
-
-    def _told(self, trial: _Trial, cause: str) -> Problem:
-        """Say where the coupling comes from."""
-        again = self.copy.run(self.batch, trial.steady, inputs=True)
-        if not self._same(again, self.copy.run(self.batch, trial.steady)):
-            return Problem("(root)", problems.NOT_REPEATABLE)
-        rows = next(_partitions(self.batch.size))[0]
-        part = self.copy.run(self.batch.select(rows), self.steady, inputs=True)
-        self._learn(again, part, self._among(rows))
-        run = self.copy.run(trial.other, trial.steady, inputs=True)
-        # A module returns before the one that called it: the first is the deepest.
-        name = next(
-            (
-                call.name
-                for call, other in again.matched(run)
-                if self._moved(call, other, "outputs", trial.companions, vanish, strict=True)
-                and not self._moved(call, other, "inputs", trial.companions, vanish, strict=True)
-            ),
-            "(root)",
-        )
-        module = self.copy.model if name == "(root)" else self.copy.model.get_submodule(name)
-        return Problem(name, problems.coupled(name, type(module).__name__, cause))
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0] or "(root)"
-
-
-def _partitions(count: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield ways to divide examples in two, so that any two of them are once apart."""
-    for bit in range((count - 1).bit_length()):
-        sides: tuple[list[int], list[int]] = ([], [])
-        for row in range(count):
-            sides[row >> bit & 1].append(row)
-        yield sides
-
-
-def _taken_up(model: nn.Module, one: Recording, other: Recording) -> Iterator[str]:
-    """Yield the buffers that depend on what a run was given."""
-    for name, _ in model.named_buffers():
-        if name in one.state and not alike(one.state[name], other.state[name]):
-            yield name
+def _run(copy: Copy, batch: Batch) -> Recording | None:
+    try:
+        return copy.run(batch, Steady(), inside=False)
+    except Exception:  # whatever the model's own code raises
+        return None

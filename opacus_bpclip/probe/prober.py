@@ -11,11 +11,12 @@ from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.coverage import trainable_layers
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.probe import problems
-from opacus_bpclip.probe.batches import EXAMPLES, Batch, made_up_batches
+from opacus_bpclip.probe.batches import EXAMPLES, Batch
+from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.coupling import find_coupling
-from opacus_bpclip.probe.problems import Problem, UntriedError
+from opacus_bpclip.probe.forms import made_up_batches
+from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
-from opacus_bpclip.probe.recording import Copy
 
 
 class Prober:
@@ -40,7 +41,7 @@ class Prober:
         Where they cannot be made up, or do not fit the model, nothing is found: the first batch
         shows how the model is really called.
         """
-        for batch in made_up_batches(loader, batch_first=batch_first):
+        for batch in made_up_batches(loader, self.model, batch_first=batch_first):
             try:
                 return self._search(batch)
             except UntriedError:
@@ -59,11 +60,11 @@ class Prober:
         if self._key(batch) in self.passed:
             return None
         reason = ""
-        for trial in (batch.invent(EXAMPLES), batch):
-            if trial.size < 2:
+        for made_up in (True, False):
+            if not made_up and batch.size < 2:
                 return None  # No companions; a later batch will have some.
             try:
-                return self._search(trial)
+                return self._search(batch.invent(EXAMPLES) if made_up else batch)
             except UntriedError as error:
                 reason = str(error)
         raise UntriedError(problems.untried(reason, ("first", "second")[batch.axis]))
@@ -82,7 +83,7 @@ class Prober:
 def count_uses(model: nn.Module, batch: Batch) -> dict[str, int]:
     """Return how often one forward pass over a batch uses each trainable layer.
 
-    A layer inside a recurrent network counts as the network does: its time steps are positions.
+    A layer inside a recurrent network counts as the network's runs do: time steps are positions.
     A layer that this batch does not reach counts once.
 
     Raises:
@@ -93,13 +94,15 @@ def count_uses(model: nn.Module, batch: Batch) -> dict[str, int]:
         if double and not Copy.fits(model):
             continue
         try:
-            run = Copy(model, double=double).run(batch, Steady())
+            with Copy(model, double=double) as copy:
+                run = copy.run(batch, Steady())
         except Exception as error:  # whatever the model's own code raises
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = first_line(error)
             continue
         calls = Counter(call.name for call in run.calls)
+        names = {module: name for name, module in model.named_modules()}
         return {
-            name: 1 if layer.recurrence is not None else max(1, calls[name])
+            name: max(1, calls[name if layer.recurrence is None else names[layer.recurrence]])
             for name, layer in trainable_layers(model).items()
         }
     raise UntriedError(reason)
@@ -118,7 +121,7 @@ def with_uses(
     if config.uses != "auto":
         return config
     reason = "the data loader shows no example"
-    for batch in made_up_batches(loader, batch_first=batch_first):
+    for batch in made_up_batches(loader, model, batch_first=batch_first):
         try:
             return replace(config, uses=count_uses(model, batch))
         except UntriedError as error:

@@ -21,6 +21,12 @@ class UntriedError(Exception):
     """The model cannot be run on this batch or on parts of it: nothing was found out."""
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    said = str(error) if isinstance(error, UntriedError) else f"{type(error).__name__}: {error}"
+    return said.splitlines()[0]
+
+
 _WHY = (
     "The bound holds for what an example contributes on its own; coupled examples move each "
     "other's gradients beyond it."
@@ -73,7 +79,11 @@ def not_additive(*, mean: bool) -> str:
     return (
         "The model returns a tensor without a batch axis that is not "
         f"{'the mean' if mean else 'the sum'} of what its examples give alone, as "
-        f"loss_reduction={'mean' if mean else 'sum'!r} has it. {_WHY} Return one value for each "
-        "example. If you are certain that the loss never sees it, set "
+        f"loss_reduction={'mean' if mean else 'sum'!r} has it. A loss that divides by how many "
+        "tokens or labels of the whole batch count (ignored positions, padding, class weights) is "
+        f"such a one. {_WHY} Return one loss for each example; or do not pass the labels to the "
+        "model, and compute the loss from its logits with "
+        "opacus_bpclip.CrossEntropy(ignore_index=...), which a transformers Trainer takes as "
+        "compute_loss_func. If you are certain that the loss never sees this tensor, set "
         "BackpropClipping(probe=False)."
     )

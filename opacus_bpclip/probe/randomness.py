@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Arguments of random operations by which PyTorch itself turns the randomness off.
 _SWITCHES = {"dropout_p": 0.0, "train": False, "training": False}
 
+# What the names of PyTorch's operations on matrices have in them.
+_PRODUCTS = ("mm", "matmul", "mv", "linear", "conv", "attention", "rnn", "lstm", "gru", "bilinear")
+
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
@@ -48,12 +51,15 @@ class Steady(TorchDispatchMode):
     Attributes:
         random: whether anything was drawn at all.
         eps: the coarsest relative precision of any floating-point result.
+        single_products: whether matrices were multiplied, or convolved, in less than double
+            precision: a GPU may do that in TensorFloat-32.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.random = False
         self.eps = 0.0
+        self.single_products = False
         self._drawn: list[list[Tensor]] = []
         self._next = 0
 
@@ -73,7 +79,12 @@ class Steady(TorchDispatchMode):
             out = func(*args, **kwargs)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
-                self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
+                eps = torch.finfo(tensor.dtype).eps
+                self.eps = max(self.eps, eps)
+                if eps > torch.finfo(torch.float64).eps and any(
+                    part in func._schema.name for part in _PRODUCTS
+                ):
+                    self.single_products = True
         return out
 
     def _steady(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """Ways to be wrong, each patched into the real code, each killed by a check of the suite."""
 
-from tests.mutants import bounds, coupling, layers, noise, release, replacements
+from tests.mutants import bounds, coupling, layers, noise, probe, release, replacements
 from tests.mutants.registry import MUTANTS, Mutant, mutant
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "layers",
     "mutant",
     "noise",
+    "probe",
     "release",
     "replacements",
 ]

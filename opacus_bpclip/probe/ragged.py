@@ -1,0 +1,146 @@
+"""Batches whose examples differ in how much of them counts: padding masks and ignored labels.
+
+A loss that divides by how many positions of the whole batch count is no mean over the examples. It
+can be told from one only where examples have different numbers of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opacus_bpclip.probe.batches import Batch
+from opacus_bpclip.probe.forms import argument_name
+from opacus_bpclip.probe.leaves import Path, batch_leaves, named_leaves
+from opacus_bpclip.probe.values import kept_positions, position_axis
+
+# What stands for "ignore this position": PyTorch and Hugging Face, older code, label images.
+_IGNORED = (-100, -1)
+_IGNORED_IN_IMAGES = 255
+
+# More than these many tensors of integers are rarely labels: they are columns of a table.
+_MOST_LABELS = 8
+
+
+class Labels(NamedTuple):
+    """A tensor of the batch that may hold ignored positions.
+
+    Attributes:
+        leaf: the tensor.
+        values: what may stand for an ignored position in it.
+    """
+
+    leaf: Tensor
+    values: tuple[int, ...]
+
+
+def padded(batch: Batch) -> Batch | None:
+    """Return the batch with all integers and flags 0 from some place on, in each example another.
+
+    So padding masks and loss masks keep different numbers of positions. The first one is 1: a mask
+    must leave something to attend to, in causal attention, too. ``None`` if there is no such tensor
+    with several positions for each example.
+    """
+    if not any(_has_positions(leaf, batch) for _, leaf in _leaves(batch)):
+        return None
+
+    def pad(leaf: Any) -> Any:
+        if not _has_positions(leaf, batch):
+            return leaf
+        along = position_axis(leaf, batch.axis)
+        assert along is not None
+        ended = leaf * kept_positions(leaf, batch.axis).to(leaf.dtype)
+        return ended.index_fill(along, torch.zeros(1, dtype=torch.long, device=leaf.device), 1)
+
+    return batch.map(pad)
+
+
+def ignoring(batch: Batch, labels: Tensor, value: int) -> Batch:
+    """Return the batch with some positions of one tensor ignored, of each example another number.
+
+    Args:
+        batch: whose other tensors stay as they are.
+        labels: the tensor.
+        value: what stands for an ignored position.
+    """
+    keep = kept_positions(labels, batch.axis)
+
+    def ignore(leaf: Any) -> Any:
+        return leaf.where(keep, value) if leaf is labels else leaf
+
+    return batch.map(ignore)
+
+
+def possible_labels(model: nn.Module, batch: Batch, *, accelerated: bool) -> Iterator[Labels]:
+    """Yield the tensors of integers that may hold ignored positions.
+
+    Whether they may is tried: an embedding does not take -100. On the CPU it says so; on an
+    accelerator it may end the whole process's use of it, so there only what is called a label or a
+    target is tried. What is called a mask holds 0 and 1.
+    """
+    ways: dict[int, tuple[Tensor, list[str]]] = {}
+    for path, leaf in _leaves(batch):
+        if _has_positions(leaf, batch) and leaf.dtype != torch.bool:
+            ways.setdefault(id(leaf), (leaf, []))[1].append(_name(model, path))
+    for leaf, names in list(ways.values())[:_MOST_LABELS]:
+        masks = all(name.endswith("mask") for name in names)
+        named = all("label" in name or "target" in name for name in names)
+        if not masks and (named or not accelerated):
+            values = _IGNORED if leaf.dtype.is_signed else ()
+            images = (_IGNORED_IN_IMAGES,) if leaf.dim() > 2 and leaf.dtype != torch.int8 else ()
+            yield Labels(leaf, values + images)
+
+
+class NegativeIndices(TorchDispatchMode):
+    """Raises where a negative number is an index, before a kernel meets it.
+
+    Args:
+        ignored: the target that a loss may ignore.
+
+    Raises:
+        IndexError: on entering such an operation.
+    """
+
+    def __init__(self, ignored: int) -> None:
+        super().__init__()
+        self._ignored = ignored
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for name in ("index", "indices", "target"):
+            values = filter(_is_integral, batch_leaves(given.get(name)))
+            negative = any(value.numel() and int(value.min()) < 0 for value in values)
+            if negative and given.get("ignore_index") != self._ignored:
+                raise IndexError(f"{name} out of range in {func._schema.name}")
+        return func(*args, **kwargs)
+
+
+def _leaves(batch: Batch) -> Iterator[tuple[Path, Any]]:
+    yield from named_leaves((batch.args, batch.kwargs))
+
+
+def _is_integral(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _has_positions(leaf: Any, batch: Batch) -> bool:
+    return (
+        _is_integral(leaf)
+        and batch.holds_examples(leaf)
+        and position_axis(leaf, batch.axis) is not None
+    )
+
+
+def _name(model: nn.Module, path: Path) -> str:
+    side, key, *inner = path
+    if inner:
+        return str(inner[-1])
+    return argument_name(model, key) if side == 0 else str(key)

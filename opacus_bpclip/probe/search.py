@@ -1,0 +1,243 @@
+"""Runs of one copy of a model on the same examples among other companions, compared row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.coverage import edited_problem
+from opacus_bpclip.probe import problems
+from opacus_bpclip.probe.batches import Batch
+from opacus_bpclip.probe.comparison import (
+    Companions,
+    Layout,
+    differ,
+    distance,
+    layouts,
+    vanish,
+)
+from opacus_bpclip.probe.copies import Copy
+from opacus_bpclip.probe.problems import Problem, UntriedError
+from opacus_bpclip.probe.randomness import Steady
+from opacus_bpclip.probe.recording import CallRecord, Recording, alike
+
+# Above the rounding of batched kernels, in units of the coarsest precision that a run computes in;
+# ``benchmarks/probe_margin.py`` measures both sides.
+_UNITS = 2.0**10
+
+# What half precision and TensorFloat-32 leave to be seen; a looser tolerance would see nothing.
+_COARSEST = 2.0**-4
+
+_SIDES = ("inputs", "outputs")
+
+Compare = Callable[[Tensor, Tensor, Sequence[Layout], Companions, float], bool]
+
+
+class _Trial(NamedTuple):
+    """The same examples among other companions, and how random numbers are held still."""
+
+    other: Batch
+    companions: Companions
+    steady: Steady | None
+
+
+class Search:
+    """Compares runs of one copy of a model.
+
+    Args:
+        copy: the copy, entered.
+        batch: the examples, two or more.
+        loss_reduction: ``"mean"`` or ``"sum"``: what a tensor without a batch axis must be.
+    """
+
+    def __init__(self, copy: Copy, batch: Batch, loss_reduction: str) -> None:
+        self.copy = copy
+        self.batch = batch
+        self.mean = loss_reduction == "mean"
+        self.steady = Steady()
+        self.tolerance = 0.0
+        self.layouts: dict[tuple[str, int, str, int], list[Layout] | None] = {}
+
+    def problem(self) -> Problem | None:
+        """Return what is wrong; values of companions are looked at first, then their number.
+
+        Raises:
+            UntriedError: the model makes nothing that could be compared.
+            Exception: whatever the model's own code raises.
+        """
+        base = self._first_run()
+        for name in self.copy.edited():
+            return Problem(_owner(name), edited_problem(name))
+        pairs = list(partitions(self.batch.size))
+        runs = self._runs_of_parts(base, pairs)
+        return self._problem_of_values(base) or self._problem_of_numbers(base, runs)
+
+    def problem_of_numbers(self) -> Problem | None:
+        """Return what is wrong with the model's outputs if there are half as many examples.
+
+        Raises:
+            Exception: whatever the model's own code raises.
+        """
+        base = self._first_run(inside=False)
+        pairs = [next(partitions(self.batch.size))]
+        return self._problem_of_numbers(base, self._runs_of_parts(base, pairs, inside=False))
+
+    def _first_run(self, *, inside: bool = True) -> Recording:
+        base = self.copy.run(self.batch, self.steady, inside=inside)
+        made = (x for call in base.calls for x in call.outputs)
+        if not any(bool(x.isfinite().any()) for x in made):
+            raise UntriedError("nothing in it makes a finite number")
+        self.tolerance = min(_UNITS * self.steady.eps, _COARSEST)
+        if self.copy.device.type == "cuda" and self.steady.single_products:
+            self.tolerance = _COARSEST  # TensorFloat-32 products
+        return base
+
+    def _runs_of_parts(
+        self, base: Recording, pairs: Sequence[tuple[list[int], list[int]]], *, inside: bool = True
+    ) -> list[tuple[_Trial, Recording]]:
+        """Run the parts of each pair, and learn from their sizes where the batch is."""
+        made = []
+        for rows in (rows for pair in pairs for rows in pair):
+            trial = _Trial(self.batch.select(rows), self._among(rows), self.steady)
+            run = self.copy.run(trial.other, self.steady, inside=inside)
+            self._learn(base, run, trial.companions)
+            made.append((trial, run))
+        return made
+
+    def _problem_of_values(self, base: Recording) -> Problem | None:
+        seeded = self.copy.run(self.batch, None) if self.steady.random else base
+        for rows in next(partitions(self.batch.size)):
+            size = self.batch.size
+            among = Companions(size, size, rows, rows)
+            trial = _Trial(self.batch.swapped(rows, seed=2), among, None)
+            run = self.copy.run(trial.other, None)
+            if self._coupled(seeded, run, among):
+                return self._told(trial, "the values of its companions in the batch")
+            for name in _taken_up(self.copy.model, seeded, run):
+                return Problem(_owner(name), problems.buffered(name))
+        return None
+
+    def _problem_of_numbers(
+        self, base: Recording, runs: Sequence[tuple[_Trial, Recording]]
+    ) -> Problem | None:
+        for trial, run in runs:
+            if self._coupled(base, run, trial.companions):
+                return self._told(trial, "the number of its companions in the batch")
+        for first in range(0, len(runs), 2):
+            halves = [(run, trial.other.size) for trial, run in runs[first : first + 2]]
+            if not self._adds_up(base, halves):
+                return Problem("(root)", problems.not_additive(mean=self.mean))
+        return None
+
+    def _among(self, rows: Sequence[int]) -> Companions:
+        return Companions(self.batch.size, len(rows), rows, range(len(rows)))
+
+    def _learn(self, base: Recording, run: Recording, companions: Companions) -> None:
+        """Find the batch in every tensor, from its sizes in two batches."""
+        for call, other in base.matched(run):
+            for side in _SIDES:
+                pairs = zip(getattr(call, side), getattr(other, side), strict=False)
+                for index, (x, y) in enumerate(pairs):
+                    key = (call.name, call.index, side, index)
+                    self.layouts.setdefault(key, layouts(x.shape, y.shape, companions))
+
+    def _coupled(self, base: Recording, run: Recording, companions: Companions) -> bool:
+        """Return whether an example's row changed in what the model, or a module in it, returned.
+
+        The model's own outputs are in the batch's order. Inside, somebody may have sorted the rows,
+        and shapes may follow from what the examples hold.
+        """
+        *inside, root = base.matched(run)
+        return self._moved(*root, "outputs", companions, differ, strict=True) or any(
+            self._moved(*calls, "outputs", companions, vanish) for calls in inside
+        )
+
+    def _moved(
+        self,
+        call: CallRecord,
+        other: CallRecord,
+        side: str,
+        companions: Companions,
+        compare: Compare,
+        *,
+        strict: bool = False,
+    ) -> bool:
+        ours, theirs = getattr(call, side), getattr(other, side)
+        if len(ours) != len(theirs):
+            return strict
+        for index, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+            where = self.layouts.get((call.name, call.index, side, index), [])
+            if where is None or x.dim() != y.dim() or not (where or x.shape == y.shape):
+                # Entries for pairs of examples, or a size that depends on something else.
+                if strict:
+                    return True
+            elif where and compare(x, y, where, companions, self.tolerance):
+                return True
+        return False
+
+    def _adds_up(self, base: Recording, halves: Sequence[tuple[Recording, int]]) -> bool:
+        """Return whether outputs without a batch axis are constants, or sums over the examples."""
+        root = base.calls[-1]
+        for index, whole in enumerate(root.outputs):
+            if self.layouts.get((root.name, root.index, "outputs", index)):
+                continue
+            parts = [run.outputs[index] for run, _ in halves]
+            weights = [count / self.batch.size if self.mean else 1.0 for _, count in halves]
+            total = torch.stack([w * x for w, x in zip(weights, parts, strict=True)]).sum(dim=0)
+            gaps = [float(distance(whole[None], x[None]).max()) for x in (total, *parts)]
+            if gaps[0] > self.tolerance and max(gaps[1:]) > self.tolerance:
+                return False
+        return True
+
+    def _told(self, trial: _Trial, cause: str) -> Problem:
+        """Say where the coupling comes from."""
+        again = self.copy.run(self.batch, trial.steady, inputs=True)
+        if not same(again, self.copy.run(self.batch, trial.steady), self.tolerance):
+            return Problem("(root)", problems.NOT_REPEATABLE)
+        rows = next(partitions(self.batch.size))[0]
+        part = self.copy.run(self.batch.select(rows), self.steady, inputs=True)
+        self._learn(again, part, self._among(rows))
+        run = self.copy.run(trial.other, trial.steady, inputs=True)
+        # A module returns before the one that called it: the first is the deepest.
+        name = next(
+            (
+                call.name
+                for call, other in again.matched(run)
+                if self._moved(call, other, "outputs", trial.companions, vanish, strict=True)
+                and not self._moved(call, other, "inputs", trial.companions, vanish, strict=True)
+            ),
+            "(root)",
+        )
+        module = self.copy.model if name == "(root)" else self.copy.model.get_submodule(name)
+        return Problem(name, problems.coupled(name, type(module).__name__, cause))
+
+
+def same(one: Recording, other: Recording, tolerance: float = 0.0) -> bool:
+    """Return whether the model returned the same numbers twice."""
+    return len(one.outputs) == len(other.outputs) and all(
+        x.shape == y.shape and bool(distance(x[None], y[None]).max() <= tolerance)
+        for x, y in zip(one.outputs, other.outputs, strict=True)
+    )
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0] or "(root)"
+
+
+def partitions(count: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield ways to divide examples in two, so that any two of them are once apart."""
+    for bit in range((count - 1).bit_length()):
+        sides: tuple[list[int], list[int]] = ([], [])
+        for row in range(count):
+            sides[row >> bit & 1].append(row)
+        yield sides
+
+
+def _taken_up(model: nn.Module, one: Recording, other: Recording) -> Iterator[str]:
+    """Yield the buffers that depend on what a run was given."""
+    for name, _ in model.named_buffers():
+        if name in one.state and not alike(one.state[name], other.state[name]):
+            yield name

@@ -1,0 +1,191 @@
+"""Let others stand in for every tensor of a model for a while, and put all back as it was.
+
+What a model is made of is found by identity, not by name: a tensor or a module under two names is
+one, and gets one stand-in. Afterwards each module has the attributes, parameters, buffers, parts,
+hooks and flags it had, the same objects in the same order; a forward pass may rebind, add or delete
+whatever it likes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.probe.leaves import parts_of
+
+Substitute = Callable[[Tensor], Tensor]
+
+_HOLDERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+class StandIns:
+    """A model whose tensors are replaced from `__enter__` to `__exit__`.
+
+    Looked into are its modules, containers in their attributes, and other objects that they hold
+    with the containers in those; not what these objects hold in turn (a trainer, a data set).
+
+    Args:
+        model: the model.
+        substitute: makes the stand-in of a tensor, in no matter which place; it may return the
+            tensor itself.
+    """
+
+    def __init__(self, model: nn.Module, substitute: Substitute) -> None:
+        self._substitute = substitute
+        self._holders: list[tuple[Any, Any]] = []  # each with what it holds
+        self._copies: dict[int, tuple[Any, Any, int]] = {}  # of what nothing can stand in for
+        self._generators: list[tuple[Any, Any]] = []  # each with its state
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self._buffers: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
+        self._seen: dict[int, Any] = {}
+        self._look_into(model, objects=1)
+
+    def __enter__(self) -> StandIns:
+        try:
+            for holder, content in self._holders:
+                _refill(holder, self._replaced(content))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for holder, content in self._holders:
+            _refill(holder, content)
+        for own, *_ in self._copies.values():
+            self._put_values_back(own)
+        self._put_generators_back()
+
+    def begin_run(self) -> None:
+        """Put the values of buffers, and the model's own random number generators, back."""
+        for holder, content in self._buffers:
+            for name, buffer in content.items():
+                holder[name] = None if buffer is None else self._renewed(buffer)
+        self._put_generators_back()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return what stands in for a tensor of the model."""
+        if id(tensor) not in self._made:
+            own = tensor if id(tensor) in self._copies else self._substitute(tensor)
+            self._made[id(tensor)] = tensor, own
+        return self._made[id(tensor)][1]
+
+    def _renewed(self, buffer: Tensor) -> Tensor:
+        stand_in = self.of(buffer)
+        if stand_in is buffer:
+            self._put_values_back(buffer)
+        else:
+            # The same object, which another attribute may hold as well.
+            stand_in.data = self._substitute(buffer)
+        return stand_in
+
+    def _put_values_back(self, own: Any) -> None:
+        _, copy, version = self._copies.get(id(own), (own, None, None))
+        if copy is None:
+            return
+        if isinstance(own, np.ndarray):
+            own[...] = copy
+        elif own._version != version:
+            with torch.no_grad():
+                own.copy_(copy)
+
+    def _put_generators_back(self) -> None:
+        for generator, state in self._generators:
+            _set_state(generator, state)
+
+    def _look_into(self, value: Any, *, objects: int) -> None:
+        if id(value) in self._seen:
+            return
+        if isinstance(value, nn.Module):
+            self._seen[id(value)] = value
+            self._look_into_module(value)
+        elif isinstance(value, (Tensor, np.ndarray)):
+            if type(value) not in _PLAIN_TENSORS:
+                self._keep(value)
+        elif type(value) in _HOLDERS:
+            self._seen[id(value)] = value
+            self._holders.append((value, value.copy()))
+            for part in value.values() if isinstance(value, dict) else value:
+                self._look_into(part, objects=objects)
+        elif isinstance(value, tuple):
+            for part in value:
+                self._look_into(part, objects=objects)
+        elif (state := _state_of(value)) is not None:
+            self._seen[id(value)] = value
+            self._generators.append((value, state))
+        elif objects and parts_of(value) is not None and hasattr(value, "__dict__"):
+            self._seen[id(value)] = value
+            self._look_into_attributes(vars(value), objects=objects - 1)
+
+    def _look_into_module(self, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            # Nothing can be put in the place of a compiled module's tensors.
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._keep(tensor)
+            return
+        self._look_into_attributes(vars(module), objects=1)
+        self._buffers.append((module._buffers, dict(module._buffers)))
+
+    def _look_into_attributes(self, attributes: dict[str, Any], *, objects: int) -> None:
+        self._holders.append((attributes, dict(attributes)))
+        for part in attributes.values():
+            self._look_into(part, objects=objects)
+
+    def _keep(self, own: Any) -> None:
+        if isinstance(own, np.ndarray):
+            self._copies[id(own)] = own, own.copy(), 0
+        else:
+            self._copies[id(own)] = own, own.detach().clone(), own._version
+
+    def _replaced(self, content: Any) -> Any:
+        if isinstance(content, dict):
+            return {key: self._swapped(part) for key, part in content.items()}
+        return [self._swapped(part) for part in content]
+
+    def _swapped(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.of(value)
+        if type(value) is tuple or hasattr(value, "_make"):
+            made = [self._swapped(part) for part in value]
+            if any(a is not b for a, b in zip(value, made, strict=True)):
+                return value._make(made) if hasattr(value, "_make") else tuple(made)
+        return value
+
+
+def _refill(holder: Any, content: Any) -> None:
+    holder.clear()
+    (holder.extend if isinstance(holder, (list, deque)) else holder.update)(content)
+
+
+def _state_of(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.RandomState):
+        return value.get_state()
+    return value.bit_generator.state if isinstance(value, np.random.Generator) else None
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+def lazy_parameter(model: nn.Module) -> str | None:
+    """Return the name of a parameter that gets its shape on the first forward pass, if any."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            return name
+    return None
