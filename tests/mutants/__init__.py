@@ -1,6 +1,6 @@
 """Ways to be wrong, each patched into the real code, each killed by a check of the suite."""
 
-from tests.mutants import bounds, coupling, layers, noise, probe, release, replacements
+from tests.mutants import bounds, coupling, layers, noise, probe, release, replacements, sampling
 from tests.mutants.registry import MUTANTS, Mutant, mutant
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "probe",
     "release",
     "replacements",
+    "sampling",
 ]

@@ -1,0 +1,63 @@
+"""Steps on something else than one sampled batch, each item one row."""
+
+from __future__ import annotations
+
+import pytest
+
+from opacus_bpclip import guard
+from opacus_bpclip.layer_clips.alignment import Alignment
+from opacus_bpclip.samples import Sample, SampleLog
+from tests.mutants import sampling_killers as killers
+from tests.mutants.registry import mutant
+
+RELEASED = "nothing bounds was released"
+
+
+@mutant(killed_by=killers.more_rows_than_items, says=RELEASED)
+def rows_not_counted(patch: pytest.MonkeyPatch) -> None:
+    """Any number of rows is taken for a sampled batch: three crops of each item move the sum by
+    three times what is claimed."""
+
+    def any_sample(self: SampleLog, rows: int, whole: bool, announced: object) -> Sample | None:
+        return next(iter([*([self._open] if self._open else []), *self._waiting]), None)
+
+    patch.setattr(SampleLog, "_holding", any_sample)
+
+
+@mutant(killed_by=killers.batch_used_twice, says=RELEASED)
+def samples_stay_in_the_log(patch: pytest.MonkeyPatch) -> None:
+    """A sample is not crossed out when a step has used it: ten steps on one batch are accounted as
+    ten samples."""
+    take = SampleLog._take
+
+    def keep(self: SampleLog, sample: Sample, rows: int) -> None:
+        take(self, sample, rows)
+        self._waiting.append(Sample(sample.items, sample.iteration))
+
+    patch.setattr(SampleLog, "_take", keep)
+
+
+@mutant(killed_by=killers.two_samples_in_one_step, says=RELEASED)
+def samples_added_up(patch: pytest.MonkeyPatch) -> None:
+    """A step may add up parts of several samples: an example that is in two contributes twice."""
+    spend = SampleLog.spend
+
+    def forgetful(self: SampleLog, rows: int | None) -> str | None:
+        self._open_mark = self._signals[0][1] if self._signals else self._latest
+        return spend(self, rows)
+
+    patch.setattr(SampleLog, "spend", forgetful)
+
+
+@mutant(killed_by=killers.group_of_two_ranks, says=RELEASED)
+def ranks_not_looked_at(patch: pytest.MonkeyPatch) -> None:
+    """A process group that is made after `make_private` goes unnoticed: its ranks train apart, each
+    with samples and noise of its own, and the accountant sees one of them."""
+    patch.setattr(guard, "several_ranks", lambda: None)
+
+
+@mutant(killed_by=killers.scale_of_another_axis, says=RELEASED)
+def broadcast_axes_not_compared(patch: pytest.MonkeyPatch) -> None:
+    """Nobody looks at what a broadcast parameter meets: with wrong `dims` one example's copy gets
+    the gradient of others."""
+    patch.setattr(Alignment, "_check", lambda *_: None)

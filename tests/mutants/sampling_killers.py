@@ -1,0 +1,81 @@
+"""Killers of mutants of the way from the loader to the step: rows of no sampled batch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from opacus_bpclip import BackpropClipping
+from opacus_bpclip.rules import RULES, BroadcastRule
+from tests.checks import Trainer, check_refused
+
+
+def _sampled() -> tuple[Trainer, Tensor]:
+    """Return a trainer whose loader has drawn a batch of three, and six rows."""
+    torch.manual_seed(0)
+    trainer = Trainer(nn.Sequential(nn.Linear(2, 2)), (2,), BackpropClipping())
+    trainer.model._sample_from(trainer.loader.samples)
+    trainer.loader.samples.draw(3, 0)
+    return trainer, torch.ones(6, 2).double()
+
+
+def more_rows_than_items() -> None:
+    """Six rows, where the loader has drawn three items."""
+    trainer, x = _sampled()
+    check_refused(trainer, x, lambda y, _: y.sum())
+
+
+def batch_used_twice() -> None:
+    """A second step on the same batch."""
+    trainer, x = _sampled()
+    trainer.model(x[:3]).sum().backward()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    check_refused(trainer, x[:3], lambda y, _: y.sum())
+
+
+def two_samples_in_one_step() -> None:
+    """A step that `signal_skip_step` makes of two samples."""
+    trainer, x = _sampled()
+    trainer.optimizer.signal_skip_step(True)
+    trainer.model(x[:2]).sum().backward()
+    trainer.optimizer.step()
+    trainer.loader.samples.draw(3, 0)
+    check_refused(trainer, x[:1], lambda y, _: y.sum())
+
+
+def group_of_two_ranks() -> None:
+    """A process group of two ranks, made after `make_private`."""
+    trainer, x = _sampled()
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        check_refused(trainer, x[:3], lambda y, _: y.sum())
+    finally:
+        dist.destroy_process_group()
+
+
+class _Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class _ScaleRule(BroadcastRule):
+    parameters = ("scale",)
+    dims: ClassVar = {"scale": 3}
+
+
+def scale_of_another_axis() -> None:
+    """A broadcast rule for three axes, on four, the second as long as the batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RULES, _Scale, _ScaleRule)
+        trainer = Trainer(nn.Sequential(_Scale()), (3, 3, 2), BackpropClipping())
+        check_refused(trainer, torch.ones(3, 3, 3, 2).double(), lambda y, _: y.sum())

@@ -1,0 +1,106 @@
+"""Opacus's own tests of its privacy engine, run with ``clipping="backprop"``.
+
+Its classes for other ways to make per-example gradients would repeat those for hooks. A test that
+cannot pass is listed with the reason; it must fail, or it is to be taken off the list.
+"""
+
+from __future__ import annotations
+
+import unittest
+from types import ModuleType
+from typing import Any
+
+import opacus
+import pytest
+from opacus.tests import (
+    batch_memory_manager_test,
+    gradient_accumulation_test,
+    privacy_engine_test,
+    privacy_engine_validation_test,
+)
+
+from opacus_bpclip import BackpropClipping, PrivacyEngine, extensions
+
+MODULES: tuple[ModuleType, ...] = (
+    privacy_engine_test,
+    batch_memory_manager_test,
+    gradient_accumulation_test,
+    privacy_engine_validation_test,
+)
+OTHER_MODES = ("Functorch", "ExpandedWeights")
+
+
+class Engine(PrivacyEngine):
+    """An engine that clips by backpropagation where the caller says nothing of clipping."""
+
+    uses: Any = {}  # noqa: RUF012 (set by the test)
+
+    def make_private(self, **kwargs: Any) -> Any:
+        if getattr(self, extensions._REQUEST, None) is not None:  # called by the next one
+            return super().make_private(**kwargs)
+        return self._made(super().make_private, kwargs)
+
+    def make_private_with_epsilon(self, **kwargs: Any) -> Any:
+        return self._made(super().make_private_with_epsilon, kwargs)
+
+    def _made(self, make: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("clipping") == "per_layer":
+            kwargs["max_grad_norm"] = sum(norm**2 for norm in kwargs["max_grad_norm"]) ** 0.5
+        # What the method does without input clipping is what Opacus's tests know.
+        backprop = BackpropClipping(bound="exact", max_input_norm=None, uses=self.uses)
+        made = make(**{**kwargs, "clipping": "backprop", "backprop": backprop})
+        made[1].keep_summed_grad = True
+        return made
+
+    @classmethod
+    def get_compatible_module(cls, module: Any, **_: Any) -> Any:
+        return opacus.PrivacyEngine.get_compatible_module(module)
+
+
+NO_GRAD_SAMPLE = "no parameter has a grad_sample"
+SHARES = "each layer has a part of max_grad_norm, so one example does not always reach the whole"
+LAYER_IN_FORWARD = "a layer made of raw parameters needs a rule"
+REASONS: dict[str, str] = {
+    "test_sample_grad_aggregation": NO_GRAD_SAMPLE,
+    "test_privacy_engine_no_poisson_accumulation": NO_GRAD_SAMPLE,
+    "test_flat_clipping": SHARES,
+    "test_per_layer_clipping": "clips parameters apart, this method layers",
+    "test_batch_splitter_zero_grad": (
+        "zero_grad() between physical batches may be left out: nothing would count twice"
+    ),
+    "test_unsupported_hooks": LAYER_IN_FORWARD,
+    "test_unsupported_ew": LAYER_IN_FORWARD,
+    "test_custom_linear_hooks": LAYER_IN_FORWARD,
+    "test_custom_linear_ew": LAYER_IN_FORWARD,
+    "test_extra_param_hooks_requires_grad": LAYER_IN_FORWARD,
+    "test_extra_param_ew": LAYER_IN_FORWARD,
+}
+
+
+def _tests() -> list[Any]:
+    found = []
+    for module in MODULES:
+        for name, kind in vars(module).items():
+            own = isinstance(kind, type) and issubclass(kind, unittest.TestCase)
+            if not own or kind.__module__ != module.__name__ or name.endswith(OTHER_MODES):
+                continue
+            for test in unittest.TestLoader().getTestCaseNames(kind):
+                reason = REASONS.get(f"{name}.{test}") or REASONS.get(test)
+                marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
+                found.append(pytest.param(kind, test, id=f"{name}.{test}", marks=marks))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "test"), _tests())
+def test_passes(kind: type[unittest.TestCase], test: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "uses", "auto" if "Tied" in kind.__name__ else {})
+    for module in MODULES:
+        monkeypatch.setattr(module, "PrivacyEngine", Engine)
+    result = unittest.TestResult()
+    kind(test).run(result)
+    if result.skipped:
+        pytest.skip(result.skipped[0][1])
+    for _, trace in result.failures + result.errors:
+        raise AssertionError(trace)
