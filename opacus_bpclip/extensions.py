@@ -20,6 +20,7 @@ from torch import nn
 from opacus_bpclip.arguments import checked_options
 from opacus_bpclip.compatibility import try_out
 from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.criterion import BackpropClipCriterion
 from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
 from opacus_bpclip.optimizer import BackpropClipOptimizer
 
@@ -45,6 +46,7 @@ class _Request:
 
     config: BackpropClipping
     passed: set[object]
+    criterion: BackpropClipCriterion | None = None
     entered: bool = False
     hooks: BackpropClipHooks | None = None
 
@@ -69,18 +71,23 @@ def make_private(
         if unknown:
             raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
         config = checked_options(engine, backprop, **kwargs)
-        request = _Request(*try_out(config, **kwargs))
+        criterion = _private_criterion(kwargs)
+        request = _Request(*try_out(config, **kwargs), criterion)
     else:
         kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
         checked_options(engine, request.config, **kwargs)
     kwargs["grad_sample_mode"] = "hooks"
+    kwargs.pop("criterion", None)  # Opacus's own; the request carries ours.
     with _requested(engine, replace(request, entered=True)) as request:
         try:
-            return original(clipping=clipping, **kwargs)
+            module, optimizer, data_loader = original(clipping=clipping, **kwargs)
         except BaseException:
             if request.hooks is not None:
                 request.hooks.undo()
             raise
+    if request.criterion is None:
+        return module, optimizer, data_loader
+    return module, optimizer, request.criterion, data_loader
 
 
 def make_private_with_epsilon(
@@ -99,8 +106,9 @@ def make_private_with_epsilon(
         return original(clipping=clipping, **kwargs)
     _refuse_unknown_for_epsilon(kwargs)
     config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
+    criterion = _private_criterion(kwargs)
     # Opacus hands unknown options to the noise search as well: the request carries ours past it.
-    with _requested(engine, _Request(*try_out(config, **kwargs))):
+    with _requested(engine, _Request(*try_out(config, **kwargs), criterion)):
         return original(clipping=clipping, **kwargs)
 
 
@@ -134,6 +142,7 @@ def prepare_model(
         max_grad_norm=max_grad_norm,
         loss_reduction=loss_reduction,
         batch_first=batch_first,
+        criterion=request.criterion,
     )
     request.hooks.prober.passed |= request.passed
     return request.hooks
@@ -185,6 +194,15 @@ def refuse_options(clipping: str, backprop: object) -> None:
             f'backprop={backprop!r} was given with clipping={clipping!r}; it needs clipping="'
             'backprop".'
         )
+
+
+def _private_criterion(kwargs: dict[str, Any]) -> BackpropClipCriterion | None:
+    """Take the criterion out of the arguments, made private; ``None`` if none was passed."""
+    criterion = kwargs.pop("criterion", None)
+    if criterion is None:
+        return None
+    reduction = kwargs.get("loss_reduction", "mean")
+    return BackpropClipCriterion(criterion, loss_reduction=reduction)
 
 
 def _refuse_unknown_for_epsilon(kwargs: dict[str, Any]) -> None:

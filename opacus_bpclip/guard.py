@@ -27,6 +27,7 @@ from opacus_bpclip.coverage import (
     edited_problem,
     mixes_examples,
 )
+from opacus_bpclip.criterion import LossWatch
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.gradient_checks import wrong_gradient
 from opacus_bpclip.layer import Layer
@@ -50,6 +51,7 @@ class GradientGuard:
     Attributes:
         violation: why the gradients at hand must not be used, or ``None``.
         accumulation_allowed: whether several backward passes may add up before one step.
+        loss: the watch of the criterion that every backward pass must come through, if any.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
@@ -57,6 +59,7 @@ class GradientGuard:
         self._model = model
         self.violation: str | None = None
         self.accumulation_allowed = True
+        self.loss: LossWatch | None = None
         self._compiled = False
         self._in_forward = False
         self._batch_size = 0
@@ -266,6 +269,8 @@ class GradientGuard:
 
     def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that is about to reach its parameter."""
+        if self.loss is not None:
+            self.require(self.loss.problem(watched.name))
         problem = wrong_gradient(
             watched,
             gradient,

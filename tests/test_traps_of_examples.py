@@ -121,8 +121,9 @@ def test_contrastive_loss_inside_the_model() -> None:
         "The model returns a tensor without a batch axis that is not the mean of what its examples "
         "give alone, as loss_reduction='mean' has it. The bound holds for what an example "
         "contributes on its own; coupled examples move each other's gradients beyond it. Return "
-        "one value for each example. If you are certain that the loss never sees it, set "
-        "BackpropClipping(probe=False).",
+        "one value for each example, or logits for opacus_bpclip.CrossEntropy, whose mean over "
+        "examples has no private number of tokens. If you are certain that the loss never sees it, "
+        "set BackpropClipping(probe=False).",
     )
 
 

@@ -74,6 +74,7 @@ def not_additive(*, mean: bool) -> str:
         "The model returns a tensor without a batch axis that is not "
         f"{'the mean' if mean else 'the sum'} of what its examples give alone, as "
         f"loss_reduction={'mean' if mean else 'sum'!r} has it. {_WHY} Return one value for each "
-        "example. If you are certain that the loss never sees it, set "
+        "example, or logits for opacus_bpclip.CrossEntropy, whose mean over examples has no "
+        "private number of tokens. If you are certain that the loss never sees it, set "
         "BackpropClipping(probe=False)."
     )

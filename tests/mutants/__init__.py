@@ -1,6 +1,16 @@
 """Ways to be wrong, each patched into the real code, each killed by a check of the suite."""
 
-from tests.mutants import bounds, coupling, layers, noise, release
+from tests.mutants import bounds, coupling, layers, losses, noise, release
 from tests.mutants.registry import MUTANTS, Mutant, mutant
 
-__all__ = ["MUTANTS", "Mutant", "bounds", "coupling", "layers", "mutant", "noise", "release"]
+__all__ = [
+    "MUTANTS",
+    "Mutant",
+    "bounds",
+    "coupling",
+    "layers",
+    "losses",
+    "mutant",
+    "noise",
+    "release",
+]
