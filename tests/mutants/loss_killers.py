@@ -1,4 +1,4 @@
-"""Killers of mutants of the criterion: losses that divide by the batch's size, or go around it."""
+"""Killers of mutants that let the batch's size through: in a loss, or in rounding that grows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
-from tests.checks import Trainer, check_independence, check_refused
+from opacus_bpclip.rules import GroupNormRule
+from tests.checks import Trainer, check_independence, check_refused, check_sensitivity
+from tests.companions import Criterion, blank_and_one, check_rounding_is_small, mixer
 
 
 class _Classes(nn.Module):
@@ -50,3 +52,34 @@ def flattened_rows() -> None:
         check_refused(trainer, torch.ones(3, 3, 2).double(), loss)
     except ValueError:
         return
+
+
+def blank_companions() -> None:
+    """A thousand blank images through normalisations of constants, behind a plain mean, and one
+    more."""
+    trainer = Trainer(
+        mixer(),
+        (3, 32, 32),
+        BackpropClipping(),
+        loss=Criterion("cross-entropy").plain,
+        dtype=torch.float32,
+    )
+    check_sensitivity(trainer, *blank_and_one(1023, (3, 32, 32)))
+
+
+def positions_that_cancel_in_a_norm() -> None:
+    """A group norm's own gradient, of which rounding alone is left."""
+    check_rounding_is_small(nn.GroupNorm(2, 2), "weighted")
+
+
+def positions_that_cancel_in_a_convolution() -> None:
+    """A convolution's own gradient in the exact bound, of which rounding alone is left."""
+    check_rounding_is_small(nn.Conv1d(2, 2, 1), "exact")
+
+
+def long_group_of_equal_gradients() -> None:
+    """A gradient that is the same at 50,176 positions of a group, through a group norm."""
+    rule = GroupNormRule.from_module(nn.GroupNorm(1, 1))
+    x, g = torch.ones(1, 1, 50176), torch.full((1, 1, 50176), 0.3)
+    left = float(rule.input_gradient(g, x, torch.ones(1)).abs().max())
+    assert left == 0, f"{left} is left where nothing is"
