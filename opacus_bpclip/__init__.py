@@ -3,10 +3,12 @@
 from importlib.metadata import version
 
 from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.criterion import BackpropClipCriterion
 from opacus_bpclip.engine import PrivacyEngine
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
 from opacus_bpclip.input_clipping import clip_inputs, unclip_inputs
+from opacus_bpclip.losses import CrossEntropy
 from opacus_bpclip.optimizer import BackpropClipOptimizer
 from opacus_bpclip.registration import register, unregister
 from opacus_bpclip.rules import register_rule
@@ -14,11 +16,13 @@ from opacus_bpclip.rules import register_rule
 __version__ = version("opacus-bpclip")
 
 __all__ = [
+    "BackpropClipCriterion",
     "BackpropClipHooks",
     "BackpropClipModule",
     "BackpropClipOptimizer",
     "BackpropClipping",
     "CoverageError",
+    "CrossEntropy",
     "PrivacyEngine",
     "PrivacyViolationError",
     "clip_inputs",

@@ -46,9 +46,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
             **kwargs: as for ``opacus.PrivacyEngine.make_private``. With ``clipping="backprop"``,
                 ``backprop`` holds the options (a `BackpropClipping`), ``max_grad_norm`` is one
                 number, and options that this method cannot honour are errors.
+                ``criterion`` is the loss, whose gradients then do not depend on the batch's size:
+                see `BackpropClipCriterion`.
 
         Returns:
-            ``(module or hooks, optimizer, data_loader)``, as Opacus does.
+            ``(module or hooks, optimizer, data_loader)``, as Opacus does; with a ``criterion``,
+            ``(module or hooks, optimizer, criterion, data_loader)``. Every loss must then be
+            computed with the one that is returned.
 
         Raises:
             CoverageError: the model has a trainable parameter that nothing bounds.

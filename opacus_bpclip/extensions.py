@@ -23,6 +23,7 @@ from opacus_bpclip.accounting import AccountStep
 from opacus_bpclip.arguments import checked_loader, checked_options
 from opacus_bpclip.compatibility import try_out
 from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.criterion import BackpropClipCriterion
 from opacus_bpclip.grad_sample_module import BackpropClipHooks, BackpropClipModule
 from opacus_bpclip.loader import PrivateDataLoader
 from opacus_bpclip.optimizer import BackpropClipOptimizer
@@ -49,6 +50,7 @@ class _Request:
 
     config: BackpropClipping
     passed: set[object]
+    criterion: BackpropClipCriterion | None = None
     entered: bool = False
     hooks: BackpropClipHooks | None = None
 
@@ -74,21 +76,24 @@ def make_private(
             raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
         config = checked_options(engine, backprop, **kwargs)
         kwargs |= checked_loader(**kwargs)
-        request = _Request(*try_out(config, **kwargs))
+        criterion = _private_criterion(kwargs)
+        request = _Request(*try_out(config, **kwargs), criterion)
     else:
         kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
         checked_options(engine, request.config, **kwargs)
     kwargs["grad_sample_mode"] = "hooks"
+    kwargs.pop("criterion", None)  # Opacus's own; the request carries ours.
     with _requested(engine, replace(request, entered=True)) as request:
         try:
-            result = original(clipping=clipping, **kwargs)
+            module, optimizer, data_loader = original(clipping=clipping, **kwargs)
         except BaseException:
             if request.hooks is not None:
                 request.hooks._undo()
             raise
-        _, optimizer, loader = result
-        optimizer.attach_step_hook(AccountStep(engine.accountant, 1 / len(loader)))
-        return result
+        optimizer.attach_step_hook(AccountStep(engine.accountant, 1 / len(data_loader)))
+    if request.criterion is None:
+        return module, optimizer, data_loader
+    return module, optimizer, request.criterion, data_loader
 
 
 def make_private_with_epsilon(
@@ -108,8 +113,9 @@ def make_private_with_epsilon(
     _refuse_unknown_for_epsilon(kwargs)
     config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
     kwargs |= checked_loader(**kwargs)
+    criterion = _private_criterion(kwargs)
     # Opacus hands unknown options to the noise search as well: the request carries ours past it.
-    with _requested(engine, _Request(*try_out(config, **kwargs))):
+    with _requested(engine, _Request(*try_out(config, **kwargs), criterion)):
         return original(clipping=clipping, **kwargs)
 
 
@@ -143,6 +149,7 @@ def prepare_model(
         max_grad_norm=max_grad_norm,
         loss_reduction=loss_reduction,
         batch_first=batch_first,
+        criterion=request.criterion,
     )
     request.hooks._prober.passed |= request.passed
     return request.hooks
@@ -233,6 +240,15 @@ def _note_dataset(engine: opacus.PrivacyEngine, dataset: Any) -> None:
             "one; if both are the same data, this does not matter.",
             stacklevel=2,
         )
+
+
+def _private_criterion(kwargs: dict[str, Any]) -> BackpropClipCriterion | None:
+    """Take the criterion out of the arguments, made private; ``None`` if none was passed."""
+    criterion = kwargs.pop("criterion", None)
+    if criterion is None:
+        return None
+    reduction = kwargs.get("loss_reduction", "mean")
+    return BackpropClipCriterion(criterion, loss_reduction=reduction)
 
 
 def _refuse_unknown_for_epsilon(kwargs: dict[str, Any]) -> None:

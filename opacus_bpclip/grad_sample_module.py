@@ -12,6 +12,7 @@ from torch import nn
 from opacus_bpclip import allocation
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.coverage import declared_uses, trainable_layers
+from opacus_bpclip.criterion import BackpropClipCriterion
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.input_clipping import attach_input_clips, take_input_clips
@@ -38,6 +39,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
         batch_first: whether the batch is the first axis of the inputs of the model and its layers,
             or the second.
+        criterion: what every loss is computed by, if it keeps the batch's size out of the backward
+            pass; its gradients are those of a sum, whatever ``loss_reduction`` is.
 
     Raises:
         CoverageError: something in the model cannot be bounded, or it has hooks already. The model
@@ -52,6 +55,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         max_grad_norm: float = 1.0,
         loss_reduction: str = "mean",
         batch_first: bool = True,
+        criterion: BackpropClipCriterion | None = None,
     ) -> None:
         # Not Opacus's own __init__: it gives every parameter a grad_sample.
         if hasattr(m, _ATTACHED):
@@ -85,7 +89,10 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             m.register_forward_pre_hook(self._enter_root, with_kwargs=True),
             m.register_forward_hook(self._leave_root, always_call=True),
         ]
-        mean = loss_reduction == "mean"
+        self._loss = None if criterion is None else criterion.watch
+        mean = loss_reduction == "mean" and criterion is None
+        if loss_reduction == "mean":
+            self._guard.loss = self._loss
         for clip in layer_clips(layers.values(), config, self._limits, self._guard, mean=mean):
             self._handles += clip.attach()
         for frozen in frozen_normalizations(m, {layer.module for layer in layers.values()}):
@@ -175,7 +182,11 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._put_back_input_clips()
 
     def _enter_root(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
+            if self._loss is not None:
+                self._loss.enter_forward(None)
             return
         size = self._batch_size(args, kwargs)
         self._untried = None
@@ -189,6 +200,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             if problem:
                 self._guard.fail(problem.text)
         self._guard.enter_forward(size)
+        if self._loss is not None:
+            self._loss.enter_forward(size)
 
     def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -26,6 +26,7 @@ from opacus_bpclip.coverage import (
     batch_normalizations,
     edited_problem,
 )
+from opacus_bpclip.criterion import LossWatch
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.gradient_checks import wrong_gradient
 from opacus_bpclip.layer import Layer
@@ -54,6 +55,7 @@ class GradientGuard:
         refused: whether the optimizer has refused them.
         accumulated: how many backward passes the last gradients added up.
         passes: the backward passes that they came from.
+        loss: the watch of the criterion that every backward pass must come through, if any.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
@@ -63,6 +65,7 @@ class GradientGuard:
         self.refused = False
         self.accumulated = 1
         self.passes = BackwardPasses()
+        self.loss: LossWatch | None = None
         self._compiled = False
         self._in_forward = False
         self._batch_size = 0
@@ -278,6 +281,8 @@ class GradientGuard:
 
     def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that is about to reach its parameter."""
+        if self.loss is not None:
+            self.require(self.loss.problem(watched.name))
         problem = wrong_gradient(
             watched,
             gradient,

@@ -54,6 +54,7 @@ class Trainer:
         dtype: torch.dtype = torch.float64,
         noise_generator: torch.Generator | None = None,
         probe: bool = False,
+        criterion: nn.Module | None = None,
     ) -> None:
         # Searches make thousands of trainers of the same few architectures.
         clipping = dataclasses.replace(clipping, probe=probe)
@@ -63,7 +64,7 @@ class Trainer:
         data = TensorDataset(torch.zeros(4 * expected_batch_size, *shape, dtype=dtype))
         self.engine = PrivacyEngine()
         # A learning rate of zero: every batch meets the same parameters.
-        self.model, self.optimizer, self.loader = self.engine.make_private(
+        self.model, self.optimizer, *private, self.loader = self.engine.make_private(
             module=self.plain,
             optimizer=torch.optim.SGD(self.plain.parameters(), lr=0.0),
             data_loader=DataLoader(data, batch_size=expected_batch_size),
@@ -73,7 +74,11 @@ class Trainer:
             clipping="backprop",
             backprop=clipping,
             noise_generator=noise_generator,
+            criterion=criterion,
         )
+        if private:
+            (made,) = private
+            self.loss = lambda output, target, _: made(output, target)
         assert isinstance(self.optimizer, BackpropClipOptimizer)
         self.optimizer.keep_summed_grad = True
         # The batches are made up, not sampled.

@@ -75,6 +75,7 @@ def every_node() -> nn.Sequential:
         nn.Tanh(),
         nn.Conv1d(8, 8, 1, groups=2),
         nn.GroupNorm(2, 8, affine=False),
+        nn.InstanceNorm1d(8),
         nn.LayerNorm(FEATURES),
         nn.Linear(FEATURES, 4),
         nn.LayerNorm(4, elementwise_affine=False),

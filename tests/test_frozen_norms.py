@@ -26,6 +26,8 @@ LAYERS = {
     "layer-norm-over-two-axes": lambda: _frozen(nn.LayerNorm((4, 6))),
     "group-norm": lambda: _frozen(nn.GroupNorm(2, 4)),
     "group-norm-without-weight": lambda: nn.GroupNorm(2, 4, affine=False),
+    "instance-norm": lambda: _frozen(nn.InstanceNorm1d(4, affine=True)),
+    "instance-norm-without-weight": lambda: nn.InstanceNorm1d(4),
 }
 everywhere = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
@@ -95,8 +97,8 @@ def test_without_a_gradient_the_layer_is_left_alone(make):
         assert not model(x).requires_grad
 
 
-@pytest.mark.parametrize("layer", [nn.InstanceNorm1d(4), nn.RMSNorm(6, elementwise_affine=False)])
-def test_other_kernels_are_good_enough(layer):
+def test_a_norm_without_a_mean_is_left_to_torch():
+    layer = nn.RMSNorm(6, elementwise_affine=False)
     model, _ = _attached(Between(layer))
     assert (
         "_Normalized"
@@ -149,3 +151,14 @@ def test_a_changed_forward_or_output_keeps_its_own_gradient(make):
         x = torch.randn(3, 4, 6, requires_grad=True)
         model.layer(x).sum().backward()
         torch.testing.assert_close(x.grad, torch.full_like(x, 2))
+
+
+def test_instance_norms_that_are_more_or_less_than_that_are_left_to_torch():
+    for layer, shape in (
+        (nn.InstanceNorm1d(4), (4, 6)),
+        (nn.InstanceNorm1d(4, track_running_stats=True).eval(), (3, 4, 6)),
+    ):
+        model, _ = _attached(Between(layer))
+        model.train(layer.training)
+        y = model.layer(torch.randn(shape, requires_grad=True))
+        assert "_Normalized" not in type(y.grad_fn).__name__

@@ -42,10 +42,11 @@ def make_step(arm: str, case: Case, device: torch.device) -> Step:
             optimizer=optimizer,
             # Only its size counts, which sets the divisor: the steps take the batch as it is.
             data_loader=DataLoader(TensorDataset(x, y), batch_size=len(x)),
-            criterion=criterion,
             noise_multiplier=1.0,
             max_grad_norm=1.0,
             poisson_sampling=False,
+            # Of these, only ghost clipping needs it. The others take the loss as it is.
+            **({"criterion": criterion} if method_of(arm) == "ghost" else {}),
             **_options(method_of(arm)),
         )
         criterion = criteria[0] if criteria else criterion

@@ -8,11 +8,13 @@ whatever rounding has made of it, in every mode of ``bound``. Proof:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip.cancellation import kept
 from opacus_bpclip.first_order import first_order
 from opacus_bpclip.layer import Layer
 from opacus_bpclip.layer_clips.base import Settings
@@ -66,15 +68,19 @@ class _Affine(torch.autograd.Function):
         size = row_norms(g) * examples
         dx, own = clip.rule.gradients(g, x, weight, wanted=(wants_x, wants_weight, wants_bias))
         own = own * examples  # [B, K]
+        measured = row_norms(own)
+        # Of many positions' sum rounding alone may be left.
+        positions = g[0].numel() // weight.numel() if len(g) else 1
+        part = kept(measured, size * math.sqrt(positions), own.dtype)
         by, keep = clip_factors(
-            row_norms(own),
+            measured if clip.normalize else measured * part,
             None,
             clip.limit,
             own.dtype,
             size=lambda: size,
             normalize=clip.normalize,
         )
-        total = by @ zero_rows(own, keep)
+        total = (by * part.to(by.dtype)) @ zero_rows(own, keep)
         if dx is not None:
             dx = zero_rows(dx.mul_(per_row(by.to(dx.dtype), dx)), keep)
         dw = total[: weight.numel()].view(weight.shape) if wants_weight else None

@@ -1,9 +1,9 @@
 """Normalisation layers without trainable parameters: their input's gradient, free of cancellation.
 
 Nothing of theirs is clipped. But torch's backward kernels subtract ``mean * sum g`` from
-``sum g x``. For a large mean that leaves rounding errors that change with the size of a mean loss's
-batch, and so with every example's companions, and the layers below would clip a gradient with those
-in it. See ``docs/rules/normalization.md``.
+``sum g x``, and the mean of the gradient from the gradient. That leaves rounding errors that change
+with the size of a mean loss's batch, and so with every example's companions, and the layers below
+would clip a gradient with those in it. See ``docs/rules/normalization.md``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.calls import Args, Kwargs
@@ -21,13 +22,15 @@ from opacus_bpclip.layer_clips.base import Clip
 from opacus_bpclip.norms import norm_dtype
 from opacus_bpclip.rules import AffineRule, GroupNormRule, LayerNormRule
 
-# By the very forward that the rule's closed form belongs to. RMSNorm has no mean, and an instance
-# norm's kernels take it from the input first.
+# By the very forward that the rule's closed form belongs to. RMSNorm has no mean.
 _RULES: dict[Any, type[LayerNormRule | GroupNormRule]] = {
     nn.LayerNorm.forward: LayerNormRule,
     nn.GroupNorm.forward: GroupNormRule,
+    nn.InstanceNorm2d.forward: GroupNormRule,
 }
 _KERNELS = ("NativeLayerNormBackward0", "NativeGroupNormBackward0")
+# Instance norms are batch norms of examples' channels, and a view of those.
+_VIEWED_KERNELS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 
 class FrozenNormalization(Clip):
@@ -53,6 +56,11 @@ class FrozenNormalization(Clip):
         if "forward" in vars(module) or not _made_by_the_layer(y):
             # Somebody has given it another forward, or changed its output before this hook.
             return None
+        if isinstance(module, _InstanceNorm) and (
+            module.track_running_stats or x.dim() == module._get_no_batch_dim()
+        ):
+            # What is no normalisation of one example's channels, or of an example without a batch.
+            return None
         rule = _RULES[type(module).forward].from_module(module)
         out: Tensor = _Normalized.apply(rule, y.detach(), x, getattr(module, "weight", None))
         return out
@@ -73,7 +81,13 @@ def frozen_normalizations(
 
 
 def _made_by_the_layer(y: Tensor) -> bool:
-    return torch.compiler.is_compiling() or type(y.grad_fn).__name__ in _KERNELS
+    if torch.compiler.is_compiling():
+        return True
+    node = y.grad_fn
+    if type(node).__name__ == "ViewBackward0":
+        assert node is not None
+        return type(node.next_functions[0][0]).__name__ in _VIEWED_KERNELS
+    return type(node).__name__ in _KERNELS
 
 
 class _Normalized(torch.autograd.Function):

@@ -130,10 +130,11 @@ class _Fused(torch.autograd.Function):
             scaled = g
             if factor is not None:
                 scaled = torch.mul(g, rule.over_output(factor.to(g.dtype), g), out=room)
-            (by, keep), dw = sum_own_gradients(
+            (by, keep), part, dw = sum_own_gradients(
                 rule, g, scaled, x, weight, columns, finite, factors_of
             )
             dw = dw * examples
+            own_by = by * part.to(by.dtype)
         else:
             by, keep = factors_of(
                 rule.bound_of_scaled(
@@ -143,9 +144,10 @@ class _Fused(torch.autograd.Function):
                 size=partial(rule.size_of, config.bound, g, columns),
                 least=rule.least_bound(config.bound, g.dtype, config.max_input_norm),
             )
+            own_by = by
         g = zero_rows(g, keep)
         # Before the products, which drive the gradient out of the processor's cache.
-        db = rule.bias_gradient(g, by) * examples if wants_bias else None
+        db = rule.bias_gradient(g, own_by) * examples if wants_bias else None
         dx = None
         wanted = (wants_x, wants_weight and dw is None)
         if any(wanted):

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opacus_bpclip.cancellation import kept
 from opacus_bpclip.exact_norms import chunks, exact_chunk
+from opacus_bpclip.norms import row_norms
 from opacus_bpclip.ops import Factors
 from opacus_bpclip.rules import FusedRule
 from opacus_bpclip.rules.base import zero_rows
@@ -24,10 +26,12 @@ class Summed(NamedTuple):
 
     Attributes:
         factors: as from `clip_factors`.
-        gradient: the sum of the examples' gradients of the weight, each times its factor.
+        part: ``[B]``, what part of its own gradient an example keeps, see `cancellation.kept`.
+        gradient: the sum of the examples' gradients of the weight, each times factor and part.
     """
 
     factors: Factors
+    part: Tensor
     gradient: Tensor
 
 
@@ -55,21 +59,27 @@ def sum_own_gradients(
     """
     least = rule.least_bound("exact", g.dtype, None)
     found: list[Factors] = []
+    parts: list[Tensor] = []
     total: Tensor | None = None
     for rows in chunks(len(g), exact_chunk(rule.own_bytes(g, weight), g.device)):
         own = rule.own_gradients(scaled[rows], x[rows], weight)
+        bound = rule.bound_of_own(own, g[rows], columns[rows])
+        # Where positions cancel, rounding alone may be left of their sum.
+        part = kept(bound, row_norms(g[rows]) * row_norms(columns[rows]), g.dtype)
         factors = factors_of(
-            rule.bound_of_own(own, g[rows], columns[rows]),
+            bound,
             None if finite is None else finite[rows],
             size=partial(rule.size_of, "exact", g[rows], columns[rows]),
             least=least,
         )
         flat = zero_rows(own.flatten(1), factors.keep)
-        part = factors.factor.to(flat.dtype) @ flat
-        total = part if total is None else total.add_(part)
+        summed = (factors.factor * part.to(factors.factor.dtype)).to(flat.dtype) @ flat
+        total = summed if total is None else total.add_(summed)
         found.append(factors)
+        parts.append(part)
     assert total is not None
-    return Summed(_joined(found), total.view(weight.shape).to(weight.dtype))
+    part = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return Summed(_joined(found), part, total.view(weight.shape).to(weight.dtype))
 
 
 def _joined(found: list[Factors]) -> Factors:

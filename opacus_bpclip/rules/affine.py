@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip import norms
+from opacus_bpclip.cancellation import kept
 from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
 
 
@@ -56,6 +57,27 @@ class AffineRule(Rule):
             x: as for `gradients`.
             weight: the layer's; ``None`` for ones.
         """
+
+    def settled(self, dx: Tensor, of: Tensor, axes: tuple[int, ...], *, centre: bool) -> Tensor:
+        """Return an input's gradient, in place, without what is nothing but rounding.
+
+        It is what is left of the upstream gradient, times the weight, once its mean and its part
+        along the normalised input are taken away.
+
+        Args:
+            dx: the gradient, from kernels that add up many numbers one by one.
+            of: the norm of what it is left of, over ``axes``, which are kept with size 1.
+            axes: over what the layer normalises.
+            centre: whether the mean is one of what is taken away; it is taken again.
+        """
+        if centre:
+            dx = dx.sub_(dx.mean(dim=axes, keepdim=True))
+        left = torch.linalg.vector_norm(dx, dim=axes, keepdim=True)
+        factor = kept(left, of, dx.dtype)
+        # Reading a flag stalls an accelerator and breaks a traced graph: there, always multiply.
+        if torch.compiler.is_compiling() or dx.device.type != "cpu" or bool((factor < 1).any()):
+            dx = dx.mul_(factor)
+        return dx
 
     @abstractmethod
     def centred(self, x: Tensor) -> Tensor:

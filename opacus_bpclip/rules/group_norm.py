@@ -127,7 +127,21 @@ class GroupNormRule(AffineRule):
             wanted,
         )
         own = (None if part is None else part.view(batch, -1) for part in parts)
+        if dx is not None:
+            dx = self._without_rounding(dx, g, scaled)
         return None if dx is None else dx.view(x.shape), *own
+
+    def _without_rounding(self, dx: Tensor, g: Tensor, scaled: Tensor) -> Tensor:
+        """Return `settled` for ``[B, R, *]``.
+
+        Args:
+            dx: the gradient of the input, in any shape.
+            g: the upstream gradient.
+            scaled: ``[B, R, *]``, what each channel was multiplied by.
+        """
+        channels = torch.linalg.vector_norm(self.channels_first(g), dim=2)
+        of = torch.linalg.vector_norm(channels.view(scaled.shape) * scaled, dim=2, keepdim=True)
+        return self.settled(dx.view(len(g), self.groups, -1), of, (2,), centre=True)
 
     def _channel_by_channel(
         self, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
@@ -151,7 +165,9 @@ class GroupNormRule(AffineRule):
         normalized = (self.channels_first(x) - centre[..., None]) * scale[..., None]
         own = (g * normalized).sum(dim=2), g.sum(dim=2)
         along, shift = ((sums * weight * scale) @ average for sums in own)
-        dx = g * (weight * scale)[..., None] - normalized * along[..., None] - shift[..., None]
+        scale = weight * scale
+        dx = g * scale[..., None] - normalized * along[..., None] - shift[..., None]
+        dx = self._without_rounding(dx, g, scale.view(batch, self.groups, -1))
         parts = (dx.view(x.shape), *own)
         return tuple(part if want else None for part, want in zip(parts, wanted, strict=True))
 

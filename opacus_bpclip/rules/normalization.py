@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from opacus_bpclip.rules.base import trainable
 @dataclass(frozen=True)
 class LayerNormRule(AffineRule):
     """``nn.LayerNorm``: input ``[B, *, *shape]``, normalised over ``shape``."""
+
+    subtracts_mean: ClassVar[bool] = True
 
     shape: tuple[int, ...]
 
@@ -84,7 +86,14 @@ class LayerNormRule(AffineRule):
             None,
             (True, False, False),
         )
-        return normalized, dx.mul_(rstd)
+        return normalized, self.without_rounding(dx, g, weight).mul_(rstd)
+
+    def without_rounding(self, dx: Tensor, g: Tensor, weight: Tensor | None) -> Tensor:
+        """Return `settled` for a gradient that is not divided by the deviation yet."""
+        axes = self._axes()
+        affine = g if weight is None else g * weight
+        of = torch.linalg.vector_norm(affine, dim=axes, keepdim=True)
+        return self.settled(dx, of, axes, centre=self.subtracts_mean)
 
     def centred(self, x: Tensor) -> Tensor:
         """Take the mean over the last axes away."""
@@ -108,6 +117,8 @@ class LayerNormRule(AffineRule):
 class RMSNormRule(LayerNormRule):
     """``nn.RMSNorm``: as LayerNorm, without the mean and without a bias."""
 
+    subtracts_mean: ClassVar[bool] = False
+
     def normalized(self, x: Tensor) -> Tensor:
         """Divide by the root mean square over the last axes."""
         return F.rms_norm(x, self.shape, eps=self.eps)
@@ -124,7 +135,8 @@ class RMSNormRule(LayerNormRule):
             return normalized, None
         affine = g if weight is None else g * weight
         along = (affine * normalized).mean(dim=axes, keepdim=True)
-        return normalized, (affine - normalized * along).mul_(rstd)
+        dx = affine - normalized * along
+        return normalized, self.without_rounding(dx, g, weight).mul_(rstd)
 
     def centred(self, x: Tensor) -> Tensor:
         """Return the input: no mean is involved."""

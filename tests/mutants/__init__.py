@@ -1,6 +1,16 @@
 """Ways to be wrong, each patched into the real code, each killed by a check of the suite."""
 
-from tests.mutants import bounds, coupling, layers, noise, probe, release, replacements, sampling
+from tests.mutants import (
+    bounds,
+    coupling,
+    layers,
+    losses,
+    noise,
+    probe,
+    release,
+    replacements,
+    sampling,
+)
 from tests.mutants.registry import MUTANTS, Mutant, mutant
 
 __all__ = [
@@ -9,6 +19,7 @@ __all__ = [
     "bounds",
     "coupling",
     "layers",
+    "losses",
     "mutant",
     "noise",
     "probe",
