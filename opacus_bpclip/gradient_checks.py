@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from opacus_bpclip.coverage import TRAINABLE_DTYPES
-from opacus_bpclip.passes import ACCUMULATION
+from opacus_bpclip.passes import ACCUMULATION, TWO_FORWARDS
 from opacus_bpclip.provenance import WatchedParameter
 
 _THROUGH_ITS_LAYER = (
@@ -19,7 +19,7 @@ _THROUGH_ITS_LAYER = (
 
 
 def wrong_gradient(
-    watched: WatchedParameter, gradient: Tensor, *, compiled: bool, alone: bool
+    watched: WatchedParameter, gradient: Tensor, *, compiled: bool, alone: bool, several: bool
 ) -> str | None:
     """Say why a gradient cannot be accounted for, ``None`` if it can.
 
@@ -28,6 +28,7 @@ def wrong_gradient(
         gradient: what is about to reach it.
         compiled: whether part of the forward pass was traced, and so unseen.
         alone: whether the step is to be of one batch.
+        several: whether the gradients at hand came from several forward passes.
     """
     if gradient.dtype not in TRAINABLE_DTYPES:
         return _lower_precision(watched.name, gradient)
@@ -35,6 +36,8 @@ def wrong_gradient(
         if not (compiled and watched.vouched):
             return _of_unknown_origin(watched.name, compiled)
     elif not watched.is_sum_of_sent(gradient):
+        if several and not watched.passes:
+            return TWO_FORWARDS
         return (
             f"{watched.name} got gradient from outside its layer's call, and nothing bounds "
             f"it. {_THROUGH_ITS_LAYER}, and without hooks that change gradients."

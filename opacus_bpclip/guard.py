@@ -288,6 +288,7 @@ class GradientGuard:
             gradient,
             compiled=self._compiled,
             alone=not self.passes.accumulation_allowed,
+            several=self.passes.several,
         )
         self.require(problem)
         watched.vouched = True

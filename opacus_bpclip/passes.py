@@ -10,7 +10,7 @@ ACCUMULATION = (
     "Poisson sampling is not compatible with grad accumulation: two batches may share an example. "
     "Call optimizer.step() and zero_grad() after every backward pass, or use BatchMemoryManager."
 )
-_TWO_FORWARDS = (
+TWO_FORWARDS = (
     "One backward pass came from two forward passes of the model (a siamese or triplet loss, "
     "R-Drop, a discriminator on real and generated examples): an example that is in both would "
     "contribute twice, and nothing shows which rows belong together. Put them in one call: give "
@@ -44,14 +44,16 @@ class BackwardPasses:
         if forward in self._forwards:
             return None
         task = torch._C._current_graph_task_id()
-        if self._forwards:
-            if task == self._task:
-                return _TWO_FORWARDS
-            if not self.accumulation_allowed:
-                return ACCUMULATION
+        if self._forwards and not self.accumulation_allowed:
+            return TWO_FORWARDS if task == self._task else ACCUMULATION
         self._forwards.add(forward)
         self._task = task
         return self.samples.spend(rows)
+
+    @property
+    def several(self) -> bool:
+        """Return whether the gradients at hand came from several forward passes."""
+        return len(self._forwards) > 1
 
     def collect(self, *, any_gradient: bool) -> str | None:
         """Note that the gradients at hand go into the step; return why they must not.

@@ -73,6 +73,7 @@ def training(
     )
     handle, optimizer, *private, loader = made
     optimizer.keep_summed_grad = True
+    optimizer._guard.passes.samples.attached = False  # the batches are made up
     (criterion,) = private or (nn.CrossEntropyLoss(),)
     return Training(handle if wrap_model else model, optimizer, criterion, loader)
 
@@ -402,7 +403,7 @@ def test_every_engine_returns_it_when_it_was_passed_and_only_then(stock, with_ep
             assert len(made) == (4 if any(criterion.values()) else 3)
         assert isinstance(made[2], BackpropClipCriterion)
         assert isinstance(made[3], DataLoader)
-        x, y = batch()
+        x, y = next(iter(made[3]))
         made[2](made[0](x), y).backward()
         made[1].step()
     finally:

@@ -137,6 +137,7 @@ def test_registering_is_idempotent_and_is_undone_to_the_last_attribute(times: in
     assert changed == {
         "make_private",
         "make_private_with_epsilon",
+        "_prepare_data_loader",
         "_prepare_model",
         "_prepare_optimizer",
     }
