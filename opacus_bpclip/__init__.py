@@ -12,6 +12,7 @@ from opacus_bpclip.losses import CrossEntropy
 from opacus_bpclip.optimizer import BackpropClipOptimizer
 from opacus_bpclip.registration import register, unregister
 from opacus_bpclip.rules import register_rule
+from opacus_bpclip.several_optimizers import SeveralOptimizers
 
 __version__ = version("opacus-bpclip")
 
@@ -25,6 +26,7 @@ __all__ = [
     "CrossEntropy",
     "PrivacyEngine",
     "PrivacyViolationError",
+    "SeveralOptimizers",
     "clip_inputs",
     "register",
     "register_rule",

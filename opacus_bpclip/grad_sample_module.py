@@ -61,7 +61,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         if hasattr(m, _ATTACHED):
             raise CoverageError(
                 "The model has backpropagation clipping attached already. Call cleanup() on what "
-                "make_private returned for it, or pass a fresh model."
+                "make_private returned for it, or pass a fresh model. Several optimizers over one "
+                "model go into one call: opacus_bpclip.SeveralOptimizers(one, other)."
             )
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')

@@ -65,7 +65,8 @@ def test_a_model_with_our_hooks_but_no_wrapper_is_refused_and_goes_on_training()
         make_private(model)
     assert str(refusal.value) == (
         "The model has backpropagation clipping attached already. Call cleanup() on what "
-        "make_private returned for it, or pass a fresh model."
+        "make_private returned for it, or pass a fresh model. Several optimizers over one model go "
+        "into one call: opacus_bpclip.SeveralOptimizers(one, other)."
     )
     assert snapshot(model) == before
     train_step(private)
