@@ -19,6 +19,7 @@ from opacus_bpclip.coverage import declared_uses, trainable_layers
 from opacus_bpclip.loader import several_rows
 from opacus_bpclip.ranks import several_ranks
 from opacus_bpclip.sampled_items import sampled_items
+from opacus_bpclip.several_optimizers import SeveralOptimizers
 from opacus_bpclip.tying import tied_groups
 
 
@@ -114,6 +115,9 @@ def _is_noise_multiplier(value: object) -> bool:
 
 
 def _refuse_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, SeveralOptimizers):
+        for each in optimizer.optimizers:
+            _refuse_optimizer(each)
     step = inspect.signature(type(optimizer).step).parameters.get("closure")
     if step is not None and step.default is inspect.Parameter.empty:
         raise ValueError(

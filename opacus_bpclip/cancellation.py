@@ -17,7 +17,7 @@ ROUNDING = 64
 ORDINARY = 2**13
 
 
-def kept(left: Tensor, of: Tensor, dtype: torch.dtype) -> Tensor:
+def kept(left: Tensor, of: Tensor, dtype: torch.dtype, limit: Tensor | float = 0.0) -> Tensor:
     """Return by what to multiply what is left of a cancellation.
 
     0 up to `ROUNDING` units of the last place, 1 from `ORDINARY` on, and a line between them, so
@@ -28,7 +28,9 @@ def kept(left: Tensor, of: Tensor, dtype: torch.dtype) -> Tensor:
         left: the norm of what is left.
         of: a bound on the norm of what has cancelled, of the same shape.
         dtype: of the numbers that have cancelled.
+        limit: what is left is not scaled up after this, and clipped to it: next to it, rounding of
+            something that is not `ORDINARY` times larger is small already.
     """
-    ulps = left / (of * torch.finfo(dtype).eps)
+    ulps = left.clamp(min=limit) / (of * torch.finfo(dtype).eps)
     # Of nothing nothing is left; and what overflows is not for here to judge.
     return ((ulps - ROUNDING) / (ORDINARY - ROUNDING)).nan_to_num(nan=1.0).clamp(0, 1)

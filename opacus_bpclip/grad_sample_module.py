@@ -16,7 +16,7 @@ from opacus_bpclip.criterion import BackpropClipCriterion
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.input_clipping import attach_input_clips, take_input_clips
-from opacus_bpclip.layer_clips import frozen_normalizations, layer_clips
+from opacus_bpclip.layer_clips import frozen_normalizations, layer_clips, softmaxes
 from opacus_bpclip.probe import Batch, Prober, UntriedError, batch_size
 from opacus_bpclip.samples import SampleLog
 from opacus_bpclip.tying import tied_groups
@@ -98,6 +98,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._handles += clip.attach()
         for frozen in frozen_normalizations(m, {layer.module for layer in layers.values()}):
             self._handles += frozen.attach()
+        for softmax in softmaxes(m):
+            self._handles += softmax.attach()
         setattr(m, _ATTACHED, True)
         self._attached = True
 

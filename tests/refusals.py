@@ -19,10 +19,10 @@ from torch.utils.data import (
 )
 from torch.utils.data import default_collate as collate
 
-from opacus_bpclip import BackpropClipping, CoverageError
+from opacus_bpclip import BackpropClipping, CoverageError, SeveralOptimizers
 from tests.helpers import FEATURES, dataset, make_private, mlp
 
-SGD = torch.optim.SGD
+SGD, LBFGS = torch.optim.SGD, torch.optim.LBFGS
 SAMPLED = (
     "Pass a DataLoader with batch_size (and shuffle=True, if you like) over the items to train on; "
     "torch.utils.data.Subset(dataset, indices) makes a data set of some of them. With a sampling "
@@ -260,9 +260,18 @@ REFUSALS = {
         "much. Make one row of each item, for example one crop, drawn anew each time.",
         {"data_loader": DataLoader(dataset(), 8, collate_fn=lambda items: collate(3 * items))},
     ),
+    "several evaluations a step of one of several": Refusal(
+        "LBFGS evaluates the loss several times a step, and each evaluation would be a release of "
+        "its own. Use an optimizer that takes one gradient a step, such as SGD or Adam.",
+        {
+            "optimizer": SeveralOptimizers(
+                SGD(mlp().parameters(), lr=0.1), LBFGS(mlp().parameters())
+            )
+        },
+    ),
     "several evaluations a step": Refusal(
         "LBFGS evaluates the loss several times a step, and each evaluation would be a release of "
         "its own. Use an optimizer that takes one gradient a step, such as SGD or Adam.",
-        {"optimizer": torch.optim.LBFGS(mlp().parameters())},
+        {"optimizer": LBFGS(mlp().parameters())},
     ),
 }

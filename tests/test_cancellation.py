@@ -187,3 +187,74 @@ def _search(made: tuple[nn.Module, int], way: str, kind: str, data: st.DataObjec
     with_z, without_z = (joint(trainer.released(x[:k], target[:k])) for k in (count + 1, count))
     moved: Tensor = (with_z.double() - without_z.double()).norm()
     assert moved <= limit * (1 + slack), f"moved by {moved / limit} times the claim"
+
+
+def with_softmax(dim: int = -1) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (2, 4)), nn.Softmax(dim))
+
+
+def _equal_rows(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    one, other = torch.randn(2, 1, 4, generator=generator)
+    x = torch.cat([one.expand(count, 4), other])
+    return x, torch.zeros(len(x), 8)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize("count", [1, 30, 200, 1000])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_of_the_sum_of_a_softmax_layer_sends_nothing_down(scale, count, reduction):
+    # 4.9, 30 and 1,000 times the claim behind a plain mean, with torch's own backward pass.
+    def total(output: Tensor, target: Tensor, reduction: str) -> Tensor:
+        losses = scale * output.flatten(1).sum(dim=1)
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+    trainer = Trainer(
+        with_softmax(), (4,), BackpropClipping(), loss=total, reduction=reduction,
+        dtype=torch.float32,
+    )  # fmt: skip
+    x, target = _equal_rows(count)
+    assert not joint(trainer.released(x, target)).any()
+
+
+@DTYPES
+@pytest.mark.parametrize("dim", [1, 2, -1])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_softmax_layer_passes_on_what_torchs_own_does(dtype, dim, inplace):
+    model = with_softmax(dim).to(dtype)
+    plain = copy.deepcopy(model)
+    trainer = Trainer(
+        model, (4,), BackpropClipping(bound="exact", max_input_norm=None), max_grad_norm=1e6,
+        reduction="sum", dtype=dtype,
+    )  # fmt: skip
+    x, _ = _equal_rows(5)
+    x, weights = x.to(dtype), torch.randn(6, 2, 4, dtype=dtype)
+
+    def loss(output: Tensor) -> Tensor:
+        if inplace:
+            output = (output * 1).mul_(2)
+        return (weights * output).sum()
+
+    loss(trainer.model(x)).backward()
+    trainer.optimizer.step()
+    loss(plain(x)).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.summed_grad, q.grad)
+
+
+def test_a_softmax_layer_that_is_not_torchs_own_keeps_its_backward_pass():
+    class Sharp(nn.Softmax):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(3 * x)
+
+    for layer in (Sharp(-1), nn.Softmax(-1)):
+        model = nn.Sequential(nn.Linear(4, 8), layer)
+        if type(layer) is nn.Softmax:
+            layer.forward = lambda x: 2 * x
+        trainer = Trainer(model, (4,), BackpropClipping(), max_grad_norm=1e6, reduction="sum")
+        x = torch.randn(3, 4).double()
+        y = trainer.model(x)
+        (y.square().sum()).backward()
+        trainer.optimizer.step()
+        assert joint({"0": torch.cat([p.summed_grad.flatten() for p in model.parameters()])}).any()

@@ -18,6 +18,7 @@ from opacus_bpclip.layer_clips.parameters import ParameterClip
 from opacus_bpclip.layer_clips.recurrent import RecurrentClip
 from opacus_bpclip.layer_clips.shared import SharedMeasurement
 from opacus_bpclip.layer_clips.single import SingleClip
+from opacus_bpclip.layer_clips.softmax import softmaxes
 from opacus_bpclip.rules import (
     BroadcastRule,
     ConvRule,
@@ -29,7 +30,7 @@ from opacus_bpclip.rules import (
     Rule,
 )
 
-__all__ = ["frozen_normalizations", "layer_clips"]
+__all__ = ["frozen_normalizations", "layer_clips", "softmaxes"]
 
 # By the rule's very class, since one that inherits may describe another layer; and only where the
 # layer's forward is the one that the closed form belongs to.

@@ -71,7 +71,7 @@ class _Affine(torch.autograd.Function):
         measured = row_norms(own)
         # Of many positions' sum rounding alone may be left.
         positions = g[0].numel() // weight.numel() if len(g) else 1
-        part = kept(measured, size * math.sqrt(positions), own.dtype)
+        part = kept(measured, size * math.sqrt(positions), own.dtype, clip.unscaled_limit())
         by, keep = clip_factors(
             measured if clip.normalize else measured * part,
             None,

@@ -131,7 +131,15 @@ class _Fused(torch.autograd.Function):
             if factor is not None:
                 scaled = torch.mul(g, rule.over_output(factor.to(g.dtype), g), out=room)
             (by, keep), part, dw = sum_own_gradients(
-                rule, g, scaled, x, weight, columns, finite, factors_of
+                rule,
+                g,
+                scaled,
+                x,
+                weight,
+                columns,
+                finite,
+                factors_of,
+                clip.unscaled_limit() / max(examples, 1),
             )
             dw = dw * examples
             own_by = by * part.to(by.dtype)

@@ -63,6 +63,12 @@ class NodeClip(Clip):
             gradients = {"weight": weight, "bias": bias}
             receipt.sign([gradients[name] for name in self.layer.named_parameters])
 
+    def unscaled_limit(self) -> Tensor | float:
+        """Return the limit of gradients that are clipped only, 0 where they are scaled up to it."""
+        if self.normalize:
+            return 0.0
+        return self.limit if torch.compiler.is_compiling() else self.limit.item()
+
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks; the second is the first after the layer, nothing may come between."""
         module = self.layer.module

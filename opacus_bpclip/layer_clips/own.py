@@ -44,6 +44,7 @@ def sum_own_gradients(
     columns: Tensor,
     finite: Tensor | None,
     factors_of: Callable[..., Factors],
+    limit: Tensor | float,
 ) -> Summed:
     """Clip and add up the examples' gradients of a layer's weight.
 
@@ -56,6 +57,7 @@ def sum_own_gradients(
         columns: norms from `MatrixRule.with_one`, of the scaled columns.
         finite: as for `clip_factors`.
         factors_of: `clip_factors` for this layer and batch.
+        limit: as for `cancellation.kept`, of gradients as they are measured here.
     """
     least = rule.least_bound("exact", g.dtype, None)
     found: list[Factors] = []
@@ -65,7 +67,7 @@ def sum_own_gradients(
         own = rule.own_gradients(scaled[rows], x[rows], weight)
         bound = rule.bound_of_own(own, g[rows], columns[rows])
         # Where positions cancel, rounding alone may be left of their sum.
-        part = kept(bound, row_norms(g[rows]) * row_norms(columns[rows]), g.dtype)
+        part = kept(bound, row_norms(g[rows]) * row_norms(columns[rows]), g.dtype, limit)
         factors = factors_of(
             bound,
             None if finite is None else finite[rows],

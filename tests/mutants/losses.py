@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opacus_bpclip import criterion, grad_sample_module
 from opacus_bpclip.criterion import LossWatch
-from opacus_bpclip.layer_clips import affine, own
+from opacus_bpclip.layer_clips import affine, own, softmax
 from opacus_bpclip.rules import AffineRule
 from opacus_bpclip.rules import affine as affine_rules
 from tests.mutants import loss_killers
@@ -52,7 +52,7 @@ def rows_taken_for_examples(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LossWatch, "require_examples", lambda self, losses: None)
 
 
-def _all_kept(left: Tensor, of: Tensor, dtype: torch.dtype) -> Tensor:
+def _all_kept(left: Tensor, of: Tensor, dtype: torch.dtype, limit: object = 0.0) -> Tensor:
     return torch.ones_like(left)
 
 
@@ -86,3 +86,10 @@ def rounding_of_own_gradients_clipped_as_a_gradient(patch: pytest.MonkeyPatch) -
     """What rounding has left of an example's own gradient in the exact bound is held back by no
     more than the bound's slack, which a thousand equal companions make nothing of."""
     patch.setattr(own, "kept", _all_kept)
+
+
+@mutant(killed_by=loss_killers.sum_of_probabilities, says=MOVED)
+def rounding_passed_down_by_softmax(patch: pytest.MonkeyPatch) -> None:
+    """What a softmax layer leaves of a gradient that is equal over the classes goes down as it is:
+    with the next size of the batch, all equal examples contribute something else."""
+    patch.setattr(softmax, "kept", _all_kept)
