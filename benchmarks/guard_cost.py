@@ -26,7 +26,9 @@ from opacus_bpclip import BackpropClipOptimizer, BackpropClipping, PrivacyEngine
 from opacus_bpclip.ab.models import build
 from opacus_bpclip.guard import GradientGuard
 from opacus_bpclip.provenance import WatchedParameter
+from opacus_bpclip.samples import Pass
 
+ALIVE = Pass()
 Step = Callable[[], None]
 
 
@@ -88,7 +90,7 @@ def make_step(make: Callable[[], nn.Module], x: Tensor) -> tuple[Step, GradientG
     assert isinstance(optimizer, BackpropClipOptimizer)
 
     def step() -> None:
-        loader.samples.draw(len(x), 0)
+        loader.samples.draw(len(x), ALIVE)
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(model(x), y).backward()
         optimizer.step()

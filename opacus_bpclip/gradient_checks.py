@@ -40,7 +40,7 @@ def wrong_gradient(
             return TWO_FORWARDS
         return (
             f"{watched.name} got gradient from outside its layer's call, and nothing bounds "
-            f"it. {_THROUGH_ITS_LAYER}, and without hooks that change gradients."
+            f"it. {_THROUGH_ITS_LAYER}. Remove hooks that change gradients."
         )
     if alone and watched.passes:
         return ACCUMULATION

@@ -33,14 +33,15 @@ class CountedSampler(UniformWithReplacementSampler):
         self.samples = SampleLog()
 
     def __iter__(self) -> Iterator[list[int]]:
-        iteration = self.samples.begin()
+        samples, begun = self.samples, self.samples.begin()
+        left = True
         try:
             for indices in super().__iter__():
-                self.samples.draw(len(indices), iteration)
+                samples.draw(len(indices), begun)
                 yield indices
-        except GeneratorExit:
-            self.samples.leave(iteration)
-            raise
+            left = False
+        finally:
+            samples.end(begun, left=left)
 
 
 class CollateWithEmpty:

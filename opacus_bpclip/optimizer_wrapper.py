@@ -63,7 +63,7 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         self._guard.passes.samples.signal(do_skip)
 
     def _check_skip_next_step(self, pop_next: bool = True) -> bool:
-        return self._guard.passes.samples.skips(pop=pop_next)
+        return self._guard.passes.skips(pop=pop_next)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state, and the settings that privacy was spent under."""

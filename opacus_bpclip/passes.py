@@ -15,8 +15,7 @@ TWO_FORWARDS = (
     "R-Drop, a discriminator on real and generated examples): an example that is in both would "
     "contribute twice, and nothing shows which rows belong together. Put them in one call: give "
     "the model a forward that takes all inputs, runs its layers on each, and returns all outputs, "
-    "and declare how often it uses each layer with BackpropClipping(uses={name: K}) or "
-    'uses="auto".'
+    "and declare how often it uses each layer: BackpropClipping(uses={name: K})."
 )
 
 
@@ -31,7 +30,7 @@ class BackwardPasses:
     def __init__(self) -> None:
         self.samples = SampleLog()
         self.accumulation_allowed = True
-        self._forwards: set[int] = set()
+        self._forwards: dict[int, int] = {}  # with how many rows each
         self._task = -1
 
     def begin(self, forward: int, rows: int) -> str | None:
@@ -46,14 +45,27 @@ class BackwardPasses:
         task = torch._C._current_graph_task_id()
         if self._forwards and not self.accumulation_allowed:
             return TWO_FORWARDS if task == self._task else ACCUMULATION
-        self._forwards.add(forward)
+        self._forwards[forward] = rows
         self._task = task
-        return self.samples.spend(rows)
+        return None
 
     @property
     def several(self) -> bool:
         """Return whether the gradients at hand came from several forward passes."""
         return len(self._forwards) > 1
+
+    @property
+    def rows(self) -> int | None:
+        """Return how many rows the gradients at hand are of, ``None`` if that was not counted."""
+        return sum(self._forwards.values()) if self._forwards else None
+
+    def skips(self, *, pop: bool) -> bool:
+        """Return whether the step at hand is of a batch that has more parts.
+
+        Args:
+            pop: whether that step begins.
+        """
+        return self.samples.skips(pop=pop, rows=self.rows)
 
     def collect(self, *, any_gradient: bool) -> str | None:
         """Note that the gradients at hand go into the step; return why they must not.
@@ -61,14 +73,11 @@ class BackwardPasses:
         Args:
             any_gradient: whether there are any.
         """
-        problem = None
-        if any_gradient and not self._forwards:
-            # A compiled graph made them, and nobody has counted its rows.
-            problem = self.samples.spend(None)
-        self.samples.collect()
-        return problem
+        if not any_gradient:
+            return None
+        # Of what a compiled graph made nobody has counted the rows.
+        return self.samples.spend(self.rows)
 
     def clear(self) -> None:
         """Forget them: they have been collected or thrown away."""
         self._forwards.clear()
-        self.samples.discard()

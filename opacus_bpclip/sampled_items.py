@@ -16,7 +16,6 @@ from torch.utils.data import (
     DataLoader,
     IterableDataset,
     RandomSampler,
-    Sampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
@@ -47,7 +46,8 @@ def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
             f"could be drawn. {_REMEDY}"
         )
     batches = loader.batch_sampler
-    if isinstance(batches, UniformWithReplacementSampler):
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    if isinstance(batches, UniformWithReplacementSampler) and batches.num_samples == size:
         return loader  # Poisson sampling from the same items
     if batches is None:
         raise ValueError(
@@ -63,7 +63,8 @@ def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
         raise ValueError(
             f"The data loader has no batch: fewer items than batch_size, and drop_last. {_REMEDY}"
         )
-    indices = _subset(loader.sampler, len(loader.dataset))  # type: ignore[arg-type]
+    # Not the loader's own attribute, which is a stand-in where a batch sampler was passed.
+    indices = _subset(batches.sampler, size)
     if indices is None:
         return loader
     return DataLoader(
@@ -100,9 +101,9 @@ def _subset(sampler: Any, size: int) -> Sequence[int] | None:
                 "twice to a step. Name each item once."
             )
         return indices
-    if isinstance(sampler, Sampler) and type(sampler) is not RandomSampler:
+    if type(sampler) is not RandomSampler:
         with repeatable(torch.device("cpu")):
-            drawn = sorted(sampler) if len(sampler) == size else []  # type: ignore[arg-type]
+            drawn = sorted(sampler) if len(sampler) == size else []
         if drawn == list(range(size)):
             return None  # another order of all of them
     raise ValueError(

@@ -1,14 +1,41 @@
 """Where a step's rows come from: one sampled batch or parts of it, each item one row, used once.
 
 The accountant takes each step for a Poisson sample of its own. So the sampler numbers what it
-draws (`opacus_bpclip.loader`), the guard says how many rows a backward pass has trained on, and the
+draws (`opacus_bpclip.loader`), the guard says how many rows the gradients at hand are of, and the
 optimizer says when a step ends. Rows carry no names: what is compared are numbers of rows.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from opacus_bpclip import sample_problems as problems
+
+# Batches that nobody trains on would pile up without end, as those of evaluation loops do.
+_MOST_WAITING = 1024
+
+
+@dataclass(eq=False)
+class Pass:
+    """One pass over the loader.
+
+    Attributes:
+        alive: whether it may still draw.
+        left: whether somebody ended it before its last batch.
+        used: how many steps or physical batches have trained on what it drew.
+        ahead: how many physical batches were announced when the first of them was stepped on.
+        part: the sample of which more parts are to be announced.
+    """
+
+    alive: bool = True
+    left: bool = False
+    used: int = 0
+    ahead: int = 0
+    part: Sample | None = None
 
 
 @dataclass(eq=False)
@@ -17,13 +44,35 @@ class Sample:
 
     Attributes:
         items: how many items it has.
-        iteration: the number of the pass over the loader that drew it.
+        of: the pass over the loader that drew it.
         rows: how many rows the step at hand has trained on.
+        announced: whether a physical batch of it was announced.
     """
 
     items: int
-    iteration: int
+    of: Pass
     rows: int = 0
+    announced: bool = False
+
+
+@dataclass(eq=False)
+class Signal:
+    """A physical batch that was announced.
+
+    Attributes:
+        skip: whether more parts of its logical batch follow.
+        sample: what it is a part of, ``None`` where no private loader draws.
+        thread: which thread announced it.
+    """
+
+    skip: bool
+    sample: Sample | None
+    thread: int
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether it has no items."""
+        return self.sample is not None and not self.sample.items
 
 
 class SampleLog:
@@ -32,114 +81,168 @@ class SampleLog:
     Attributes:
         attached: whether a private loader draws for this model. Without one, nothing is checked.
         last_step_skipped: whether the last step only collected a part of its batch.
-        mixed: whether the gradients at hand are of another sample than what was collected before.
+        mixed: whether what was collected before must not be added to.
     """
 
     def __init__(self) -> None:
         self.attached = False
         self.last_step_skipped = False
         self.mixed = False
-        self._iterations = 0
-        self._left: set[int] = set()  # iterations that somebody ended early
+        self._passes: list[Pass] = []
         self._waiting: list[Sample] = []
         self._latest: Sample | None = None
         self._open: Sample | None = None  # what the step at hand adds up
-        self._open_mark: Sample | None = None  # the latest sample when it did so first
-        self._uncollected = 0  # rows of the open sample whose gradients the optimizer has not taken
-        self._signals: deque[tuple[bool, Sample | None]] = deque()
+        self._mark: Sample | None = None  # of what its parts were announced to be
+        self._signals: deque[Signal] = deque()
+        self._last: Signal | None = None  # the latest signal
+        self._current: Signal | None = None  # the signal of the step at hand
+        self._stepping = threading.get_ident()  # in which thread steps are taken
+        self._left_out = False  # whether a physical batch was announced and not stepped on
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What waits, waits for the original: a copy must not train on it, too.
+        kept = ("attached", "last_step_skipped", "mixed", "_open", "_mark")
+        return vars(SampleLog()) | {name: getattr(self, name) for name in kept}
 
     # Loader
 
-    def begin(self) -> int:
-        """Begin a pass over the loader; return its number.
+    def begin(self) -> Pass:
+        """Begin a pass over the loader.
 
-        Samples of passes before the previous one will not be trained on any more. Neither will
-        physical batches that were announced by a pass that somebody has left.
+        Forget what can only have been looked at: batches of finished passes without a step.
         """
-        self._iterations += 1
-        self._waiting = [s for s in self._waiting if s.iteration >= self._iterations - 1]
-        self._signals = deque(
-            (skip, sample)
-            for skip, sample in self._signals
-            if sample is None or sample.iteration not in self._left
-        )
-        self._left.clear()
-        return self._iterations
+        self._forget(lambda of: not of.alive and not of.left and not of.used)
+        if self._last is not None and self._last.thread == self._stepping:
+            # What somebody has left will not come any more. A pass that ended on its own had a step
+            # for each physical batch, unless one was left out.
+            over = [s for s in self._signals if s.sample is not None and not s.sample.of.alive]
+            self._left_out |= any(
+                s.sample and not s.sample.of.left and s.sample.items for s in over
+            )
+            self._signals = deque(s for s in self._signals if s not in over)
+        begun = Pass()
+        self._passes.append(begun)
+        for old in self._passes[:-2]:
+            if not old.alive:
+                self._passes.remove(old)
+                if not old.left:
+                    self._forget(lambda of, old=old: of is old)  # type: ignore[misc]
+        return begun
 
-    def leave(self, iteration: int) -> None:
-        """Note that a pass over the loader was ended before its last batch."""
-        self._left.add(iteration)
+    def end(self, of: Pass, *, left: bool) -> None:
+        """Note that a pass over the loader has ended.
 
-    def draw(self, items: int, iteration: int) -> None:
+        Args:
+            of: the pass.
+            left: whether that was before its last batch.
+        """
+        of.alive, of.left = False, left
+
+    def draw(self, items: int, of: Pass) -> None:
         """Note that a batch was drawn."""
-        self._latest = Sample(items, iteration)
+        self._latest = Sample(items, of)
         self._waiting.append(self._latest)
+        del self._waiting[:-_MOST_WAITING]
+
+    def _forget(self, done: Callable[[Pass], bool]) -> None:
+        self._waiting = [sample for sample in self._waiting if not done(sample.of)]
+        self._signals = deque(s for s in self._signals if s.sample is None or not done(s.sample.of))
+
+    def _forget_looks(self) -> None:
+        """Forget what was announced by a pass that ended without a step, unless it is the last."""
+        last = self._last.sample.of if self._last and self._last.sample else None
+        self._signals = deque(
+            s
+            for s in self._signals
+            if s.sample is None or s.sample.of is last or s.sample.of.alive or s.sample.of.used
+        )
 
     # Physical batches
 
     def signal(self, skip: bool) -> None:
-        """Announce a physical batch, a part of the sample that was drawn last.
+        """Announce a physical batch, a part of a sample.
 
         Args:
             skip: whether more parts of its logical batch follow.
         """
-        self._signals.append((skip, self._latest))
+        self._last = Signal(skip, self._next_of(), threading.get_ident())
+        self._signals.append(self._last)
+        sample = self._last.sample
+        if sample is not None:
+            sample.announced = True
+            sample.of.part = sample if skip else None
 
-    def skips(self, *, pop: bool) -> bool:
+    def _next_of(self) -> Sample | None:
+        """Return of which sample the next part is: of one just drawn, or of the one before."""
+        latest = self._latest
+        if latest is None or (latest.of.alive and not latest.announced):
+            return latest
+        # A pass in between, for evaluation, has drawn others, and has ended.
+        unfinished = (of.part for of in reversed(self._passes) if of.alive and of.part)
+        return next(unfinished, latest)
+
+    def skips(self, *, pop: bool, rows: int | None = None) -> bool:
         """Return whether the step at hand is of a batch that has more parts.
 
         Args:
-            pop: whether to go on to the next physical batch.
+            pop: whether that step begins: the next one is of the next physical batch.
+            rows: how many rows the gradients at hand are of, ``None`` if unknown.
         """
-        if not self._signals:
-            return False
-        skip, _ = self._signals.popleft() if pop else self._signals[0]
-        return skip
+        self._stepping = threading.get_ident()
+        if not pop:
+            return bool(self._signals) and self._signals[0].skip
+        self._forget_looks()
+        while rows and len(self._signals) > 1 and self._signals[0].is_empty:
+            self._signals.popleft()  # Users may take no step on a batch without items.
+        if self._signals:
+            self._drop_left_out(self._signals[0])
+        self._current = self._signals.popleft() if self._signals else None
+        return self._current is not None and self._current.skip
 
-    # Backward pass and step
+    def _drop_left_out(self, first: Signal) -> None:
+        """Find signals too many: each step has taken one, however far a reader is ahead."""
+        if first.sample is None or first.thread != self._stepping:
+            return  # A thread that reads ahead does so at its own pace.
+        of, count = first.sample.of, len(self._signals)
+        if not of.ahead:
+            of.ahead = count
+        while len(self._signals) > of.ahead:
+            self._signals.popleft()
+            self._left_out = True
+
+    # Step
 
     def spend(self, rows: int | None) -> str | None:
-        """Note that a backward pass trains on some rows; return what is wrong with that.
+        """Note that the step at hand adds up gradients of some rows; return why it must not.
 
         Args:
             rows: how many, ``None`` if unknown, as in a compiled graph.
         """
         if not self.attached:
             return None
-        announced = self._signals[0][1] if self._signals else None
-        if self._open is not None:
-            if (announced or self._latest) is not self._open_mark:
-                self.mixed = True
-                return _TWO_SAMPLES
-        else:
-            self._open_mark = announced or self._latest
+        if self._left_out:
+            self._left_out, self.mixed = False, True
+            return problems.LEFT_OUT
+        announced = self._current.sample if self._current else None
+        mark = announced or self._next_of()
+        if self._open is not None and mark is not self._mark:
+            self.mixed = True
+            return problems.TWO_SAMPLES
+        self._mark = mark
         total = (rows or 0) + (self._open.rows if self._open else 0)
         sample = self._holding(total, rows is not None and self._open is None, announced)
         if sample is None:
-            # An empty batch adds nothing, whoever made it.
-            return None if rows == 0 else self._too_many(total)
+            if rows == 0:
+                return None  # An empty batch adds nothing, whoever made it.
+            known = [s.items for s in (self._open, *self._waiting) if s is not None]
+            return problems.too_many(rows, total, known)
         self._take(sample, total)
-        self._uncollected += rows or 0
+        sample.of.used += 1
         return None
-
-    def collect(self) -> None:
-        """Note that the optimizer has taken the gradients at hand."""
-        self._uncollected = 0
-
-    def discard(self) -> None:
-        """Note that the gradients at hand were thrown away: their rows may be trained on again."""
-        if self._open is None or not self._uncollected:
-            return
-        self._open.rows -= self._uncollected
-        self._uncollected = 0
-        if not self._open.rows:
-            self._waiting.insert(0, self._open)
-            self._open = self._open_mark = None
 
     def close(self) -> None:
         """End the step: nothing more is added to it, and its sample has been used."""
-        self._open = self._open_mark = None
-        self._uncollected = 0
+        self._open = self._mark = self._current = None
         self.mixed = False
 
     def _holding(self, rows: int, whole: bool, announced: Sample | None) -> Sample | None:
@@ -162,32 +265,3 @@ class SampleLog:
                 self._waiting.insert(0, self._open)
         sample.rows = rows
         self._open = sample
-
-    def _too_many(self, rows: int) -> str:
-        known = [sample.items for sample in (self._open, *self._waiting) if sample is not None]
-        if not known:
-            return (
-                f"The model trains on a batch{f' of {rows} rows' * bool(rows)}, but the data "
-                "loader that make_private returned has drawn none that was not used yet: the batch "
-                "came from elsewhere, or it is used a second time. The accountant takes "
-                "each step for a Poisson sample of its own, drawn by that loader. Iterate over the "
-                "loader that make_private returned for this model, and take one step for each of "
-                "its batches. If two models train on the same batches, put both in one module "
-                "whose forward runs them, with one optimizer over both."
-            )
-        return (
-            f"The model trains on a batch of {rows} rows, but the data loader sampled "
-            f"{max(known)} items: an item has several rows, or some rows are of no item (crops, "
-            "augmented copies, generated examples). The bound holds for one row of each item; an "
-            "item with several rows contributes several times as much. Make one row of each item "
-            "in the dataset or collate_fn, and train on nothing but the loader's batch."
-        )
-
-
-_TWO_SAMPLES = (
-    "One step would add up two sampled batches, which may share an example: it would contribute "
-    "twice. A step is of one batch of the loader that make_private returned, or of all its parts. "
-    "Do not signal_skip_step over several batches, and finish a logical batch before leaving "
-    "BatchMemoryManager's loop (zero_grad() throws away what an unfinished one has collected, "
-    "after this error). For larger batches, make the loader's batch_size larger."
-)

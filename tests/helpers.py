@@ -20,6 +20,7 @@ from opacus_bpclip import (
     PrivacyEngine,
     PrivacyViolationError,
 )
+from opacus_bpclip.samples import Pass
 
 FEATURES, CLASSES = 4, 3
 BOUNDS = pytest.mark.parametrize("bound", ["product", "weighted", "exact"])
@@ -126,7 +127,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def hand_over(private: Private, rows: int) -> None:
     """Pretend that the private loader has drawn a batch."""
     if isinstance(private.optimizer, BackpropClipOptimizer):
-        private.optimizer._guard.passes.samples.draw(rows, 0)
+        private.optimizer._guard.passes.samples.draw(rows, Pass())
 
 
 def backward(private: Private, size: int = 6) -> None:

@@ -89,8 +89,8 @@ DIRECT = (
     "weights after its step"
 )
 BESIDE = (
-    f"head.weight got gradient from outside its layer's call, and nothing bounds it. {DIRECT}, and "
-    "without hooks that change gradients."
+    f"head.weight got gradient from outside its layer's call, and nothing bounds it. {DIRECT}. "
+    "Remove hooks that change gradients."
 )
 INSTEAD = (
     f"head.weight got a gradient that did not come from its layer's call. {DIRECT}; attach privacy "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,62 +15,13 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
-    Dataset,
-    SubsetRandomSampler,
-    TensorDataset,
-    default_collate,
 )
 
 from opacus_bpclip import PrivacyEngine, PrivacyViolationError
+from opacus_bpclip.sample_problems import TWO_SAMPLES
 from opacus_bpclip.samples import SampleLog
-from tests.helpers import CLASSES, FEATURES, Private, dataset, make_private, mlp, values
-
-NOTHING_DRAWN = (
-    "The model trains on a batch of {rows} rows, but the data loader that make_private returned "
-    "has drawn none that was not used yet: the batch came from elsewhere, or it is used a second "
-    "time. The accountant takes each step for a Poisson sample of its own, drawn by that loader. "
-    "Iterate over the loader that make_private returned for this model, and take one step for each "
-    "of its batches. If two models train on the same batches, put both in one module whose forward "
-    "runs them, with one optimizer over both."
-)
-TOO_MANY = (
-    "The model trains on a batch of {rows} rows, but the data loader sampled {items} items: an "
-    "item has several rows, or some rows are of no item (crops, augmented copies, generated "
-    "examples). The bound holds for one row of each item; an item with several rows contributes "
-    "several times as much. Make one row of each item in the dataset or collate_fn, and train on "
-    "nothing but the loader's batch."
-)
-TWO_SAMPLES = (
-    "One step would add up two sampled batches, which may share an example: it would contribute "
-    "twice. A step is of one batch of the loader that make_private returned, or of all its parts. "
-    "Do not signal_skip_step over several batches, and finish a logical batch before leaving "
-    "BatchMemoryManager's loop (zero_grad() throws away what an unfinished one has collected, "
-    "after this error). For larger batches, make the loader's batch_size larger."
-)
-
-
-def counted(model: nn.Module | None = None, **options: Any) -> Private:
-    torch.manual_seed(3)
-    return make_private(model or mlp(), counted=True, noise_multiplier=1.0, **options)
-
-
-def train(private: Private, x: Tensor, y: Tensor) -> None:
-    private.optimizer.zero_grad()
-    F.cross_entropy(private.model(x), y).backward()
-    private.optimizer.step()
-
-
-def refused(private: Private, x: Tensor, y: Tensor, message: str) -> None:
-    before, steps = values(private), private.steps
-    with pytest.raises(PrivacyViolationError) as refusal:
-        train(private, x, y)
-    assert str(refusal.value) == message
-    with pytest.raises(PrivacyViolationError, match="not covered by the guarantee"):
-        private.optimizer.step()
-    assert torch.equal(values(private), before)
-    assert private.steps == steps
-    private.optimizer.zero_grad()
-
+from tests.helpers import FEATURES, dataset, make_private, mlp, values
+from tests.sampling import NOTHING_DRAWN, TOO_MANY, counted, first, refused, train
 
 # Ways to read the loader that train on each batch once
 
@@ -163,10 +114,6 @@ def test_a_batch_that_was_thrown_away_may_be_trained_on_again() -> None:
 
 
 # What is refused
-
-
-def first(private: Private) -> tuple[Tensor, Tensor]:
-    return next((x, y) for x, y in private.loader if len(x) > 2)
 
 
 @pytest.mark.parametrize("wrap_model", [True, False])
@@ -281,9 +228,10 @@ def test_two_models_on_one_sample_are_refused_and_one_module_for_both_is_account
     one = counted(encoder, engine=engine, data=data)
     other = counted(decoder, engine=engine, data=data)
     x, _ = first(other)
-    loss = F.mse_loss(other.model(one.model(x)), x)
+    F.mse_loss(other.model(one.model(x)), x).backward()
+    other.optimizer.step()
     with pytest.raises(PrivacyViolationError) as refusal:
-        loss.backward()
+        one.optimizer.step()
     assert str(refusal.value) == NOTHING_DRAWN.format(rows=len(x))
     for private in (one, other):
         private.handle.cleanup()
@@ -323,142 +271,70 @@ def test_a_private_loader_that_is_passed_again_gives_samples_of_their_own() -> N
     assert loader is not one.loader
     assert len(loader) == len(one.loader)
     x, y = first(one)
+    F.cross_entropy(other(x), y).backward()
     with pytest.raises(PrivacyViolationError, match="has drawn none"):
-        F.cross_entropy(other(x), y).backward()
+        optimizer.step()
     for x, y in loader:
         optimizer.zero_grad()
         F.cross_entropy(other(x), y).backward()
         optimizer.step()
 
 
-# Items
+# Backward passes that train nothing
 
 
-def test_a_subset_is_what_is_sampled_from() -> None:
-    data = TensorDataset(torch.arange(400.0)[:, None].expand(-1, FEATURES), torch.zeros(400).long())
-    model = mlp()
-    _, optimizer, loader = PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(data, batch_size=10, sampler=SubsetRandomSampler(range(100))),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        clipping="backprop",
-    )
-    seen = torch.cat([x[:, 0] for _ in range(20) for x, _ in loader])
-    assert set(seen.tolist()) == set(range(100))
-    assert (optimizer.expected_batch_size, loader.sample_rate) == (10, 1 / 10)
-    assert optimizer.step_hook.sample_rate == 1 / 10
+class Generator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, FEATURES)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layer(z)
 
 
-class Backwards(torch.utils.data.Sampler):
-    def __len__(self) -> int:
-        return 32
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(31, -1, -1))
-
-
-def test_an_order_of_the_users_own_is_no_matter() -> None:
-    model = mlp()
-    _, _, loader = PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(dataset(), batch_size=8, sampler=Backwards()),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        clipping="backprop",
-    )
-    assert loader.dataset.tensors[0].shape == (32, FEATURES)
-
-
-# Forms of batches
-
-
-@dataclasses.dataclass
-class Pair:
-    x: Tensor
-    y: Tensor
+@pytest.mark.parametrize("how", ["as it is", "frozen meanwhile", "by a gradient of its input"])
+def test_a_generator_trains_through_a_private_discriminator(how: str) -> None:
+    private, generator = counted(), Generator()
+    other = torch.optim.SGD(generator.parameters(), lr=0.1)
+    parameters = list(private.handle._module.parameters())
+    for x, y in private.loader:
+        train(private, x, y)
+        private.optimizer.zero_grad()
+        before = values(private)
+        other.zero_grad()
+        fake = generator(torch.randn(9, 2))
+        if how == "by a gradient of its input":
+            (slope,) = torch.autograd.grad(private.model(fake).sum(), fake)
+            fake.backward(slope)
+        else:
+            for p in parameters:
+                p.requires_grad_(how == "as it is")
+            private.model(fake).sum().backward()
+            for p in parameters:
+                p.requires_grad_(True)
+        other.step()
+        assert generator.layer.weight.grad is not None
+        assert torch.equal(values(private), before)
+        private.optimizer.zero_grad()
+    assert private.steps == len(private.loader)
 
 
-class Items(Dataset[Any]):
-    """Items of some form."""
-
-    def __init__(self, form: Callable[[Tensor, Tensor], Any]) -> None:
-        self.form = form
-
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, index: int) -> Any:
-        return self.form(*dataset()[index])
+def test_what_a_generator_left_in_the_discriminator_is_not_released() -> None:
+    private = counted()
+    private.model(torch.randn(9, FEATURES)).sum().backward()
+    with pytest.raises(PrivacyViolationError) as refusal:
+        private.optimizer.step()
+    assert str(refusal.value) == NOTHING_DRAWN.format(rows=9)
 
 
-def _pairs(items: list[Pair]) -> Pair:
-    return Pair(torch.stack([i.x for i in items]), torch.stack([i.y for i in items]))
-
-
-def _named(items: list[dict[str, Any]]) -> dict[str, Any]:
-    return {**default_collate(items), "names": ["a"] * len(items)}
-
-
-@pytest.mark.parametrize(
-    ("form", "collate", "read"),
-    [
-        (lambda x, y: (x, y), None, lambda b: b),
-        (lambda x, y: {"x": x, "y": y}, None, lambda b: (b["x"], b["y"])),
-        (lambda x, y: {"x": x, "y": y}, _named, lambda b: (b["x"], b["y"])),
-        (lambda x, y: {"in": {"x": x}, "out": [y]}, None, lambda b: (b["in"]["x"], b["out"][0])),
-        (Pair, _pairs, lambda b: (b.x, b.y)),
-    ],
-    ids=["tuple", "dict", "dict with a list", "nested", "dataclass"],
-)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_any_form_train_and_an_empty_first_one_has_that_form(
-    form: Any, collate: Any, read: Any, workers: int
-) -> None:
-    torch.manual_seed(0)
-    model, engine = mlp(), PrivacyEngine()
-    options = {"num_workers": workers} if workers else {}
-    handle, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(Items(form), batch_size=1, collate_fn=collate, **options),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        clipping="backprop",
-    )
-    x, y = read(loader.collate_fn([]))
-    assert (x.shape, x.dtype) == ((0, FEATURES), torch.float32)
-    assert (y.shape, y.dtype) == ((0,), torch.int64)
-    sizes = []
-    for batch in loader:
-        x, y = read(batch)
-        sizes.append(len(x))
-        optimizer.zero_grad()
-        F.cross_entropy(handle(x), y, reduction="sum").backward()
+def test_a_copy_does_not_inherit_the_batches_that_wait() -> None:
+    private = counted()
+    x, y = first(private)
+    model, optimizer = copy.deepcopy((private.model, private.optimizer))
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(PrivacyViolationError, match="has drawn none"):
         optimizer.step()
-    assert 0 in sizes
-    assert engine.accountant.history == [(1.0, 1 / 12, 12)]
-
-
-def test_sequence_first_batches_are_emptied_on_their_own_axis() -> None:
-    def second(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        x, y = default_collate(items)
-        return x.T[..., None], y
-
-    model = nn.Sequential(nn.Linear(1, CLASSES))
-    _, _, loader = PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(dataset(), batch_size=4, collate_fn=second),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        batch_first=False,
-        clipping="backprop",
-    )
-    x, y = loader.collate_fn([])
-    assert (x.shape, y.shape) == ((FEATURES, 0, 1), (0,))
+    train(private, x, y)
 
 
 # The log itself
@@ -494,9 +370,8 @@ def test_honest_use_is_never_refused(
             skip = part < len(rows) - 1
             if announced:
                 log.signal(skip)
+            assert log.skips(pop=True, rows=count) is (skip and announced)
             assert log.spend(count) is None
-            log.collect()
-            assert log.skips(pop=True) is (skip and announced)
             if not skip:
                 log.close()
 
@@ -516,6 +391,5 @@ def test_no_sample_is_used_by_more_rows_or_steps_than_it_has(
         rows = data.draw(st.integers(1, 12))
         if log.spend(rows) is None:
             accepted += rows
-            log.collect()
             log.close()
     assert accepted <= sum(items)

@@ -56,8 +56,8 @@ def refused_on_the_batch(trick: Callable[[Switchable, Tensor], object], message:
 def test_bypass_beside_the_layer() -> None:
     refused_on_the_batch(
         lambda m, x: m.head(h := m.body(x)) + F.linear(h, m.head.weight),
-        f"head.weight got gradient from outside its layer's call, and nothing bounds it. {DIRECT}, "
-        "and without hooks that change gradients.",
+        f"head.weight got gradient from outside its layer's call, and nothing bounds it. {DIRECT}. "
+        "Remove hooks that change gradients.",
     )
 
 

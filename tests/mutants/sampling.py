@@ -32,7 +32,7 @@ def samples_stay_in_the_log(patch: pytest.MonkeyPatch) -> None:
 
     def keep(self: SampleLog, sample: Sample, rows: int) -> None:
         take(self, sample, rows)
-        self._waiting.append(Sample(sample.items, sample.iteration))
+        self._waiting.append(Sample(sample.items, sample.of))
 
     patch.setattr(SampleLog, "_take", keep)
 
@@ -43,7 +43,7 @@ def samples_added_up(patch: pytest.MonkeyPatch) -> None:
     spend = SampleLog.spend
 
     def forgetful(self: SampleLog, rows: int | None) -> str | None:
-        self._open_mark = self._signals[0][1] if self._signals else self._latest
+        self._mark = (self._current and self._current.sample) or self._next_of()
         return spend(self, rows)
 
     patch.setattr(SampleLog, "spend", forgetful)

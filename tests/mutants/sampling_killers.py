@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opacus_bpclip import BackpropClipping
 from opacus_bpclip.rules import RULES, BroadcastRule
+from opacus_bpclip.samples import Pass
 from tests.checks import Trainer, check_refused
 
 
@@ -20,7 +21,7 @@ def _sampled() -> tuple[Trainer, Tensor]:
     torch.manual_seed(0)
     trainer = Trainer(nn.Sequential(nn.Linear(2, 2)), (2,), BackpropClipping())
     trainer.model._sample_from(trainer.loader.samples)
-    trainer.loader.samples.draw(3, 0)
+    trainer.loader.samples.draw(3, Pass())
     return trainer, torch.ones(6, 2).double()
 
 
@@ -45,7 +46,7 @@ def two_samples_in_one_step() -> None:
     trainer.optimizer.signal_skip_step(True)
     trainer.model(x[:2]).sum().backward()
     trainer.optimizer.step()
-    trainer.loader.samples.draw(3, 0)
+    trainer.loader.samples.draw(3, Pass())
     check_refused(trainer, x[:1], lambda y, _: y.sum())
 
 
