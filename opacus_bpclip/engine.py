@@ -9,10 +9,11 @@ from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 
-from opacus_bpclip import extensions
+from opacus_bpclip import extensions, fingerprint
 from opacus_bpclip.compatibility import require_compatible
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.optimizer_wrapper import OptimizerWrapper
 from opacus_bpclip.replacements import compatible_copy
 
 
@@ -58,7 +59,40 @@ class PrivacyEngine(opacus.PrivacyEngine):
             CoverageError: the model has a trainable parameter that nothing bounds.
             ValueError: another argument is wrong. In both cases model and optimizer are unchanged.
         """
-        return extensions.make_private(super().make_private, self, **kwargs)
+        made = extensions.make_private(super().make_private, self, **kwargs)
+        self._optimizer = made[1]
+        return made
+
+    def save_checkpoint(
+        self, *, checkpoint_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Save as Opacus does, and the settings that privacy was spent under.
+
+        Args:
+            checkpoint_dict: what else to save.
+            **kwargs: as for ``opacus.PrivacyEngine.save_checkpoint``.
+        """
+        settings = {} if self._settings is None else {fingerprint.KEY: self._settings}
+        super().save_checkpoint(checkpoint_dict={**(checkpoint_dict or {}), **settings}, **kwargs)
+
+    def load_checkpoint(self, *, optimizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Load as Opacus does; warn if the settings were others.
+
+        Args:
+            optimizer: the private optimizer, if its state is to be loaded.
+            **kwargs: as for ``opacus.PrivacyEngine.load_checkpoint``.
+        """
+        checkpoint: dict[str, Any] = super().load_checkpoint(optimizer=optimizer, **kwargs)
+        # An optimizer has compared them already.
+        if optimizer is None and self._settings is not None:
+            fingerprint.compare(checkpoint.get(fingerprint.KEY), self._settings)
+        return checkpoint
+
+    @property
+    def _settings(self) -> fingerprint.Settings | None:
+        """Return the settings of the latest private training; ``None`` without any of ours."""
+        optimizer = getattr(self, "_optimizer", None)
+        return optimizer._settings() if isinstance(optimizer, OptimizerWrapper) else None
 
     def make_private_with_epsilon(self, **kwargs: Any) -> Any:
         """Make training private for a target epsilon; as ``make_private`` otherwise."""

@@ -189,12 +189,14 @@ def prepare_optimizer(
     if isinstance(optimizer, DPOptimizer):
         optimizer = optimizer.original_optimizer
     assert request.hooks is not None
+    # Opacus rounds down what the division by a rate such as 1/49 has made 0.99.
+    expected = max(kwargs["expected_batch_size"], 1)
     return BackpropClipOptimizer(
         optimizer,
         hooks=request.hooks,
         noise_multiplier=kwargs["noise_multiplier"],
         max_grad_norm=kwargs["max_grad_norm"],
-        expected_batch_size=kwargs["expected_batch_size"],
+        expected_batch_size=expected,
         loss_reduction=kwargs["loss_reduction"],
         generator=engine.secure_rng if engine.secure_mode else kwargs["noise_generator"],
         secure_mode=engine.secure_mode,

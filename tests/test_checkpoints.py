@@ -63,6 +63,25 @@ def test_other_settings_are_told(changed: dict[str, Any], told: list[str], tmp_p
     assert str(warning.message).count(" and is ") == len(told)
 
 
+def test_other_settings_are_told_without_an_optimizer_too(tmp_path: Path) -> None:
+    saved, loaded = private(), private(noise_multiplier=2.0)
+    path = tmp_path / "checkpoint.pt"
+    saved.engine.save_checkpoint(path=path, module=saved.handle, checkpoint_dict={"epoch": 3})
+    with pytest.warns(UserWarning, match=r"settings: noise_multiplier was 1\.0 and is 2\.0\. The"):
+        checkpoint = loaded.engine.load_checkpoint(path=path, module=loaded.handle)
+    assert checkpoint["epoch"] == 3
+    same = private()
+    same.engine.load_checkpoint(path=path, module=same.handle)
+
+
+def test_a_checkpoint_of_another_clipping_has_no_settings(tmp_path: Path) -> None:
+    flat = make_private(mlp(), clipping="flat")
+    path = tmp_path / "checkpoint.pt"
+    flat.engine.save_checkpoint(path=path, module=flat.handle)
+    loaded = private()
+    loaded.engine.load_checkpoint(path=path, module=loaded.handle)
+
+
 def test_the_state_fits_the_plain_optimizer_and_the_other_way_round() -> None:
     saved = private()
     train_step(saved)

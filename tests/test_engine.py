@@ -197,3 +197,11 @@ def test_the_wrapper_adds_no_public_name_to_opacus_own(kind: type) -> None:
     opacus_own = {*dir(AbstractGradSampleModule), "batch_first", "loss_reduction"}
     opacus_own |= {"grad_accumulation_hook", *vars(nn.Module())}
     assert {name for name in (*dir(ours), *vars(ours)) if not name.startswith("_")} <= opacus_own
+
+
+@pytest.mark.parametrize("items", [49, 98, 103])
+def test_the_expected_batch_size_is_never_rounded_down_to_nothing(items: int) -> None:
+    private = make_private(mlp(), data=dataset(items), batch_size=1)
+    assert private.optimizer.expected_batch_size == 1
+    train_step(private)
+    assert values(private).isfinite().all()
