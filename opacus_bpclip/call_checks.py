@@ -14,6 +14,36 @@ from opacus_bpclip.rules import Inputs
 Versions = tuple[int, ...]
 
 
+def first_in_backward(layer: Layer) -> str:
+    """Say that a layer runs in the backward pass without having run in the forward pass."""
+    return (
+        f"{layer.name} runs for the first time inside the backward pass, where its "
+        "uses cannot be counted. Use checkpoint(..., use_reentrant=False)."
+    )
+
+
+def outside_forward(layer: Layer) -> str:
+    """Say that a layer runs while its model does not."""
+    compiled = layer.recurrence is not None
+    return (
+        f"{layer.name} was called outside its model's forward pass, where nothing "
+        "ties its rows to the examples of the batch. Call the whole model, "
+        + ("without torch.compile (it cannot trace recurrent networks), " * compiled)
+        + "and have its forward return whatever the loss needs."
+    )
+
+
+def used_too_often(layer: Layer) -> str:
+    """Say that a layer runs more often in one forward pass than its bound counts."""
+    times = "once" if layer.uses == 1 else f"{layer.uses} times"
+    return (
+        f"{layer.name} is used more than {times} in a forward pass: each use adds to one "
+        f"example's contribution, and the bound counts {layer.uses}. Give each use its own "
+        f"layer, or declare how many there are: BackpropClipping(uses={{{layer.name!r}: "
+        "...})."
+    )
+
+
 def changed_layer(layer: Layer) -> str | None:
     """Say how a layer, or what runs around it, is not what was examined."""
     if layer.is_patched:

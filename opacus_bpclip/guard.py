@@ -20,7 +20,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.call_checks import changed_layer, other_dtype, replaced_parameter
+from opacus_bpclip.call_checks import (
+    changed_layer,
+    first_in_backward,
+    other_dtype,
+    outside_forward,
+    replaced_parameter,
+    used_too_often,
+)
 from opacus_bpclip.coverage import (
     batch_normalization_problem,
     batch_normalizations,
@@ -164,27 +171,12 @@ class GradientGuard:
         if _in_backward():
             self.require(replaced_parameter(layer))
             if not calls:
-                self.fail(
-                    f"{layer.name} runs for the first time inside the backward pass, where its "
-                    "uses cannot be counted. Use checkpoint(..., use_reentrant=False)."
-                )
+                self.fail(first_in_backward(layer))
             return False
         if not self._in_forward:
-            compiled = layer.recurrence is not None
-            self.fail(
-                f"{layer.name} was called outside its model's forward pass, where nothing "
-                "ties its rows to the examples of the batch. Call the whole model, "
-                + ("without torch.compile (it cannot trace recurrent networks), " * compiled)
-                + "and have its forward return whatever the loss needs."
-            )
+            self.fail(outside_forward(layer))
         if calls >= layer.uses:
-            times = "once" if layer.uses == 1 else f"{layer.uses} times"
-            self.fail(
-                f"{layer.name} is used more than {times} in a forward pass: each use adds to one "
-                f"example's contribution, and the bound counts {layer.uses}. Give each use its own "
-                f"layer, or declare how many there are: BackpropClipping(uses={{{layer.name!r}: "
-                "...})."
-            )
+            self.fail(used_too_often(layer))
         self._calls[layer.name] = calls + 1
         self.require(changed_layer(layer))
         return True
