@@ -10,7 +10,8 @@ mean for its value, and the gradient of the sum: ``n`` never enters. Proof: ``do
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ class LossWatch:
         self._task: int | None = None
         self._traced = False
 
+    # In which backward pass a criterion of any model was last.
+    latest_task: ClassVar[int | None] = None
+
     def __getstate__(self) -> dict[str, Any]:
         return vars(LossWatch())
 
@@ -57,7 +61,22 @@ class LossWatch:
 
     def note_backward(self) -> None:
         """Note that a backward pass has come through the criterion."""
-        self._task = torch._C._current_graph_task_id()
+        self._task = LossWatch.latest_task = torch._C._current_graph_task_id()
+
+    @classmethod
+    def foreign(cls, name: str) -> str | None:
+        """Say that a mean's gradient is expected, and a criterion has sent a sum's.
+
+        Args:
+            name: of the parameter that it arrives at.
+        """
+        if cls.latest_task != torch._C._current_graph_task_id():
+            return None
+        return (
+            f"{name} got a gradient through a criterion that make_private returned for another "
+            "model: it is a sum's, and would be taken for a mean's. Pass criterion to make_private "
+            "for each model, and use the one that came with it."
+        )
 
     def require_examples(self, losses: Tensor) -> None:
         """Check that each loss is one example's.
@@ -156,6 +175,7 @@ class BackpropClipCriterion(nn.Module):
                 f"{type(self.criterion).__name__} returned {shape} with reduction='none' instead "
                 f"of [B, ...], one row of losses for each example. {_PER_EXAMPLE}"
             )
+        self._require_no_broadcast(losses, (*args, *kwargs.values()))
         mean = self.reduction == "mean"
         if mean:
             losses = self._mean(losses, args, kwargs)
@@ -169,6 +189,20 @@ class BackpropClipCriterion(nn.Module):
             self.watch.require_examples(losses)
         total: Tensor = _Undivided.apply(watch, losses, max(len(losses), 1) if mean else 1)
         return total
+
+    def _require_no_broadcast(self, losses: Tensor, arguments: Iterable[Any]) -> None:
+        """Check that predictions were not broadcast against everybody's targets.
+
+        ``[B, 1]`` and ``[B]`` give ``[B, B]``: more losses than either has numbers.
+        """
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if tensors and losses.numel() > max(x.numel() for x in tensors):
+            shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+            raise ValueError(
+                f"{type(self.criterion).__name__} broadcast tensors of the shapes {shapes} to "
+                f"losses of shape {tuple(losses.shape)}: an example would meet the targets of "
+                "others. Give them one shape, for example by target.view_as(output)."
+            )
 
     def _mean(self, losses: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the mean of each example's losses, ``[B]``, in the criterion's sense."""

@@ -92,6 +92,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         ]
         self._loss = None if criterion is None else criterion.watch
         mean = loss_reduction == "mean" and criterion is None
+        self._guard.undoes_mean = mean
         if loss_reduction == "mean":
             self._guard.loss = self._loss
         for clip in layer_clips(layers.values(), config, self._limits, self._guard, mean=mean):

@@ -62,6 +62,7 @@ class GradientGuard:
         refused: whether the optimizer has refused them.
         accumulated: how many backward passes the last gradients added up.
         passes: the backward passes that they came from.
+        undoes_mean: whether the layers take gradients for those of a mean.
         loss: the watch of the criterion that every backward pass must come through, if any.
     """
 
@@ -73,6 +74,7 @@ class GradientGuard:
         self.accumulated = 1
         self.passes = BackwardPasses()
         self.loss: LossWatch | None = None
+        self.undoes_mean = False
         self._compiled = False
         self._in_forward = False
         self._batch_size = 0
@@ -275,6 +277,8 @@ class GradientGuard:
         """Check a gradient that is about to reach its parameter."""
         if self.loss is not None:
             self.require(self.loss.problem(watched.name))
+        elif self.undoes_mean:
+            self.require(LossWatch.foreign(watched.name))
         problem = wrong_gradient(
             watched,
             gradient,

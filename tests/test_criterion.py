@@ -515,3 +515,34 @@ def test_a_causal_language_model_trains_on_ragged_labels():
         return t.step(lambda: t.criterion(t.model(ids[rows]), labels[rows], num_items_in_batch=3))
 
     assert (total(slice(16)) - total(slice(15))).norm() <= 0.01 * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("kind", [nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.PoissonNLLLoss])
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+def test_predictions_that_are_broadcast_against_all_targets_are_refused(kind):
+    # 128 times the claim, for MSELoss and 256 examples.
+    trained = training(kind(), nn.Sequential(nn.Linear(FEATURES, 1)))
+    x, y = batch()
+    for output, target in (((6, 1), (6,)), ((6,), (6, 1))):
+        with pytest.raises(ValueError, match="broadcast") as refusal:
+            trained.criterion(trained.model(x).view(output), y.float().view(target))
+        assert str(refusal.value) == (
+            f"{kind.__name__} broadcast tensors of the shapes {output}, {target} to losses of "
+            "shape (6, 6): an example would meet the targets of others. Give them one shape, for "
+            "example by target.view_as(output)."
+        )
+    output = trained.model(x)
+    trained.criterion(output, y.float().view_as(output)).backward()
+    trained.optimizer.step()
+
+
+def test_a_criterion_of_another_model_is_refused_by_a_model_without_one():
+    one, other = training(nn.CrossEntropyLoss()), training(None)
+    x, y = batch()
+    one.model(x)
+    with pytest.raises(PrivacyViolationError) as refusal:
+        one.criterion(other.model(x), y).backward()
+    assert "through a criterion that make_private returned for another model" in str(refusal.value)
+    other.optimizer.zero_grad()
+    nn.CrossEntropyLoss()(other.model(x), y).backward()
+    other.optimizer.step()

@@ -66,9 +66,14 @@ class _Probabilities(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor]:
         (y,) = ctx.saved_tensors
-        weighted = y * g
+        # Less the likeliest class's gradient, which changes nothing in real numbers: what is equal
+        # cancels exactly, and where one class has nearly all, nothing else cancels.
+        likeliest = y.argmax(dim=ctx.dim, keepdim=True)
+        common = g.gather(ctx.dim, likeliest)
+        weighted = y * (g - common)
         left = weighted - y * weighted.sum(dim=ctx.dim, keepdim=True)
+        cancelled = (y * (g.abs() + common.abs())).scatter(ctx.dim, likeliest, 0.0)
         norms = [
-            torch.linalg.vector_norm(part, dim=ctx.dim, keepdim=True) for part in (left, weighted)
+            torch.linalg.vector_norm(part, dim=ctx.dim, keepdim=True) for part in (left, cancelled)
         ]
         return None, None, left * kept(norms[0], norms[1], g.dtype)
