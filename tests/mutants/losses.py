@@ -86,10 +86,3 @@ def rounding_of_own_gradients_clipped_as_a_gradient(patch: pytest.MonkeyPatch) -
     """What rounding has left of an example's own gradient in the exact bound is held back by no
     more than the bound's slack, which a thousand equal companions make nothing of."""
     patch.setattr(own, "kept", _all_kept)
-
-
-@mutant(killed_by=loss_killers.sum_of_probabilities, says=MOVED)
-def rounding_passed_down_by_softmax(patch: pytest.MonkeyPatch) -> None:
-    """What a softmax layer leaves of a gradient that is equal over the classes goes down as it is:
-    with the next size of the batch, all equal examples contribute something else."""
-    patch.setattr(grad_sample_module, "softmaxes", lambda _: ())
