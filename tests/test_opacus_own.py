@@ -111,6 +111,7 @@ def _tests() -> list[Any]:
                 if test.endswith(OTHER_MODES):
                     continue
                 reason = REASONS.get(f"{name}.{test}") or REASONS.get(test)
+                # The list above holds the reason; a test that begins to pass must leave it.
                 marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
                 found.append(pytest.param(kind, test, id=f"{name}.{test}", marks=marks))
     return found
@@ -127,6 +128,7 @@ def test_passes(kind: type[unittest.TestCase], test: str, monkeypatch: pytest.Mo
     result = unittest.TestResult()
     kind(test).run(result)
     if result.skipped:
+        # Opacus skips it by itself (no GPU, no torchcsprng), and says why.
         pytest.skip(result.skipped[0][1])
     for _, trace in result.failures + result.errors:
         raise AssertionError(trace)
