@@ -72,8 +72,12 @@ def _problem_when_ragged(copy: Copy, batch: Batch, loss_reduction: str) -> Probl
     problem = _problem_of_numbers(copy, start, loss_reduction)
     accelerated = copy.device.type != "cpu"
     _, rows = next(partitions(batch.size))
-    plain = _run(copy, start.select(rows))
-    for labels in ragged.possible_labels(copy.model, start, accelerated=accelerated):
+    with ragged.IgnoredIndices() as losses:
+        plain = _run(copy, start.select(rows))
+    possible = ragged.possible_labels(
+        copy.model, start, accelerated=accelerated, known=sorted(losses.values)
+    )
+    for labels in possible:
         known = [plain]
         for value in labels.values:
             if problem is not None:
@@ -89,12 +93,17 @@ def _problem_when_ragged(copy: Copy, batch: Batch, loss_reduction: str) -> Probl
 
 
 def _problem_of_numbers(copy: Copy, batch: Batch, loss_reduction: str) -> Problem | None:
-    try:
-        return Search(copy, batch, loss_reduction).problem_of_numbers()
-    except ChangedLaterError:
-        raise
-    except Exception:  # whatever the model's own code raises
-        return None
+    for spread in (nullcontext(), copy.spread()):
+        try:
+            with spread:
+                problem = Search(copy, batch, loss_reduction).problem_of_numbers()
+        except ChangedLaterError:
+            raise
+        except Exception:  # whatever the model's own code raises
+            problem = None
+        if problem is not None:
+            return problem
+    return None
 
 
 def _run(copy: Copy, batch: Batch) -> Recording | None:

@@ -6,7 +6,7 @@ can be told from one only where examples have different numbers of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -75,12 +75,20 @@ def ignoring(batch: Batch, labels: Tensor, value: int) -> Batch:
     return batch.map(ignore)
 
 
-def possible_labels(model: nn.Module, batch: Batch, *, accelerated: bool) -> Iterator[Labels]:
+def possible_labels(
+    model: nn.Module, batch: Batch, *, accelerated: bool, known: Iterable[int] = ()
+) -> Iterator[Labels]:
     """Yield the tensors of integers that may hold ignored positions.
 
     Whether they may is tried: an embedding does not take -100. On the CPU it says so; on an
     accelerator it may end the whole process's use of it, so there only what is called a label or a
     target is tried. What is called a mask holds 0 and 1.
+
+    Args:
+        model: for the names of its arguments.
+        batch: the batch.
+        accelerated: whether the model is on an accelerator.
+        known: what the model's losses ignore, from `IgnoredIndices`.
     """
     ways: dict[int, tuple[Tensor, list[str]]] = {}
     for path, leaf in _leaves(batch):
@@ -92,7 +100,31 @@ def possible_labels(model: nn.Module, batch: Batch, *, accelerated: bool) -> Ite
         if not masks and (named or not accelerated):
             values = _IGNORED if leaf.dtype.is_signed else ()
             images = (_IGNORED_IN_IMAGES,) if leaf.dim() > 2 and leaf.dtype != torch.int8 else ()
-            yield Labels(leaf, values + images)
+            largest = torch.iinfo(leaf.dtype).max
+            read = tuple(value for value in known if 0 <= value <= largest)
+            yield Labels(leaf, tuple(dict.fromkeys(values + images + read)))
+
+
+class IgnoredIndices(TorchDispatchMode):
+    """Reads off the model's losses which label they ignore, such as a tokenizer's padding.
+
+    Attributes:
+        values: the labels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        names = [argument.name for argument in func._schema.arguments]
+        ignored = (dict(zip(names, args, strict=False)) | kwargs).get("ignore_index")
+        if isinstance(ignored, int):
+            self.values.add(ignored)
+        return func(*args, **kwargs)
 
 
 class NegativeIndices(TorchDispatchMode):
