@@ -39,6 +39,7 @@ def try_out(
     data_loader: object,
     loss_reduction: str = "mean",
     batch_first: bool = True,
+    loss_outside: bool = False,
     **_: Any,
 ) -> tuple[BackpropClipping, set[object]]:
     """Run a model on made-up examples of a data loader's shapes.
@@ -52,7 +53,9 @@ def try_out(
     config = with_uses(config, module, data_loader, batch_first=batch_first)
     prober = Prober(module, loss_reduction=loss_reduction)
     if config.probe:
-        problem = prober.before_training(data_loader, batch_first=batch_first)
+        problem = prober.before_training(
+            data_loader, batch_first=batch_first, loss_outside=loss_outside
+        )
         if problem:
             raise CoverageError(problem.text)
     return config, prober.passed

@@ -77,7 +77,8 @@ def make_private(
         config = checked_options(engine, backprop, **kwargs)
         kwargs |= checked_loader(**kwargs)
         criterion = _private_criterion(kwargs)
-        request = _Request(*try_out(config, **kwargs), criterion)
+        tried = try_out(config, loss_outside=criterion is not None, **kwargs)
+        request = _Request(*tried, criterion)
     else:
         kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
         checked_options(engine, request.config, **kwargs)
@@ -115,7 +116,8 @@ def make_private_with_epsilon(
     kwargs |= checked_loader(**kwargs)
     criterion = _private_criterion(kwargs)
     # Opacus hands unknown options to the noise search as well: the request carries ours past it.
-    with _requested(engine, _Request(*try_out(config, **kwargs), criterion)):
+    tried = try_out(config, loss_outside=criterion is not None, **kwargs)
+    with _requested(engine, _Request(*tried, criterion)):
         return original(clipping=clipping, **kwargs)
 
 

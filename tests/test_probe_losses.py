@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from opacus_bpclip import CoverageError, CrossEntropy, PrivacyEngine, PrivacyViolationError
 from opacus_bpclip.probe import Batch, find_coupling
 from opacus_bpclip.probe.copies import Copy
 
@@ -65,3 +67,51 @@ def test_spread_parameters_are_put_back_to_the_bit() -> None:
         with copy.spread():
             assert copy.edited() == ["weight", "bias"]
         assert copy.edited() == []
+
+
+class Labelled(Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(VOCABULARY, (LENGTH,), generator=generator)
+        return {"input_ids": ids, "labels": ids.where(torch.arange(LENGTH) < 4 + index % 5, -100)}
+
+
+def _private(**options: object) -> tuple[object, ...]:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        num_labels=VOCABULARY,
+    )
+    model = transformers.BertForTokenClassification(config)
+    model.bert.embeddings.position_embeddings.requires_grad_(False)
+    return PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=DataLoader(Labelled(), batch_size=4),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        clipping="backprop",
+        **options,
+    )
+
+
+def test_the_remedy_works_with_labels_in_the_loader() -> None:
+    with pytest.raises(CoverageError, match=r"make_private\(criterion=opacus_bpclip.CrossEntropy"):
+        _private()
+    model, optimizer, criterion, loader = _private(criterion=CrossEntropy(class_axis=-1))
+    for batch in loader:
+        labels = batch.pop("labels")  # as transformers.Trainer does with compute_loss_func
+        optimizer.zero_grad()
+        criterion(model(**batch), labels, num_items_in_batch=7).backward()
+        optimizer.step()
+    batch = next(iter(loader))
+    with pytest.raises(PrivacyViolationError, match="returns a tensor without a batch axis"):
+        model(**batch)

@@ -122,10 +122,10 @@ def test_contrastive_loss_inside_the_model() -> None:
         "labels of the whole batch count (ignored positions, padding, class weights) is such a "
         "one. The bound holds for what an example contributes on its own; coupled examples move "
         "each other's gradients beyond it. Return one loss for each example; or do not pass the "
-        "labels to the model, and compute the loss from its logits with "
-        "opacus_bpclip.CrossEntropy(ignore_index=...), which a transformers Trainer takes as "
-        "compute_loss_func. If you are certain that the loss never sees this tensor, set "
-        "BackpropClipping(probe=False).",
+        "labels to the model, and compute the loss from its logits with what "
+        "make_private(criterion=opacus_bpclip.CrossEntropy(ignore_index=...)) returns, which a "
+        "transformers Trainer takes as compute_loss_func. If you are certain that the loss never "
+        "sees this tensor, set BackpropClipping(probe=False).",
     )
 
 

@@ -42,7 +42,8 @@ def made_up_batches(
 def calls(collated: Any, model: nn.Module) -> Iterator[Call]:
     """Yield the ways to call a model on one batch that its signature allows, the likeliest first.
 
-    A mapping goes in by name, with what ``forward`` does not know left out, or as it is. Of a tuple
+    A mapping goes in by name, with what ``forward`` does not know left out, then the labels, or as
+    it is. Of a tuple
     come the first element, the first two, and so on to all of them, then what the first element
     holds if that is a tuple itself, then the tuple as it is. So a model with one input is not given
     the label for an optional mask.
@@ -62,6 +63,9 @@ def _forms(collated: Any, model: nn.Module) -> Iterator[Call]:
             taken = {name: value for name, value in named.items() if name in known}
             if taken and len(taken) < len(named):
                 yield (), taken
+        unlabelled = {name: value for name, value in named.items() if not _is_label(name)}
+        if len(unlabelled) < len(named):
+            yield (), unlabelled
     elif isinstance(collated, (tuple, list)):
         if hasattr(collated, "_fields"):
             yield whole
@@ -86,6 +90,10 @@ def _fits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     except TypeError:
         return False
     return True
+
+
+def _is_label(name: str) -> bool:
+    return "label" in name or "target" in name
 
 
 def argument_name(model: nn.Module, index: int) -> str:

@@ -35,18 +35,31 @@ class Prober:
         self.loss_reduction = loss_reduction
         self.passed: set[object] = set()
 
-    def before_training(self, loader: object, *, batch_first: bool) -> Problem | None:
+    def before_training(
+        self, loader: object, *, batch_first: bool, loss_outside: bool = False
+    ) -> Problem | None:
         """Return what couples made-up examples of the shapes that a data loader has.
 
         Where they cannot be made up, or do not fit the model, nothing is found: the first batch
         shows how the model is really called.
+
+        Args:
+            loader: the data loader.
+            batch_first: whether the batch is the first axis, or the second.
+            loss_outside: whether the loss is computed outside the model. Then it is not called with
+                labels, though the loader has some, and a loss of its own counts only if it returns
+                one in every form of call.
         """
+        found = None
         for batch in made_up_batches(loader, self.model, batch_first=batch_first):
             try:
-                return self._search(batch)
+                problem = self._search(batch)
             except UntriedError:
                 continue
-        return None
+            if problem is None or not (loss_outside and problem.of_loss):
+                return problem
+            found = problem
+        return found
 
     def on_batch(self, batch: Batch) -> Problem | None:
         """Return what couples examples when the model is called like this.

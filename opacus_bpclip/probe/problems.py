@@ -11,10 +11,12 @@ class Problem(NamedTuple):
     Attributes:
         module: dotted path in the model, ``"(root)"`` for the model itself.
         text: says so, with the reason and the remedy.
+        of_loss: whether it is about a loss that the model itself returns.
     """
 
     module: str
     text: str
+    of_loss: bool = False
 
 
 class UntriedError(Exception):
@@ -82,8 +84,8 @@ def not_additive(*, mean: bool) -> str:
         f"loss_reduction={'mean' if mean else 'sum'!r} has it. A loss that divides by how many "
         "tokens or labels of the whole batch count (ignored positions, padding, class weights) is "
         f"such a one. {_WHY} Return one loss for each example; or do not pass the labels to the "
-        "model, and compute the loss from its logits with "
-        "opacus_bpclip.CrossEntropy(ignore_index=...), which a transformers Trainer takes as "
-        "compute_loss_func. If you are certain that the loss never sees this tensor, set "
-        "BackpropClipping(probe=False)."
+        "model, and compute the loss from its logits with what "
+        "make_private(criterion=opacus_bpclip.CrossEntropy(ignore_index=...)) returns, which a "
+        "transformers Trainer takes as compute_loss_func. If you are certain that the loss never "
+        "sees this tensor, set BackpropClipping(probe=False)."
     )

@@ -129,7 +129,7 @@ class Search:
         for first in range(0, len(runs), 2):
             halves = [(run, trial.other.size) for trial, run in runs[first : first + 2]]
             if not self._adds_up(base, halves):
-                return Problem("(root)", problems.not_additive(mean=self.mean))
+                return Problem("(root)", problems.not_additive(mean=self.mean), of_loss=True)
         return None
 
     def _among(self, rows: Sequence[int]) -> Companions:
