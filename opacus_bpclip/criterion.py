@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from opacus_bpclip.first_order import first_order
 from opacus_bpclip.losses import mean_of_counted
+from opacus_bpclip.probe.batches import Batch
+from opacus_bpclip.probe.rows import rows_are_coupled
 
 _PER_EXAMPLE = (
     "Pass a criterion with a `reduction` that gives [B, ...] with reduction='none', one row for "
@@ -161,6 +163,7 @@ class BackpropClipCriterion(nn.Module):
         self.criterion = copy.deepcopy(criterion)
         self.criterion.reduction = "none"
         self.watch = LossWatch()
+        self._tried: set[object] = set()  # the forms of call that were searched
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss, a scalar; the arguments are the criterion's own.
@@ -176,6 +179,7 @@ class BackpropClipCriterion(nn.Module):
                 f"of [B, ...], one row of losses for each example. {_PER_EXAMPLE}"
             )
         self._require_no_broadcast(losses, (*args, *kwargs.values()))
+        self._require_own_rows(len(losses), args, kwargs)
         mean = self.reduction == "mean"
         if mean:
             losses = self._mean(losses, args, kwargs)
@@ -203,6 +207,25 @@ class BackpropClipCriterion(nn.Module):
                 f"losses of shape {tuple(losses.shape)}: an example would meet the targets of "
                 "others. Give them one shape, for example by target.view_as(output)."
             )
+
+    def _require_own_rows(self, size: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check, once for each form of call, that no row of losses depends on another example.
+
+        Left out is ``CTCLoss``, whose inputs have the batch on different axes.
+        """
+        if torch.compiler.is_compiling() or size < 2 or isinstance(self.criterion, nn.CTCLoss):
+            return
+        form = Batch(args, kwargs, size, 0).signature
+        if form in self._tried:
+            return
+        if rows_are_coupled(self.criterion, args, kwargs, size):
+            raise ValueError(
+                f"{type(self.criterion).__name__} couples examples: an example's loss changes when "
+                "others are left out of the batch, so one example would move the gradients of "
+                "others. Compute each example's loss from that example alone: no mean, softmax or "
+                "neighbours over the batch."
+            )
+        self._tried.add(form)
 
     def _mean(self, losses: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the mean of each example's losses, ``[B]``, in the criterion's sense."""

@@ -546,3 +546,37 @@ def test_a_criterion_of_another_model_is_refused_by_a_model_without_one():
     other.optimizer.zero_grad()
     nn.CrossEntropyLoss()(other.model(x), y).backward()
     other.optimizer.step()
+
+
+class Contrastive(nn.Module):
+    """Each example against all others."""
+
+    reduction = "mean"
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output @ output.T, torch.arange(len(output)), reduction="none")
+
+
+class Normalised(nn.Module):
+    """Losses that are divided by what all of them come to."""
+
+    reduction = "mean"
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        losses = F.cross_entropy(output, target, reduction="none")
+        return losses / losses.sum()
+
+
+@pytest.mark.parametrize("criterion", [Contrastive(), Normalised()])
+def test_a_criterion_that_couples_examples_is_refused(criterion):
+    # 29 times the claim, for a contrastive one and 50 examples.
+    trained = training(criterion)
+    x, y = batch()
+    trained.criterion(trained.model(x[:1]), y[:1])  # one row shows nothing
+    with pytest.raises(ValueError, match="couples examples") as refusal:
+        trained.criterion(trained.model(x), y)
+    assert str(refusal.value) == (
+        f"{type(criterion).__name__} couples examples: an example's loss changes when others are "
+        "left out of the batch, so one example would move the gradients of others. Compute each "
+        "example's loss from that example alone: no mean, softmax or neighbours over the batch."
+    )
