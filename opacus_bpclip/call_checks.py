@@ -33,6 +33,16 @@ def outside_forward(layer: Layer) -> str:
     )
 
 
+def changed_on_the_way(layer: Layer) -> str:
+    """Say that a layer gets another gradient than was clipped for it."""
+    return (
+        f"{layer.name} got another gradient than the one that was clipped for it: a "
+        "backward hook changed it (register_backward_hook, or a hook on grad_fn), or the "
+        "layer's output went around the clip. Use register_full_backward_hook, which sees "
+        "gradients before they are clipped."
+    )
+
+
 def used_too_often(layer: Layer) -> str:
     """Say that a layer runs more often in one forward pass than its bound counts."""
     times = "once" if layer.uses == 1 else f"{layer.uses} times"

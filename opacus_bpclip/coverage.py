@@ -162,6 +162,14 @@ def _replacement(module: nn.Module) -> str:
     return f"{method} does not replace it: it {obstacle}." if obstacle else f"{method} replaces it."
 
 
+def unfrozen_problem(name: str) -> str:
+    """Say what is wrong with a parameter that nobody examined."""
+    return (
+        f"{name} was frozen when make_private was called and has been unfrozen since: "
+        "nothing clips its gradient. Unfreeze it first, then call make_private again."
+    )
+
+
 def edited_problem(name: str) -> str:
     """Say what is wrong with a parameter that a forward pass changes."""
     return (

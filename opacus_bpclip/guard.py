@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip.call_checks import (
     changed_layer,
+    changed_on_the_way,
     first_in_backward,
     other_dtype,
     outside_forward,
@@ -32,6 +33,7 @@ from opacus_bpclip.coverage import (
     batch_normalization_problem,
     batch_normalizations,
     edited_problem,
+    unfrozen_problem,
 )
 from opacus_bpclip.criterion import LossWatch
 from opacus_bpclip.errors import PrivacyViolationError
@@ -140,10 +142,7 @@ class GradientGuard:
         self.require(several_ranks())
         for name, parameter in self._frozen:
             if parameter.requires_grad:
-                self.fail(
-                    f"{name} was frozen when make_private was called and has been unfrozen since: "
-                    "nothing clips its gradient. Unfreeze it first, then call make_private again."
-                )
+                self.fail(unfrozen_problem(name))
         # Looked up anew: a module may have been put in the place of another.
         for name, norm in batch_normalizations(self._model).items():
             if mixes_examples(norm):
@@ -232,15 +231,7 @@ class GradientGuard:
             y: what the layer made.
         """
 
-        def changed() -> None:
-            self.fail(
-                f"{layer.name} got another gradient than the one that was clipped for it: a "
-                "backward hook changed it (register_backward_hook, or a hook on grad_fn), or the "
-                "layer's output went around the clip. Use register_full_backward_hook, which sees "
-                "gradients before they are clipped."
-            )
-
-        watch_edge(clipped, y, changed)
+        watch_edge(clipped, y, lambda: self.fail(changed_on_the_way(layer)))
 
     # Backward
 
