@@ -122,11 +122,9 @@ class SampleLog:
             self._signals = deque(s for s in self._signals if s not in over)
         begun = Pass()
         self._passes.append(begun)
-        for old in self._passes[:-2]:
-            if not old.alive:
-                self._passes.remove(old)
-                if not old.left:
-                    self._forget(lambda of, old=old: of is old)  # type: ignore[misc]
+        gone = [of for of in self._passes[:-2] if not of.alive]
+        self._passes = [of for of in self._passes if of not in gone]
+        self._forget(lambda of: of in gone and not of.left)
         return begun
 
     def end(self, of: Pass, *, left: bool) -> None:

@@ -22,6 +22,7 @@ from tests.strategies import (
     BOUNDS,
     clippings,
     seed_torch,
+    sequences,
 )
 
 WIDTH, STEPS = 4, 3
@@ -51,11 +52,7 @@ def neighbours(draw):
     clipping = replace(draw(clippings()), upstream="clip")
     trainer = Trainer(model, (STEPS, WIDTH), clipping, max_grad_norm=0.7)
     count = draw(st.integers(2, 5))  # Opacus's own attention needs an example
-    x = torch.randn(count, STEPS, WIDTH, dtype=torch.float64)
-    target = torch.randn(count, STEPS * WIDTH, dtype=torch.float64)
-    scales = st.lists(st.sampled_from([0.1, 1.0, 10.0]), min_size=count, max_size=count)
-    rows, heights = (torch.tensor(draw(scales), dtype=torch.float64) for _ in range(2))
-    return trainer, x * rows[:, None, None], target * heights[:, None]
+    return trainer, *draw(sequences(count, STEPS, WIDTH))
 
 
 @given(neighbours())

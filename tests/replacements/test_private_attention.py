@@ -13,7 +13,7 @@ from opacus_bpclip.replacements import compatible_copy
 from opacus_bpclip.replacements.attention import MultiheadAttention
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
 from tests.replacements.masks import causal, padding
-from tests.strategies import clippings, seed_torch
+from tests.strategies import clippings, seed_torch, sequences
 
 WIDTH, HEADS, STEPS = 4, 2, 3
 
@@ -48,11 +48,7 @@ def neighbours(draw):
     clipping = replace(draw(clippings()), upstream="clip")
     trainer = Trainer(model, (STEPS, WIDTH), clipping, max_grad_norm=0.7)
     count = draw(st.integers(1, 5))
-    x = torch.randn(count, STEPS, WIDTH, dtype=torch.float64)
-    target = torch.randn(count, STEPS * WIDTH, dtype=torch.float64)
-    scales = st.lists(st.sampled_from([0.1, 1.0, 10.0]), min_size=count, max_size=count)
-    rows, heights = (torch.tensor(draw(scales), dtype=torch.float64) for _ in range(2))
-    return trainer, x * rows[:, None, None], target * heights[:, None]
+    return trainer, *draw(sequences(count, STEPS, WIDTH))
 
 
 @given(neighbours())

@@ -1,7 +1,7 @@
 """Every Hypothesis strategy of the suite: layers, architectures, options and hostile batches."""
 
 from tests.strategies.architectures import Branches, architectures
-from tests.strategies.batches import hostile_batches, hostile_examples
+from tests.strategies.batches import hostile_batches, hostile_examples, sequences
 from tests.strategies.layers import (
     CASES,
     NO_EMPTY_BATCH,
@@ -33,5 +33,6 @@ __all__ = [
     "scales",
     "seed_torch",
     "seeds",
+    "sequences",
     "single_layers",
 ]

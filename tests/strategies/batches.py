@@ -36,3 +36,13 @@ def hostile_batches(
     """``[B, *shape]`` with B from ``min_size`` to 5."""
     rows = [draw(hostile_examples(shape, dtype)) for _ in range(draw(st.integers(min_size, 5)))]
     return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=dtype)
+
+
+@st.composite
+def sequences(draw: st.DrawFn, count: int, steps: int, width: int) -> tuple[Tensor, Tensor]:
+    """Sequences of normal numbers and targets for all of them, examples of three sizes each."""
+    x = torch.randn(count, steps, width, dtype=torch.float64)
+    target = torch.randn(count, steps * width, dtype=torch.float64)
+    sizes = st.lists(st.sampled_from([0.1, 1.0, 10.0]), min_size=count, max_size=count)
+    rows, heights = (torch.tensor(draw(sizes), dtype=torch.float64) for _ in range(2))
+    return x * rows[:, None, None], target * heights[:, None]
