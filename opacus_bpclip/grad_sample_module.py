@@ -99,9 +99,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._handles += clip.attach()
         for frozen in frozen_normalizations(m, {layer.module for layer in layers.values()}):
             self._handles += frozen.attach()
-        if mean:  # else no rounding follows the batch's size, and what is left may stay
-            for softmax in softmaxes(m):
-                self._handles += softmax.attach()
+        for softmax in softmaxes(m):
+            self._handles += softmax.attach()
         setattr(m, _ATTACHED, True)
         self._attached = True
 
