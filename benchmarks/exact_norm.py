@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import BackpropClipping, PrivacyEngine
-from opacus_bpclip.exact_norms import own_is_cheaper
 from opacus_bpclip.rules import FusedRule
+from opacus_bpclip.rules.exact_norms import own_is_cheaper
 
 BATCH = 32
 # An input size and the positions of a sequence, or channels and the sides of an image.

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import BackpropClipOptimizer, BackpropClipping, PrivacyEngine
 from opacus_bpclip.ab.models import build
-from opacus_bpclip.guard import GradientGuard
-from opacus_bpclip.provenance import WatchedParameter
-from opacus_bpclip.samples import Pass
+from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.guard.provenance import WatchedParameter
+from opacus_bpclip.sampling.log import Pass
 
 ALIVE = Pass()
 Step = Callable[[], None]

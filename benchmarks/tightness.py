@@ -14,7 +14,7 @@ import torch
 from opacus.layers.dp_multihead_attention import SequenceBias
 from torch import Tensor, nn
 
-from opacus_bpclip.ops import clip_input
+from opacus_bpclip.clipping.ops import clip_input
 from opacus_bpclip.rules import registered_kind
 
 MAX_NORM = 3.0

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from opacus_bpclip import inspect_command
 from opacus_bpclip.ab import command as ab
 from opacus_bpclip.audit import command as audit
 from opacus_bpclip.bench import command as bench
+from opacus_bpclip.inspection import command as inspect_command
 
 # A command is a module with add_parser(subparsers), which sets run(args) -> int as a default.
 COMMANDS = (ab, audit, bench, inspect_command)

@@ -20,7 +20,7 @@ from opacus_bpclip import (
     PrivacyEngine,
     PrivacyViolationError,
 )
-from opacus_bpclip.samples import Pass
+from opacus_bpclip.sampling.log import Pass
 
 FEATURES, CLASSES = 4, 3
 BOUNDS = pytest.mark.parametrize("bound", ["product", "weighted", "exact"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opacus_bpclip import CoverageError
-from opacus_bpclip.allocation import layer_fractions
+from opacus_bpclip.clipping.allocation import layer_fractions
 
 sizes_strategy = st.dictionaries(
     st.text("abc.0123", min_size=1, max_size=6), st.integers(1, 10**12), min_size=1, max_size=40

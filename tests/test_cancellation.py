@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
-from opacus_bpclip.cancellation import ORDINARY, ROUNDING, kept
 from opacus_bpclip.rules import GroupNormRule, LayerNormRule, RMSNormRule
+from opacus_bpclip.rules.cancellation import ORDINARY, ROUNDING, kept
 from tests.checks import Trainer, check_sensitivity, joint
 from tests.companions import (
     Criterion,

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_bpclip import CoverageError
-from opacus_bpclip.coverage import trainable_layers
+from opacus_bpclip.model.coverage import trainable_layers
+from opacus_bpclip.model.tying import tied_groups
 from opacus_bpclip.rules import RULES, supported_layers
-from opacus_bpclip.tying import tied_groups
 from tests.helpers import make_private, mlp, train_step
 
 HEADER = "Backpropagation clipping cannot bound every trainable parameter of this model:\n"

@@ -174,7 +174,7 @@ def test_an_empty_batch_contributes_nothing(kind, bound):
 
 @KINDS
 def test_a_subclass_with_a_forward_of_its_own_has_no_rule(kind):
-    from opacus_bpclip.coverage import examine
+    from opacus_bpclip.model.coverage import examine
 
     layer = next(m for m in WORST_CASES[kind].make().modules() if isinstance(m, kind))
     own = type("Own", (kind,), {"forward": lambda self, *args, **kwargs: None})

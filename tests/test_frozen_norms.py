@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from opacus_bpclip import BackpropClipping
-from opacus_bpclip.grad_sample_module import BackpropClipHooks
+from opacus_bpclip.hooks import BackpropClipHooks
 from tests.checks import Trainer, check_independence
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from opacus_bpclip import BackpropClipping, CoverageError
 from opacus_bpclip.cli import main
-from opacus_bpclip.inspection import inspect
+from opacus_bpclip.inspection.inspection import inspect
 
 MODELS = """
 from torch import nn

@@ -11,8 +11,8 @@ import torch
 from opacus.layers import DPMultiheadAttention
 from torch import nn
 
-from opacus_bpclip.coverage import trainable_layers
-from opacus_bpclip.layer import Layer
+from opacus_bpclip.model.coverage import trainable_layers
+from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import LinearRule
 from opacus_bpclip.rules.base import trainable
 

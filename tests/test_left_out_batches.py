@@ -10,7 +10,7 @@ import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 
 from opacus_bpclip import PrivacyViolationError
-from opacus_bpclip.sample_problems import LEFT_OUT
+from opacus_bpclip.sampling.problems import LEFT_OUT
 from tests.helpers import Private, dataset, make_private, mlp
 from tests.sampling import counted, refused, train
 

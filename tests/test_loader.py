@@ -23,7 +23,7 @@ from torch.utils.data import (
 )
 
 from opacus_bpclip import PrivacyEngine
-from opacus_bpclip.sampled_items import sampled_items
+from opacus_bpclip.sampling.items import sampled_items
 from tests.helpers import CLASSES, FEATURES, dataset, mlp
 
 # Items

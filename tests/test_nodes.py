@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip import BackpropClipping, layer_clips
+from opacus_bpclip import BackpropClipping
+from opacus_bpclip.clipping import attach as layer_clips
 from opacus_bpclip.rules import GroupNormRule, LayerNormRule
 from tests.checks import Trainer, joint
 from tests.strategies import MODES, norm_cases, product_cases, seeds

@@ -4,8 +4,8 @@ import pytest
 import torch
 from opacus.optimizers.optimizer import _generate_noise
 
-from opacus_bpclip import noise
-from opacus_bpclip.noise import add_noise_, with_own_memory
+from opacus_bpclip.optimizer import noise
+from opacus_bpclip.optimizer.noise import add_noise_, with_own_memory
 
 
 def _draw(gradients, std=2.0, **options):

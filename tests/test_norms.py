@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opacus_bpclip import exact_norms, norms
-from opacus_bpclip.rules import ConvRule
+from opacus_bpclip.rules import ConvRule, exact_norms, norms
 from tests.strategies import seeds
 
 EVERY_KIND = [(True, True), (True, False), (False, True)]

@@ -19,7 +19,8 @@ from opacus.tests import (
     privacy_engine_validation_test,
 )
 
-from opacus_bpclip import BackpropClipping, PrivacyEngine, extensions
+from opacus_bpclip import BackpropClipping, PrivacyEngine
+from opacus_bpclip.engine import extensions
 
 MODULES: tuple[ModuleType, ...] = (
     privacy_engine_test,

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip import exact_norms
-from opacus_bpclip.ops import clip_input, clip_upstream, scale_input
-from opacus_bpclip.rules import RULES
+from opacus_bpclip.clipping.ops import clip_input, clip_upstream, scale_input
+from opacus_bpclip.rules import RULES, exact_norms
 from tests import reference
 from tests.strategies import BOUNDS, MODES, hostile_batches, product_cases
 

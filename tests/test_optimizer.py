@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from opacus.accountants import create_accountant
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipOptimizer, PrivacyEngine, PrivacyViolationError, fingerprint
+from opacus_bpclip import BackpropClipOptimizer, PrivacyEngine, PrivacyViolationError
+from opacus_bpclip.optimizer import fingerprint
 from tests.helpers import (
     FEATURES,
     backward,

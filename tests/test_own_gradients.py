@@ -10,8 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip import BackpropClipping, exact_norms
-from opacus_bpclip.rules import ConvRule, FusedRule, LinearRule, conv
+from opacus_bpclip import BackpropClipping
+from opacus_bpclip.rules import ConvRule, FusedRule, LinearRule, conv, exact_norms
 from tests.checks import HUGE, Trainer, check_independence, joint
 from tests.strategies import product_cases, seeds
 

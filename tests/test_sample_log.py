@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opacus_bpclip.samples import SampleLog
+from opacus_bpclip.sampling.log import SampleLog
 
 
 @st.composite

@@ -14,7 +14,7 @@ from torch.utils.data import (
 )
 
 from opacus_bpclip import PrivacyViolationError
-from opacus_bpclip.sample_problems import TWO_SAMPLES
+from opacus_bpclip.sampling.problems import TWO_SAMPLES
 from tests.helpers import dataset, make_private, mlp
 from tests.sampling import NOTHING_DRAWN, TOO_MANY, counted, first, refused, train
 

@@ -15,8 +15,8 @@ from opacus_bpclip import (
     CoverageError,
     PrivacyEngine,
     SeveralOptimizers,
-    fingerprint,
 )
+from opacus_bpclip.optimizer import fingerprint
 from tests.helpers import dataset, flat, mlp
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from opacus_bpclip import BackpropClipping, CoverageError, clip_inputs
-from opacus_bpclip.norms import rounding_margin
 from opacus_bpclip.rules import BroadcastRule
+from opacus_bpclip.rules.norms import rounding_margin
 from tests.helpers import FEATURES, make_private, one_layer, switchable, train_step, tricked
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip.audit.target import Batch, Trainer
 from opacus_bpclip.config import BackpropClipping
-from opacus_bpclip.engine import PrivacyEngine
+from opacus_bpclip.engine.engine import PrivacyEngine
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from opacus_bpclip.model.recurrence import is_packed
 from opacus_bpclip.probe.leaves import Change, batch_leaves, map_leaves, parts_of
 from opacus_bpclip.probe.values import invented, mixed, rows_of
-from opacus_bpclip.recurrence import is_packed
 
 # Two halves and two more pairs: each example meets each other one, and misses it.
 EXAMPLES = 4

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.recurrence import is_packed
+from opacus_bpclip.model.recurrence import is_packed
 
 Change = Callable[[Any], Any]
 Path = tuple[Any, ...]

@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import nn
 
 from opacus_bpclip.config import BackpropClipping
-from opacus_bpclip.coverage import trainable_layers
 from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.model.coverage import trainable_layers
 from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.copies import Copy

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_packed_sequence
 
+from opacus_bpclip.model.recurrence import is_packed
 from opacus_bpclip.probe.leaves import batch_leaves
-from opacus_bpclip.recurrence import is_packed
 
 
 @dataclass(frozen=True)

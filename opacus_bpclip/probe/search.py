@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.coverage import edited_problem
+from opacus_bpclip.model.coverage import edited_problem
 from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.comparison import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, unpack_sequence
 
-from opacus_bpclip.recurrence import is_packed
+from opacus_bpclip.model.recurrence import is_packed
 
 # How much of its positions each of four examples keeps. Halves of the four keep different numbers.
 _KEPT = (1.0, 0.5, 0.75, 0.25)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opacus_bpclip import norms
-from opacus_bpclip.cancellation import kept
+from opacus_bpclip.rules import norms
 from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
+from opacus_bpclip.rules.cancellation import kept
 
 
 @dataclass(frozen=True)

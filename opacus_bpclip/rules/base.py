@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip.norms import row_norms
+from opacus_bpclip.rules.norms import row_norms
 
 # What a layer was called with: the first arguments of its forward, ``None`` where one was left out.
 Inputs = tuple[Tensor | None, ...]

@@ -12,8 +12,8 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip import exact_norms
-from opacus_bpclip import norms as bounds
+from opacus_bpclip.rules import exact_norms
+from opacus_bpclip.rules import norms as bounds
 from opacus_bpclip.rules.base import Inputs, Prepared, trainable
 from opacus_bpclip.rules.linear import LinearRule
 

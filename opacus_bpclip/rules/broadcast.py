@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip import norms
 from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.rules import norms
 from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip import exact_norms
-from opacus_bpclip import norms as bounds
+from opacus_bpclip.rules import exact_norms
+from opacus_bpclip.rules import norms as bounds
 from opacus_bpclip.rules.base import Inputs, Keep, trainable
 from opacus_bpclip.rules.matrix import MatrixRule, Measured
 

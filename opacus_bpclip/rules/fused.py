@@ -16,15 +16,15 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from opacus_bpclip.exact_norms import own_bound, own_is_cheaper
-from opacus_bpclip.norms import (
+from opacus_bpclip.rules.exact_norms import own_bound, own_is_cheaper
+from opacus_bpclip.rules.matrix import MatrixRule
+from opacus_bpclip.rules.norms import (
     accumulation,
     max_column_norm,
     norm_dtype,
     rounding_margin,
     smallest_column_norm,
 )
-from opacus_bpclip.rules.matrix import MatrixRule
 
 
 class FusedRule(MatrixRule):

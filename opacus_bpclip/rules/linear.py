@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip import norms as bounds
+from opacus_bpclip.rules import norms as bounds
 from opacus_bpclip.rules.base import per_row, trainable
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.matrix import Measured

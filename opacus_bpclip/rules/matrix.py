@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from opacus_bpclip import exact_norms, norms
+from opacus_bpclip.rules import exact_norms, norms
 from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
 
 

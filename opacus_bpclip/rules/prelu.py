@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip import norms
+from opacus_bpclip.rules import norms
 from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, trainable
 
 

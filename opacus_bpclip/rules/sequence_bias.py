@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip import norms
+from opacus_bpclip.rules import norms
 from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, trainable
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.config import BackpropClipping
-from opacus_bpclip.grad_sample_module import BackpropClipHooks
+from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.testing.case import LIMIT, Case
 
 Inputs = tuple[Tensor | None, ...]  # None for an argument that is left out

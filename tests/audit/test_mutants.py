@@ -9,9 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opacus_bpclip import BackpropClipOptimizer, allocation, grad_sample_module, norms
+from opacus_bpclip import BackpropClipOptimizer
+from opacus_bpclip import hooks as grad_sample_module
 from opacus_bpclip.audit import audit_case
-from opacus_bpclip.guard import GradientGuard
+from opacus_bpclip.clipping import allocation
+from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.rules import norms
 
 
 def noise_shrunk(factor):

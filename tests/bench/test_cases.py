@@ -15,7 +15,7 @@ from opacus_bpclip.ab.models import count_parameters
 from opacus_bpclip.bench import arms
 from opacus_bpclip.bench.cases import batch, build
 from opacus_bpclip.bench.settings import BOUNDS, CASES, EAGER, OPACUS, points
-from opacus_bpclip.grad_sample_module import BackpropClipModule
+from opacus_bpclip.hooks import BackpropClipModule
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 from tests.bench.tiny import tiny
 

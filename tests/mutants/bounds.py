@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opacus_bpclip import allocation, exact_norms, grad_sample_module, norms, ops
-from opacus_bpclip.grad_sample_module import BackpropClipHooks
-from opacus_bpclip.layer_clips import affine, fused, recurrent, single
-from opacus_bpclip.layer_clips.shared import SharedMeasurement
+from opacus_bpclip import hooks as grad_sample_module
+from opacus_bpclip.clipping import affine, allocation, fused, ops, recurrent, single
+from opacus_bpclip.clipping.shared import SharedMeasurement
+from opacus_bpclip.hooks import BackpropClipHooks
+from opacus_bpclip.model.tying import Group
 from opacus_bpclip.rules import (
     BroadcastRule,
     ConvRule,
@@ -21,10 +22,11 @@ from opacus_bpclip.rules import (
     FusedRule,
     LayerNormRule,
     LinearRule,
+    exact_norms,
     matrix,
+    norms,
 )
 from opacus_bpclip.rules.base import per_row
-from opacus_bpclip.tying import Group
 from tests.mutants import bound_killers as killers
 from tests.mutants.registry import MOVED, clipped_around_the_layer, mutant
 

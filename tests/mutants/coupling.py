@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip import grad_sample_module, ops
-from opacus_bpclip.guard import GradientGuard
-from opacus_bpclip.layer_clips import affine, fused, own
-from opacus_bpclip.provenance import Receipt, WatchedParameter
+from opacus_bpclip import hooks as grad_sample_module
+from opacus_bpclip.clipping import affine, fused, ops, own
+from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.guard.provenance import Receipt, WatchedParameter
 from opacus_bpclip.rules import ConvRule, GroupNormRule, LinearRule, base
 from tests.mutants import bound_killers, coupling_killers, guard_killers
 from tests.mutants.registry import clipped_around_the_layer, mutant

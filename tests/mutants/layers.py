@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip import coverage, norms
+from opacus_bpclip.model import coverage
 from opacus_bpclip.rules import (
     BilinearRule,
     ConvTransposeRule,
@@ -17,6 +17,7 @@ from opacus_bpclip.rules import (
     PReLURule,
     SequenceBiasRule,
     TransposedLinearRule,
+    norms,
 )
 from opacus_bpclip.rules.base import Inputs, Prepared
 from tests.mutants import layer_killers as killers

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_bpclip import criterion, grad_sample_module
-from opacus_bpclip.criterion import LossWatch
-from opacus_bpclip.layer_clips import affine, own
+from opacus_bpclip import hooks as grad_sample_module
+from opacus_bpclip.clipping import affine, own
+from opacus_bpclip.losses import criterion
+from opacus_bpclip.losses.criterion import LossWatch
 from opacus_bpclip.rules import AffineRule
 from opacus_bpclip.rules import affine as affine_rules
 from tests.mutants import loss_killers

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_bpclip import BackpropClipOptimizer, noise, optimizer
+from opacus_bpclip import BackpropClipOptimizer
+from opacus_bpclip.optimizer import noise, optimizer
 from tests.mutants import noise_killers as killers
 from tests.mutants.registry import mutant
 

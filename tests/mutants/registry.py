@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from opacus_bpclip import layer_clips
+from opacus_bpclip.clipping import attach as layer_clips
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 Killer = Callable[[], None]

@@ -6,8 +6,8 @@ import pytest
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipOptimizer
-from opacus_bpclip.grad_sample_module import BackpropClipHooks
-from opacus_bpclip.guard import GradientGuard
+from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.hooks import BackpropClipHooks
 from tests.mutants import guard_killers, noise_killers
 from tests.mutants.registry import mutant
 

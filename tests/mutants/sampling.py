@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from opacus_bpclip import guard
-from opacus_bpclip.layer_clips.alignment import Alignment
-from opacus_bpclip.samples import Sample, SampleLog
+from opacus_bpclip.clipping.alignment import Alignment
+from opacus_bpclip.guard import guard
+from opacus_bpclip.sampling.log import Sample, SampleLog
 from tests.mutants import sampling_killers as killers
 from tests.mutants.registry import mutant
 

@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opacus_bpclip import BackpropClipping
 from opacus_bpclip.rules import RULES, BroadcastRule
-from opacus_bpclip.samples import Pass
+from opacus_bpclip.sampling.log import Pass
 from tests.checks import Trainer, check_refused
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from opacus_bpclip import BackpropClipping, CoverageError, PrivacyEngine, PrivacyViolationError
-from opacus_bpclip.recurrence import aligns_rows
+from opacus_bpclip.model.recurrence import aligns_rows
 from opacus_bpclip.replacements import compatible_copy, recurrent
 from opacus_bpclip.replacements.base import Copies
 from tests.checks import Trainer, check_training

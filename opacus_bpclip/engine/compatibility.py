@@ -1,0 +1,61 @@
+"""Whether a model can be trained within the guarantee, before anything is attached to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.model.coverage import declared_uses, trainable_layers
+from opacus_bpclip.probe import Prober, with_uses
+
+
+def require_compatible(
+    module: nn.Module, config: BackpropClipping | None = None, data_loader: object = None
+) -> None:
+    """Check that every trainable parameter has a rule, and that examples keep apart.
+
+    Args:
+        module: the model; it is not changed.
+        config: how it would be clipped.
+        data_loader: for the shapes of its examples; without one, the model is not run.
+
+    Raises:
+        CoverageError: the model would be refused; the message names each module, says why, and
+            what to do.
+    """
+    config = config or BackpropClipping()
+    trainable_layers(module, {} if config.uses == "auto" else declared_uses(config))
+    if data_loader is not None:
+        try_out(config, module=module, data_loader=data_loader)
+
+
+def try_out(
+    config: BackpropClipping,
+    *,
+    module: nn.Module,
+    data_loader: object,
+    loss_reduction: str = "mean",
+    batch_first: bool = True,
+    loss_outside: bool = False,
+    **_: Any,
+) -> tuple[BackpropClipping, set[object]]:
+    """Run a model on made-up examples of a data loader's shapes.
+
+    Returns:
+        The options with the uses counted, and the ways of calling the model that were searched.
+
+    Raises:
+        CoverageError: examples are coupled, or uses are to be counted and cannot be.
+    """
+    config = with_uses(config, module, data_loader, batch_first=batch_first)
+    prober = Prober(module, loss_reduction=loss_reduction)
+    if config.probe:
+        problem = prober.before_training(
+            data_loader, batch_first=batch_first, loss_outside=loss_outside
+        )
+        if problem:
+            raise CoverageError(problem.text)
+    return config, prober.passed

@@ -1,0 +1,263 @@
+"""The engine's methods as this package extends them: everything is checked before it is touched.
+
+Each public function here extends the method of the same name. It takes the method that it extends,
+bound, so that `PrivacyEngine` and `register` share it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import opacus
+from opacus.accountants.utils import get_noise_multiplier
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.engine.compatibility import try_out
+from opacus_bpclip.engine.validation import checked_loader, checked_options
+from opacus_bpclip.hooks import BackpropClipHooks, BackpropClipModule
+from opacus_bpclip.losses.criterion import BackpropClipCriterion
+from opacus_bpclip.optimizer.accounting import AccountStep
+from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
+from opacus_bpclip.sampling.loader import PrivateDataLoader
+
+Original = Callable[..., Any]
+
+_REQUEST = "_backprop_request"
+
+
+def _options(function: Callable[..., Any]) -> set[str]:
+    """Return the names that a function declares, without ``**kwargs``."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+
+
+# Read before `register` puts functions in place that take anything.
+_MAKE_PRIVATE_OPTIONS = _options(opacus.PrivacyEngine.make_private)
+_WITH_EPSILON_OPTIONS = _options(opacus.PrivacyEngine.make_private_with_epsilon)
+
+
+@dataclass
+class _Request:
+    """What one call of make_private hands to the engine's inner steps."""
+
+    config: BackpropClipping
+    passed: set[object]
+    criterion: BackpropClipCriterion | None = None
+    entered: bool = False
+    hooks: BackpropClipHooks | None = None
+
+
+def make_private(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    *,
+    clipping: str = "flat",
+    backprop: BackpropClipping | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Extend ``make_private``."""
+    request: _Request | None = getattr(engine, _REQUEST, None)
+    if clipping != "backprop":
+        refuse_options(clipping, backprop)
+        return original(clipping=clipping, **kwargs)
+    if request is not None and request.entered:
+        return original(clipping=clipping, **kwargs)
+    if request is None:
+        unknown = sorted(set(kwargs) - _MAKE_PRIVATE_OPTIONS)
+        if unknown:
+            raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
+        config = checked_options(engine, backprop, **kwargs)
+        kwargs |= checked_loader(**kwargs)
+        criterion = _private_criterion(kwargs)
+        tried = try_out(config, loss_outside=criterion is not None, **kwargs)
+        request = _Request(*tried, criterion)
+    else:
+        kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
+        checked_options(engine, request.config, **kwargs)
+    kwargs["grad_sample_mode"] = "hooks"
+    kwargs.pop("criterion", None)  # Opacus's own; the request carries ours.
+    with _requested(engine, replace(request, entered=True)) as request:
+        try:
+            module, optimizer, data_loader = original(clipping=clipping, **kwargs)
+        except BaseException:
+            if request.hooks is not None:
+                request.hooks._undo()
+            raise
+        optimizer.attach_step_hook(AccountStep(engine.accountant, 1 / len(data_loader)))
+    if request.criterion is None:
+        return module, optimizer, data_loader
+    return module, optimizer, request.criterion, data_loader
+
+
+def make_private_with_epsilon(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    *,
+    clipping: str = "flat",
+    backprop: BackpropClipping | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Extend ``make_private_with_epsilon``."""
+    if clipping != "backprop":
+        refuse_options(clipping, backprop)
+        return original(clipping=clipping, **kwargs)
+    if getattr(engine, _REQUEST, None) is not None:
+        return original(clipping=clipping, **kwargs)
+    _refuse_unknown_for_epsilon(kwargs)
+    config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
+    kwargs |= checked_loader(**kwargs)
+    criterion = _private_criterion(kwargs)
+    # Opacus hands unknown options to the noise search as well: the request carries ours past it.
+    tried = try_out(config, loss_outside=criterion is not None, **kwargs)
+    with _requested(engine, _Request(*tried, criterion)):
+        return original(clipping=clipping, **kwargs)
+
+
+def prepare_model(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    module: nn.Module,
+    *,
+    max_grad_norm: Any = 1.0,
+    loss_reduction: str = "mean",
+    batch_first: bool = True,
+    wrap_model: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Extend ``_prepare_model``."""
+    request: _Request | None = getattr(engine, _REQUEST, None)
+    if request is None:
+        return original(
+            module,
+            max_grad_norm=max_grad_norm,
+            loss_reduction=loss_reduction,
+            batch_first=batch_first,
+            wrap_model=wrap_model,
+            **kwargs,
+        )
+    engine.validate(module=module, optimizer=None, data_loader=None)
+    attach = BackpropClipModule if wrap_model else BackpropClipHooks
+    request.hooks = attach(
+        module,
+        config=request.config,
+        max_grad_norm=max_grad_norm,
+        loss_reduction=loss_reduction,
+        batch_first=batch_first,
+        criterion=request.criterion,
+    )
+    request.hooks._prober.passed |= request.passed
+    return request.hooks
+
+
+def prepare_data_loader(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    data_loader: DataLoader[Any],
+    *,
+    poisson_sampling: bool,
+    distributed: bool,
+    **kwargs: Any,
+) -> DataLoader[Any]:
+    """Extend ``_prepare_data_loader``."""
+    request: _Request | None = getattr(engine, _REQUEST, None)
+    if request is None or not poisson_sampling:
+        return original(
+            data_loader, poisson_sampling=poisson_sampling, distributed=distributed, **kwargs
+        )
+    assert request.hooks is not None
+    _note_dataset(engine, data_loader.dataset)
+    private = PrivateDataLoader.from_data_loader(
+        data_loader, distributed=distributed, generator=engine.secure_rng, **kwargs
+    )
+    request.hooks._sample_from(private.samples)
+    return private
+
+
+def prepare_optimizer(
+    original: Original, engine: opacus.PrivacyEngine, *, optimizer: Any, **kwargs: Any
+) -> Any:
+    """Extend ``_prepare_optimizer``."""
+    request: _Request | None = getattr(engine, _REQUEST, None)
+    if request is None:
+        return original(optimizer=optimizer, **kwargs)
+    if isinstance(optimizer, DPOptimizer):
+        optimizer = optimizer.original_optimizer
+    assert request.hooks is not None
+    # Opacus rounds down what the division by a rate such as 1/49 has made 0.99.
+    expected = max(kwargs["expected_batch_size"], 1)
+    return BackpropClipOptimizer(
+        optimizer,
+        hooks=request.hooks,
+        noise_multiplier=kwargs["noise_multiplier"],
+        max_grad_norm=kwargs["max_grad_norm"],
+        expected_batch_size=expected,
+        loss_reduction=kwargs["loss_reduction"],
+        generator=engine.secure_rng if engine.secure_mode else kwargs["noise_generator"],
+        secure_mode=engine.secure_mode,
+    )
+
+
+@contextmanager
+def _requested(engine: opacus.PrivacyEngine, request: _Request) -> Iterator[_Request]:
+    before = getattr(engine, _REQUEST, None)
+    setattr(engine, _REQUEST, request)
+    try:
+        yield request
+    finally:
+        if before is None:
+            delattr(engine, _REQUEST)
+        else:
+            setattr(engine, _REQUEST, before)
+
+
+def refuse_options(clipping: str, backprop: object) -> None:
+    """Refuse this package's options for any other clipping.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if backprop is not None:
+        raise ValueError(
+            f'backprop={backprop!r} was given with clipping={clipping!r}; it needs clipping="'
+            'backprop".'
+        )
+
+
+def _note_dataset(engine: opacus.PrivacyEngine, dataset: Any) -> None:
+    """Warn, as Opacus does, if an engine has accounted for another data set before."""
+    if isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if engine.dataset is None:
+        engine.dataset = dataset
+    elif engine.dataset != dataset:
+        warnings.warn(
+            f"PrivacyEngine detected new dataset object. Was: {engine.dataset}, got: {dataset}. "
+            "Its accountant adds up what was spent on one data set. Make a new engine for another "
+            "one; if both are the same data, this does not matter.",
+            stacklevel=2,
+        )
+
+
+def _private_criterion(kwargs: dict[str, Any]) -> BackpropClipCriterion | None:
+    """Take the criterion out of the arguments, made private; ``None`` if none was passed."""
+    criterion = kwargs.pop("criterion", None)
+    if criterion is None:
+        return None
+    reduction = kwargs.get("loss_reduction", "mean")
+    return BackpropClipCriterion(criterion, loss_reduction=reduction)
+
+
+def _refuse_unknown_for_epsilon(kwargs: dict[str, Any]) -> None:
+    # Opacus hands options of its own to the noise search, and of those one to RDP's.
+    known = _MAKE_PRIVATE_OPTIONS | _WITH_EPSILON_OPTIONS | _options(get_noise_multiplier)
+    unknown = sorted(set(kwargs) - known - {"alphas"})
+    if unknown:
+        raise ValueError(f"Unknown options for make_private_with_epsilon: {', '.join(unknown)}.")

@@ -1,0 +1,53 @@
+"""Teach stock ``opacus.PrivacyEngine`` objects, wherever they are made, ``clipping="backprop"``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import opacus
+
+from opacus_bpclip.engine import extensions
+
+_EXTENSIONS: dict[str, Callable[..., Any]] = {
+    "make_private": extensions.make_private,
+    "make_private_with_epsilon": extensions.make_private_with_epsilon,
+    "_prepare_model": extensions.prepare_model,
+    "_prepare_data_loader": extensions.prepare_data_loader,
+    "_prepare_optimizer": extensions.prepare_optimizer,
+}
+
+_originals: dict[str, Callable[..., Any]] = {}
+
+
+def register() -> None:
+    """Make every ``opacus.PrivacyEngine``, existing ones and subclasses too, accept our clipping.
+
+    For engines that are made in somebody else's code. Other values of ``clipping`` behave as
+    before. A second call does nothing.
+
+    Example:
+        >>> register()
+        >>> unregister()
+    """
+    if _originals:
+        return
+    for name, extension in _EXTENSIONS.items():
+        _originals[name] = getattr(opacus.PrivacyEngine, name)
+        setattr(opacus.PrivacyEngine, name, _extended(_originals[name], extension))
+
+
+def unregister() -> None:
+    """Undo `register` to the last attribute; harmless without it."""
+    while _originals:
+        name, original = _originals.popitem()
+        setattr(opacus.PrivacyEngine, name, original)
+
+
+def _extended(original: Callable[..., Any], extension: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: opacus.PrivacyEngine, *args: Any, **kwargs: Any) -> Any:
+        return extension(functools.partial(original, self), self, *args, **kwargs)
+
+    return method

@@ -1,0 +1,156 @@
+"""The arguments of ``make_private(clipping="backprop")``, checked before anything is touched."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import opacus
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.grad_sample import AbstractGradSampleModule
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from opacus_bpclip.clipping.allocation import layer_fractions
+from opacus_bpclip.config import BackpropClipping, is_positive_number
+from opacus_bpclip.guard.ranks import several_ranks
+from opacus_bpclip.model.coverage import declared_uses, trainable_layers
+from opacus_bpclip.model.tying import tied_groups
+from opacus_bpclip.optimizer.several import SeveralOptimizers
+from opacus_bpclip.sampling.items import sampled_items
+from opacus_bpclip.sampling.loader import several_rows
+
+
+def checked_options(
+    engine: opacus.PrivacyEngine,
+    backprop: object,
+    *,
+    module: nn.Module,
+    optimizer: Any,
+    max_grad_norm: object,
+    noise_multiplier: object,
+    loss_reduction: str = "mean",
+    batch_first: bool = True,
+    grad_sample_mode: str = "hooks",
+    rand_on_empty: bool = False,
+    **_: Any,
+) -> BackpropClipping:
+    """Check a call of ``make_private`` as far as can be without touching anything.
+
+    Returns:
+        The options, ``BackpropClipping()`` if none were given.
+
+    Raises:
+        CoverageError: the model has a trainable parameter that nothing bounds.
+        ValueError: another argument is wrong; the message says which, why, and what to do.
+    """
+    if backprop is None:
+        backprop = BackpropClipping()
+    if not isinstance(backprop, BackpropClipping):
+        raise ValueError(f"Expected backprop={backprop!r} to be a BackpropClipping.")
+    if isinstance(max_grad_norm, (list, tuple)):
+        raise ValueError(
+            f"Expected max_grad_norm={max_grad_norm!r} to be one number, the joint sensitivity of "
+            "all layers. Split it over the layers by BackpropClipping(allocation={name: share})."
+        )
+    if not is_positive_number(max_grad_norm):
+        raise ValueError(f"Expected max_grad_norm={max_grad_norm!r} to be a finite number > 0.")
+    if not _is_noise_multiplier(noise_multiplier):
+        raise ValueError(
+            f"Expected noise_multiplier={noise_multiplier!r} to be a finite number >= 0."
+        )
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
+    if grad_sample_mode != "hooks":
+        raise ValueError(
+            f'grad_sample_mode={grad_sample_mode!r} does not go with clipping="backprop", which '
+            "has no per-example gradients. Leave grad_sample_mode out."
+        )
+    if rand_on_empty:
+        raise ValueError(
+            "rand_on_empty=True adds a made-up example to empty batches, which would count as "
+            'data. Leave it out: clipping="backprop" steps on empty batches.'
+        )
+    _refuse_optimizer(optimizer)
+    problem = several_ranks()
+    if problem:
+        raise ValueError(problem)
+    _refuse_wrapped(module)
+    uses = {} if backprop.uses == "auto" else declared_uses(backprop)
+    groups = tied_groups(trainable_layers(module, uses, batch_first=batch_first))
+    layer_fractions({name: group.size for name, group in groups.items()}, backprop.allocation)
+    # What Opacus asks of every model; ours, on the guarantee, came first.
+    engine.validate(module=module, optimizer=None, data_loader=None)
+    return backprop
+
+
+def checked_loader(
+    *,
+    data_loader: DataLoader[Any],
+    batch_first: bool = True,
+    poisson_sampling: bool = True,
+    **_: Any,
+) -> dict[str, Any]:
+    """Check the data loader that Poisson sampling is to replace.
+
+    Returns:
+        ``data_loader``, over the items that it reaches.
+
+    Raises:
+        ValueError: it cannot be replaced, or makes several rows of one item.
+    """
+    if not poisson_sampling:
+        return {}
+    data_loader = sampled_items(data_loader)
+    problem = several_rows(data_loader, axis=0 if batch_first else 1)
+    if problem:
+        raise ValueError(problem)
+    return {"data_loader": data_loader}
+
+
+def _is_noise_multiplier(value: object) -> bool:
+    return is_positive_number(value) or (not isinstance(value, bool) and value == 0)
+
+
+def _refuse_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, SeveralOptimizers):
+        for each in optimizer.optimizers:
+            _refuse_optimizer(each)
+    step = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if step is not None and step.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss several times a step, and each "
+            "evaluation would be a release of its own. Use an optimizer that takes one gradient a "
+            "step, such as SGD or Adam."
+        )
+
+
+def _refuse_wrapped(module: nn.Module) -> None:
+    if isinstance(module, AbstractGradSampleModule) or hasattr(
+        module, "autograd_grad_sample_hooks"
+    ):
+        raise ValueError(
+            f"The model is wrapped already ({type(module).__name__}). Pass the model itself: "
+            "to_standard_module() or cleanup() undoes the wrapping."
+        )
+    parallel = (
+        DataParallel,
+        DistributedDataParallel,
+        DifferentiallyPrivateDistributedDataParallel,
+        FSDPModule,
+        FullyShardedDataParallel,
+    )
+    if isinstance(getattr(module, "_orig_mod", module), parallel):
+        raise ValueError(
+            f'{type(module).__name__} is not supported with clipping="backprop" yet. Train on one '
+            "device."
+        )
+    if hasattr(module, "_orig_mod") or any(
+        child._compiled_call_impl is not None for child in module.modules()
+    ):
+        raise ValueError(
+            "The model is compiled already, and a compiled graph may ignore hooks added later. "
+            "Call make_private first, then torch.compile what it returns."
+        )

@@ -1,0 +1,83 @@
+"""The backward passes of one step: of which forward passes, and of which sampled batch they are."""
+
+from __future__ import annotations
+
+import torch
+
+from opacus_bpclip.sampling.log import SampleLog
+
+ACCUMULATION = (
+    "Poisson sampling is not compatible with grad accumulation: two batches may share an example. "
+    "Call optimizer.step() and zero_grad() after every backward pass, or use BatchMemoryManager."
+)
+TWO_FORWARDS = (
+    "One backward pass came from two forward passes of the model (a siamese or triplet loss, "
+    "R-Drop, a discriminator on real and generated examples): an example that is in both would "
+    "contribute twice, and nothing shows which rows belong together. Put them in one call: give "
+    "the model a forward that takes all inputs, runs its layers on each, and returns all outputs, "
+    "and declare how often it uses each layer: BackpropClipping(uses={name: K})."
+)
+
+
+class BackwardPasses:
+    """What the gradients at hand came from.
+
+    Attributes:
+        samples: the batches that the private loader has drawn.
+        accumulation_allowed: whether several backward passes may add up before one step.
+    """
+
+    def __init__(self) -> None:
+        self.samples = SampleLog()
+        self.accumulation_allowed = True
+        self._forwards: dict[int, int] = {}  # with how many rows each
+        self._task = -1
+
+    def begin(self, forward: int, rows: int) -> str | None:
+        """Note that a backward pass reached a layer; return why it must not.
+
+        Args:
+            forward: the number of the forward pass that it goes back through.
+            rows: how many examples that one was over.
+        """
+        if forward in self._forwards:
+            return None
+        task = torch._C._current_graph_task_id()
+        if self._forwards and not self.accumulation_allowed:
+            return TWO_FORWARDS if task == self._task else ACCUMULATION
+        self._forwards[forward] = rows
+        self._task = task
+        return None
+
+    @property
+    def several(self) -> bool:
+        """Return whether the gradients at hand came from several forward passes."""
+        return len(self._forwards) > 1
+
+    @property
+    def rows(self) -> int | None:
+        """Return how many rows the gradients at hand are of, ``None`` if that was not counted."""
+        return sum(self._forwards.values()) if self._forwards else None
+
+    def skips(self, *, pop: bool) -> bool:
+        """Return whether the step at hand is of a batch that has more parts.
+
+        Args:
+            pop: whether that step begins.
+        """
+        return self.samples.skips(pop=pop, rows=self.rows)
+
+    def collect(self, *, any_gradient: bool) -> str | None:
+        """Note that the gradients at hand go into the step; return why they must not.
+
+        Args:
+            any_gradient: whether there are any.
+        """
+        if not any_gradient:
+            return None
+        # Of what a compiled graph made nobody has counted the rows.
+        return self.samples.spend(self.rows)
+
+    def clear(self) -> None:
+        """Forget them: they have been collected or thrown away."""
+        self._forwards.clear()

@@ -1,0 +1,248 @@
+"""Attach the rules to a model: `BackpropClipHooks`, and `BackpropClipModule` that wraps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from opacus.grad_sample import AbstractGradSampleHooks, AbstractGradSampleModule
+from torch import nn
+
+from opacus_bpclip.clipping import allocation
+from opacus_bpclip.clipping.attach import frozen_normalizations, layer_clips, softmaxes
+from opacus_bpclip.config import BackpropClipping, is_positive_number
+from opacus_bpclip.errors import CoverageError, PrivacyViolationError
+from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.losses.criterion import BackpropClipCriterion
+from opacus_bpclip.model.coverage import declared_uses, trainable_layers
+from opacus_bpclip.model.input_clipping import attach_input_clips, take_input_clips
+from opacus_bpclip.model.tying import tied_groups
+from opacus_bpclip.probe import Batch, Prober, UntriedError, batch_size
+from opacus_bpclip.sampling.log import SampleLog
+
+_ATTACHED = "_backprop_clip_hooks"
+
+
+class BackpropClipHooks(AbstractGradSampleHooks):
+    """Make a model's ordinary gradients sums of bounded contributions, one per example.
+
+    Guarantee: after one backward pass, ``p.grad`` of all trainable parameters together is a sum
+    over the batch's examples; each term depends on its example and the parameters alone, and has
+    norm at most ``max_grad_norm``, the part of layer ``l`` at most the optimizer's
+    ``layer_sensitivities[l]``.
+
+    Args:
+        m: the model, changed in place by hooks; its layers stay what they are.
+        config: how to clip.
+        max_grad_norm: joint L2 sensitivity of the summed gradient.
+        loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
+        batch_first: whether the batch is the first axis of the inputs of the model and its layers,
+            or the second.
+        criterion: what every loss is computed by, if it keeps the batch's size out of the backward
+            pass; its gradients are those of a sum, whatever ``loss_reduction`` is.
+
+    Raises:
+        CoverageError: something in the model cannot be bounded, or it has hooks already. The model
+            is left as it was.
+    """
+
+    def __init__(
+        self,
+        m: nn.Module,
+        *,
+        config: BackpropClipping | None = None,
+        max_grad_norm: float = 1.0,
+        loss_reduction: str = "mean",
+        batch_first: bool = True,
+        criterion: BackpropClipCriterion | None = None,
+    ) -> None:
+        # Not Opacus's own __init__: it gives every parameter a grad_sample.
+        if hasattr(m, _ATTACHED):
+            raise CoverageError(
+                "The model has backpropagation clipping attached already. Call cleanup() on what "
+                "make_private returned for it, or pass a fresh model. Several optimizers over one "
+                "model go into one call: opacus_bpclip.SeveralOptimizers(one, other)."
+            )
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
+        self._module = m
+        self._config = config = config or BackpropClipping()
+        self.batch_first = batch_first
+        self.loss_reduction = loss_reduction
+        self._layers = layers = trainable_layers(m, declared_uses(config), batch_first=batch_first)
+        self._groups = tied_groups(layers)
+        sizes = {name: group.size for name, group in self._groups.items()}
+        self._fractions = allocation.layer_fractions(sizes, config.allocation)
+        self._limits = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in layers}
+        self._guard = GradientGuard(m, layers.values())
+        self._untried: str | None = None
+        self._prober = Prober(m, loss_reduction=loss_reduction)
+        try:
+            self._max_grad_norm = max_grad_norm
+        except ValueError:
+            self._guard.remove()
+            raise
+        # Clips that the model brings along give way to ours, and stay where there are none.
+        replaced = m if config.max_input_norm is not None else nn.Module()
+        self._put_back_input_clips = take_input_clips(replaced)
+        self._handles = [
+            m.register_forward_pre_hook(self._enter_root, with_kwargs=True),
+            m.register_forward_hook(self._leave_root, always_call=True),
+        ]
+        self._loss = None if criterion is None else criterion.watch
+        mean = loss_reduction == "mean" and criterion is None
+        self._guard.undoes_mean = mean
+        if loss_reduction == "mean":
+            self._guard.loss = self._loss
+        for clip in layer_clips(layers.values(), config, self._limits, self._guard, mean=mean):
+            self._handles += clip.attach()
+        for frozen in frozen_normalizations(m, {layer.module for layer in layers.values()}):
+            self._handles += frozen.attach()
+        for softmax in softmaxes(m):
+            self._handles += softmax.attach()
+        setattr(m, _ATTACHED, True)
+        self._attached = True
+
+    @property
+    def _max_grad_norm(self) -> float:
+        """Joint L2 sensitivity of the summed gradient; setting it moves every layer's.
+
+        Raises:
+            ValueError: set to anything but a finite number above zero.
+            PrivacyViolationError: set while clipped gradients wait for their noise.
+        """
+        return self._norm
+
+    @_max_grad_norm.setter
+    def _max_grad_norm(self, value: float) -> None:
+        if not is_positive_number(value):
+            raise ValueError(f"Expected max_grad_norm={value!r} to be a finite number > 0.")
+        if self._guard.pending:
+            raise PrivacyViolationError(
+                "max_grad_norm was set in the middle of a logical batch: gradients clipped to the "
+                "old value would get the new value's noise. Set it between step() and backward()."
+            )
+        self._norm = value
+        for name, sensitivity in self._layer_sensitivities.items():
+            group = self._groups[name]
+            limit = allocation.limit_of_each_use(sensitivity, group.uses)
+            for layer in group.layers:
+                self._limits[layer.name].fill_(limit)
+
+    @property
+    def _layer_sensitivities(self) -> Mapping[str, float]:
+        """Return Delta_l by module name; their squares sum to ``max_grad_norm ** 2``.
+
+        Layers that share a parameter share one, under the first one's name.
+        """
+        return {name: part * self._norm for name, part in self._fractions.items()}
+
+    def forbid_grad_accumulation(self) -> None:
+        """Make a second backward pass before the optimizer's step an error."""
+        self._guard.passes.accumulation_allowed = False
+
+    def allow_grad_accumulation(self) -> None:
+        """Let several backward passes over disjoint batches add up before one step."""
+        self._guard.passes.accumulation_allowed = True
+
+    def _sample_from(self, samples: SampleLog) -> None:
+        """Train on nothing but the batches that a private loader draws."""
+        samples.attached = True
+        self._guard.passes.samples = samples
+
+    def set_grad_sample_to_none(self) -> None:
+        """Do nothing: no parameter has per-example gradients."""
+
+    def del_grad_sample(self) -> None:
+        """Do nothing: no parameter has per-example gradients."""
+
+    def remove_hooks(self) -> None:
+        """Take every hook away, input clipping included."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._guard.remove()
+        if self._attached:
+            delattr(self._module, _ATTACHED)
+            self._attached = False
+
+    def cleanup(self) -> None:
+        """End private training; the model keeps its input clipping, which is a part of it.
+
+        `unclip_inputs` takes that away, too.
+        """
+        attached = self._attached
+        self.remove_hooks()
+        for parameter in self._module.parameters():
+            if hasattr(parameter, "summed_grad"):
+                del parameter.summed_grad
+        if attached and self._config.max_input_norm is not None:
+            attach_input_clips(self._layers.values(), self._config.max_input_norm)
+
+    def _undo(self) -> None:
+        """Leave the model as it was before, with the input clipping it had."""
+        self.remove_hooks()
+        self._put_back_input_clips()
+
+    def _enter_root(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
+            if self._loss is not None:
+                self._loss.enter_forward(None)
+            return
+        size = self._batch_size(args, kwargs)
+        self._untried = None
+        if self._config.probe:
+            batch = Batch(args, kwargs, size, 0 if self.batch_first else 1)
+            try:
+                problem = self._prober.on_batch(batch)
+            except UntriedError as error:
+                # The forward pass itself may tell better what is wrong with the batch.
+                problem, self._untried = None, str(error)
+            if problem:
+                self._guard.fail(problem.text)
+        self._guard.enter_forward(size)
+        if self._loss is not None:
+            self._loss.enter_forward(size)
+
+    def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._guard.leave_forward()
+            # Without an output an error is on its way already, and says more.
+            if self._untried and output is not None:
+                self._guard.fail(self._untried)
+
+    def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        axis = 0 if self.batch_first else 1
+        size = batch_size(args, kwargs, axis)
+        if size is not None:
+            return size
+        raise CoverageError(
+            "The model's inputs hold no tensor with a batch axis, so the number of examples is "
+            f"unknown. Pass the batch as a tensor, batch {('first', 'second')[axis]}."
+        )
+
+
+class BackpropClipModule(BackpropClipHooks, AbstractGradSampleModule):
+    """A model with `BackpropClipHooks` attached, behind Opacus's module interface.
+
+    Args:
+        m: the model.
+        **options: as for `BackpropClipHooks`.
+    """
+
+    def __init__(self, m: nn.Module, **options: Any) -> None:
+        nn.Module.__init__(self)
+        BackpropClipHooks.__init__(self, m, **options)
+        self.grad_accumulation_hook = None
+
+    def __getattr__(self, item: str) -> Any:
+        """Return a submodule by its dotted name, as Opacus does, or an attribute of the model."""
+        try:
+            return super().__getattr__(item)
+        except AttributeError:
+            if item == "_module":  # not there yet: this object is being copied
+                raise
+            return getattr(self._module, item)

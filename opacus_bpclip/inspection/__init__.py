@@ -1,0 +1,1 @@
+"""The report on a model before it is trained."""

@@ -1,0 +1,154 @@
+"""What would become of a model, layer by layer: facts and a table of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from opacus_bpclip.config import BackpropClipping, is_positive_number
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from opacus_bpclip.probe import Batch
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is to be said of one module.
+
+    Attributes:
+        module: dotted path in the model.
+        type: its class.
+        parameters: trainable scalars.
+        rule: what bounds their gradient, ``None`` where nothing does.
+        max_input_norm: what its input is clipped to, ``None`` where it is not.
+        bound: how its gradient is bounded.
+        uses: how often it may be used in one forward pass.
+        sensitivity: Delta_l, one for all layers that share a parameter; ``None`` while any module
+            is refused.
+        problem: why the model is refused, with the remedy; empty if it is not.
+    """
+
+    module: str
+    type: str
+    parameters: int
+    rule: str | None
+    max_input_norm: float | None
+    bound: str
+    uses: int
+    sensitivity: float | None
+    problem: str
+
+
+def inspect(
+    model: nn.Module,
+    config: BackpropClipping | None = None,
+    max_grad_norm: float = 1.0,
+    batch: Batch | None = None,
+) -> list[Row]:
+    """Return a row for each module that would be trained or refused.
+
+    Args:
+        model: the model; it is not changed.
+        config: how it would be clipped.
+        max_grad_norm: joint L2 sensitivity of the summed gradient.
+        batch: examples to try the model on, for coupling and for ``uses="auto"``.
+
+    Raises:
+        CoverageError: the allocation or the uses name other layers than the model has.
+        UntriedError: the model does not run on the batch.
+        ValueError: ``max_grad_norm`` is not a finite number above zero.
+
+    Example:
+        >>> from torch import nn
+        >>> [(row.module, row.rule, row.sensitivity) for row in inspect(nn.Linear(3, 2))]
+        [('(root)', 'LinearRule', 1.0)]
+    """
+    from opacus_bpclip.clipping.allocation import layer_fractions
+    from opacus_bpclip.model.coverage import Finding, declared_uses, examine, trainable_layers
+    from opacus_bpclip.model.tying import tied_groups
+    from opacus_bpclip.probe import count_uses, find_coupling
+
+    if not is_positive_number(max_grad_norm):
+        raise ValueError(f"Expected max_grad_norm={max_grad_norm!r} to be a finite number > 0.")
+    config = config or BackpropClipping()
+    findings = {found.name: found for found in examine(model)}
+    fine = bool(findings) and not any(found.problems for found in findings.values())
+    if fine and batch is not None:
+        if config.uses == "auto":
+            config = replace(config, uses=count_uses(model, batch))
+        problem = find_coupling(model, batch, loss_reduction="mean") if config.probe else None
+        if problem is not None:
+            fine = False
+            module = model if problem.module == "(root)" else model.get_submodule(problem.module)
+            found = findings.get(problem.module, Finding(problem.module, module, {}, None))
+            findings[problem.module] = replace(found, problems=(problem.text,))
+    uses = declared_uses(config) if fine else {}
+    sensitivities: dict[str, float] = {}
+    if fine:
+        groups = tied_groups(trainable_layers(model, uses))
+        sizes = {name: group.size for name, group in groups.items()}
+        for name, part in layer_fractions(sizes, config.allocation).items():
+            for layer in groups[name].layers:
+                sensitivities[layer.name] = part * max_grad_norm
+    return [
+        Row(
+            module=found.name,
+            type=type(found.module).__name__,
+            parameters=sum(parameter.numel() for parameter in found.parameters.values()),
+            rule=None if found.rule is None else type(found.rule).__name__,
+            max_input_norm=(
+                config.max_input_norm if found.rule is not None and found.rule.clips_input else None
+            ),
+            bound=config.bound,
+            uses=uses.get(found.name, 1),
+            sensitivity=sensitivities.get(found.name),
+            problem=" ".join(found.problems),
+        )
+        for found in findings.values()
+    ]
+
+
+def render(rows: list[Row]) -> str:
+    """Return the rows as a table, and the problems below it."""
+    lines = [["module", "type", "parameters", "rule", "input norm", "bound", "uses", "sensitivity"]]
+    lines += [
+        [
+            row.module,
+            row.type,
+            f"{row.parameters:,}",
+            "REFUSED" if row.problem or row.rule is None else row.rule,
+            "-" if row.max_input_norm is None else f"{row.max_input_norm:g}",
+            row.bound,
+            str(row.uses),
+            "-" if row.sensitivity is None else f"{row.sensitivity:.4f}",
+        ]
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    table = [
+        "  ".join(
+            cell.rjust(width) if column in (2, 4, 6, 7) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    problems = _grouped(rows)
+    if problems:
+        table += ["", "Refused:", *problems]
+    return "\n".join(table)
+
+
+def _grouped(rows: list[Row]) -> list[str]:
+    """Return the problems, each once, with the modules that have it."""
+    modules: dict[str, list[str]] = {}
+    for row in rows:
+        if row.problem:
+            modules.setdefault(row.problem.replace(row.module, "{}", 1), []).append(row.module)
+    lines = []
+    for problem, names in modules.items():
+        more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+        shown = ", ".join(names[:2] if more else names) + more
+        lines.append(f"- {problem.replace('{}', shown, 1)}")
+    return lines

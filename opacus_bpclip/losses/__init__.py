@@ -1,0 +1,1 @@
+"""Criteria whose gradients do not depend on the size of the batch."""

@@ -1,0 +1,1 @@
+"""A model as the method sees it: its layers, their calls, and what nobody bounds."""

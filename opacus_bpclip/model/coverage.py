@@ -1,0 +1,240 @@
+"""Before training: every module that owns a trainable parameter has a rule.
+
+Backpropagation clipping fails open by nature, since ``p.grad`` exists whether or not anything
+clipped it. These checks, and those that `guard` makes on every batch, make it fail closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.model.attention import attention_axes
+from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.recurrence import recurrent_linears, renamed_parameters
+from opacus_bpclip.replacements import mixes_examples, replacer_of
+from opacus_bpclip.rules import Rule, registered_kind, supported_layers
+
+TRAINABLE_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the examination of a model found at one module.
+
+    Attributes:
+        name: dotted path in the model, ``"(root)"`` for the model itself.
+        module: the module.
+        parameters: its own trainable parameters, by name.
+        rule: what bounds their gradient, ``None`` where nothing does.
+        problems: why the model is refused, each a sentence with the remedy.
+    """
+
+    name: str
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    rule: Rule | None
+    problems: tuple[str, ...] = ()
+
+
+def examine(model: nn.Module) -> list[Finding]:
+    """Return a finding for each module with trainable parameters, and for what mixes examples."""
+    findings: list[Finding] = []
+    mixing = {
+        name: norm for name, norm in batch_normalizations(model).items() if mixes_examples(norm)
+    }
+    for name, module in _owners(model):
+        own = _own_trainable(module)
+        problems = []
+        rule = None
+        if mixing.pop(name, None):
+            problems.append(batch_normalization_problem(name, module))
+        else:
+            rule, problem = _rule_for(module, own)
+            if rule is None:
+                problems.append(f"{name} ({type(module).__name__}): {problem}")
+        findings.append(Finding(name, module, own, rule, tuple(problems)))
+    findings += [
+        Finding(name, norm, {}, None, (batch_normalization_problem(name, norm),))
+        for name, norm in mixing.items()
+    ]
+    return findings
+
+
+def trainable_layers(
+    model: nn.Module, uses: Mapping[str, int] | None = None, *, batch_first: bool = True
+) -> dict[str, Layer]:
+    """Return the layers to clip, by dotted name, in the model's order.
+
+    Args:
+        model: the model.
+        uses: how often a layer is used in one forward pass, where that is more than once.
+        batch_first: whether the batch is the first axis of the layers' inputs, or the second.
+
+    Raises:
+        CoverageError: a trainable parameter has an owner without a rule, or the model has nothing
+            to train, or ``uses`` names a layer that it does not have. The message lists every
+            problem with its remedy.
+    """
+    uses = uses or {}
+    findings = examine(model)
+    problems = [problem for finding in findings for problem in finding.problems]
+    if problems:
+        raise CoverageError(
+            "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
+            + "\n".join(f"- {problem}" for problem in problems)
+        )
+    recurrences = recurrent_linears(model)
+    axes = {**attention_axes(model), **dict.fromkeys(recurrences, 0)}
+    layers: dict[str, Layer] = {}
+    for found in findings:
+        if found.rule is None:
+            continue
+        recurrence = recurrences.get(found.module)
+        default = axes.get(found.module, 0 if batch_first else 1)
+        layers[found.name] = Layer.of(
+            found.name,
+            found.module,
+            found.rule,
+            found.parameters,
+            batch_axis=default,
+            uses=uses.get(found.name, 1),
+            recurrence=recurrence,
+        )
+    if not layers:
+        raise CoverageError(
+            "The model has no trainable parameter. Set requires_grad=True on the layers to train."
+        )
+    unknown = sorted(set(uses) - set(layers))
+    if unknown:
+        raise CoverageError(
+            f"uses names no trainable layer of the model: {', '.join(unknown)}. There are: "
+            f"{', '.join(layers)}."
+        )
+    return layers
+
+
+def declared_uses(config: BackpropClipping) -> Mapping[str, int]:
+    """Return the option ``uses`` as a mapping.
+
+    Raises:
+        CoverageError: it is ``"auto"``, and nobody has counted yet.
+    """
+    if isinstance(config.uses, str):
+        raise CoverageError(
+            'uses="auto" needs examples to count on: it is for make_private, which has a data '
+            "loader. Declare how often each layer is used: BackpropClipping(uses={name: K})."
+        )
+    return config.uses
+
+
+def batch_normalizations(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's batch normalisations, trained or not, by dotted name."""
+    return {
+        name or "(root)": module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+    }
+
+
+def batch_normalization_problem(name: str, norm: nn.Module) -> str:
+    """Say what is wrong with a batch normalisation that mixes examples."""
+    return (
+        f"{name} normalises over the batch: each example's value depends on its companions. "
+        f"{_replacement(norm)} Or use GroupNorm, or keep it in evaluation mode with running "
+        "statistics."
+    )
+
+
+def _replacement(module: nn.Module) -> str:
+    """Say whether `get_compatible_module` replaces a module, and if not, why; empty if never."""
+    replacer = replacer_of(module)
+    if replacer is None:
+        return ""
+    obstacle = replacer.obstacle(module)
+    method = 'PrivacyEngine.get_compatible_module(model, clipping="backprop")'
+    return f"{method} does not replace it: it {obstacle}." if obstacle else f"{method} replaces it."
+
+
+def unfrozen_problem(name: str) -> str:
+    """Say what is wrong with a parameter that nobody examined."""
+    return (
+        f"{name} was frozen when make_private was called and has been unfrozen since: "
+        "nothing clips its gradient. Unfreeze it first, then call make_private again."
+    )
+
+
+def edited_problem(name: str) -> str:
+    """Say what is wrong with a parameter that a forward pass changes."""
+    return (
+        f"{name} was changed by the model's own forward pass: what it takes up from a batch is "
+        "neither bounded nor noised. Compute with a changed copy of it, in a module with a rule, "
+        "or change it between steps, from public values."
+    )
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if _own_trainable(module):
+            yield name or "(root)", module
+
+
+def _own_trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    renamed = renamed_parameters(module)
+    return {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad and name not in renamed
+    }
+
+
+def _rule_for(
+    module: nn.Module, own: Mapping[str, nn.Parameter]
+) -> tuple[Rule, None] | tuple[None, str]:
+    """Return the module's rule, or why it has none and what to do."""
+    registered = registered_kind(type(module))
+    if registered is None:
+        replacement = _replacement(module)
+        return None, (
+            f"no rule bounds the gradient of {', '.join(own)}. "
+            + (replacement and f"{replacement} ")
+            + "Freeze it (requires_grad=False), "
+            f"build the model from supported layers ({', '.join(supported_layers())}), or write a "
+            "rule for it and register that with opacus_bpclip.register_rule."
+        )
+    kind, rule = registered
+    for method in rule.methods:
+        if getattr(type(module), method) is not getattr(kind, method) or method in vars(module):
+            return None, (
+                f"overrides {kind.__name__}.{method}, so the rule for {kind.__name__} says nothing "
+                f"about it. Use {kind.__name__} itself and put the extra work in a module around "
+                "it."
+            )
+    if any(
+        isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in own.values()
+    ):
+        return None, "is not initialised yet. Run one batch through the model first."
+    unknown = sorted(set(own) - set(rule.parameters))
+    if unknown:
+        return None, (
+            f"its parameters {', '.join(unknown)} are not {kind.__name__}'s own; a "
+            "reparametrization (weight_norm, spectral_norm, pruning) rewrites the weight in the "
+            "forward pass, outside what the rule bounds. Remove it."
+        )
+    dtypes = {parameter.dtype for parameter in own.values()}
+    if not dtypes <= set(TRAINABLE_DTYPES):
+        return None, (
+            f"its parameters are {', '.join(str(dtype) for dtype in dtypes)}: the sum over the "
+            "batch would be rounded by more than one example's contribution. Keep trainable "
+            "parameters in torch.float32."
+        )
+    try:
+        return rule.from_module(module), None
+    except CoverageError as error:
+        return None, str(error)

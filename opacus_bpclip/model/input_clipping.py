@@ -1,0 +1,117 @@
+"""Input clipping on its own: the part of the method that belongs to the model.
+
+It acts like a parameter-free normalisation, so a model trained with it needs it in evaluation,
+after export, and in any comparison with another clipping method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from opacus_bpclip.clipping.ops import scale_input
+from opacus_bpclip.config import is_positive_number
+from opacus_bpclip.model.calls import Args, CallArguments, Kwargs
+from opacus_bpclip.model.coverage import trainable_layers
+from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.rules import Rule
+
+
+class InputClip:
+    """A forward pre-hook that clips the inputs of one layer; picklable with its model.
+
+    Args:
+        rule: the layer's rule.
+        arguments: where the inputs are in its call.
+        max_norm: largest L2 norm of a column of the input.
+    """
+
+    def __init__(self, rule: Rule, arguments: CallArguments, max_norm: float) -> None:
+        self.rule = rule
+        self.arguments = arguments
+        self.max_norm = max_norm
+
+    def __call__(self, _: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Replace the layer's inputs by their clipped values."""
+        clipped = scale_input(self.arguments.get(args, kwargs), self.rule, self.max_norm)
+        return self.arguments.put(args, kwargs, clipped)
+
+
+def clip_inputs(model: nn.Module, max_input_norm: float, *, batch_first: bool = True) -> nn.Module:
+    """Make every trainable layer of the model clip its input, in training and in evaluation.
+
+    The same clipping as ``BackpropClipping(max_input_norm=...)``, for any way of training; a
+    second call replaces the first. `unclip_inputs` takes it away.
+
+    Args:
+        model: a model whose trainable layers all have a rule; changed in place.
+        max_input_norm: largest L2 norm of a column of a layer's input.
+        batch_first: whether the batch is the first axis of the layers' inputs, or the second.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: ``max_input_norm`` is not a finite number above zero.
+        CoverageError: a trainable layer has no rule.
+
+    Example:
+        >>> model = clip_inputs(nn.Sequential(nn.Linear(4, 2, bias=False)), 1.0)
+        >>> model[0].weight.data.fill_(1.0).shape
+        torch.Size([2, 4])
+        >>> import torch
+        >>> [round(v, 3) for v in model(torch.full((1, 4), 9.0))[0].tolist()]
+        [2.0, 2.0]
+    """
+    if not is_positive_number(max_input_norm):
+        raise ValueError(f"Expected max_input_norm={max_input_norm!r} to be a finite number > 0.")
+    layers = trainable_layers(model, batch_first=batch_first)
+    unclip_inputs(model)
+    attach_input_clips(layers.values(), max_input_norm)
+    return model
+
+
+def unclip_inputs(model: nn.Module) -> nn.Module:
+    """Take the effect of `clip_inputs` away; harmless where there is none."""
+    take_input_clips(model)
+    return model
+
+
+def attach_input_clips(layers: Iterable[Layer], max_input_norm: float) -> None:
+    """Make these layers clip their inputs."""
+    for layer in layers:
+        if layer.rule.clips_input:
+            clip = InputClip(layer.rule, layer.arguments, max_input_norm)
+            layer.module.register_forward_pre_hook(clip, with_kwargs=True)
+
+
+class TakenClips:
+    """Input clips that were taken off their modules; a call puts them back as they were.
+
+    Args:
+        clips: each with its module and its key there.
+    """
+
+    def __init__(self, clips: list[tuple[nn.Module, int, InputClip]]) -> None:
+        self._clips = clips
+
+    def __call__(self) -> None:
+        """Put them back."""
+        for module, key, clip in self._clips:
+            module._forward_pre_hooks[key] = clip
+            module._forward_pre_hooks_with_kwargs[key] = True
+
+
+def take_input_clips(model: nn.Module) -> TakenClips:
+    """Take every input clip off a model; return what puts them back."""
+    taken = [
+        (module, key, hook)
+        for module in model.modules()
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, InputClip)
+    ]
+    for module, key, _ in taken:
+        del module._forward_pre_hooks[key]
+        del module._forward_pre_hooks_with_kwargs[key]
+    return TakenClips(taken)

@@ -1,0 +1,1 @@
+"""The private optimizer: noise, division, step, and what it stores."""

@@ -1,0 +1,249 @@
+"""The optimizer: collect clipped sums, add noise once, divide by a public constant, step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
+from torch import Tensor
+from torch.optim import Optimizer
+
+from opacus_bpclip.errors import PrivacyViolationError
+from opacus_bpclip.hooks import BackpropClipHooks
+from opacus_bpclip.optimizer.noise import add_noise_, with_own_memory
+from opacus_bpclip.optimizer.wrapper import OptimizerWrapper
+
+
+class BackpropClipOptimizer(OptimizerWrapper):
+    """Opacus's optimizer for gradients that arrive clipped and summed.
+
+    A step takes the sum of contributions into ``p.summed_grad``, adds Gaussian noise of standard
+    deviation ``noise_multiplier * max_grad_norm`` to the sum of a whole logical batch, divides by
+    the expected batch size where the loss is a mean, and steps the wrapped optimizer. A parameter
+    without a gradient (an empty batch, an unused layer) gets the noise alone.
+
+    Guarantee: one step is one Gaussian mechanism of sensitivity ``max_grad_norm`` and one entry in
+    the accountant, whatever the number of layers or of physical batches.
+
+    Args:
+        optimizer: wrapped optimizer.
+        hooks: what clips the model's gradients.
+        noise_multiplier: noise standard deviation over ``max_grad_norm``.
+        max_grad_norm: joint L2 sensitivity of the summed gradient.
+        expected_batch_size: the public divisor for ``loss_reduction="mean"``.
+        loss_reduction: ``"mean"`` or ``"sum"``; must be the hooks' own.
+        **options: as for Opacus's ``DPOptimizer``.
+
+    Attributes:
+        keep_summed_grad: whether ``p.summed_grad``, the sum without noise, outlives the step, for
+            tests and audits. By default the noise is added to it in place: nothing without noise
+            is left, and the parameters' gradients are in memory once.
+
+    Raises:
+        ValueError: ``max_grad_norm`` is not positive, or ``loss_reduction`` is not the hooks' own.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        hooks: BackpropClipHooks,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: int | None,
+        loss_reduction: str = "mean",
+        **options: Any,
+    ) -> None:
+        if loss_reduction != hooks.loss_reduction:
+            raise ValueError(
+                f"Expected loss_reduction={loss_reduction!r} to be the model's, "
+                f"{hooks.loss_reduction!r}."
+            )
+        self._hooks = hooks  # before Opacus's own, which sets what is kept there
+        self.keep_summed_grad = False
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=expected_batch_size,
+            loss_reduction=loss_reduction,
+            **options,
+        )
+
+    @property
+    def max_grad_norm(self) -> float:
+        """Joint L2 sensitivity of the summed gradient; setting it moves every layer's.
+
+        Raises:
+            ValueError: set to anything but a finite number above zero.
+            PrivacyViolationError: set while clipped gradients wait for their noise.
+        """
+        return self._hooks._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        self._hooks._max_grad_norm = value
+
+    @property
+    def layer_sensitivities(self) -> Mapping[str, float]:
+        """Return Delta_l by module name; their squares sum to ``max_grad_norm ** 2``."""
+        return self._hooks._layer_sensitivities
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """Return how many batches the step's gradient adds up.
+
+        Always 1 under Poisson sampling. `BatchMemoryManager`'s physical batches are one batch.
+        """
+        return self._guard.collected or self._guard.accumulated
+
+    def accumulate(self) -> None:
+        """Add each parameter's sum of contributions to ``p.summed_grad``.
+
+        Raises:
+            PrivacyViolationError: the gradients are not covered by the guarantee. Nothing is
+                released; `zero_grad` clears the state.
+            ValueError: `zero_grad` was not called since the last step.
+        """
+        guard = self._guard
+        if guard.violation is not None:
+            raise PrivacyViolationError(
+                f"These gradients are not covered by the guarantee: {guard.violation}"
+            )
+        if any(_is_released(p.grad) for p in self.params):
+            raise ValueError(
+                "Gradients haven't been cleared since the last optimizer step. To obtain privacy "
+                "guarantees you must call optimizer.zero_grad() on each step."
+            )
+        for p in self.params:
+            if not guard.watches(p):
+                raise PrivacyViolationError(
+                    f"The optimizer holds a parameter of shape {tuple(p.shape)} that was not "
+                    "trainable, or not the model's, when make_private was called: nothing clips "
+                    "its gradient. Add it to the model and the optimizer first, then call "
+                    "make_private."
+                )
+        guard.require(guard.passes.collect(any_gradient=guard.collected > 0))
+        for p in self.params:
+            gradient = guard.take(p)
+            if gradient is not None:
+                # Out of place: autograd may have sent one tensor to two parameters.
+                p.summed_grad = gradient if p.summed_grad is None else p.summed_grad + gradient
+            elif p.summed_grad is None:
+                p.summed_grad = torch.zeros_like(p)
+
+    def add_noise(self) -> None:
+        """Turn each ``p.summed_grad`` into ``p.grad`` by Gaussian noise, drawn anew for each entry.
+
+        The standard deviation is ``noise_multiplier * max_grad_norm``, here and nowhere else.
+        """
+        sums = [p.summed_grad for p in self.params]
+        for summed in sums:
+            _check_processed_flag(summed)
+        if self.keep_summed_grad:
+            noised = [summed.clone() for summed in sums]
+        else:
+            noised = with_own_memory(sums)
+        add_noise_(
+            noised,
+            std=self.noise_multiplier * self.max_grad_norm,
+            generator=self.generator,
+            secure_mode=self.secure_mode,
+        )
+        for p, gradient in zip(self.params, noised, strict=True):
+            p.grad = gradient
+            if self.keep_summed_grad:
+                _mark_as_processed(p.summed_grad)
+            else:
+                p.summed_grad = None
+
+    def scale_grad(self) -> None:
+        """Divide ``p.grad`` by the expected batch size, where the loss is a mean."""
+        if self.loss_reduction == "mean":
+            divisor = self.expected_batch_size * self.accumulated_iterations
+            torch._foreach_div_([p.grad for p in self.params], divisor)
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        """Collect, and at the end of a logical batch add noise, divide and account.
+
+        Returns:
+            Whether the wrapped optimizer is to step.
+        """
+        skip = self._check_skip_next_step()
+        try:
+            self.accumulate()
+        except PrivacyViolationError:
+            self._end_refused_batch(skip)
+            raise
+        for group in self.param_groups:
+            for p in group["params"]:
+                # Whatever is there has no noise: the wrapped optimizer must not see it.
+                p.grad = None
+        if skip:
+            self._is_last_step_skipped = True
+            self._guard.finish()
+            return False
+        self.add_noise()
+        self.scale_grad()
+        for p in self.params:
+            _mark_as_released(p.grad)
+        if self.step_hook:
+            self.step_hook(self)
+        self._is_last_step_skipped = False
+        self._guard.finish()
+        self._guard.passes.samples.close()
+        return True
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one private step.
+
+        Args:
+            closure: evaluates the model, calls ``backward`` and returns the loss; run once.
+
+        Returns:
+            The closure's loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.pre_step():
+            self.original_optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Throw the gradients at hand away; physical batches collected so far stay.
+
+        Args:
+            set_to_none: set ``p.grad`` to ``None`` instead of zero, as torch does by default;
+                ``p.summed_grad`` always is.
+        """
+        if self._guard.violation is not None and not self._guard.refused:
+            self._end_refused_batch(self._check_skip_next_step())
+        super().zero_grad(set_to_none)
+        self._guard.clear()
+
+    def _end_refused_batch(self, skip: bool) -> None:
+        # Every physical batch brings one signal, taken here as step() would have. If it ended a
+        # logical batch, what that has collected must not be added to the next one's; nor must what
+        # another sample has.
+        samples = self._guard.passes.samples
+        self._guard.refused = True
+        if not skip or samples.mixed:
+            for p in self.params:
+                p.summed_grad = None
+            self._is_last_step_skipped = False
+            samples.close()
+
+
+def _mark_as_released(gradient: Tensor) -> None:
+    gradient._released_version = gradient._version  # type: ignore[attr-defined]
+
+
+def _is_released(gradient: Tensor | None) -> bool:
+    """Return whether a gradient is the last step's, as it was released."""
+    if gradient is None:
+        return False
+    return getattr(gradient, "_released_version", None) == gradient._version

@@ -1,0 +1,1 @@
+"""The private loader, and the log of what it has drawn."""
