@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
+from typing_extensions import Self
+
 Bound = Literal["product", "weighted", "exact"]
-Upstream = Literal["clip", "normalize"]
-Allocation = Literal["equal", "dimension"]
+Allocation = Literal["joint", "equal", "dimension"]
 
 Value = TypeVar("Value", int, float)
 
@@ -51,22 +52,30 @@ class BackpropClipping:
     """How layers clip their inputs and upstream gradients.
 
     Args:
+        allocation: how ``max_grad_norm`` is spent. ``"joint"``: one factor for each example scales
+            its gradients of all layers, as in flat DP-SGD. Otherwise each layer has a part of it,
+            fixed beforehand, and clips by itself: ``"equal"``, ``"dimension"`` (proportional to the
+            fourth root of the layer's number of parameters), or a mapping from each trainable
+            layer's dotted name to its positive share of ``max_grad_norm ** 2`` (shares are
+            normalised to sum to one).
+        bound: the upper bound on an example's gradient norm that it is clipped by. ``"exact"``
+            computes the norm itself; ``"weighted"`` is looser and cheaper, ``"product"`` is the
+            paper's and the loosest.
         max_input_norm: every column that enters a layer's weight product (a vector, a token, a
             convolution's patch) is scaled down to at most this L2 norm, in training and in
-            evaluation. ``None`` leaves inputs alone; ``bound="product"`` needs a number.
-        bound: the upper bound on an example's gradient norm that the upstream gradient is clipped
-            by. ``"product"`` is the paper's and the loosest, ``"weighted"`` costs the same and is
-            tighter, ``"exact"`` computes the norm itself.
-        allocation: how ``max_grad_norm`` is split over the layers. ``"equal"``, ``"dimension"``
-            (proportional to the fourth root of the layer's number of parameters), or a mapping
-            from each trainable layer's dotted name to its positive share of
-            ``max_grad_norm ** 2`` (shares are normalised to sum to one).
-        upstream: ``"clip"`` scales an example down where it exceeds the bound; ``"normalize"``
-            scales every example to the bound.
-        uses: how often a layer is used in one forward pass, by dotted name; 1 where it is not
-            named. Each of ``K`` uses is held to ``Delta_l / K``, so that together they stay within
-            ``Delta_l``. More uses than declared are refused, fewer only waste sensitivity.
-            ``"auto"`` lets ``make_private`` count them by running the model on made-up examples.
+            evaluation. ``None`` leaves inputs, and so the model, as they are;
+            ``bound="product"`` needs a number.
+        normalize: whether gradients are scaled up, too: an example's factor is the limit over its
+            bound plus ``stability``, instead of at most 1.
+        stability: added to the bound where gradients are normalised, in units of an example's
+            gradient norm; a gradient far below it stays small. That keeps rounding errors of
+            gradients that cancel from being scaled up to the limit.
+        uses: for layers that clip by themselves, how often a layer is used in one forward pass, by
+            dotted name; 1 where it is not named. Each of ``K`` uses is held to ``Delta_l / K``, so
+            that together they stay within ``Delta_l``. More uses than declared are refused, fewer
+            only waste sensitivity. ``"auto"`` lets ``make_private`` count them by running the model
+            on made-up examples. With ``allocation="joint"`` nothing is counted: the uses' gradients
+            are measured together.
         probe: whether the model is run on made-up examples to see that none influences another.
             What it would find breaks the guarantee; without it, that there is nothing to be found
             is your promise.
@@ -75,20 +84,34 @@ class BackpropClipping:
         ValueError: an option outside these values; the message names it and what is accepted.
 
     Example:
-        >>> BackpropClipping(bound="exact", max_input_norm=None).bound
-        'exact'
+        >>> BackpropClipping().allocation
+        'joint'
+        >>> BackpropClipping(bound="weighted", allocation="dimension", max_input_norm=3.0).bound
+        'weighted'
     """
 
-    max_input_norm: float | None = 3.0
-    bound: Bound = "weighted"
-    allocation: Allocation | Mapping[str, float] = "dimension"
-    upstream: Upstream = "clip"
-    uses: Literal["auto"] | Mapping[str, int] = field(default_factory=dict)
+    allocation: Allocation | Mapping[str, float] = "joint"
+    bound: Bound = "exact"
+    max_input_norm: float | None = None
+    normalize: bool = False
+    stability: float = 0.01
+    uses: Literal["auto"] | Mapping[str, int] = "auto"
     probe: bool = True
+
+    @classmethod
+    def paper(cls) -> Self:
+        """Return the published method: a budget for each layer, the product bound, clipped inputs.
+
+        Its bound is proved here, unlike the paper's (``docs/tutorials/2022.md``).
+        """
+        return cls(allocation="dimension", bound="product", max_input_norm=3.0)
 
     def __post_init__(self) -> None:
         _require_choice("bound", self.bound, get_args(Bound))
-        _require_choice("upstream", self.upstream, get_args(Upstream))
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"Expected normalize={self.normalize!r} to be True or False.")
+        if not is_positive_number(self.stability):
+            raise ValueError(f"Expected stability={self.stability!r} to be a finite number > 0.")
         if self.max_input_norm is not None and not is_positive_number(self.max_input_norm):
             raise ValueError(
                 f"Expected max_input_norm={self.max_input_norm!r} to be a finite number > 0, or "

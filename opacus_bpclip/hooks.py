@@ -11,6 +11,9 @@ from torch import nn
 
 from opacus_bpclip.clipping import allocation
 from opacus_bpclip.clipping.attach import frozen_normalizations, layer_clips, softmaxes
+from opacus_bpclip.clipping.base import Settings
+from opacus_bpclip.clipping.budget import Budget, target_of
+from opacus_bpclip.clipping.shared import SharedMeasurement
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard.guard import GradientGuard
@@ -73,9 +76,15 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._layers = layers = trainable_layers(m, declared_uses(config), batch_first=batch_first)
         self._groups = tied_groups(layers)
         sizes = {name: group.size for name, group in self._groups.items()}
-        self._fractions = allocation.layer_fractions(sizes, config.allocation)
-        self._limits = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in layers}
         self._guard = GradientGuard(m, layers.values())
+        self._budget = Budget(config, layers.values(), self._guard)
+        if self._budget.joint:
+            self._guard.counts_uses = False
+            self._fractions = {}
+            self._targets = dict.fromkeys(layers, self._budget.target)
+        else:
+            self._fractions = allocation.layer_fractions(sizes, config.allocation)
+            self._targets = {name: target_of(config) for name in layers}
         self._untried: str | None = None
         self._prober = Prober(m, loss_reduction=loss_reduction)
         try:
@@ -95,7 +104,16 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._guard.undoes_mean = mean
         if loss_reduction == "mean":
             self._guard.loss = self._loss
-        for clip in layer_clips(layers.values(), config, self._limits, self._guard, mean=mean):
+        settings = Settings(
+            config,
+            self._targets,
+            {layer.name: group.name for group in self._groups.values() for layer in group.layers},
+            self._guard,
+            mean,
+            SharedMeasurement(),
+            self._budget,
+        )
+        for clip in layer_clips(layers.values(), settings):
             self._handles += clip.attach()
         for frozen in frozen_normalizations(m, {layer.module for layer in layers.values()}):
             self._handles += frozen.attach()
@@ -124,17 +142,19 @@ class BackpropClipHooks(AbstractGradSampleHooks):
                 "old value would get the new value's noise. Set it between step() and backward()."
             )
         self._norm = value
+        self._budget.target.limit.fill_(value)
         for name, sensitivity in self._layer_sensitivities.items():
             group = self._groups[name]
             limit = allocation.limit_of_each_use(sensitivity, group.uses)
             for layer in group.layers:
-                self._limits[layer.name].fill_(limit)
+                self._targets[layer.name].limit.fill_(limit)
 
     @property
     def _layer_sensitivities(self) -> Mapping[str, float]:
         """Return Delta_l by module name; their squares sum to ``max_grad_norm ** 2``.
 
-        Layers that share a parameter share one, under the first one's name.
+        Layers that share a parameter share one, under the first one's name. Empty with a joint
+        budget, where every layer may use all of it.
         """
         return {name: part * self._norm for name, part in self._fractions.items()}
 
@@ -191,6 +211,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
             if self._loss is not None:
                 self._loss.enter_forward(None)
+            self._budget.close_forward()
             return
         size = self._batch_size(args, kwargs)
         self._untried = None
@@ -204,10 +225,12 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             if problem:
                 self._guard.fail(problem.text)
         self._guard.enter_forward(size)
+        self._budget.open_forward()
         if self._loss is not None:
             self._loss.enter_forward(size)
 
     def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._budget.close_forward()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._guard.leave_forward()
             # Without an output an error is on its way already, and says more.

@@ -11,17 +11,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.clipping.base import Settings
-from opacus_bpclip.clipping.first_order import first_order
-from opacus_bpclip.clipping.node import NodeClip
-from opacus_bpclip.clipping.ops import clip_factors
-from opacus_bpclip.guard.provenance import Receipt
+from opacus_bpclip.clipping.node import Call, NodeClip
+from opacus_bpclip.clipping.use import OwnUse, Use
+from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
-from opacus_bpclip.rules import AffineRule
-from opacus_bpclip.rules.base import per_row, zero_rows
+from opacus_bpclip.rules import AffineRule, Inputs
 from opacus_bpclip.rules.cancellation import kept
 from opacus_bpclip.rules.norms import row_norms
 
@@ -34,56 +31,28 @@ class AffineClip(NodeClip):
         assert isinstance(layer.rule, AffineRule)
         self.rule = layer.rule
 
-    def node(self, module: nn.Module, x: Tensor, y: Tensor, receipt: Receipt | None) -> Tensor:
+    def call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
         """Leave the output as it is."""
-        weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
-        out: Tensor = _Affine.apply(self, receipt, y, x, bias, weight)
-        return out
+        inputs = self.layer.arguments.get(args, kwargs)
+        (x,) = inputs
+        weight = module._parameters["weight"]
+        assert x is not None
+        assert weight is not None
+        return Call(y.detach(), inputs, (x.detach(), weight.detach()))
 
-
-class _Affine(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        clip: AffineClip,
-        receipt: Receipt | None,
-        y: Tensor,
-        x: Tensor,
-        bias: Tensor | None,
-        weight: Tensor,
-    ) -> Tensor:
-        ctx.clip, ctx.receipt = clip, receipt
-        ctx.save_for_backward(x, weight)
-        return y.detach()
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        clip: AffineClip = ctx.clip
-        g = g.movedim(clip.layer.arguments.batch_axis, 0)
-        _, _, _, wants_x, wants_bias, wants_weight = ctx.needs_input_grad
-        examples = g.shape[0] if clip.mean else 1
+    def use(self, g: Tensor, graph: Any, saved: Inputs, wants: tuple[bool, ...]) -> Use:
+        """Make the examples' gradients, and the input's."""
+        x, weight = saved
+        assert x is not None
+        assert weight is not None
         # First, while the gradient is in the processor's cache.
-        size = row_norms(g) * examples
-        dx, own = clip.rule.gradients(g, x, weight, wanted=(wants_x, wants_weight, wants_bias))
-        own = own * examples  # [B, K]
-        measured = row_norms(own)
+        size = row_norms(g)
+        wanted = (wants[0], self.rule.weight, self.rule.bias)
+        dx, own = self.rule.gradients(g, x, weight, wanted=wanted)
         # Of many positions' sum rounding alone may be left.
         positions = g[0].numel() // weight.numel() if len(g) else 1
-        part = kept(measured, size * math.sqrt(positions), own.dtype, clip.unscaled_limit())
-        by, keep = clip_factors(
-            measured if clip.normalize else measured * part,
-            None,
-            clip.limit,
-            own.dtype,
-            size=lambda: size,
-            normalize=clip.normalize,
-        )
-        total = (by * part.to(by.dtype)) @ zero_rows(own, keep)
-        if dx is not None:
-            dx = zero_rows(dx.mul_(per_row(by.to(dx.dtype), dx)), keep)
-        dw = total[: weight.numel()].view(weight.shape) if wants_weight else None
-        db = total[-weight.numel() :].view(weight.shape) if wants_bias else None
-        clip.sign(ctx.receipt, dw, db)
-        return None, None, None, dx, db, dw
+        examples = self.examples_of(g, graph)
+        limit = self.target.unscaled() / max(examples, 1)
+        part = kept(row_norms(own), size * math.sqrt(positions), own.dtype, limit)
+        names = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want]
+        return OwnUse(self.layer, examples, own, names, size=size, part=part, inputs=(dx,))

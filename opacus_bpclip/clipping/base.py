@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from opacus_bpclip.clipping.budget import Budget
+from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.shared import SharedMeasurement
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.guard.guard import GradientGuard
@@ -19,17 +20,22 @@ class Settings(NamedTuple):
 
     Attributes:
         config: the public options.
-        limits: what one use of a layer may contribute, by the layer's name; read when needed.
+        targets: what one use of a layer is scaled to, by the layer's name; with a joint budget,
+            what all layers together are.
+        groups: by the layer's name, the name of the layers that it shares parameters with.
         guard: watches the layers.
         mean: whether the loss is a mean over the batch.
         shared: what the layers measure of inputs that they have in common.
+        budget: opens scopes.
     """
 
     config: BackpropClipping
-    limits: Mapping[str, Tensor]
+    targets: Mapping[str, Target]
+    groups: Mapping[str, str]
     guard: GradientGuard
     mean: bool
     shared: SharedMeasurement[Any]
+    budget: Budget
 
 
 class Clip(ABC):

@@ -1,73 +1,92 @@
-"""Layers whose gradient is known in closed form: one autograd node stands in the layer's place.
+"""One autograd node stands in a layer's place, and makes the gradients of its inputs itself.
 
-The layer runs as it is. Its part of the graph is dropped and replaced by a node that makes the
-clipped gradient itself, reads activations and gradients as few times as it can, and keeps nothing
-that the layer does not keep but a map of norms.
+The layer runs as it is. Its part of the graph is cut off: no gradient reaches a parameter through
+autograd but in a traced graph, where the sums leave by the scope's token.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.clipping.base import Clip, Settings
-from opacus_bpclip.guard.call_checks import earlier_hook, wrong_batch
-from opacus_bpclip.guard.provenance import Receipt
+from opacus_bpclip.clipping.budget import BUDGETS
+from opacus_bpclip.clipping.first_order import first_order
+from opacus_bpclip.clipping.scope import Scope, unwatched_token
+from opacus_bpclip.clipping.use import Use
+from opacus_bpclip.guard.call_checks import earlier_hook, ran_twice, wrong_batch
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.rules import Inputs
+
+
+class Call(NamedTuple):
+    """One call of a layer.
+
+    Attributes:
+        out: what the layer's output is to be.
+        inputs: the layer's inputs, whose gradients the node makes.
+        saved: tensors for the backward pass.
+        graph: what else the backward pass needs, as the layer's own graph.
+    """
+
+    out: Tensor
+    inputs: Inputs
+    saved: Inputs
+    graph: Any = None
 
 
 class NodeClip(Clip):
     """The hooks of one layer.
 
     Args:
-        layer: the layer; it takes one tensor.
+        layer: the layer.
         settings: how to clip.
 
     Attributes:
-        scales_output: whether the layer's output changes, and so in evaluation, too.
+        changes_output: whether the layer's output changes, and so in evaluation, too.
+        followed: whether the call at hand is one that a backward pass will come to.
     """
 
     def __init__(self, layer: Layer, settings: Settings) -> None:
         self.layer = layer
         self.config, self.guard, self.mean = settings.config, settings.guard, settings.mean
-        self.limit = settings.limits[layer.name]
-        self.normalize = self.config.upstream == "normalize"
-        self.scales_output = False
+        self.target = settings.targets[layer.name]
+        self.group = settings.groups[layer.name]
+        self.budget = settings.budget
+        self.index = len(self.budget.clips)
+        self.budget.clips.append(self)
+        self.changes_output = False
+        self.followed = False
         self._key = 0
-        self._followed = False
 
     @abstractmethod
-    def node(self, module: nn.Module, x: Tensor, y: Tensor, receipt: Receipt | None) -> Tensor:
-        """Return the layer's output with the node behind it.
+    def call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
+        """Prepare a call that the layer has made.
 
         Args:
             module: the layer.
-            x: its input, batch first.
-            y: what it made, without a graph; may be changed in place.
-            receipt: for the node to `sign`.
+            args: of the call.
+            kwargs: of the call.
+            y: what the layer made of them.
         """
 
-    def sign(self, receipt: Receipt | None, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Sign for the gradients that the node is about to send.
+    @abstractmethod
+    def use(self, g: Tensor, graph: Any, saved: Inputs, wants: tuple[bool, ...]) -> Use:
+        """Take the upstream gradient that has arrived.
 
         Args:
-            receipt: the node's; ``None`` where nobody watches.
-            weight: the weight's gradient, ``None`` for none.
-            bias: the bias's.
+            g: the gradient, batch first.
+            graph: the call's.
+            saved: the call's tensors.
+            wants: which inputs need a gradient.
         """
-        if receipt is not None:
-            gradients = {"weight": weight, "bias": bias}
-            receipt.sign([gradients[name] for name in self.layer.named_parameters])
-
-    def unscaled_limit(self) -> Tensor | float:
-        """Return the limit of gradients that are clipped only, 0 where they are scaled up to it."""
-        if self.normalize:
-            return 0.0
-        return self.limit if torch.compiler.is_compiling() else self.limit.item()
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks; the second is the first after the layer, nothing may come between."""
@@ -79,26 +98,139 @@ class NodeClip(Clip):
 
     def enter(self, _: nn.Module, args: Args) -> None:
         """Let the guard see the layer before it runs."""
-        self._followed = False
+        self.followed = False
         if not torch.is_grad_enabled():
             return
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
             self.guard.note_compiled()
             return
-        self._followed = self.guard.enter_layer(self.layer)
+        self.followed = self.guard.enter_layer(self.layer)
 
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
         """Put the node in the place of the layer's part of the graph."""
-        followed, self._followed = self._followed, False
-        if not torch.is_grad_enabled() and not self.scales_output:
-            return None
-        inputs = self.layer.arguments.get(args, kwargs)
-        (x,) = inputs
-        assert x is not None
-        receipt = None
+        followed = self.followed
+        if not torch.is_grad_enabled():
+            return self.call(module, args, kwargs, y).out if self.changes_output else None
+        if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
+            return self.leave_traced(args, kwargs, y)
         if followed:
-            self.guard.require(earlier_hook(self.layer, self._key))
-            self.guard.require(wrong_batch(self.layer, inputs, self.guard.examples))
-            self.guard.check_output(self.layer, y)
-            receipt = self.guard.expect(self.layer)
-        return self.node(module, x, y.detach(), receipt)
+            self.check(args, kwargs, y)
+        call = self.call(module, args, kwargs, y)
+        self.followed = False
+        return self.attached(call, self.scope() if followed else None)
+
+    def leave_traced(self, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor:
+        """Do the same in a graph that is being traced."""
+        passed = self.layer.arguments.passed(args, kwargs)
+        parameters = self.layer.parameters
+        own = self.layer.module._parameters.values()
+        return _traced(
+            self.budget.key,
+            self.index,
+            y,
+            self.target.limit,
+            self.budget.traced_token(),
+            len(parameters),
+            *parameters,
+            *own,
+            *passed,
+        )
+
+    def check(self, args: Args, kwargs: Kwargs, y: Tensor) -> None:
+        """Check a call that is to be followed."""
+        inputs = self.layer.arguments.get(args, kwargs)
+        self.guard.require(earlier_hook(self.layer, self._key))
+        self.guard.require(wrong_batch(self.layer, inputs, self.guard.examples))
+        self.guard.check_output(self.layer, y)
+
+    def scope(self) -> Scope:
+        """Return the scope of the call at hand."""
+        return self.budget.scope_of(self.target, at_once=True)
+
+    def attached(self, call: Call, scope: Scope | None) -> Tensor:
+        """Return the layer's output with the node behind it.
+
+        Args:
+            call: the layer's.
+            scope: of the call; ``None`` for activation checkpointing's second run, which only makes
+                the saved tensors of a call again.
+        """
+        if scope is None:
+            token = unwatched_token()
+        else:
+            token = scope.token
+            scope.enter(self.layer, self.group)
+        out: Tensor = _Node.apply(self, scope, call, token, *call.inputs)
+        return out
+
+    def examples_of(self, g: Tensor, graph: Any) -> int:
+        """Return by what the loss has divided an upstream gradient, batch first."""
+        return g.shape[0] if self.mean else 1
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, clip: NodeClip, scope: Scope | None, call: Call, _: Tensor, *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.clip, ctx.scope, ctx.spent = clip, scope, False
+        ctx.save_for_backward(*call.saved)
+        ctx.graph = call.graph
+        # Not a view of an input, so that an activation may work in place on it.
+        return call.out.detach()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        clip: NodeClip = ctx.clip
+        if ctx.spent:
+            clip.guard.fail(ran_twice(clip.layer))
+        ctx.spent = True
+        g = g.movedim(clip.layer.arguments.batch_axis, 0)
+        use = clip.use(g, ctx.graph, ctx.saved_tensors, ctx.needs_input_grad[4:])
+        ctx.graph = None
+        return None, None, None, None, *ctx.scope.arrive(use)
+
+
+@torch._dynamo.allow_in_graph
+def _traced(
+    key: str,
+    index: int,
+    y: Tensor,
+    limit: Tensor,
+    token: Tensor | None,
+    count: int,
+    *tensors: Tensor | None,
+) -> Tensor:
+    """Attach the node of a layer; run while the graph is traced, with what stands for tensors.
+
+    Args:
+        key: of the budget.
+        index: of the clip.
+        y: the layer's output.
+        limit: the target's.
+        token: of the forward pass, with a joint budget.
+        count: how many of the layer's parameters are trainable.
+        tensors: these, all of the layer's parameters, and its inputs.
+    """
+    budget = BUDGETS[key]
+    clip: NodeClip = budget.clips[index]
+    module = clip.layer.module
+    names = list(module._parameters)
+    trainable, own = tensors[:count], tensors[count : count + len(names)]
+    target = clip.target._replace(limit=limit)
+    scope = budget.traced_scope(clip.layer, target, token, cast("tuple[Tensor, ...]", trainable))
+    with parameters_replaced(module, dict(zip(names, own, strict=True))):
+        call = clip.call(module, tensors[count + len(names) :], {}, y)
+    return clip.attached(call, scope)
+
+
+@contextmanager
+def parameters_replaced(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Run with tensors in the place of some of a module's own parameters."""
+    before = dict(module._parameters)
+    module._parameters.update(cast("Mapping[str, nn.Parameter | None]", tensors))
+    try:
+        yield
+    finally:
+        module._parameters.update(before)

@@ -1,4 +1,4 @@
-"""Parameters that a module broadcasts over the batch: clipped where autograd adds up the rows."""
+"""Parameters that a module broadcasts over the batch: each example meets a copy of its own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.clipping.alignment import Alignment
 from opacus_bpclip.clipping.base import Clip, Settings
+from opacus_bpclip.clipping.budget import BUDGETS
 from opacus_bpclip.clipping.first_order import first_order
-from opacus_bpclip.clipping.ops import clip_factors
-from opacus_bpclip.guard.call_checks import replaced_parameter, wrong_batch
+from opacus_bpclip.clipping.scope import Scope, unwatched_token
+from opacus_bpclip.clipping.use import OwnUse
+from opacus_bpclip.guard.call_checks import ran_twice, replaced_parameter, wrong_batch
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import BroadcastRule
-from opacus_bpclip.rules.base import per_row, zero_rows
 
 
 class ParameterClip(Clip):
@@ -29,8 +30,12 @@ class ParameterClip(Clip):
     def __init__(self, layer: Layer, rule: BroadcastRule, settings: Settings) -> None:
         self.layer = layer
         self.rule = rule
-        self.config, self.guard, self.mean = settings.config, settings.guard, settings.mean
-        self.limit = settings.limits[layer.name]
+        self.guard, self.mean = settings.guard, settings.mean
+        self.target = settings.targets[layer.name]
+        self.group = settings.groups[layer.name]
+        self.budget = settings.budget
+        self.index = len(self.budget.clips)
+        self.budget.clips.append(self)
         self.alignments: list[Alignment] = []
         self.parameters = {
             name: parameter
@@ -52,25 +57,48 @@ class ParameterClip(Clip):
             return
         inputs = self.layer.arguments.get(args, kwargs)
         self.guard.require(replaced_parameter(self.layer))
-        compiling = torch.compiler.is_compiling()
-        followed = False
-        if compiling:  # pragma: no cover (torch.compile traces it, unseen by coverage)
-            self.guard.note_compiled()
-        else:
-            followed = self.guard.enter_layer(self.layer)
-            if followed:
-                self.guard.require(wrong_batch(self.layer, inputs, self.guard.examples))
         (batch_size,) = self.rule.batch_sizes(inputs)
-        made = _Copies.apply(self, batch_size, *self.parameters.values())
+        if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
+            self.guard.note_compiled()
+            made = _traced_copies(
+                self.budget.key,
+                self.index,
+                batch_size,
+                self.target.limit,
+                self.budget.traced_token(),
+                *self.parameters.values(),
+            )
+            module._parameters.update(zip(self.parameters, made, strict=True))
+            return
+        scope = None
+        if self.guard.enter_layer(self.layer):
+            self.guard.require(wrong_batch(self.layer, inputs, self.guard.examples))
+            scope = self.budget.scope_of(self.target, at_once=True)
+        made = self.copies(scope, batch_size, tuple(self.parameters.values()))
         copies = dict(zip(self.parameters, made, strict=True))
-        if followed:
-            self.guard.follow(self.layer, made[0], ())
-        module._parameters.update(copies)
-        if not compiling:
-            name = self.layer.name
-            named = {f"{name}.{parameter}": copy for parameter, copy in copies.items()}
-            self.alignments.append(Alignment(named, (args, kwargs), self.guard.fail))
-            self.alignments[-1].__enter__()
+        module._parameters.update(copies)  # type: ignore[arg-type]
+        name = self.layer.name
+        named = {f"{name}.{parameter}": copy for parameter, copy in copies.items()}
+        self.alignments.append(Alignment(named, (args, kwargs), self.guard.fail))
+        self.alignments[-1].__enter__()
+
+    def copies(
+        self, scope: Scope | None, batch_size: int, parameters: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Return one row of each parameter for each example, with a node behind them.
+
+        Args:
+            scope: of the call; ``None`` for activation checkpointing's second run.
+            batch_size: how many examples there are.
+            parameters: the layer's.
+        """
+        token = unwatched_token()
+        if scope is not None:
+            token = scope.token
+            scope.enter(self.layer, self.group)
+        detached = (parameter.detach() for parameter in parameters)
+        copies: tuple[Tensor, ...] = _Copies.apply(self, scope, batch_size, token, *detached)
+        return copies
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> None:
         """Put the parameters back, also after an error."""
@@ -80,14 +108,19 @@ class ParameterClip(Clip):
 
 
 class _Copies(torch.autograd.Function):
-    """Expand parameters over the batch; clip each example's gradient of all, and add up."""
+    """Expand parameters over the batch; take each example's gradient of all of them."""
 
     @staticmethod
     def forward(
-        ctx: Any, clip: ParameterClip, batch_size: int, *parameters: Tensor
+        ctx: Any,
+        clip: ParameterClip,
+        scope: Scope | None,
+        batch_size: int,
+        _: Tensor,
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.clip = clip
-        ctx.shapes = [parameter.shape for parameter in parameters]
+        ctx.clip, ctx.scope, ctx.spent = clip, scope, False
+        ctx.count = len(parameters)
         return tuple(
             clip.rule.copies(name, parameter, batch_size)
             for name, parameter in zip(clip.parameters, parameters, strict=True)
@@ -97,14 +130,22 @@ class _Copies(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         clip: ParameterClip = ctx.clip
-        if clip.mean:
-            gradients = tuple(g * len(g) for g in gradients)
-        joint = torch.cat([g.flatten(1) for g in gradients], dim=1)
-        bound = clip.rule.bound(clip.config.bound, joint, (), None, None)
-        normalize = clip.config.upstream == "normalize"
-        factor, keep = clip_factors(bound, None, clip.limit, joint.dtype, normalize=normalize)
-        sums = [
-            zero_rows(g * per_row(factor, g), keep).sum(dim=0).view(shape)
-            for g, shape in zip(gradients, ctx.shapes, strict=True)
-        ]
-        return None, None, *sums
+        if ctx.spent:
+            clip.guard.fail(ran_twice(clip.layer))
+        ctx.spent = True
+        own = torch.cat([g.flatten(1) for g in gradients], dim=1)
+        examples = len(own) if clip.mean else 1
+        ctx.scope.arrive(OwnUse(clip.layer, examples, own, list(clip.parameters)))
+        return (None,) * (4 + ctx.count)
+
+
+@torch._dynamo.allow_in_graph
+def _traced_copies(
+    key: str, index: int, batch_size: int, limit: Tensor, token: Tensor | None, *parameters: Tensor
+) -> tuple[Tensor, ...]:
+    """Make the copies while the graph is traced; the arguments are those of ``node._traced``."""
+    budget = BUDGETS[key]
+    clip: ParameterClip = budget.clips[index]
+    target = clip.target._replace(limit=limit)
+    scope = budget.traced_scope(clip.layer, target, token, parameters)
+    return clip.copies(scope, batch_size, parameters)

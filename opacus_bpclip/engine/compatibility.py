@@ -27,7 +27,7 @@ def require_compatible(
             what to do.
     """
     config = config or BackpropClipping()
-    trainable_layers(module, {} if config.uses == "auto" else declared_uses(config))
+    trainable_layers(module, declared_uses(config))
     if data_loader is not None:
         try_out(config, module=module, data_loader=data_loader)
 

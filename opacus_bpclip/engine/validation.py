@@ -78,9 +78,10 @@ def checked_options(
     if problem:
         raise ValueError(problem)
     _refuse_wrapped(module)
-    uses = {} if backprop.uses == "auto" else declared_uses(backprop)
+    uses = declared_uses(backprop)
     groups = tied_groups(trainable_layers(module, uses, batch_first=batch_first))
-    layer_fractions({name: group.size for name, group in groups.items()}, backprop.allocation)
+    if backprop.allocation != "joint":
+        layer_fractions({name: group.size for name, group in groups.items()}, backprop.allocation)
     # What Opacus asks of every model; ours, on the guarantee, came first.
     engine.validate(module=module, optimizer=None, data_loader=None)
     return backprop

@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opacus_bpclip.guard.provenance import leaves_of
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Inputs
-
-Versions = tuple[int, ...]
 
 
 def first_in_backward(layer: Layer) -> str:
@@ -33,14 +32,32 @@ def outside_forward(layer: Layer) -> str:
     )
 
 
-def changed_on_the_way(layer: Layer) -> str:
-    """Say that a layer gets another gradient than was clipped for it."""
+def ran_twice(layer: Layer) -> str:
+    """Say that a backward pass comes to a call of a layer for the second time."""
     return (
-        f"{layer.name} got another gradient than the one that was clipped for it: a "
-        "backward hook changed it (register_backward_hook, or a hook on grad_fn), or the "
-        "layer's output went around the clip. Use register_full_backward_hook, which sees "
-        "gradients before they are clipped."
+        "The backward pass ran twice for one forward pass through "
+        f"{layer.name}: one example would contribute twice. Add the losses and "
+        "call backward once."
     )
+
+
+def foreign_parameter(layer: Layer, y: Tensor, inputs: Inputs) -> str | None:
+    """Say that a layer's own forward uses a parameter that its rule does not know of.
+
+    Args:
+        layer: the layer.
+        y: what it made, before its graph is cut off.
+        inputs: of what, and its own parameters.
+    """
+    given = [x for x in inputs if x is not None]
+    for leaf in leaves_of(y, {x.grad_fn for x in given}):
+        if all(leaf is not x for x in given):
+            return (
+                f"{layer.name} uses a parameter of shape {tuple(leaf.shape)} that is not its own: "
+                "its gradient would be lost, for the layer's rule bounds its own alone. Use each "
+                "parameter through its own layer."
+            )
+    return None
 
 
 def used_too_often(layer: Layer) -> str:
@@ -153,39 +170,8 @@ def wrong_rows(
     )
 
 
-def versions(inputs: Inputs) -> Versions:
-    """Return the state that `changed_inputs` compares with."""
-    return tuple(0 if x is None else x._version for x in inputs)
-
-
-def changed_inputs(layer: Layer, clipped: Inputs, before: Versions, used: Inputs) -> str | None:
-    """Say that a layer did not use its inputs as they were clipped and measured.
-
-    Args:
-        layer: the layer.
-        clipped: its inputs as they were clipped.
-        before: their `versions` then.
-        used: what the layer was called with.
-    """
-    for one, version, other in zip(clipped, before, used, strict=True):
-        # A full backward hook hands on another view of the same numbers.
-        if one is not None and (other is None or not _same(one, version, other)):
-            return (
-                f"Another forward pre-hook of {layer.name} changed the input after it was "
-                "clipped and measured. Register it before make_private."
-            )
-    return None
-
-
 def _passed_shape(layer: Layer, x: Tensor) -> tuple[int, ...]:
     return tuple(layer.arguments.as_passed(x).shape)
-
-
-def _same(one: Tensor, version: int, other: Tensor) -> bool:
-    if one is other:
-        return other._version == version
-    alike = other.data_ptr() == one.data_ptr() and other.shape == one.shape
-    return alike and other.stride() == one.stride() and other._version == version
 
 
 def _of_torch(hook: object) -> bool:

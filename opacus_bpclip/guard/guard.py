@@ -1,19 +1,18 @@
-"""On every batch: each parameter's gradient is its layer's clipped one, and nothing else.
+"""On every batch: each parameter's gradient is its layers' clipped one, and nothing else.
 
 The guard watches one model in eager mode. In the forward pass it counts each layer's calls and
-checks the batch dimension. In the backward pass it follows the gradient itself: the tensor that
-arrives at a parameter must be *the* tensor that the layer's own node produced. Had anything else
-contributed (a second use, a penalty in the loss, ``F.linear(x, layer.weight)``), autograd would
-have summed into another tensor. The sum is taken at that moment, so that nothing done to ``p.grad``
-afterwards can change it.
+checks the batch dimension. In the backward pass it collects the sums that the layers' scopes
+deliver, where nothing done to ``p.grad`` can change them. The graph has no other way to a
+parameter: whatever arrives at one (a second use, a penalty in the loss,
+``F.linear(x, layer.weight)``) is foreign, and refused.
 
 Inside a graph traced by ``torch.compile`` none of this runs; there, a parameter is let through
-only once an eager batch has vouched for it.
+only once an eager batch has passed every check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NoReturn
 
@@ -23,22 +22,15 @@ from torch import Tensor, nn
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.call_checks import (
     changed_layer,
-    changed_on_the_way,
     first_in_backward,
     other_dtype,
     outside_forward,
     replaced_parameter,
     used_too_often,
 )
-from opacus_bpclip.guard.gradient_checks import wrong_gradient
-from opacus_bpclip.guard.passes import BackwardPasses
-from opacus_bpclip.guard.provenance import (
-    Receipt,
-    WatchedParameter,
-    follow,
-    parameter_edges,
-    watch_edge,
-)
+from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
+from opacus_bpclip.guard.passes import ACCUMULATION, BackwardPasses
+from opacus_bpclip.guard.provenance import WatchedParameter
 from opacus_bpclip.guard.ranks import several_ranks
 from opacus_bpclip.losses.criterion import LossWatch
 from opacus_bpclip.model.coverage import (
@@ -49,7 +41,6 @@ from opacus_bpclip.model.coverage import (
 )
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.replacements import mixes_examples
-from opacus_bpclip.rules import Inputs
 
 
 class GradientGuard:
@@ -66,6 +57,7 @@ class GradientGuard:
         passes: the backward passes that they came from.
         undoes_mean: whether the layers take gradients for those of a mean.
         loss: the watch of the criterion that every backward pass must come through, if any.
+        counts_uses: whether a layer may be used no more often than was declared.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
@@ -77,6 +69,7 @@ class GradientGuard:
         self.passes = BackwardPasses()
         self.loss: LossWatch | None = None
         self.undoes_mean = False
+        self.counts_uses = True
         self._compiled = False
         self._in_forward = False
         self._batch_size = 0
@@ -85,16 +78,10 @@ class GradientGuard:
         self._watched: dict[Tensor, WatchedParameter] = {}
         for layer in layers:
             for name, parameter in layer.module.named_parameters(recurse=False):
-                if parameter in self._watched:
-                    self._watched[parameter].uses += layer.uses
-                elif parameter.requires_grad:
+                if parameter.requires_grad and parameter not in self._watched:
                     self._watched[parameter] = WatchedParameter(
-                        f"{layer.name}.{name}", parameter, layer.uses, self._judge, self.fail
+                        f"{layer.name}.{name}", parameter, self._judge, self.fail
                     )
-        self._of_layer = {
-            layer.name: tuple(self._watched[parameter] for parameter in layer.parameters)
-            for layer in layers
-        }
         self._parameters = dict(model.named_parameters())
         self._versions: list[int] = []
         self._frozen = [
@@ -133,7 +120,8 @@ class GradientGuard:
     @property
     def collected(self) -> int:
         """Return how many backward passes the gradients at hand add up."""
-        return max((watched.passes for watched in self._watched.values()), default=0)
+        compiled = max((watched.arrivals for watched in self._watched.values()), default=0)
+        return max(compiled, self.passes.collected)
 
     # Forward
 
@@ -176,7 +164,7 @@ class GradientGuard:
             return False
         if not self._in_forward:
             self.fail(outside_forward(layer))
-        if calls >= layer.uses:
+        if self.counts_uses and calls >= layer.uses:
             self.fail(used_too_often(layer))
         self._calls[layer.name] = calls + 1
         self.require(changed_layer(layer))
@@ -196,42 +184,6 @@ class GradientGuard:
         """Check that a layer made ``y`` with the parameters that are watched, in their dtype."""
         self.require(replaced_parameter(layer))
         self.require(other_dtype(layer, y))
-
-    def expect(self, layer: Layer) -> Receipt:
-        """Return what a node is to sign for the gradients of the layer's parameters, in order.
-
-        Args:
-            layer: the layer; the node stands in for one call of it.
-        """
-        return self._receipt(self._of_layer[layer.name])
-
-    def follow(self, layer: Layer, y: Tensor, inputs: Inputs) -> None:
-        """Follow the gradients that this call of the layer will send to its parameters.
-
-        Args:
-            layer: the layer; its output has been checked.
-            y: what it made.
-            inputs: of what; the graph behind them is somebody else's.
-        """
-        stop = {x.grad_fn for x in inputs if x is not None}
-        own = set(layer.parameters)
-        for node, edges in parameter_edges(y, stop):
-            # Another layer's parameter, used in here, is not what this layer's rule bounds.
-            to_own = [(index, self._watched[leaf]) for index, leaf in edges if leaf in own]
-            if to_own:
-                indices, watched = zip(*to_own, strict=True)
-                follow(node, indices, self._receipt(watched))
-
-    def join(self, layer: Layer, clipped: Tensor, y: Tensor) -> None:
-        """Check, when the time comes, that the layer gets the very gradient that was clipped.
-
-        Args:
-            layer: the layer.
-            clipped: what its clip made of ``y``.
-            y: what the layer made.
-        """
-
-        watch_edge(clipped, y, lambda: self.fail(changed_on_the_way(layer)))
 
     # Backward
 
@@ -257,28 +209,44 @@ class GradientGuard:
         self.violation = reason
         raise PrivacyViolationError(reason)
 
-    def _receipt(self, watched: Sequence[WatchedParameter]) -> Receipt:
-        begin = partial(self._begin_backward, self._forward, self._batch_size)
-        return Receipt(watched, begin, self.fail)
+    def begin_backward(self) -> Callable[[], None]:
+        """Return what a scope of the latest forward pass calls when a gradient arrives."""
+        return partial(self._begin_backward, self._forward, self._batch_size)
 
     def _begin_backward(self, forward: int, rows: int) -> None:
+        if not self.passes.accumulation_allowed and any(
+            watched.arrivals for watched in self._watched.values()
+        ):
+            self.fail(ACCUMULATION)
         self.require(self.passes.begin(forward, rows))
 
-    def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
-        """Check a gradient that is about to reach its parameter."""
+    def collect(self, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        """Collect the sums of a scope.
+
+        Args:
+            sums: of the examples' clipped gradients.
+        """
+        for parameter, total in sums.items():
+            watched = self._watched[parameter]
+            self._check_loss(watched)
+            self.require(unusable_gradient(watched, total))
+            watched.add(total)
+            watched.confirmed = True
+        self.passes.collected = self.passes.count
+
+    def _check_loss(self, watched: WatchedParameter) -> None:
         if self.loss is not None:
             self.require(self.loss.problem(watched.name))
         elif self.undoes_mean:
             self.require(LossWatch.foreign(watched.name))
-        problem = wrong_gradient(
-            watched,
-            gradient,
-            compiled=self._compiled,
-            alone=not self.passes.accumulation_allowed,
-            several=self.passes.several,
-        )
-        self.require(problem)
-        watched.vouched = True
+
+    def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
+        """Check a gradient that autograd is about to send to its parameter."""
+        self._check_loss(watched)
+        self.require(foreign_gradient(watched, compiled=self._compiled))
+        self.require(unusable_gradient(watched, gradient))
+        if not self.passes.accumulation_allowed and (watched.arrivals or self.passes.count):
+            self.fail(ACCUMULATION)
 
     def watches(self, parameter: nn.Parameter) -> bool:
         """Return whether what arrives at a parameter is checked and collected."""

@@ -25,11 +25,13 @@ class BackwardPasses:
     Attributes:
         samples: the batches that the private loader has drawn.
         accumulation_allowed: whether several backward passes may add up before one step.
+        collected: how many of them have brought gradients.
     """
 
     def __init__(self) -> None:
         self.samples = SampleLog()
         self.accumulation_allowed = True
+        self.collected = 0
         self._forwards: dict[int, int] = {}  # with how many rows each
         self._task = -1
 
@@ -50,9 +52,9 @@ class BackwardPasses:
         return None
 
     @property
-    def several(self) -> bool:
-        """Return whether the gradients at hand came from several forward passes."""
-        return len(self._forwards) > 1
+    def count(self) -> int:
+        """Return from how many forward passes the gradients at hand came."""
+        return len(self._forwards)
 
     @property
     def rows(self) -> int | None:
@@ -81,3 +83,4 @@ class BackwardPasses:
     def clear(self) -> None:
         """Forget them: they have been collected or thrown away."""
         self._forwards.clear()
+        self.collected = 0

@@ -55,9 +55,13 @@ class CallArguments:
 
     def put(self, args: Args, kwargs: Kwargs, inputs: Inputs) -> tuple[Args, Kwargs]:
         """Return the arguments of a call with other inputs, given batch first."""
+        passed = tuple(x if x is None else self.as_passed(x) for x in inputs)
+        return self.replaced(args, kwargs, passed)
+
+    def replaced(self, args: Args, kwargs: Kwargs, passed: Inputs) -> tuple[Args, Kwargs]:
+        """Return the arguments of a call with other inputs, given as the layer takes them."""
         positional, named = list(args), dict(kwargs)
-        for index, (name, x) in enumerate(zip(self.names, inputs, strict=True)):
-            value = x if x is None else self.as_passed(x)
+        for index, (name, value) in enumerate(zip(self.names, passed, strict=True)):
             if index < len(args):
                 positional[index] = value
             elif name in kwargs or value is not None:

@@ -123,15 +123,9 @@ def trainable_layers(
 def declared_uses(config: BackpropClipping) -> Mapping[str, int]:
     """Return the option ``uses`` as a mapping.
 
-    Raises:
-        CoverageError: it is ``"auto"``, and nobody has counted yet.
+    Empty for ``"auto"``, if nobody has counted: a layer is then used once, and more is refused.
     """
-    if isinstance(config.uses, str):
-        raise CoverageError(
-            'uses="auto" needs examples to count on: it is for make_private, which has a data '
-            "loader. Declare how often each layer is used: BackpropClipping(uses={name: K})."
-        )
-    return config.uses
+    return {} if isinstance(config.uses, str) else config.uses
 
 
 def batch_normalizations(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,12 +10,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from opacus_bpclip.clipping.ops import scale_input
 from opacus_bpclip.config import is_positive_number
 from opacus_bpclip.model.calls import Args, CallArguments, Kwargs
 from opacus_bpclip.model.coverage import trainable_layers
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Rule
+from opacus_bpclip.rules.scaling import scale_input
 
 
 class InputClip:

@@ -31,7 +31,8 @@ def settings_of(
         "bound": config.bound,
         "max_input_norm": config.max_input_norm,
         "allocation": _plain(config.allocation),
-        "upstream": config.upstream,
+        "normalize": config.normalize,
+        "stability": config.stability,
         "uses": _plain(config.uses),
     }
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from torch import nn
 
 from opacus_bpclip.config import BackpropClipping
-from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.model.coverage import trainable_layers
 from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
@@ -127,20 +126,14 @@ def with_uses(
     """Return the options with ``uses="auto"`` replaced by what a dry run on made-up examples finds.
 
     What is found depends on the model and the shapes of the loader's examples alone: it is public.
-
-    Raises:
-        CoverageError: no examples can be made up that the model runs on.
+    A count on real examples would not be. Where nothing can be found, a layer is used once, and
+    more is refused when it happens. A joint budget needs no count.
     """
-    if config.uses != "auto":
+    if config.uses != "auto" or config.allocation == "joint":
         return config
-    reason = "the data loader shows no example"
     for batch in made_up_batches(loader, model, batch_first=batch_first):
         try:
             return replace(config, uses=count_uses(model, batch))
-        except UntriedError as error:
-            reason = str(error)
-    raise CoverageError(
-        'uses="auto" counts how often each layer is used by running the model on made-up examples '
-        f"of the data loader's shapes, and that was not possible ({reason}). A count on real "
-        "examples would not be public. Declare it: BackpropClipping(uses={name: K})."
-    )
+        except UntriedError:
+            continue
+    return config

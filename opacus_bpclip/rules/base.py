@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -132,6 +133,19 @@ class Rule(ABC):
             input_norms: their norms, if kept.
             max_norm: what the inputs' norms were clipped to.
         """
+
+    def products(self, g: Tensor, inputs: Inputs) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return the parameters whose gradient is a product over positions, by name.
+
+        Each as ``[B, R, C, P]`` and ``[B, R, D, P]``, whose product over ``P`` is the example's
+        gradient in the shape ``[R, C, D]``. Only for speed: so the gradients of layers that share a
+        parameter are measured together without being made.
+
+        Args:
+            g: gradient of the layer's output, batch first.
+            inputs: the prepared inputs.
+        """
+        return {}
 
     def size(self, kind: str, g: Tensor, input_norms: Tensor | None) -> Tensor:
         """Return what must be in the range of squares for `bound` to be right, ``[B]``.

@@ -5,6 +5,7 @@ Proof: ``docs/rules/embedding.md``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,6 +23,7 @@ class EmbeddingRule(Rule):
     """``nn.Embedding``: input ``[B, *]`` of token ids, output ``[B, *, C]``."""
 
     padding_idx: int | None
+    tokens: int
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Self:
@@ -32,7 +34,12 @@ class EmbeddingRule(Rule):
         """
         layer = cast(nn.Embedding, module)
         refuse_coupling_options(layer)
-        return cls(weight=trainable(layer, "weight"), bias=False, padding_idx=layer.padding_idx)
+        return cls(
+            weight=trainable(layer, "weight"),
+            bias=False,
+            padding_idx=layer.padding_idx,
+            tokens=layer.num_embeddings,
+        )
 
     def expected_dims(self) -> tuple[int, int | None]:
         """Accept one token an example, and any number of axes of tokens."""
@@ -67,6 +74,18 @@ class EmbeddingRule(Rule):
         # A row of the weight takes its positions one after another.
         own = self._sum_bound(kind, upstream, inputs, input_norms)
         return own * norms.accumulation(positions, g.dtype)
+
+    def products(self, g: Tensor, inputs: Inputs) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return one-hot vectors and the upstream gradient: the weight's rows are tokens."""
+        (x,) = inputs
+        assert x is not None
+        ids = self._positions(x)
+        rows = torch.arange(self.tokens, device=x.device)
+        hot = ids[:, None, :] == rows[:, None]
+        if self.padding_idx is not None:
+            hot &= (ids != self.padding_idx)[:, None, :]
+        upstream = g.reshape(*ids.shape, g.shape[-1]).transpose(1, 2)
+        return {"weight": (hot.to(g.dtype).unsqueeze(1), upstream.unsqueeze(1))}
 
     def _sum_bound(
         self, kind: str, upstream: Tensor, inputs: Inputs, input_norms: Tensor | None

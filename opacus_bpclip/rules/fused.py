@@ -73,6 +73,10 @@ class FusedRule(MatrixRule):
             weight: the layer's.
         """
 
+    def oriented(self, upstream: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two in the order of the weight's axes: ``[B, R, C, P]``, ``[B, R, D, P]``."""
+        return upstream, columns
+
     def own_bytes(self, g: Tensor, weight: Tensor) -> int:
         """Return the bytes of temporary memory that `own_gradients` takes for an example."""
         return weight.numel() * norm_dtype(g.dtype).itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip.rules.base import trainable
@@ -28,3 +28,18 @@ class TransposedLinearRule(LinearRule):
             bias=trainable(module, "bias"),
             in_features=in_features,
         )
+
+    def gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, multiplier: int, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Multiply ``g`` with weight and input."""
+        dx, dw = super().gradients(g, x, weight.T, multiplier=multiplier, wanted=wanted)
+        return dx, None if dw is None else dw.T.contiguous()
+
+    def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply the input with ``g``, for each example."""
+        return super().own_gradients(x, g, weight.T)
+
+    def oriented(self, upstream: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the columns first."""
+        return columns, upstream

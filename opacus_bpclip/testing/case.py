@@ -24,7 +24,8 @@ class Case:
     rule: type[Rule]
     make_layer: Callable[[], nn.Module]
     bound: str
-    upstream: str
+    allocation: str
+    normalize: bool
     dtype: torch.dtype
     max_input_norm: float | None = 3.0
     frozen: str = ""
@@ -43,7 +44,8 @@ class Case:
 
     def __str__(self) -> str:
         return (
-            f"{self.rule.__name__} with bound={self.bound!r}, upstream={self.upstream!r}, "
+            f"{self.rule.__name__} with bound={self.bound!r}, allocation={self.allocation!r}, "
+            f"normalize={self.normalize}, "
             f"max_input_norm={self.max_input_norm}, {self.dtype}{self.frozen}"
         )
 

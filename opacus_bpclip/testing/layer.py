@@ -31,7 +31,8 @@ class ClippedLayer:
         self.plain = case.make_layer().to(case.dtype)
         config = BackpropClipping(
             bound=case.bound,  # type: ignore[arg-type]
-            upstream=case.upstream,  # type: ignore[arg-type]
+            allocation=case.allocation,  # type: ignore[arg-type]
+            normalize=case.normalize,
             max_input_norm=case.max_input_norm,
             probe=False,  # what it would find is judged here, on the values that are searched
         )

@@ -89,7 +89,7 @@ def check_direction(case: Case, inputs: MakeInputs) -> None:
         off = float((clipped - factor * own).norm())
         require(off <= 1e-6 * LIMIT, case, "direction", f"off the own gradient by {off}")
         require(factor > 0, case, "direction", f"its factor is {factor}")
-        if case.upstream == "clip":
+        if not case.normalize:
             require(factor <= 1 + 1e-9, case, "direction", f"its factor is {factor} > 1")
 
 

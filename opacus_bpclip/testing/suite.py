@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.config import Bound, Upstream
+from opacus_bpclip.config import Bound
 from opacus_bpclip.rules import RULES, Rule
 from opacus_bpclip.testing.case import ROUNDING, Case
 from opacus_bpclip.testing.layer import Inputs, MakeInputs
@@ -22,6 +22,9 @@ from opacus_bpclip.testing.promises import (
     check_spikes,
     check_sums,
 )
+
+# With a joint budget and with one of the layer's own; clipped and normalised.
+_BUDGETS = (("joint", False), ("dimension", False), ("joint", True))
 
 
 def check_rule(
@@ -35,13 +38,13 @@ def check_rule(
 ) -> None:
     """Search for a violation of what a rule promises, on random and on hostile batches.
 
-    Checked in all bounds and both upstream modes, in float32 and float64:
+    Checked in all bounds and both budgets, clipped and normalised, in float32 and float64:
 
     - *bound*: an example's contribution is within the limit, input clipping on or off;
     - *independence*: a batch's gradient is the sum of what its examples contribute alone, and what
       the layer sends up and down for an example is what it sends for the example alone;
     - *direction*: a contribution is the example's own gradient by plain autograd, times one factor,
-      which ``upstream="clip"`` keeps at or below 1 (without input clipping);
+      which is at most 1 unless gradients are normalised (without input clipping);
     - *attainment*: some example reaches 0.999 of the limit, so the bound is not idle;
     - *not finite*: an example with inf or nan contributes exactly zero, the others are untouched;
     - *empty batch*: the gradient is zero (where the layer itself can run on one).
@@ -72,10 +75,10 @@ def check_rule(
             layer.load_state_dict(frozen)
             return layer
 
-        for bound, upstream, dtype in itertools.product(
-            get_args(Bound), get_args(Upstream), ROUNDING
+        for bound, (allocation, normalize), dtype in itertools.product(
+            get_args(Bound), _BUDGETS, ROUNDING
         ):
-            case = Case(rule, same_layer, bound, upstream, dtype)
+            case = Case(rule, same_layer, bound, allocation, normalize, dtype)
             for _ in range(rounds):
                 check_sums(case, inputs)
             check_direction(case, inputs)
@@ -83,7 +86,7 @@ def check_rule(
             check_empty(case, inputs)
             if dtype == torch.float64:
                 check_attained(case, inputs, worst_case)
-            if dtype == torch.float64 and upstream == "clip":
+            if dtype == torch.float64 and not normalize:
                 check_spikes(case, inputs)
                 for part in case.with_one_frozen():
                     check_sums(part, inputs)

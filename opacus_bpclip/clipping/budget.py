@@ -1,0 +1,160 @@
+"""Which uses of layers share one factor for each example: a model's scopes, eager and traced."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.clipping.factors import Target
+from opacus_bpclip.clipping.scope import Scope
+from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.model.layer import Layer
+
+_NEEDS_ONE_GRAPH = (
+    'allocation="joint" measures all layers before it clips any, so that a compiled model must be '
+    "one graph, and this one breaks in two. torch.compile(model, fullgraph=True) says where. Mend "
+    'that, or train without torch.compile, or with BackpropClipping(allocation="dimension").'
+)
+
+
+class Budget:
+    """Opens a scope for every use of a layer, or one for all.
+
+    Args:
+        config: the public options.
+        layers: the trainable layers.
+        guard: watches them.
+
+    Attributes:
+        key: by which a traced graph, which holds strings and tensors only, finds this object.
+        joint: whether all layers share one factor for each example.
+        target: what it scales to, with a joint budget.
+        parameters: all that the layers train.
+        clips: what clips the layers; a traced graph finds them by their index.
+        token: the token of the forward pass that is being traced, with a joint budget.
+    """
+
+    def __init__(
+        self, config: BackpropClipping, layers: Iterable[Layer], guard: GradientGuard
+    ) -> None:
+        self.joint = config.allocation == "joint"
+        self.target = target_of(config)
+        parameters = (parameter for layer in layers for parameter in layer.parameters)
+        self.parameters: tuple[nn.Parameter, ...] = tuple(dict.fromkeys(parameters))
+        self.clips: list[Any] = []
+        self.token: Tensor | None = None
+        self._bound = config.bound
+        self._guard = guard
+        self._scope: Scope | None = None
+        self._trace: object = None  # that the scope belongs to
+        self._register()
+
+    def _register(self) -> None:
+        self.key = f"budget {next(_NUMBERS)}"
+        BUDGETS[self.key] = self
+
+    def __getstate__(self) -> dict[str, object]:
+        left = {"key", "token", "_scope", "_trace"}
+        return {name: value for name, value in vars(self).items() if name not in left}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self.token = self._scope = self._trace = None
+        self._register()
+
+    # In eager mode
+
+    def open_forward(self) -> None:
+        """Begin a forward pass of the model."""
+        self._scope = self._watched(self._new(self.target, at_once=False)) if self.joint else None
+
+    def close_forward(self) -> None:
+        """End a forward pass: its graph holds the scope now."""
+        self._scope = self.token = None
+
+    def scope_of(self, target: Target, *, at_once: bool) -> Scope:
+        """Return the scope of a layer's use.
+
+        Args:
+            target: what it is scaled to, if it has a scope of its own.
+            at_once: whether nothing else is in that scope.
+        """
+        return self._scope or self._watched(self._new(target, at_once=at_once))
+
+    def _new(self, target: Target, *, at_once: bool) -> Scope:
+        return Scope(target, self._bound, at_once=at_once)
+
+    def _watched(self, scope: Scope) -> Scope:
+        scope.begin = self._guard.begin_backward()
+        scope.deliver = self._guard.collect
+        return scope.open()
+
+    # In a traced graph, where autograd carries the sums to the parameters
+
+    def traced_token(self) -> Tensor | None:
+        """Return the token of the forward pass, opened by its first layer; ``None`` if not joint.
+
+        Not by the model's own hook: where that is attached to what is compiled, it runs outside.
+        """
+        if self.joint and self.token is None:
+            self.token = _trace_forward(self.key, self.target.limit, *self.parameters)
+        return self.token
+
+    def open_traced(self, limit: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """Open the scope of a forward pass; return its token.
+
+        Args:
+            limit: the target's, as the graph has it.
+            parameters: as the graph has them.
+        """
+        scope = self._new(self.target._replace(limit=limit), at_once=False)
+        self._scope = scope.open(self.parameters, parameters)
+        self._trace = _this_trace()
+        return scope.token
+
+    def traced_scope(
+        self,
+        layer: Layer,
+        target: Target,
+        token: Tensor | None,
+        parameters: Sequence[Tensor],
+    ) -> Scope:
+        """Return the scope of a layer's use.
+
+        Args:
+            layer: the layer.
+            target: what it is scaled to, if it has a scope of its own, as the graph has it.
+            token: of the forward pass, with a joint budget.
+            parameters: the layer's, as the graph has them.
+        """
+        if not self.joint:
+            return self._new(target, at_once=True).open(layer.parameters, parameters)
+        if self._scope is None or token is None or self._trace is not _this_trace():
+            self._guard.fail(_NEEDS_ONE_GRAPH)
+        self._scope.token = token
+        return self._scope
+
+
+BUDGETS: weakref.WeakValueDictionary[str, Budget] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def target_of(config: BackpropClipping) -> Target:
+    """Return a target of a model; its limit is still to be set."""
+    limit = torch.zeros((), dtype=torch.float64, device="cpu")
+    return Target(limit, config.normalize, config.stability)
+
+
+@torch._dynamo.allow_in_graph
+def _trace_forward(key: str, limit: Tensor, *parameters: Tensor) -> Tensor:
+    return BUDGETS[key].open_traced(limit, parameters)
+
+
+def _this_trace() -> object:
+    return torch._guards.TracingContext.try_get()

@@ -1,0 +1,352 @@
+"""A use of a linear layer or a convolution: bounds, sums and own gradients by products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opacus_bpclip.clipping.factors import Factors, Measured, Target, both, measured
+from opacus_bpclip.clipping.use import Clipped, FactorsOf, Sums, Use
+from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.rules import FusedRule, LinearRule
+from opacus_bpclip.rules.base import zero_rows
+from opacus_bpclip.rules.cancellation import kept
+from opacus_bpclip.rules.exact_norms import chunks, exact_chunk
+from opacus_bpclip.rules.norms import row_norms
+
+# Examples' own gradients are kept until their factors are known, if they have at most so many times
+# as many numbers as input and upstream gradient, which they take the place of.
+_OWN_KEPT = 2
+
+
+class Measurement(NamedTuple):
+    """What a node needs to know of an input.
+
+    Attributes:
+        factor: by what to scale its columns, 0 in rows that are not finite; ``None`` for 1.
+        columns: their norms after that, with the bias's entry; ``None`` if the bound needs none.
+        finite: ``[B]`` bool, which rows are finite; ``None`` for all.
+    """
+
+    factor: Tensor | None
+    columns: Tensor | None
+    finite: Tensor | None
+
+
+class FusedUse(Use):
+    """A use of a linear layer or a convolution.
+
+    Args:
+        layer: the layer; its rule is a `FusedRule`.
+        config: how to clip.
+        target: what gradients are scaled to.
+        examples: by what a mean loss has divided the upstream gradient.
+        g: upstream gradient, batch first.
+        x: the input, not scaled, with zeros in rows that are not finite.
+        weight: the layer's.
+        measurement: of the input.
+        wants_input: whether the input's gradient is needed.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        config: BackpropClipping,
+        target: Target,
+        examples: int,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        measurement: Measurement,
+        wants_input: bool,
+    ) -> None:
+        assert isinstance(layer.rule, FusedRule)
+        self.layer, self.rule, self.config = layer, layer.rule, config
+        self.target, self.examples = target, examples
+        self.g, self.x, self.weight = g, x, weight
+        self.factor, self.columns, self.finite = measurement
+        self.wants_input = wants_input
+        # Temporaries make room for the products: fresh memory is slow.
+        self._room: Tensor | None = None
+        self._part: Tensor | None = None
+        self._own: list[Tensor] | None = None  # the examples' gradients of the weight, if kept
+        self._bias_sums: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the gradients."""
+        return self.g.dtype
+
+    @property
+    def merges(self) -> bool:
+        """Return whether positions of several uses can be those of one."""
+        return isinstance(self.rule, LinearRule)
+
+    @classmethod
+    def of_all(cls, uses: Sequence[FusedUse]) -> FusedUse:
+        """Return one use of a linear layer, whose positions are those of all the uses.
+
+        Where a use has fewer rows, its sequences have ended: zeros are added.
+        """
+        first, rows = uses[0], max(len(use.g) for use in uses)
+
+        def joined(parts: list[Tensor | None]) -> Tensor | None:
+            present = [_padded(part, rows) for part in parts if part is not None]
+            return torch.cat(present, dim=2) if present else None
+
+        g, x = (
+            torch.cat([_padded(t.reshape(len(t), -1, t.shape[-1]), rows) for t in part], dim=1)
+            for part in ([use.g for use in uses], [use.x for use in uses])
+        )
+        finite = None
+        for use in uses:
+            if use.finite is not None:
+                finite = both(finite, _padded(use.finite, rows, fill=True))
+        measurement = Measurement(
+            joined([use.factor for use in uses]), joined([use.columns for use in uses]), finite
+        )
+        return cls(
+            first.layer,
+            first.config,
+            first.target,
+            first.examples,
+            g,
+            x,
+            first.weight,
+            measurement,
+            wants_input=False,
+        )
+
+    def measure(self) -> Measured:
+        """Bound the gradients by the bound that is asked for."""
+        rule, kind = self.rule, self.config.bound
+        if not rule.sums_own(kind, self.g):
+            return self._measured(self._bound(), self.g, self.columns, self.finite)
+        channels, positions = rule.upstream(self.g).shape[2:]
+        instead = self.x[:1].numel() + channels * positions
+        keeps = self.weight.numel() <= _OWN_KEPT * instead
+        found: list[Measured] = []
+        parts, gradients = [], []
+        scaled = self._scaled(self.g)
+        for rows in chunks(
+            len(self.g), exact_chunk(rule.own_bytes(self.g, self.weight), self.g.device)
+        ):
+            own, each, part = self._own_of(rows, scaled)
+            found.append(each)
+            parts.append(part)
+            if keeps:
+                gradients.append(own)
+        self._part = torch.cat(parts)
+        if keeps:
+            self._own = gradients
+            if rule.bias:
+                self._bias_sums = rule.upstream(self.g).sum(dim=3).flatten(1)
+        return _joined(found)
+
+    def _own_of(self, rows: slice, scaled: Tensor) -> tuple[Tensor, Measured, Tensor]:
+        """Return some examples' own gradients, how large they are, and what part is kept."""
+        assert self.columns is not None
+        g, columns = self.g[rows], self.columns[rows]
+        finite = None if self.finite is None else self.finite[rows]
+        own = self.rule.own_gradients(scaled[rows], self.x[rows], self.weight)
+        bound = self.rule.bound_of_own(own, g, columns)
+        # Where positions cancel, rounding alone may be left of their sum.
+        limit = self.target.unscaled() / max(self.examples, 1)
+        part = kept(bound, row_norms(g) * row_norms(columns), g.dtype, limit)
+        return own, self._measured(bound, g, columns, finite), part
+
+    def _measured(
+        self, bound: Tensor, g: Tensor, columns: Tensor | None, finite: Tensor | None
+    ) -> Measured:
+        kind = self.config.bound
+        return measured(
+            bound,
+            finite,
+            size=partial(self.rule.size_of, kind, g, columns),
+            least=self.rule.least_bound(kind, g.dtype, self.config.max_input_norm),
+            examples=self.examples,
+        )
+
+    def _bound(self) -> Tensor:
+        return self.rule.bound_of_scaled(
+            self.config.bound,
+            self.g,
+            self.x,
+            self.columns,
+            self.factor,
+            self.config.max_input_norm,
+            self._room,
+        )
+
+    def _scaled(self, g: Tensor) -> Tensor:
+        """Return an upstream gradient times the factors of the input's columns."""
+        if self.factor is None:
+            return g
+        return torch.mul(g, self.rule.over_output(self.factor.to(g.dtype), g), out=self._room)
+
+    def sums(self, factors: Factors) -> Sums:
+        """Make the gradients in one product for all examples."""
+        by, keep = factors
+        if self._part is not None:
+            by = by * self._part.to(by.dtype)
+        if self._own is not None:
+            return self._sums_of_own(by, keep)
+        sums = {}
+        g = zero_rows(self.g, keep)
+        if self.rule.bias:
+            sums["bias"] = self.rule.bias_gradient(g, by) * self.examples
+        if self.rule.weight:
+            _, dw = self._products(g, by, (False, True))
+            assert dw is not None
+            sums["weight"] = dw
+        return sums
+
+    def _sums_of_own(self, by: Tensor, keep: Tensor | None) -> Sums:
+        assert self._own is not None
+        total: Tensor | None = None
+        start = 0
+        for own in self._own:
+            rows = slice(start, start + len(own))
+            start += len(own)
+            flat = zero_rows(own.flatten(1), None if keep is None else keep[rows])
+            part = by[rows].to(flat.dtype) @ flat
+            total = part if total is None else total + part
+        assert total is not None
+        dw = total.view(self.weight.shape).to(self.weight.dtype) * self.examples
+        sums = {"weight": dw}
+        if self._bias_sums is not None:
+            sums["bias"] = by @ zero_rows(self._bias_sums, keep) * self.examples
+        return sums
+
+    def _products(
+        self, g: Tensor, by: Tensor | None, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of the input and the weight, if wanted.
+
+        Args:
+            g: upstream gradient, finite where a weight's gradient is wanted.
+            by: ``[B]``, by what to multiply each example's; ``None`` for 1.
+            wanted: which of the two.
+        """
+        joint = self.factor
+        if by is not None:
+            joint = by.view(-1, 1, 1)
+            if self.factor is not None:
+                joint = joint * self.factor.to(joint.dtype)
+        if joint is not None:
+            over = self.rule.over_output(joint.to(g.dtype), g)
+            g = torch.mul(g, over, out=self._room)
+        return self.rule.gradients(g, self.x, self.weight, multiplier=self.examples, wanted=wanted)
+
+    def input_gradients(self, factors: Factors | None) -> tuple[Tensor | None, ...]:
+        """Multiply the upstream gradient with the weight."""
+        if not self.wants_input:
+            return (None,)
+        g, by = self.g, None
+        if factors is not None:
+            g, by = zero_rows(g, factors.keep), factors.factor
+        dx, _ = self._products(g, by, (True, False))
+        return (dx,)
+
+    def own(self, rows: slice) -> Sums:
+        """Make the gradients of some examples."""
+        g, x = self.g[rows], self.x[rows]
+        sums = {}
+        if self.rule.weight:
+            scaled = g
+            if self.factor is not None:
+                factor = self.factor[rows].to(g.dtype)
+                scaled = g * self.rule.over_output(factor, g)
+            sums["weight"] = self.rule.own_gradients(scaled, x, self.weight)
+        if self.rule.bias:
+            sums["bias"] = self.rule.upstream(g).sum(dim=3).flatten(1)
+        return sums
+
+    def matrix_columns(self, rows: slice) -> Tensor:
+        """Return the columns of some examples' scaled inputs, ``[b, R, D, P]``."""
+        x = self.x[rows]
+        if self.factor is not None:
+            x = x * self.rule.spread(self.factor[rows].to(x.dtype), x)
+        return self.rule.columns(x)
+
+    def matrices(self, rows: slice) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return the weight's gradient as a product."""
+        if not self.rule.weight:
+            return {}
+        pair = self.rule.upstream(self.g[rows]), self.matrix_columns(rows)
+        return {"weight": self.rule.oriented(*pair)}
+
+    def clip(self, factors_of: FactorsOf) -> Clipped:
+        """Clip with as few passes over the gradients as there can be."""
+        if not torch.compiler.is_compiling():
+            self._room = torch.empty_like(self.g)
+        if self.rule.weight and self.rule.sums_own(self.config.bound, self.g):
+            return self._clip_own(factors_of)
+        factors = factors_of(self._measured(self._bound(), self.g, self.columns, self.finite))
+        g = zero_rows(self.g, factors.keep)
+        sums = {}
+        # Before the products, which drive the gradient out of the processor's cache.
+        if self.rule.bias:
+            sums["bias"] = self.rule.bias_gradient(g, factors.factor) * self.examples
+        wanted = (self.wants_input, self.rule.weight)
+        dx, dw = self._products(g, factors.factor, wanted) if any(wanted) else (None, None)
+        if dw is not None:
+            sums["weight"] = dw
+        return Clipped(sums, (dx,))
+
+    def _clip_own(self, factors_of: FactorsOf) -> Clipped:
+        """Make, measure, scale and add up a few examples' own gradients at a time.
+
+        What is measured is the very thing that is added up, whatever rounding has made of it.
+        """
+        found: list[Factors] = []
+        parts: list[Tensor] = []
+        total: Tensor | None = None
+        scaled = self._scaled(self.g)
+        bytes_of_own = self.rule.own_bytes(self.g, self.weight)
+        for rows in chunks(len(self.g), exact_chunk(bytes_of_own, self.g.device)):
+            own, each, part = self._own_of(rows, scaled)
+            factors = factors_of(each)
+            flat = zero_rows(own.flatten(1), factors.keep)
+            by = (factors.factor * part.to(factors.factor.dtype)).to(flat.dtype)
+            total = by @ flat if total is None else total.add_(by @ flat)
+            found.append(factors)
+            parts.append(part)
+        assert total is not None
+        keep = _joined_keep([each.keep for each in found], [len(each.factor) for each in found])
+        by = torch.cat([each.factor for each in found])
+        sums = {"weight": total.view(self.weight.shape).to(self.weight.dtype) * self.examples}
+        if self.rule.bias:
+            part = torch.cat(parts).to(by.dtype)
+            g = zero_rows(self.g, keep)
+            sums["bias"] = self.rule.bias_gradient(g, by * part) * self.examples
+        return Clipped(sums, self.input_gradients(Factors(by, keep)))
+
+
+def _joined(found: list[Measured]) -> Measured:
+    sizes = [len(each.bound) for each in found]
+    usable = _joined_keep([each.usable for each in found], sizes)
+    return Measured(torch.cat([each.bound for each in found]), usable)
+
+
+def _joined_keep(keeps: list[Tensor | None], sizes: list[int]) -> Tensor | None:
+    known = [keep for keep in keeps if keep is not None]
+    if not known:
+        return None
+    return torch.cat(
+        [
+            known[0].new_ones(size) if keep is None else keep
+            for keep, size in zip(keeps, sizes, strict=True)
+        ]
+    )
+
+
+def _padded(x: Tensor, rows: int, *, fill: bool = False) -> Tensor:
+    if len(x) == rows:
+        return x
+    return torch.cat([x, x.new_full((rows - len(x), *x.shape[1:]), fill)])

@@ -1,0 +1,258 @@
+"""Any other layer with a rule: its own autograd makes the gradients, on a graph that is cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from opacus_bpclip.clipping.base import Settings
+from opacus_bpclip.clipping.factors import Factors, Measured, measured
+from opacus_bpclip.clipping.node import Call, NodeClip, parameters_replaced
+from opacus_bpclip.clipping.use import Clipped, FactorsOf, Sums, Use
+from opacus_bpclip.guard.call_checks import foreign_parameter, replaced_parameter
+from opacus_bpclip.model.calls import Args, Kwargs
+from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.rules import Inputs
+from opacus_bpclip.rules.base import per_row, where_needed, zero_rows
+from opacus_bpclip.rules.scaling import prepare_inputs
+
+
+class Graph(NamedTuple):
+    """What the layer's own autograd goes through: edges, so that no tensor is kept for them.
+
+    Attributes:
+        y: the layer's output.
+        leaves: its inputs, as the layer has them; ``None`` for those without a gradient.
+        parameters: the trainable ones, by name.
+    """
+
+    y: GradientEdge
+    leaves: tuple[GradientEdge | None, ...]
+    parameters: Mapping[str, Tensor]
+
+
+class LayerClip(NodeClip):
+    """Clips one layer whose gradient has no closed form here."""
+
+    def __init__(self, layer: Layer, settings: Settings) -> None:
+        super().__init__(layer, settings)
+        self.keeps = layer.rule.keeps(self.config.bound)
+        self.changes_output = self.config.max_input_norm is not None and layer.rule.clips_input
+        # What stands for the parameters while the layer runs, so that its graph ends there: a hook
+        # on a parameter could change what the graph sends it.
+        self.stand_ins: dict[str, Tensor] = {}
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks."""
+        restore = self.layer.module.register_forward_hook(self.restore, always_call=True)
+        return [*super().attach(), restore]
+
+    def enter(self, module: nn.Module, args: Args) -> None:
+        """Put tensors in the parameters' place."""
+        super().enter(module, args)
+        self.stand_ins = {}
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.guard.require(replaced_parameter(self.layer))
+            self.stand_ins = _stand_ins(self.layer.named_parameters)
+            module._parameters.update(self.stand_ins)  # type: ignore[arg-type]
+
+    def restore(self, module: nn.Module, args: Args, output: Any) -> None:
+        """Put the parameters back, also after an error."""
+        if self.stand_ins:
+            module._parameters.update(self.layer.named_parameters)
+
+    def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
+        """Put the parameters back, and the node in the place of the layer's graph."""
+        self.restore(module, args, y)
+        return super().leave(module, args, kwargs, y)
+
+    def call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
+        """Clip the inputs; run the layer again if that changes them."""
+        arguments, rule = self.layer.arguments, self.layer.rule
+        inputs = arguments.get(args, kwargs)
+        prepared = prepare_inputs(inputs, rule, self.config.max_input_norm)
+        silenced = rule.silenced(prepared)
+        passed = arguments.passed(args, kwargs)
+        leaves = tuple(x if x is not None and x.requires_grad else None for x in passed)
+        traced = torch.compiler.is_compiling()
+        if traced or not _are_alike(silenced, inputs):
+            given = [x if x is None else arguments.as_passed(x).detach() for x in silenced]
+            leaves = tuple(
+                None if leaf is None or x is None else x.requires_grad_()
+                for leaf, x in zip(leaves, given, strict=True)
+            )
+            args, kwargs = arguments.replaced(args, kwargs, tuple(given))
+            if traced:
+                self.stand_ins = _stand_ins(
+                    {name: _present(module, name) for name in self.layer.named_parameters}
+                )
+            with parameters_replaced(module, self.stand_ins):
+                y = module.forward(*args, **kwargs)
+        keep = where_needed(prepared.finite)
+        out = y.detach()
+        if keep is not None:
+            # Zeros where the layer multiplies; nobody may take those for an output.
+            rows = out.movedim(arguments.batch_axis, 0)
+            rows = torch.where(per_row(keep, rows), rows, float("nan"))
+            out = rows.movedim(0, arguments.batch_axis)
+        elif traced:
+            out = out.clone()
+        graph = None
+        if y.requires_grad:
+            if self.followed:
+                own = (*self.stand_ins.values(), *leaves)
+                self.guard.require(foreign_parameter(self.layer, y, own))
+            edges = (None if leaf is None else get_gradient_edge(leaf) for leaf in leaves)
+            graph = Graph(get_gradient_edge(y), tuple(edges), self.stand_ins)
+        norms = None if prepared.norms is None else zero_rows(prepared.norms, keep)
+        scales = tuple(x if x is None else zero_rows(x, keep) for x in prepared.scales)
+        scales = scales or (None,) * len(inputs)
+        detached = tuple(x if x is None else x.detach() for x in silenced)
+        return Call(out, passed, (norms, prepared.finite, *scales, *detached), graph)
+
+    def use(self, g: Tensor, graph: Any, saved: Inputs, wants: tuple[bool, ...]) -> Use:
+        """Take the upstream gradient that has arrived."""
+        norms, finite, *rest = saved
+        assert finite is not None
+        count = len(wants)
+        examples = self.examples_of(g, graph)
+        scales, inputs = list(rest[:count]), tuple(rest[count:])
+        return LayerUse(self, examples, g, graph, norms, finite, scales, inputs)
+
+
+class LayerUse(Use):
+    """A use of a layer whose own autograd makes the gradients.
+
+    Args:
+        clip: of the layer.
+        examples: by what a mean loss has divided the upstream gradient.
+        g: upstream gradient, batch first.
+        graph: the layer's.
+        norms: of the inputs' columns, as the rule has them.
+        finite: ``[B]`` bool, which examples are finite.
+        scales: by what the inputs were multiplied, batch first.
+        inputs: as they were clipped, batch first.
+    """
+
+    def __init__(
+        self,
+        clip: LayerClip,
+        examples: int,
+        g: Tensor,
+        graph: Graph,
+        norms: Tensor | None,
+        finite: Tensor,
+        scales: list[Tensor | None],
+        inputs: Inputs,
+    ) -> None:
+        self.layer, self.config = clip.layer, clip.config
+        self.examples = examples
+        self._keeps = clip.keeps
+        self._g, self._graph, self._norms, self._finite = g, graph, norms, finite
+        self._scales, self._inputs = scales, inputs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the gradients."""
+        return self._g.dtype
+
+    def measure(self) -> Measured:
+        """Bound the gradients as the rule does."""
+        rule, kind = self.layer.rule, self.config.bound
+        norms = self._norms if self._keeps.norms else None
+        inputs = self._inputs if self._keeps.inputs else ()
+        bound = rule.bound(kind, self._g, inputs, norms, self.config.max_input_norm)
+        return measured(
+            bound,
+            where_needed(self._finite),
+            size=lambda: rule.size(kind, self._g, norms),
+            examples=self.examples,
+        )
+
+    def clip(self, factors_of: FactorsOf) -> Clipped:
+        """Make all gradients in one backward pass."""
+        factors = factors_of(self.measure())
+        found = self._gradients(self._scaled(factors), parameters=True, inputs=True)
+        return Clipped(self._multiplied(found[0]), found[1])
+
+    def sums(self, factors: Factors) -> Sums:
+        """Run the layer's backward pass on scaled upstream gradients."""
+        found, _ = self._gradients(self._scaled(factors), parameters=True)
+        return self._multiplied(found)
+
+    def input_gradients(self, factors: Factors | None) -> tuple[Tensor | None, ...]:
+        """Run the layer's backward pass, for its inputs alone."""
+        g = self._g if factors is None else self._scaled(factors)
+        return self._gradients(g, inputs=True)[1]
+
+    def own(self, rows: slice) -> Sums:
+        """Run the layer's backward pass for each of some examples."""
+        found: dict[str, list[Tensor]] = {}
+        for row in range(*rows.indices(len(self._g))):
+            alone = torch.zeros_like(self._g)
+            alone[row] = self._g[row]
+            for name, gradient in self._gradients(alone, parameters=True)[0].items():
+                found.setdefault(name, []).append(gradient)
+        return {name: torch.stack(own) for name, own in found.items()}
+
+    def matrices(self, rows: slice) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return what the rule knows for a product."""
+        inputs = tuple(x if x is None else x[rows] for x in self._inputs)
+        return self.layer.rule.products(self._g[rows], inputs)
+
+    def _scaled(self, factors: Factors) -> Tensor:
+        by, keep = factors
+        return zero_rows(self._g * per_row(by, self._g), keep)
+
+    def _multiplied(self, sums: Sums) -> Sums:
+        return {name: total * self.examples for name, total in sums.items()}
+
+    def _gradients(
+        self, g: Tensor, *, parameters: bool = False, inputs: bool = False
+    ) -> tuple[Sums, tuple[Tensor | None, ...]]:
+        y, leaves, own = self._graph
+        of = dict(own) if parameters else {}
+        asked = [leaf for leaf in leaves if leaf is not None] if inputs else []
+        found: list[Tensor | None] = []
+        if of or asked:
+            g = g.movedim(0, self.layer.arguments.batch_axis)
+            found = list(
+                torch.autograd.grad(
+                    [y],
+                    [*of.values(), *asked],  # type: ignore[arg-type]
+                    [g],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            )
+        sums = {
+            name: torch.zeros_like(parameter) if total is None else total
+            for (name, parameter), total in zip(of.items(), found[: len(of)], strict=True)
+        }
+        rest = iter(found[len(of) :])
+        made = tuple(None if leaf is None or not inputs else next(rest) for leaf in leaves)
+        return sums, tuple(
+            dx if dx is None or scale is None else dx * self.layer.arguments.as_passed(scale)
+            for dx, scale in zip(made, self._scales, strict=True)
+        )
+
+
+def _are_alike(some: Inputs, others: Inputs) -> bool:
+    """Return whether the inputs are the same numbers in the same memory."""
+    pairs = zip(some, others, strict=True)
+    return all(x is None or (y is not None and x.is_set_to(y)) for x, y in pairs)
+
+
+def _stand_ins(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+
+def _present(module: nn.Module, name: str) -> Tensor:
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter

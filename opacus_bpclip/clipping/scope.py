@@ -1,0 +1,155 @@
+"""One factor for each example, over some uses of layers: what is measured, and what is added up.
+
+A scope is one use of a layer (each layer has a budget of its own), one run of a recurrent network
+(so has each of its layers, over all time steps), or one forward pass of the model (all layers share
+one budget). Its `token` is an input of every node in it. Autograd therefore runs the token's
+backward function after those of the nodes: by then everything has been measured, and the sums can
+be made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.clipping.factors import Factors, Measured, Target, both, clip_factors
+from opacus_bpclip.clipping.first_order import first_order
+from opacus_bpclip.clipping.together import measure_together, merged
+from opacus_bpclip.clipping.use import Sums, Use
+from opacus_bpclip.model.layer import Layer
+
+Deliver = Callable[[dict[nn.Parameter, Tensor]], None]
+
+
+class Scope:
+    """The uses of layers whose gradients are scaled by one factor for each example.
+
+    Args:
+        target: what an example's joint gradient is scaled to.
+        bound: how it is measured: ``"product"``, ``"weighted"`` or ``"exact"``.
+        at_once: whether a use is clipped when its gradient arrives, since there is no other. What
+            flows on to the layers below is then clipped, too.
+
+    Attributes:
+        token: for the nodes; see the module.
+        begin: called when a gradient arrives at a node.
+        deliver: called with the sums, in eager mode.
+    """
+
+    token: Tensor
+
+    def __init__(self, target: Target, bound: str, *, at_once: bool) -> None:
+        self.target = target
+        self.bound = bound
+        self.at_once = at_once
+        self.begin: Callable[[], None] = _nothing
+        self.deliver: Deliver | None = None
+        self._calls: dict[str, int] = {}  # of the layers that share parameters, by group
+        self._groups: dict[str, str] = {}  # by layer
+        self._kept: dict[str, list[Use]] = {}  # by group
+        self._found: dict[str, Measured] = {}  # of groups that were called once
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def open(self, parameters: Iterable[nn.Parameter] = (), traced: Sequence[Tensor] = ()) -> Scope:
+        """Make the token.
+
+        Args:
+            parameters: those that the sums are to be sent to through autograd, as a traced graph
+                needs it. None in eager mode: there the sums are delivered, and whatever else
+                arrives at a parameter is known to be foreign.
+            traced: what stands for the parameters in the traced graph.
+        """
+        self._parameters = tuple(parameters)
+        # Something that requires a gradient, or autograd would leave all of it out.
+        self.token = _End.apply(self, *(traced or (unwatched_token(),)))
+        return self
+
+    def enter(self, layer: Layer, group: str) -> None:
+        """Note that a layer is called.
+
+        Args:
+            layer: the layer.
+            group: the name that it has in common with the layers that share its parameters.
+        """
+        self._calls[group] = self._calls.get(group, 0) + 1
+        self._groups[layer.name] = group
+
+    def arrive(self, use: Use) -> tuple[Tensor | None, ...]:
+        """Measure a use whose gradient has arrived; return the gradients of the layer's inputs."""
+        self.begin()
+        if self.at_once:
+            sums, inputs = use.clip(lambda found: self._factors(found, use))
+            self._add(use, sums)
+            return inputs
+        group = self._groups[use.layer.name]
+        inputs = use.input_gradients(None)
+        if self._calls[group] == 1:
+            self._found[group] = use.measure()
+        self._kept.setdefault(group, []).append(use)
+        return inputs
+
+    def finish(self) -> dict[nn.Parameter, Tensor]:
+        """Return the sums of the clipped gradients, and forget everything."""
+        if self._kept:
+            self._clip_kept()
+        sums, self._sums = self._sums, {}
+        return sums
+
+    def _clip_kept(self) -> None:
+        """Measure what is left to be, find the factors, and make the sums one after another."""
+        kept, self._kept = self._kept, {}
+        found, self._found = self._found, {}
+        for group in kept:
+            if group not in found:
+                kept[group] = list(merged(kept[group]))
+                found[group] = measure_together(kept[group], self.bound)
+        usable = None
+        for each in found.values():
+            usable = both(usable, each.usable)
+        # Orthogonal parts of one gradient: the squares add up. In double precision, in which the
+        # sum over any number of layers is right to the last place of the bounds.
+        parts = torch.stack([each.bound.double() for each in found.values()])
+        total = Measured(torch.linalg.vector_norm(parts, dim=0), usable)
+        while kept:
+            for use in kept.pop(next(iter(kept))):
+                self._add(use, use.sums(self._factors(total, use)))
+
+    def _factors(self, found: Measured, use: Use) -> Factors:
+        return clip_factors(found, self.target, use.dtype, examples=use.examples)
+
+    def _add(self, use: Use, sums: Sums) -> None:
+        for name, total in sums.items():
+            parameter = use.layer.named_parameters[name]
+            earlier = self._sums.get(parameter)
+            self._sums[parameter] = total if earlier is None else earlier + total
+
+
+class _End(torch.autograd.Function):
+    """The end of a scope's backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, scope: Scope, *start: Tensor) -> Tensor:
+        ctx.scope, ctx.count = scope, len(start)
+        return start[0].new_zeros(())
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        scope: Scope = ctx.scope
+        sums = scope.finish()
+        if scope.deliver is not None:
+            scope.deliver(sums)
+            return (None,) * (1 + ctx.count)
+        return None, *(sums.get(parameter) for parameter in scope._parameters)
+
+
+def unwatched_token() -> Tensor:
+    """Return a token of no scope, for a graph that no backward pass will go through."""
+    return torch.zeros((), requires_grad=True)
+
+
+def _nothing() -> None:
+    return None

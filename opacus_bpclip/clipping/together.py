@@ -1,0 +1,109 @@
+"""Several uses of the same parameters in one forward pass: their gradients add up, and then count.
+
+By the triangle inequality the sum's norm is at most the sum of the norms. That is all that the
+product and the weighted bound can say of different layers. In the exact bound the sum itself is
+measured. Proof: ``docs/guarantee.md``, "Uses that add up".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from opacus_bpclip.clipping.factors import Measured, both, measured
+from opacus_bpclip.clipping.fused_use import FusedUse
+from opacus_bpclip.clipping.use import OwnUse, Use
+from opacus_bpclip.rules.exact_norms import chunks, exact_bound, exact_chunk
+from opacus_bpclip.rules.norms import (
+    accumulation,
+    norm_dtype,
+    rounding_margin,
+    row_norms,
+    underflow,
+)
+
+
+def merged(uses: Sequence[Use]) -> Sequence[Use]:
+    """Return uses of one linear layer as one use, whose positions are those of all."""
+    linear = [use for use in uses if isinstance(use, FusedUse) and use.merges]
+    if len(linear) < len(uses) or len({use.layer.name for use in uses}) > 1:
+        return uses
+    return [FusedUse.of_all(linear)]
+
+
+def measure_together(uses: Sequence[Use], kind: str) -> Measured:
+    """Bound the norm of each example's gradient, summed over some uses of the same parameters.
+
+    Args:
+        uses: of one layer, or of layers that share parameters; `merged`.
+        kind: ``"product"``, ``"weighted"`` or ``"exact"``.
+    """
+    each = [use.measure() for use in uses]
+    if len(each) == 1:
+        return each[0]
+    usable = reduce(both, (found.usable for found in each))
+    own = all(isinstance(use, OwnUse) and use.layer is uses[0].layer for use in uses)
+    if kind == "exact" or own:
+        bound = _summed(uses, [found.bound for found in each])
+    else:
+        bound = reduce(torch.add, (found.bound for found in each))
+    total = measured(bound, None, examples=uses[0].examples)
+    return Measured(bound, both(usable, total.usable))
+
+
+def _summed(uses: Sequence[Use], bounds: Sequence[Tensor]) -> Tensor:
+    """Return the norm of the sum of the uses' gradients, a few examples at a time. ``[B]``."""
+    layers = {use.layer.name: use.layer for use in uses}
+    sizes = {p: p.numel() for layer in layers.values() for p in layer.parameters}
+    dtype = norm_dtype(bounds[0].dtype)
+    needed = sum(sizes.values()) * 2 * dtype.itemsize
+    parts = []
+    for rows in chunks(len(bounds[0]), exact_chunk(needed, bounds[0].device)):
+        parts.append(_norm_of_sum(uses, rows))
+    # What cancels leaves rounding errors of what was added.
+    margin = rounding_margin(bounds[0].dtype, bounds[0].device)
+    return torch.cat(parts) + margin * reduce(torch.add, bounds)
+
+
+def _norm_of_sum(uses: Sequence[Use], rows: slice) -> Tensor:
+    matrices = [use.matrices(rows) for use in uses]
+    sums: dict[Tensor, Tensor] = {}
+    products: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
+    shared = _always_products(uses, matrices)
+    for use, own in zip(uses, matrices, strict=True):
+        for name, parameter in use.layer.named_parameters.items():
+            if parameter in shared:
+                products.setdefault(parameter, []).append(own[name])
+        if any(p not in shared for p in use.layer.parameters):
+            for name, gradient in use.own(rows).items():
+                parameter = use.layer.named_parameters[name]
+                if parameter not in shared:
+                    earlier = sums.get(parameter)
+                    sums[parameter] = gradient if earlier is None else earlier + gradient
+    norms = [row_norms(gradient) for gradient in sums.values()]
+    norms += [_norm_of_products(pairs) for pairs in products.values()]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].dtype) for n in norms]), dim=0)
+
+
+def _always_products(uses: Sequence[Use], matrices: Sequence[object]) -> set[Tensor]:
+    """Return the parameters whose gradient is a product in every use."""
+    shared: set[Tensor] = set()
+    refused: set[Tensor] = set()
+    for use, own in zip(uses, matrices, strict=True):
+        for name, parameter in use.layer.named_parameters.items():
+            (shared if name in own else refused).add(parameter)  # type: ignore[operator]
+    return shared - refused
+
+
+def _norm_of_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the norm of a sum of products, by the cheapest way to it."""
+    left = torch.cat([one for one, _ in pairs], dim=3)
+    right = torch.cat([other for _, other in pairs], dim=3)
+    dtype = norm_dtype(left.dtype)
+    norms = torch.linalg.vector_norm(right, dim=2, dtype=dtype) + underflow(right.shape[2], dtype)
+    slack = rounding_margin(left.dtype, left.device)
+    bound = exact_bound(left, right, norms, weight=True, bias=False, slack=slack)
+    return bound * accumulation(left.shape[3], dtype)
