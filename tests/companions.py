@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping
+from tests.budgets import layerwise
 from tests.checks import Trainer, joint
 
 CLASSES = 5
@@ -103,7 +103,7 @@ def check_rounding_is_small(layer: nn.Module, bound: Any) -> None:
     """
     g = torch.full((2, 64), 1e9)
     g[:, 32:] *= -(1 - 2 * torch.finfo(torch.float32).eps)
-    trainer = Trainer(layer, (2, 64), BackpropClipping(bound=bound), dtype=torch.float32)
+    trainer = Trainer(layer, (2, 64), layerwise(bound=bound), dtype=torch.float32)
     norm = joint(trainer.released(torch.ones(1, 2, 64), g.view(1, -1))).norm()
     assert norm <= 1e-4, f"rounding contributes {norm}"
 

@@ -21,6 +21,7 @@ from opacus_bpclip import (
     PrivacyViolationError,
 )
 from opacus_bpclip.sampling.log import Pass
+from tests.budgets import layerwise
 
 FEATURES, CLASSES = 4, 3
 BOUNDS = pytest.mark.parametrize("bound", ["product", "weighted", "exact"])
@@ -102,8 +103,8 @@ def make_private(
 ) -> Private:
     """Make a model private; it takes any batch, unless the loader's are to be ``counted``."""
     engine = engine or PrivacyEngine()
-    if backprop is not None:
-        options["backprop"] = backprop
+    if clipping == "backprop" or backprop is not None:
+        options["backprop"] = backprop or layerwise()
     handle, optimizer, loader = engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=lr),

@@ -85,7 +85,7 @@ def contribution(
     target: Tensor,
     limits: dict[str, float],
     kind: str,
-    upstream: str,
+    normalize: bool,
     max_norm: float | None,
 ) -> dict[str, Seen]:
     """Return what each layer of a sequential model saw of one example, ``x`` of shape [1, ...].
@@ -110,9 +110,10 @@ def contribution(
             gradient = torch.cat([part.flatten() for part in parts])
             clipped = clip_input(module, leaf, max_norm)
             bound = bound_of(module, clipped, g, gradient, kind, max_norm)
-            factor = limits[name] / bound
-            if upstream == "clip":
-                factor = factor.clamp(max=1)
+            if normalize:
+                factor = limits[name] / (bound + 0.01)
+            else:
+                factor = (limits[name] / bound).clamp(max=1)
             seen[name] = Seen(column_norms(module, clipped), bound, factor, gradient)
             g = g * factor
         (g,) = torch.autograd.grad(y, leaf, g)

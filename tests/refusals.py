@@ -19,7 +19,8 @@ from torch.utils.data import (
 )
 from torch.utils.data import default_collate as collate
 
-from opacus_bpclip import BackpropClipping, CoverageError, SeveralOptimizers
+from opacus_bpclip import CoverageError, SeveralOptimizers
+from tests.budgets import layerwise
 from tests.helpers import FEATURES, dataset, make_private, mlp
 
 SGD, LBFGS = torch.optim.SGD, torch.optim.LBFGS
@@ -102,7 +103,7 @@ COMPILED = (
 NOT_A_NORM = "Expected max_grad_norm={value!r} to be a finite number > 0."
 A_LIST = (
     "Expected max_grad_norm={value!r} to be one number, the joint sensitivity of all layers. Split "
-    "it over the layers by BackpropClipping(allocation={{name: share}})."
+    "it over the layers by layerwise(allocation={{name: share}})."
 )
 
 REFUSALS = {
@@ -138,9 +139,8 @@ REFUSALS = {
         "Expected backprop={} to be a BackpropClipping.", {"backprop": {}}
     ),
     "backprop with another clipping": Refusal(
-        f"backprop={BackpropClipping()!r} was given with clipping='flat'; it needs "
-        'clipping="backprop".',
-        {"clipping": "flat", "backprop": BackpropClipping()},
+        f"backprop={layerwise()!r} was given with clipping='flat'; it needs clipping=\"backprop\".",
+        {"clipping": "flat", "backprop": layerwise()},
     ),
     "backprop as a dict with another clipping": Refusal(
         "backprop={} was given with clipping='per_layer'; it needs clipping=\"backprop\".",
@@ -149,7 +149,7 @@ REFUSALS = {
     "allocation": Refusal(
         "allocation does not fit the model's trainable layers; no such layer: head; no share for: "
         "2. Name each of: 0, 2.",
-        {"backprop": BackpropClipping(allocation={"0": 1.0, "head": 1.0})},
+        {"backprop": layerwise(allocation={"0": 1.0, "head": 1.0})},
         error=CoverageError,
     ),
     "raw parameter": Refusal(

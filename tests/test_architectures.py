@@ -12,7 +12,8 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opacus_bpclip import BackpropClipping, PrivacyEngine, PrivacyViolationError
+from opacus_bpclip import PrivacyEngine, PrivacyViolationError
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_sensitivity, check_training
 from tests.strategies import BOUNDS
 
@@ -48,7 +49,7 @@ class TextClassifier(nn.Module):
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_a_transformer_over_tokens_stays_within_its_sensitivity(bound):
     torch.manual_seed(0)
-    trainer = Trainer(TextClassifier(), (12,), BackpropClipping(bound=bound), probe=True)
+    trainer = Trainer(TextClassifier(), (12,), layerwise(bound=bound), probe=True)
     ids = torch.randint(50, (5, 12))
     check_training(trainer, ids, torch.randn(5, 3, dtype=torch.float64) * 100)
 
@@ -57,9 +58,7 @@ def test_a_transformer_over_tokens_stays_within_its_sensitivity(bound):
 def test_resnet18_with_group_norm_stays_within_its_sensitivity(bound):
     torch.manual_seed(0)
     model = PrivacyEngine.get_compatible_module(torchvision.models.resnet18(num_classes=3))
-    trainer = Trainer(
-        model, (3, 16, 16), BackpropClipping(bound=bound), expected_batch_size=2, probe=True
-    )
+    trainer = Trainer(model, (3, 16, 16), layerwise(bound=bound), expected_batch_size=2, probe=True)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     check_training(trainer, x, torch.randn(2, 3, dtype=torch.float64) * 100)
 
@@ -76,7 +75,7 @@ def _vision_transformer() -> nn.Module:
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_a_vision_transformer_stays_within_its_sensitivity(bound):
     torch.manual_seed(0)
-    trainer = Trainer(_vision_transformer(), (3, 16, 16), BackpropClipping(bound=bound), probe=True)
+    trainer = Trainer(_vision_transformer(), (3, 16, 16), layerwise(bound=bound), probe=True)
     assert {"(root)", "encoder"} <= set(trainer.optimizer.layer_sensitivities)
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     check_training(trainer, x, torch.randn(4, 3, dtype=torch.float64) * 100)
@@ -98,7 +97,7 @@ class CharacterClassifier(nn.Module):
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_a_character_lstm_stays_within_its_sensitivity(bound):
     torch.manual_seed(0)
-    trainer = Trainer(CharacterClassifier(), (7,), BackpropClipping(bound=bound), probe=True)
+    trainer = Trainer(CharacterClassifier(), (7,), layerwise(bound=bound), probe=True)
     ids = torch.randint(20, (4, 7))
     check_training(trainer, ids, torch.randn(4, 3, dtype=torch.float64) * 100)
 
@@ -150,20 +149,20 @@ def _gpt2() -> nn.Module:
 @pytest.mark.parametrize(("make", "outputs"), [(_bert, 3), (_gpt2, 8 * 50)], ids=["bert", "gpt2"])
 def test_a_hugging_face_model_stays_within_its_sensitivity(make, outputs, bound):
     torch.manual_seed(0)
-    trainer = Trainer(HuggingFace(make()), (8,), BackpropClipping(bound=bound), probe=True)
+    trainer = Trainer(HuggingFace(make()), (8,), layerwise(bound=bound), probe=True)
     ids = torch.randint(1, 50, (3, 8))
     check_training(trainer, ids, torch.randn(3, outputs, dtype=torch.float64) * 100)
 
 
 def test_a_head_tied_to_the_embedding_shares_its_sensitivity():
-    trainer = Trainer(HuggingFace(_gpt2()), (8,), BackpropClipping(), probe=True)
+    trainer = Trainer(HuggingFace(_gpt2()), (8,), layerwise(), probe=True)
     names = set(trainer.optimizer.layer_sensitivities)
     assert "model.transformer.wte" in names
     assert "model.lm_head" not in names
 
 
 def test_positions_shared_by_the_batch_are_refused_with_the_remedy():
-    trainer = Trainer(_bert(), (8,), BackpropClipping(), probe=True)
+    trainer = Trainer(_bert(), (8,), layerwise(), probe=True)
     with pytest.raises(
         PrivacyViolationError,
         match=r"position_embeddings got an input of shape \(1, 8\) in a batch of 3 examples: .*"
@@ -177,7 +176,7 @@ def test_a_frozen_backbone_trains_its_head_alone():
     model = PrivacyEngine.get_compatible_module(torchvision.models.resnet18(num_classes=3))
     model.requires_grad_(False)
     model.fc.requires_grad_(True)
-    trainer = Trainer(model, (3, 32, 32), BackpropClipping(), expected_batch_size=2, probe=True)
+    trainer = Trainer(model, (3, 32, 32), layerwise(), expected_batch_size=2, probe=True)
     assert list(trainer.optimizer.layer_sensitivities) == ["fc"]
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     check_sensitivity(trainer, x, torch.randn(3, 3, dtype=torch.float64) * 100)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from opacus.layers import DPMultiheadAttention
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping, PrivacyEngine, PrivacyViolationError
+from opacus_bpclip import PrivacyEngine, PrivacyViolationError
+from tests.budgets import layerwise
 from tests.checks import (
     Trainer,
     check_independence,
@@ -49,7 +50,7 @@ def neighbours(draw):
     model = Attends(**{option: draw(st.booleans()) for option in options})
     # Neither normalised nor of any scale: attention's gradients may cancel to rounding errors. They
     # differ with the size of the batch, and would be scaled up to the limit.
-    clipping = replace(draw(clippings()), upstream="clip")
+    clipping = replace(draw(clippings()), normalize=False)
     trainer = Trainer(model, (STEPS, WIDTH), clipping, max_grad_norm=0.7)
     count = draw(st.integers(2, 5))  # Opacus's own attention needs an example
     return trainer, *draw(sequences(count, STEPS, WIDTH))
@@ -65,7 +66,7 @@ def test_one_sequence_moves_the_sum_by_at_most_its_sensitivity(case):
 def test_a_batch_as_large_as_a_sequence_is_long_is_not_taken_for_one(batch_first):
     torch.manual_seed(0)
     model = Attends(batch_first=batch_first, add_bias_kv=True)
-    trainer = Trainer(model, (STEPS, WIDTH), BackpropClipping(bound="exact"))
+    trainer = Trainer(model, (STEPS, WIDTH), layerwise(bound="exact"))
     x = torch.randn(STEPS, STEPS, WIDTH, dtype=torch.float64)
     target = torch.randn(STEPS, STEPS * WIDTH, dtype=torch.float64) * 100
     check_independence(trainer, x, target)
@@ -79,7 +80,7 @@ def test_without_clipping_the_sum_is_autograds():
     squared_loss(model(x), target, "sum").backward()
     own = {name: p.grad.flatten() for name, p in model.named_parameters()}
     model.zero_grad()
-    clipping = BackpropClipping(bound="exact", max_input_norm=None)
+    clipping = layerwise(bound="exact", max_input_norm=None)
     trainer = Trainer(model, (STEPS, WIDTH), clipping, max_grad_norm=1e9, loss=squared_loss)
     released = trainer.released(x, target)
     for name, layer in released.items():
@@ -100,7 +101,7 @@ def test_attention_to_another_sequence_stays_within_its_sensitivity(bound):
             return self.attention(queries, memory, memory)[0].transpose(0, 1)
 
     torch.manual_seed(0)
-    trainer = Trainer(Crosses(), (STEPS, WIDTH), BackpropClipping(bound=bound))
+    trainer = Trainer(Crosses(), (STEPS, WIDTH), layerwise(bound=bound))
     x = torch.randn(4, STEPS, WIDTH, dtype=torch.float64) * 10
     check_training(trainer, x, torch.randn(4, 2 * WIDTH, dtype=torch.float64) * 100)
 
@@ -111,7 +112,7 @@ def test_pytorchs_encoder_layer_trains_after_opacus_has_replaced_its_attention(b
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True)
     model = PrivacyEngine.get_compatible_module(layer)
     assert isinstance(model.self_attn, DPMultiheadAttention)
-    trainer = Trainer(model, (STEPS, WIDTH), BackpropClipping(bound=bound))
+    trainer = Trainer(model, (STEPS, WIDTH), layerwise(bound=bound))
     x = torch.randn(4, STEPS, WIDTH, dtype=torch.float64)
     check_training(trainer, x, torch.randn(4, STEPS * WIDTH, dtype=torch.float64) * 100)
 
@@ -121,7 +122,7 @@ def test_a_forward_of_ones_own_gets_no_credit_for_the_modules_layout():
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs)
 
-    trainer = Trainer(Attends(Own), (STEPS, WIDTH), BackpropClipping())
+    trainer = Trainer(Attends(Own), (STEPS, WIDTH), layerwise())
     x = torch.randn(5, STEPS, WIDTH, dtype=torch.float64)
     with pytest.raises(
         PrivacyViolationError,
@@ -136,7 +137,7 @@ def test_a_sequence_in_the_wrong_layout_is_refused():
         def forward(self, x: Tensor) -> Tensor:
             return self.attention(x, x, x)[0]
 
-    trainer = Trainer(Wrong(batch_first=False), (STEPS, WIDTH), BackpropClipping())
+    trainer = Trainer(Wrong(batch_first=False), (STEPS, WIDTH), layerwise())
     with pytest.raises(PrivacyViolationError, match="its second axis must be the batch"):
         trainer.model(torch.randn(5, STEPS, WIDTH, dtype=torch.float64))
 
@@ -144,7 +145,7 @@ def test_a_sequence_in_the_wrong_layout_is_refused():
 def test_one_example_reaches_every_layers_bound():
     torch.manual_seed(0)
     model = Attends(add_bias_kv=True)
-    clipping = BackpropClipping(bound="exact", upstream="normalize")
+    clipping = layerwise(bound="exact", normalize=True)
     trainer = Trainer(model, (STEPS, WIDTH), clipping, max_grad_norm=0.7)
     x = torch.randn(1, STEPS, WIDTH, dtype=torch.float64)
     target = torch.randn(1, STEPS * WIDTH, dtype=torch.float64)

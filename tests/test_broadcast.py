@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from opacus_bpclip import BackpropClipping, CoverageError, PrivacyViolationError, register_rule
+from opacus_bpclip import CoverageError, PrivacyViolationError, register_rule
 from opacus_bpclip.rules import RULES, BroadcastRule
+from tests.budgets import layerwise
 from tests.checks import (
     Trainer,
     check_independence,
@@ -60,11 +61,11 @@ def _model() -> nn.Module:
 @st.composite
 def neighbours(draw, dtype=torch.float64):
     torch.manual_seed(draw(seeds))
-    bound, upstream = draw(st.sampled_from(MODES))
+    bound, normalize = draw(st.sampled_from(MODES))
     trainer = Trainer(
         _model(),
         (TOKENS, WIDTH),
-        BackpropClipping(bound=bound, upstream=upstream),
+        layerwise(bound=bound, normalize=normalize),
         max_grad_norm=draw(st.sampled_from([1e-3, 1.0, 1e3])),
         reduction=draw(st.sampled_from(["mean", "sum"])),
         dtype=dtype,
@@ -99,17 +100,15 @@ def test_the_sum_is_each_examples_own_gradient_clipped_to_the_limit(seed, limit)
         loss = squared_loss(model(x[i : i + 1]), target[i : i + 1], "sum")
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, raw)])
         expected = expected + gradient * min(1, limit / float(gradient.norm()))
-    trainer = Trainer(
-        model, (TOKENS, WIDTH), BackpropClipping(), max_grad_norm=limit, loss=squared_loss
-    )
+    trainer = Trainer(model, (TOKENS, WIDTH), layerwise(), max_grad_norm=limit, loss=squared_loss)
     assert torch.allclose(joint(trainer.released(x, target)), expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("bound", "upstream"), MODES)
-def test_one_example_reaches_the_limit(bound, upstream):
+@pytest.mark.parametrize(("bound", "normalize"), MODES)
+def test_one_example_reaches_the_limit(bound, normalize):
     model = Prompted()
     model.inner.requires_grad_(False)
-    clipping = BackpropClipping(bound=bound, upstream=upstream)
+    clipping = layerwise(bound=bound, normalize=normalize)
     trainer = Trainer(model, (TOKENS, WIDTH), clipping, max_grad_norm=0.7)
     target = torch.full((1, (TOKENS + 1) * WIDTH), 1e4, dtype=torch.float64)
     reached = joint(trainer.released(torch.ones(1, TOKENS, WIDTH).double(), target)).norm()
@@ -118,7 +117,7 @@ def test_one_example_reaches_the_limit(bound, upstream):
 
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_an_example_that_is_not_finite_contributes_nothing(bound):
-    trainer = Trainer(_model(), (TOKENS, WIDTH), BackpropClipping(bound=bound))
+    trainer = Trainer(_model(), (TOKENS, WIDTH), layerwise(bound=bound))
     x, target = torch.randn(4, TOKENS, WIDTH).double(), torch.randn(4, 2).double()
     x[-1, 1, 2] = float("inf")
     check_silent(trainer, x, target)
@@ -127,7 +126,7 @@ def test_an_example_that_is_not_finite_contributes_nothing(bound):
 def test_the_parameters_are_back_in_their_place_after_a_forward_pass():
     model = _model()
     before = dict(model.named_parameters())
-    trainer = Trainer(model, (TOKENS, WIDTH), BackpropClipping())
+    trainer = Trainer(model, (TOKENS, WIDTH), layerwise())
     x = torch.randn(2, TOKENS, WIDTH).double()
     trainer.model(x)
     assert dict(model.named_parameters()) == before
@@ -148,7 +147,7 @@ def test_checkpointing_is_no_second_use():
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.inner, x, use_reentrant=False)
 
-    trainer = Trainer(Wrapped(), (TOKENS, WIDTH), BackpropClipping())
+    trainer = Trainer(Wrapped(), (TOKENS, WIDTH), layerwise())
     x = torch.randn(3, TOKENS, WIDTH).double()
     target = torch.randn(3, (TOKENS + 1) * WIDTH).double() * 100
     check_sensitivity(trainer, x, target)
@@ -157,7 +156,7 @@ def test_checkpointing_is_no_second_use():
 
 def test_a_use_outside_the_modules_forward_is_refused():
     model = _model()
-    trainer = Trainer(model, (TOKENS, WIDTH), BackpropClipping())
+    trainer = Trainer(model, (TOKENS, WIDTH), layerwise())
     loss = trainer.model(torch.randn(3, TOKENS, WIDTH).double()).sum() + model[0].scale.sum()
     with pytest.raises(PrivacyViolationError, match=r"0\.scale got gradient from outside"):
         loss.backward()
@@ -165,7 +164,7 @@ def test_a_use_outside_the_modules_forward_is_refused():
 
 def test_a_parameter_put_in_later_is_refused():
     model = _model()
-    trainer = Trainer(model, (TOKENS, WIDTH), BackpropClipping())
+    trainer = Trainer(model, (TOKENS, WIDTH), layerwise())
     model[0].scale = nn.Parameter(torch.ones(WIDTH).double())
     with pytest.raises(PrivacyViolationError):
         trainer.model(torch.randn(3, TOKENS, WIDTH).double())
@@ -192,7 +191,7 @@ def test_a_parameter_that_could_be_taken_for_a_batch_is_refused(dims, message):
     register_rule(Scale)(rule)
     try:
         with pytest.raises(CoverageError, match=message):
-            Trainer(Scale(), (WIDTH,), BackpropClipping())
+            Trainer(Scale(), (WIDTH,), layerwise())
     finally:
         del RULES[Scale]
 
@@ -262,7 +261,7 @@ def test_a_rule_with_wrong_dims_is_refused_on_every_batch(
     shape: tuple[int, ...],
 ) -> None:
     monkeypatch.setitem(RULES, kind, rule)
-    trainer = Trainer(nn.Sequential(kind()), (2, WIDTH), BackpropClipping())
+    trainer = Trainer(nn.Sequential(kind()), (2, WIDTH), layerwise())
     right = torch.randn(count, 2, WIDTH, dtype=torch.float64)
     trainer.model(right).sum().backward()
     trainer.optimizer.zero_grad()

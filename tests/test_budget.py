@@ -13,7 +13,8 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_bpclip import BackpropClipping, PrivacyEngine
+from opacus_bpclip import PrivacyEngine
+from tests.budgets import layerwise
 from tests.helpers import (
     SEARCHES_FOR_NOISE,
     Private,
@@ -57,7 +58,7 @@ def test_the_noise_for_a_budget_is_opacus_own(accountant: str, tolerance: dict[s
     handle, optimizer, _ = with_epsilon(
         PrivacyEngine(accountant=accountant),
         mlp(),
-        backprop=BackpropClipping(bound="exact"),
+        backprop=layerwise(bound="exact"),
         **tolerance,
     )
     assert handle._config.bound == "exact"
@@ -117,7 +118,7 @@ def test_options_for_a_budget_that_change_nothing_are_accepted() -> None:
             id="max_grad_norm",
         ),
         pytest.param(
-            {"clipping": "flat", "backprop": BackpropClipping()},
+            {"clipping": "flat", "backprop": layerwise()},
             ValueError,
             "was given with clipping='flat'",
             id="options for another clipping",

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.rules import GroupNormRule, LayerNormRule, RMSNormRule
 from opacus_bpclip.rules.cancellation import ORDINARY, ROUNDING, kept
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_sensitivity, joint
 from tests.companions import (
     Criterion,
@@ -102,7 +102,7 @@ def test_blank_companions_do_not_follow_the_batchs_size(only, max_grad_norm):
     trainer = Trainer(
         model,
         (3, 32, 32),
-        BackpropClipping(),
+        layerwise(),
         max_grad_norm=max_grad_norm,
         loss=Criterion("cross-entropy").plain,
         dtype=torch.float32,
@@ -127,7 +127,7 @@ def test_frozen_normalisations_do_not_follow_it_either():
     trainer = Trainer(
         model,
         (3, 8, 8),
-        BackpropClipping(bound="exact", max_input_norm=None),
+        layerwise(bound="exact", max_input_norm=None),
         loss=Criterion("cross-entropy", scale=20.0).plain,
         dtype=torch.float32,
     )
@@ -167,7 +167,7 @@ def _search(made: tuple[nn.Module, int], way: str, kind: str, data: st.DataObjec
     trainer = Trainer(
         model,
         (3, size, size),
-        BackpropClipping(
+        layerwise(
             bound=data.draw(st.sampled_from(["weighted", "exact"])),
             max_input_norm=data.draw(st.sampled_from([None, 3.0])),
         ),
@@ -213,7 +213,7 @@ def test_a_loss_of_the_sum_of_a_softmax_layer_does_not_follow_the_batchs_size(
         return losses.mean() if reduction == "mean" else losses.sum()
 
     trainer = Trainer(
-        with_softmax(), (4,), BackpropClipping(), loss=total, reduction=reduction,
+        with_softmax(), (4,), layerwise(), loss=total, reduction=reduction,
         dtype=torch.float32,
     )  # fmt: skip
     x, target = _equal_rows(count)
@@ -227,7 +227,7 @@ def test_a_softmax_layer_passes_on_what_torchs_own_does(dtype, dim, inplace):
     model = with_softmax(dim).to(dtype)
     plain = copy.deepcopy(model)
     trainer = Trainer(
-        model, (4,), BackpropClipping(bound="exact", max_input_norm=None), max_grad_norm=1e6,
+        model, (4,), layerwise(bound="exact", max_input_norm=None), max_grad_norm=1e6,
         dtype=dtype,
     )  # fmt: skip
     x, _ = _equal_rows(5)
@@ -254,7 +254,7 @@ def test_a_softmax_layer_that_is_not_torchs_own_keeps_its_backward_pass():
         model = nn.Sequential(nn.Linear(4, 8), layer)
         if type(layer) is nn.Softmax:
             layer.forward = lambda x: 2 * x
-        trainer = Trainer(model, (4,), BackpropClipping(), max_grad_norm=1e6)
+        trainer = Trainer(model, (4,), layerwise(), max_grad_norm=1e6)
         x = torch.randn(3, 4).double()
         y = trainer.model(x)
         (y.square().sum() / 3).backward()
@@ -277,7 +277,7 @@ def test_a_confident_softmax_layer_keeps_its_gradient(bias):
     exact = copy.deepcopy(plain).double()
     brier(exact(x.double()), target).backward()
     trainer = Trainer(
-        plain, (5,), BackpropClipping(bound="exact", max_input_norm=None), max_grad_norm=1e6,
+        plain, (5,), layerwise(bound="exact", max_input_norm=None), max_grad_norm=1e6,
         loss=brier, dtype=torch.float32,
     )  # fmt: skip
     found = joint(trainer.released(x, target)).double() / len(x)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from opacus_bpclip import BackpropClipping
+from tests.budgets import layerwise
 from tests.helpers import Private, make_private, mlp, train_step
 
 SETTINGS: dict[str, Any] = {
     "noise_multiplier": 1.0,
     "max_grad_norm": 0.5,
     "batch_size": 8,
-    "backprop": BackpropClipping(bound="exact"),
+    "backprop": layerwise(bound="exact"),
 }
 
 
@@ -44,10 +44,10 @@ def test_the_same_settings_load_in_silence(tmp_path: Path) -> None:
         ),
         ({"loss_reduction": "sum"}, ["loss_reduction was 'mean' and is 'sum'"]),
         (
-            {"backprop": BackpropClipping(bound="product", allocation={"0": 1.0, "2": 2.0})},
+            {"backprop": layerwise(bound="product", allocation={"0": 1.0, "2": 2.0})},
             ["bound was 'exact' and is 'product'", "allocation was 'dimension' and is {'0': 1.0,"],
         ),
-        ({"backprop": BackpropClipping(bound="exact", max_input_norm=None)}, ["max_input_norm"]),
+        ({"backprop": layerwise(bound="exact", max_input_norm=None)}, ["max_input_norm"]),
     ],
 )
 def test_other_settings_are_told(changed: dict[str, Any], told: list[str], tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from opacus_bpclip import BackpropClipping, CoverageError, PrivacyEngine
+from opacus_bpclip import CoverageError, PrivacyEngine
+from tests.budgets import layerwise
 from tests.helpers import FEATURES, dataset, make_private, mlp, snapshot, train_step
 
 LOADER = DataLoader(dataset(), batch_size=8)
@@ -95,7 +96,7 @@ def test_a_promise_is_taken() -> None:
         module=Centred(),
         data_loader=LOADER,
         clipping="backprop",
-        backprop=BackpropClipping(probe=False),
+        backprop=layerwise(probe=False),
     )
 
 
@@ -110,7 +111,7 @@ def test_other_clippings_are_judged_by_opacus_alone() -> None:
     with pytest.raises(UnsupportedModuleError, match="BatchNorm cannot support"):
         PrivacyEngine().validate(module=nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match="was given with clipping='flat'"):
-        PrivacyEngine().validate(module=mlp(), backprop=BackpropClipping())
+        PrivacyEngine().validate(module=mlp(), backprop=layerwise())
 
 
 def test_opacus_own_demands_hold_as_well() -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from opacus_bpclip import PrivacyViolationError
+from tests.budgets import layerwise
 from tests.helpers import (
     CLASSES,
     FEATURES,
@@ -60,7 +61,7 @@ def check_compiled(
     ("bound", "wrap_model"), [("product", True), ("weighted", False), ("exact", True)]
 )
 def test_a_compiled_model_gives_the_eager_gradient(bound: Any, wrap_model: bool) -> None:
-    options = {"backprop": BackpropClipping(bound=bound), "wrap_model": wrap_model}
+    options = {"backprop": layerwise(bound=bound), "wrap_model": wrap_model}
     check_compiled(mlp, options)
 
 
@@ -88,7 +89,7 @@ def every_node() -> nn.Sequential:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("bound", ["product", "weighted", "exact"])
 def test_every_node_compiles(bound: Any) -> None:
-    options = {"backprop": BackpropClipping(bound=bound)}
+    options = {"backprop": layerwise(bound=bound)}
     check_compiled(every_node, options, rtol=1e-4, atol=1e-5)
 
 
@@ -109,7 +110,7 @@ def test_a_compiled_model_is_refused_until_an_eager_batch_has_vouched_for_it() -
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_follows_max_grad_norm() -> None:
-    private = make_private(one_layer(), backprop=BackpropClipping(upstream="normalize"))
+    private = make_private(one_layer(), backprop=layerwise(normalize=True))
     train_step(private, size=1)
     fast = compiled(private)
     for norm in (1.0, 0.01, 2.0):

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from opacus_bpclip import (
-    BackpropClipping,
     CoverageError,
     PrivacyEngine,
     PrivacyViolationError,
     clip_inputs,
 )
+from tests.budgets import layerwise
 from tests.helpers import CLASSES, FEATURES, dataset, flat
 
 
@@ -215,7 +215,7 @@ def test_undoing_a_copy_puts_its_own_input_clips_back() -> None:
 
 
 def test_an_average_of_weights_may_be_kept() -> None:
-    original = setup(backprop=BackpropClipping(max_input_norm=None))
+    original = setup(backprop=layerwise(max_input_norm=None))
     averaged = torch.optim.swa_utils.AveragedModel(original.model)
     original.train()
     averaged.update_parameters(original.model)

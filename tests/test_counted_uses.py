@@ -10,7 +10,8 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip import BackpropClipping, CoverageError, PrivacyViolationError
+from opacus_bpclip import CoverageError, PrivacyViolationError
+from tests.budgets import layerwise
 from tests.helpers import CLASSES, FEATURES, batch, loss_of, make_private, summed
 from tests.probing import OnlyReal, Recurrent
 
@@ -29,7 +30,7 @@ class Repeated(nn.Module):
 
 @given(st.integers(1, 5))
 def test_uses_are_counted_by_a_dry_run(times: int) -> None:
-    private = make_private(Repeated(times), backprop=BackpropClipping(uses="auto"))
+    private = make_private(Repeated(times), backprop=layerwise(uses="auto"))
     assert private.handle._config.uses == {"cell": times, "head": 1}
     loss_of(private.model, *batch()).backward()
     private.optimizer.step()
@@ -38,7 +39,7 @@ def test_uses_are_counted_by_a_dry_run(times: int) -> None:
 
 def test_more_uses_than_were_counted_are_refused_on_the_batch() -> None:
     model = Repeated(2)
-    private = make_private(model, backprop=BackpropClipping(uses="auto"))
+    private = make_private(model, backprop=layerwise(uses="auto"))
     model.times = 3
     with pytest.raises(PrivacyViolationError, match=r"^cell is used more than 2 times"):
         private.model(batch()[0])
@@ -47,16 +48,13 @@ def test_more_uses_than_were_counted_are_refused_on_the_batch() -> None:
 def test_uses_cannot_be_counted_on_examples_that_cannot_be_made_up() -> None:
     ids = torch.arange(100, 108)
     with pytest.raises(CoverageError) as refusal:
-        make_private(
-            OnlyReal(False), data=TensorDataset(ids, ids), backprop=BackpropClipping(uses="auto")
-        )
+        make_private(OnlyReal(False), data=TensorDataset(ids, ids), backprop=layerwise(uses="auto"))
     assert str(refusal.value).startswith(
         'uses="auto" counts how often each layer is used by running the model on made-up examples '
         "of the data loader's shapes, and that was not possible ("
     )
     assert str(refusal.value).endswith(
-        "A count on real examples would not be public. Declare it: BackpropClipping(uses={name: "
-        "K})."
+        "A count on real examples would not be public. Declare it: layerwise(uses={name: K})."
     )
 
 
@@ -66,7 +64,7 @@ def test_the_steps_of_a_recurrent_network_are_no_uses() -> None:
     private = make_private(
         nn.Sequential(Recurrent(), nn.Flatten(), nn.Linear(30, CLASSES)),
         data=data,
-        backprop=BackpropClipping(uses="auto"),
+        backprop=layerwise(uses="auto"),
     )
     assert set(private.handle._config.uses.values()) == {1}
 
@@ -92,7 +90,7 @@ def test_the_runs_of_a_recurrent_network_are_uses(runs: int) -> None:
     private = make_private(
         TwoRuns(runs),
         data=TensorDataset(x, torch.zeros(32, dtype=torch.long)),
-        backprop=BackpropClipping(uses="auto"),
+        backprop=layerwise(uses="auto"),
     )
     uses = private.handle._config.uses
     assert {count for name, count in uses.items() if name.startswith("lstm.")} == {runs}
@@ -117,6 +115,6 @@ class Pair(nn.Module):
 
 def test_a_batch_of_inputs_and_a_label_is_tried_without_the_label() -> None:
     data = TensorDataset(*torch.randn(2, 32, FEATURES), torch.zeros(32, dtype=torch.long))
-    private = make_private(Pair(), data=data, backprop=BackpropClipping(uses="auto"))
+    private = make_private(Pair(), data=data, backprop=layerwise(uses="auto"))
     assert private.handle._config.uses == {"layer": 2}
     assert private.handle._prober.passed

@@ -18,23 +18,23 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_bpclip import (
     BackpropClipCriterion,
     BackpropClipHooks,
-    BackpropClipping,
     CrossEntropy,
     PrivacyEngine,
     PrivacyViolationError,
     register,
     unregister,
 )
+from tests.budgets import layerwise
 from tests.criteria import LENGTH, on_sequences, sequences, training
 from tests.helpers import CLASSES, FEATURES, batch, dataset, flat, mlp
 from tests.test_compile import fresh_compiler  # noqa: F401
 
 
 @pytest.mark.parametrize("wrap_model", [True, False])
-@pytest.mark.parametrize("upstream", ["clip", "normalize"])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_it_trains_as_a_plain_mean_does(wrap_model, upstream, dtype):
-    options = {"backprop": BackpropClipping(upstream=upstream), "wrap_model": wrap_model}
+def test_it_trains_as_a_plain_mean_does(wrap_model, normalize, dtype):
+    options = {"backprop": layerwise(normalize=normalize), "wrap_model": wrap_model}
     data = TensorDataset(dataset().tensors[0].to(dtype), dataset().tensors[1])
     plain, exact = (
         training(criterion, mlp(dtype=dtype), data=data, **options)
@@ -285,7 +285,7 @@ def test_a_causal_language_model_trains_on_ragged_labels():
     for i in range(16):
         labels[i, 1 + i % 7 :] = -100
     options = {"data": TensorDataset(ids, labels), "max_grad_norm": 0.01}
-    options["backprop"] = BackpropClipping(uses="auto")
+    options["backprop"] = layerwise(uses="auto")
     t = training(CrossEntropy(shift=True), WithPositions(), **options)
 
     def total(rows: slice) -> Tensor:

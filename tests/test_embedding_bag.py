@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping, CoverageError
+from opacus_bpclip import CoverageError
 from opacus_bpclip.rules import RULES
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
 from tests.layers import Bags
 from tests.strategies import (
@@ -56,7 +57,7 @@ def test_without_clipping_such_weights_get_autograds_gradient(offsets, reduction
     (model(x) * target).sum().backward()
     own = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
-    clipping = BackpropClipping(bound="exact", max_input_norm=None)
+    clipping = layerwise(bound="exact", max_input_norm=None)
     trainer = Trainer(model, (2, TOKENS), clipping, max_grad_norm=1e9, reduction=reduction)
     assert torch.allclose(joint(trainer.released(x, target)), own, rtol=1e-9, atol=1e-12)
 
@@ -69,7 +70,7 @@ def test_bags_in_one_row_contribute_what_bags_in_rows_do(mode):
     x[:, 0, 0] = TOKENS  # all tokens of each bag
     target = torch.randn(4, 3, dtype=torch.float64) * 100
     trainers = [
-        Trainer(Bags(copy.deepcopy(layer), offsets=offsets), (2, TOKENS), BackpropClipping())
+        Trainer(Bags(copy.deepcopy(layer), offsets=offsets), (2, TOKENS), layerwise())
         for offsets in (False, True)
     ]
     sums = [joint(trainer.released(x, target)) for trainer in trainers]
@@ -131,13 +132,13 @@ class Flat(nn.Module):
 def test_offsets_that_leave_ids_to_nobody_are_refused(options, offsets, message):
     # PyTorch gives ids behind the last offset a gradient from beyond the end of the upstream one.
     model = Flat(**options)
-    trainer = Trainer(model, (1,), BackpropClipping())
+    trainer = Trainer(model, (1,), layerwise())
     with pytest.raises(RuntimeError, match=message):
         trainer.model(torch.zeros(3, 1).double(), torch.arange(5), torch.tensor(offsets))
 
 
 def test_another_number_of_bags_than_examples_is_refused():
-    trainer = Trainer(Flat(), (1,), BackpropClipping())
+    trainer = Trainer(Flat(), (1,), layerwise())
     with pytest.raises(RuntimeError, match="in a batch of 3 examples"):
         trainer.model(torch.zeros(3, 1).double(), torch.arange(5), torch.tensor([0, 2]))
 
@@ -148,7 +149,7 @@ def test_many_equal_tokens_are_rounded_within_the_bound():
     trainer = Trainer(
         Bags(nn.EmbeddingBag(2, 1, mode="sum")),
         (2, count),
-        BackpropClipping(),
+        layerwise(),
         dtype=torch.float32,
     )
     for height in (0.7, 1.1, 3.3):

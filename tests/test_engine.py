@@ -14,9 +14,9 @@ from opacus_bpclip import (
     BackpropClipHooks,
     BackpropClipModule,
     BackpropClipOptimizer,
-    BackpropClipping,
     PrivacyEngine,
 )
+from tests.budgets import layerwise
 from tests.helpers import (
     FEATURES,
     dataset,
@@ -66,7 +66,7 @@ def test_cleanup_restores_the_model_but_for_its_input_clipping(wrap_model: bool)
     model = mlp()
     before = snapshot(model)
     private = make_private(
-        model, wrap_model=wrap_model, backprop=BackpropClipping(max_input_norm=None), lr=0.0
+        model, wrap_model=wrap_model, backprop=layerwise(max_input_norm=None), lr=0.0
     )
     train_step(private)
     private.optimizer.zero_grad(set_to_none=True)
@@ -77,7 +77,7 @@ def test_cleanup_restores_the_model_but_for_its_input_clipping(wrap_model: bool)
 
 
 def test_the_default_options_are_used_when_none_are_given() -> None:
-    assert make_private(mlp()).handle._config == BackpropClipping()
+    assert make_private(mlp()).handle._config == layerwise()
 
 
 def test_poisson_sampling_can_be_turned_off() -> None:
@@ -155,7 +155,7 @@ def test_noise_multiplier_may_be_zero_as_in_opacus() -> None:
 
 def test_an_allocation_by_name_sets_each_layers_sensitivity() -> None:
     private = make_private(
-        mlp(), max_grad_norm=2.0, backprop=BackpropClipping(allocation={"2": 3.0, "0": 1.0})
+        mlp(), max_grad_norm=2.0, backprop=layerwise(allocation={"2": 3.0, "0": 1.0})
     )
     assert private.optimizer.layer_sensitivities == pytest.approx({"0": 1.0, "2": 3.0**0.5})
 

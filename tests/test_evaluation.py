@@ -12,7 +12,7 @@ from opacus.layers import DPLSTM, DPMultiheadAttention
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip import BackpropClipping
+from tests.budgets import layerwise
 from tests.helpers import BOUNDS, make_private
 
 
@@ -61,7 +61,7 @@ def private_model(name: str, bound: str, *, wrap_model: bool) -> tuple[nn.Module
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(16, *shape))
     # With input clipping, which is a part of the model in evaluation, too.
-    clipping = BackpropClipping(bound=bound, max_input_norm=0.5)
+    clipping = layerwise(bound=bound, max_input_norm=0.5)
     private = make_private(make(), data=data, backprop=clipping, wrap_model=wrap_model)
     return private.model, data.tensors[0]
 

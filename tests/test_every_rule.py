@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.rules import RULES, registered_kind
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_sensitivity, check_silent, joint
 from tests.strategies import (
     BOUNDS,
@@ -103,7 +103,7 @@ def _check_against_autograd(data, kind):
     target = torch.randn(3, model(x).flatten(1).shape[1], dtype=torch.float64)
     own = [_own_gradient(model, x[i : i + 1], target[i : i + 1]) for i in range(3)]
     # Inputs this small are clipped by no norm but one that the product bound can name.
-    clipping = BackpropClipping(bound=bound, max_input_norm=1e6 if bound == "product" else None)
+    clipping = layerwise(bound=bound, max_input_norm=1e6 if bound == "product" else None)
     trainer = Trainer(model, case.shape, clipping, max_grad_norm=limit)
     total = joint(trainer.released(x, target))
     for i, gradient in enumerate(own):
@@ -124,9 +124,9 @@ def _own_gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
 
-@pytest.mark.parametrize(("bound", "upstream"), MODES)
+@pytest.mark.parametrize(("bound", "normalize"), MODES)
 @KINDS
-def test_the_named_worst_case_reaches_the_bound(kind, bound, upstream):
+def test_the_named_worst_case_reaches_the_bound(kind, bound, normalize):
     torch.manual_seed(0)
     worst = WORST_CASES[kind]
     model, x = worst.make().double(), worst.example
@@ -135,7 +135,7 @@ def test_the_named_worst_case_reaches_the_bound(kind, bound, upstream):
     target = torch.zeros_like(response)
     target[0, response.abs().argmax() if worst.output is None else worst.output] = 1e4
     trainer = Trainer(
-        model, worst.shape, BackpropClipping(bound=bound, upstream=upstream), max_grad_norm=2.0
+        model, worst.shape, layerwise(bound=bound, normalize=normalize), max_grad_norm=2.0
     )
     assert 0.999 * 2.0 <= joint(trainer.released(x, target)).norm() <= 2.0
 
@@ -146,7 +146,7 @@ def _trainer(kind: type[nn.Module], bound: str) -> tuple[Trainer, Tensor, Tensor
     model = worst.make()
     x = torch.randn(4, *worst.shape, dtype=torch.float64)
     target = torch.randn(4, _outputs(model, worst.shape, torch.float32), dtype=torch.float64)
-    return Trainer(model, worst.shape, BackpropClipping(bound=bound)), x, target
+    return Trainer(model, worst.shape, layerwise(bound=bound)), x, target
 
 
 @pytest.mark.parametrize("bound", BOUNDS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from opacus_bpclip import BackpropClipping
+from tests.budgets import layerwise
 from tests.helpers import (
     BOUNDS,
     CLASSES,
@@ -40,8 +40,7 @@ def test_checkpointing_without_reentry_gives_the_identical_gradient() -> None:
 @BOUNDS
 def test_in_place_activations_train_like_ordinary_ones(bound: Any) -> None:
     plain, inplace = (
-        make_private(mlp(inplace=flag), backprop=BackpropClipping(bound=bound))
-        for flag in (False, True)
+        make_private(mlp(inplace=flag), backprop=layerwise(bound=bound)) for flag in (False, True)
     )
     for _ in range(2):
         train_step(plain)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.hooks import BackpropClipHooks
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence
 
 
@@ -49,7 +49,7 @@ class Between(nn.Module):
 
 
 def _attached(model):
-    hooks = BackpropClipHooks(model, config=BackpropClipping(max_input_norm=None))
+    hooks = BackpropClipHooks(model, config=layerwise(max_input_norm=None))
     return model, hooks
 
 
@@ -74,7 +74,7 @@ def test_the_gradient_is_autograds(make, by_name):
 def test_far_from_zero_an_example_is_what_it_is_alone(make):
     torch.manual_seed(0)
     model = Between(make(), mean=1e9)
-    trainer = Trainer(model, (4, 6), BackpropClipping(max_input_norm=None))
+    trainer = Trainer(model, (4, 6), layerwise(max_input_norm=None))
     check_independence(trainer, torch.randn(3, 4, 6).double(), torch.randn(3, 8).double())
 
 
@@ -110,7 +110,7 @@ def test_a_norm_without_a_mean_is_left_to_torch():
 def test_an_activation_may_work_in_place_on_the_output():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6, elementwise_affine=False), nn.ReLU(True))
-    trainer = Trainer(nn.Sequential(model, nn.Linear(6, 2)), (6,), BackpropClipping())
+    trainer = Trainer(nn.Sequential(model, nn.Linear(6, 2)), (6,), layerwise())
     check_independence(trainer, torch.randn(3, 6).double(), torch.randn(3, 2).double())
 
 

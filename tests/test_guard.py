@@ -81,7 +81,7 @@ def reentrant(model: Switchable, x: Tensor) -> Tensor:
 MORE_THAN_ONCE = (
     "head is used more than once in a forward pass: each use adds to one example's contribution, "
     "and the bound counts 1. Give each use its own layer, or declare how many there are: "
-    "BackpropClipping(uses={'head': ...})."
+    "layerwise(uses={'head': ...})."
 )
 DIRECT = (
     "Use the parameter through its layer only, not directly as F.linear(x, layer.weight) does. In "

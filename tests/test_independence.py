@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip import BackpropClipping
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, joint
 from tests.strategies import BOUNDS
 from tests.test_sensitivity import neighbours
@@ -34,7 +34,7 @@ def test_batch_size_does_not_reach_examples_just_below_the_clip(bound):
     # The reference code clips g_i / |B|: one example more rescales every example below the clip,
     # and its sum moves by twice what was claimed.
     model = nn.Linear(1, 1, bias=False)
-    trainer = Trainer(model, (1,), BackpropClipping(bound=bound, max_input_norm=1.0))
+    trainer = Trainer(model, (1,), layerwise(bound=bound, max_input_norm=1.0))
     x = torch.full((65, 1), 0.999, dtype=torch.float64)
     target = torch.full((65, 1), 0.999, dtype=torch.float64)
     target[-1] = -1e6
@@ -43,7 +43,7 @@ def test_batch_size_does_not_reach_examples_just_below_the_clip(bound):
     assert moved.norm() <= 1.0
 
 
-@pytest.mark.parametrize("upstream", ["clip", "normalize"])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
     ("layer", "x", "target"),
     [
@@ -68,9 +68,11 @@ def test_batch_size_does_not_reach_examples_just_below_the_clip(bound):
     ],
 )
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_what_overflows_does_not_depend_on_the_size_of_the_batch(layer, x, target, bound, upstream):
+def test_what_overflows_does_not_depend_on_the_size_of_the_batch(
+    layer, x, target, bound, normalize
+):
     # A mean loss divides by the batch's size: what is out of range alone may be in it in company.
-    clipping = BackpropClipping(bound=bound, upstream=upstream)
+    clipping = layerwise(bound=bound, normalize=normalize)
     trainer = Trainer(
         copy.deepcopy(layer), x.shape[1:], clipping, loss=_careful_loss, dtype=torch.float32
     )

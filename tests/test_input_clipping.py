@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping, clip_inputs, unclip_inputs
+from opacus_bpclip import clip_inputs, unclip_inputs
+from tests.budgets import layerwise
 from tests.helpers import (
     ByKeyword,
     Convolutional,
@@ -86,12 +87,12 @@ def test_export_keeps_input_clipping_of_layers_called_by_keyword() -> None:
 
 
 def test_a_model_without_input_clipping_exports_as_it_was() -> None:
-    private = make_private(mlp(), backprop=BackpropClipping(max_input_norm=None))
+    private = make_private(mlp(), backprop=layerwise(max_input_norm=None))
     assert torch.equal(outputs(private.handle.to_standard_module()), outputs(mlp()))
 
 
 def test_clip_inputs_equals_what_private_training_does() -> None:
-    private = make_private(mlp(), backprop=BackpropClipping(max_input_norm=0.5))
+    private = make_private(mlp(), backprop=layerwise(max_input_norm=0.5))
     alone = clip_inputs(clip_inputs(mlp(), 2.0), 0.5)
     assert alike(outputs(alone), outputs(private.model))
     with pytest.raises(
@@ -103,8 +104,8 @@ def test_clip_inputs_equals_what_private_training_does() -> None:
 
 
 def test_private_training_replaces_input_clipping_that_is_there() -> None:
-    already = make_private(clip_inputs(mlp(), 0.5), backprop=BackpropClipping(max_input_norm=2.0))
-    fresh = make_private(mlp(), backprop=BackpropClipping(max_input_norm=2.0))
+    already = make_private(clip_inputs(mlp(), 0.5), backprop=layerwise(max_input_norm=2.0))
+    fresh = make_private(mlp(), backprop=layerwise(max_input_norm=2.0))
     assert torch.equal(outputs(already.model), outputs(fresh.model))
 
 

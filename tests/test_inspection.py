@@ -6,9 +6,10 @@ import sys
 import pytest
 from torch import nn
 
-from opacus_bpclip import BackpropClipping, CoverageError
+from opacus_bpclip import CoverageError
 from opacus_bpclip.cli import main
 from opacus_bpclip.inspection.inspection import inspect
+from tests.budgets import layerwise
 
 MODELS = """
 from torch import nn
@@ -179,4 +180,4 @@ def test_a_problem_of_many_modules_is_said_once(capsys):
 
 def test_an_allocation_that_does_not_fit_is_an_error():
     with pytest.raises(CoverageError, match="no such layer: head"):
-        inspect(nn.Linear(2, 2), BackpropClipping(allocation={"head": 1.0}))
+        inspect(nn.Linear(2, 2), layerwise(allocation={"head": 1.0}))

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from opacus_bpclip import PrivacyViolationError
 from opacus_bpclip.rules import RULES, LinearRule
+from tests.budgets import layerwise
 from tests.helpers import (
     BOUNDS,
     CLASSES,
@@ -117,7 +118,7 @@ def test_no_hook_makes_one_example_contribute_more_than_the_bound(
     model = one_layer()
     if when == "before":
         interfere(model[0])
-    private = make_private(model, backprop=BackpropClipping(bound=bound))
+    private = make_private(model, backprop=layerwise(bound=bound))
     if when == "after":
         interfere(model[0])
     assert contributed(private) <= 1.0
@@ -138,7 +139,7 @@ def test_a_layer_that_is_patched_later_is_refused_or_still_bounded(
     patch: Callable[[nn.Module], Any], bound: Any
 ) -> None:
     model = one_layer()
-    private = make_private(model, backprop=BackpropClipping(bound=bound))
+    private = make_private(model, backprop=layerwise(bound=bound))
     patch(model[0])
     assert contributed(private) <= 1.0
 

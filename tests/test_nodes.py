@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.clipping import attach as layer_clips
 from opacus_bpclip.rules import GroupNormRule, LayerNormRule
+from tests.budgets import layerwise
 from tests.checks import Trainer, joint
 from tests.strategies import MODES, norm_cases, product_cases, seeds
 
@@ -40,20 +40,20 @@ def test_a_weight_products_node_does_what_its_clips_do(case, seed, mode, max_inp
     layer = case.layer.double()
     x = torch.randn(4, *case.shape, dtype=torch.float64) * scale
     target = torch.randn(4, layer(x).flatten(1).shape[1], dtype=torch.float64) * scale
-    bound, upstream = mode
-    clipping = BackpropClipping(bound=bound, upstream=upstream, max_input_norm=max_input_norm)
+    bound, normalize = mode
+    clipping = layerwise(bound=bound, normalize=normalize, max_input_norm=max_input_norm)
     node, around = _both_ways(layer, case.shape, clipping, x, target)
     for one, other in zip(node, around, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
-@given(norm_cases(), seeds, st.sampled_from(["clip", "normalize"]))
-def test_a_normalisations_node_does_what_its_clips_do_with_the_exact_bound(case, seed, upstream):
+@given(norm_cases(), seeds, st.sampled_from([False, True]))
+def test_a_normalisations_node_does_what_its_clips_do_with_the_exact_bound(case, seed, normalize):
     torch.manual_seed(seed)
     layer = case.layer.double()
     x = torch.randn(4, *case.shape, dtype=torch.float64)
     target = torch.randn(4, layer(x).flatten(1).shape[1], dtype=torch.float64)
-    clipping = BackpropClipping(bound="exact", upstream=upstream)
+    clipping = layerwise(bound="exact", normalize=normalize)
     node, around = _both_ways(layer, case.shape, clipping, x, target)
     for one, other in zip(node, around, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
@@ -112,14 +112,14 @@ def test_rounding_far_from_zero_does_not_follow_the_size_of_the_batch(
         torch.testing.assert_close(third * 3, one, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("upstream", ["clip", "normalize"])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("bound", ["product", "weighted", "exact"])
-def test_the_layers_below_get_the_same_gradient(bound, upstream):
+def test_the_layers_below_get_the_same_gradient(bound, normalize):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3), nn.Tanh(), nn.Linear(3, 2)
     ).double()
     x, target = torch.randn(5, 2, 6).double() * 10, torch.randn(5, 2).double()
-    clipping = BackpropClipping(bound=bound, upstream=upstream)
+    clipping = layerwise(bound=bound, normalize=normalize)
     node, around = _both_ways(model, (2, 6), clipping, x, target)
     torch.testing.assert_close(node[1], around[1], rtol=1e-9, atol=1e-12)

@@ -19,8 +19,9 @@ from opacus.tests import (
     privacy_engine_validation_test,
 )
 
-from opacus_bpclip import BackpropClipping, PrivacyEngine
+from opacus_bpclip import PrivacyEngine
 from opacus_bpclip.engine import extensions
+from tests.budgets import layerwise
 
 MODULES: tuple[ModuleType, ...] = (
     privacy_engine_test,
@@ -50,7 +51,7 @@ class Engine(PrivacyEngine):
         if kwargs.get("clipping") == "per_layer":
             kwargs["max_grad_norm"] = sum(norm**2 for norm in kwargs["max_grad_norm"]) ** 0.5
         # What the method does without input clipping is what Opacus's tests know.
-        backprop = BackpropClipping(bound="exact", max_input_norm=None, uses=self.uses)
+        backprop = layerwise(bound="exact", max_input_norm=None, uses=self.uses)
         made = make(**{**kwargs, "clipping": "backprop", "backprop": backprop})
         made[1].keep_summed_grad = True
         return made

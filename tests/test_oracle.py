@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip import BackpropClipping
 from tests import reference
+from tests.budgets import layerwise
 from tests.checks import Trainer, joint, squared_loss
 from tests.strategies import BOUNDS, LayerCase, architectures, clippings, product_cases
 
@@ -20,7 +20,7 @@ def test_without_clipping_the_sum_is_autograds(case: LayerCase, bound, reduction
     model.zero_grad()
     squared_loss(model(x), target, "sum").backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    clipping = BackpropClipping(bound=bound, max_input_norm=None)
+    clipping = layerwise(bound=bound, max_input_norm=None)
     trainer = Trainer(
         model, case.shape, clipping, max_grad_norm=1e12, reduction=reduction, loss=squared_loss
     )
@@ -60,7 +60,7 @@ def test_each_contribution_is_the_examples_own_gradient_times_its_factor(case, c
             target[i : i + 1],
             limits,
             clipping.bound,
-            clipping.upstream,
+            clipping.normalize,
             clipping.max_input_norm,
         )
         for name, layer in seen.items():
@@ -75,7 +75,7 @@ def test_each_contribution_is_the_examples_own_gradient_times_its_factor(case, c
 def test_frozen_weight_with_trainable_bias_is_bounded_by_the_bias_alone(bound):
     model = nn.Linear(3, 2).double()
     model.weight.requires_grad_(False)
-    trainer = Trainer(model, (3,), BackpropClipping(bound=bound), max_grad_norm=1.0)
+    trainer = Trainer(model, (3,), layerwise(bound=bound), max_grad_norm=1.0)
     x = torch.randn(1, 3, dtype=torch.float64) * 100
     target = torch.tensor([[0.3, -0.4]], dtype=torch.float64)
     assert torch.allclose(joint(trainer.released(x, target)), target[0])

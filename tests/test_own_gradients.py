@@ -10,8 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.rules import ConvRule, FusedRule, LinearRule, conv, exact_norms
+from tests.budgets import layerwise
 from tests.checks import HUGE, Trainer, check_independence, joint
 from tests.strategies import product_cases, seeds
 
@@ -43,19 +43,21 @@ def test_each_is_what_autograd_makes_of_the_example_alone(case, seed, scale, gro
 @given(
     product_cases,
     seeds,
-    st.sampled_from(["clip", "normalize"]),
+    st.sampled_from([False, True]),
     st.sampled_from([None, 0.1, 100.0]),
     st.sampled_from([None, "x", "target"]),
     st.sampled_from([1, 8]),
 )
-def test_they_add_up_to_what_pairs_of_positions_give(case, seed, upstream, max_norm, broken, block):
+def test_they_add_up_to_what_pairs_of_positions_give(
+    case, seed, normalize, max_norm, broken, block
+):
     torch.manual_seed(seed)
     layer = case.layer.double()
     x = torch.randn(5, *case.shape, dtype=torch.float64)
     target = torch.randn(5, layer(x).flatten(1).shape[1], dtype=torch.float64)
     if broken is not None:
         {"x": x, "target": target}[broken][2] = torch.inf
-    clipping = BackpropClipping(bound="exact", upstream=upstream, max_input_norm=max_norm)
+    clipping = layerwise(bound="exact", normalize=normalize, max_input_norm=max_norm)
     found = []
     for own in (True, False):
         with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +74,7 @@ def test_a_convolution_of_many_channels_tells_examples_apart(groups):
     torch.manual_seed(0)
     layer = nn.Conv2d(16, 4, 3, padding=1, groups=groups)
     assert _rule(layer)._groups_are_fast(torch.zeros(1))
-    trainer = Trainer(layer, (16, 6, 6), BackpropClipping(bound="exact"))
+    trainer = Trainer(layer, (16, 6, 6), layerwise(bound="exact"))
     x, target = torch.randn(3, 16, 6, 6).double(), torch.randn(3, 144).double()
     x[1] *= HUGE
     target[2] *= HUGE

@@ -14,9 +14,9 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.probe import Batch, UntriedError, count_uses, find_coupling
 from opacus_bpclip.probe.copies import Copy
+from tests.budgets import layerwise
 from tests.helpers import FEATURES, loss_of, make_private
 from tests.probing import found, made_up
 
@@ -253,7 +253,7 @@ def test_a_parameter_without_a_shape_is_named_and_stays_without() -> None:
 def test_a_shared_submodule_trains_after_the_search() -> None:
     model = Twice()
     model.hidden = [nn.Identity()]
-    private = make_private(model, backprop=BackpropClipping(uses="auto"))
+    private = make_private(model, backprop=layerwise(uses="auto"))
     assert private.handle._config.uses == {"first": 2}
     loss_of(private.model, torch.randn(6, FEATURES), torch.zeros(6, dtype=torch.long)).backward()
     private.optimizer.step()
@@ -263,7 +263,7 @@ def test_a_shared_submodule_trains_after_the_search() -> None:
 
 
 def test_a_model_with_clipping_attached_is_searched_and_left_as_it_was() -> None:
-    private = make_private(Tied(), backprop=BackpropClipping(uses="auto", probe=False))
+    private = make_private(Tied(), backprop=layerwise(uses="auto", probe=False))
     inner = private.handle._module
     before = anatomy(inner)
     assert find_coupling(inner, made_up(torch.zeros(2, FEATURES)), loss_reduction="mean") is None

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from opacus_bpclip import PrivacyViolationError
 from opacus_bpclip.probe.forms import made_up_batches
+from tests.budgets import layerwise
 from tests.helpers import CLASSES, FEATURES, batch, loss_of, make_private
 from tests.probing import Middle, OnlyReal
 
@@ -87,9 +88,7 @@ def test_a_stream_shows_no_example_and_waits_for_the_first_batch() -> None:
 
 
 def test_the_promise_that_nothing_is_coupled_turns_the_search_off() -> None:
-    private = make_private(
-        Middle(lambda h: h - h.mean(dim=0)), backprop=BackpropClipping(probe=False)
-    )
+    private = make_private(Middle(lambda h: h - h.mean(dim=0)), backprop=layerwise(probe=False))
     loss_of(private.model, *batch()).backward()
     with pytest.raises(ValueError, match=r"^Expected probe=1 to be True or False\.$"):
-        BackpropClipping(probe=1)
+        layerwise(probe=1)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.probe import UntriedError
+from tests.budgets import layerwise
 from tests.helpers import FEATURES, batch, loss_of, make_private, mlp, summed
 from tests.probing import Middle, found
 
@@ -46,7 +46,7 @@ def test_training_is_the_same_with_the_search_and_without() -> None:
     gradients = []
     for probe in (True, False):
         torch.manual_seed(3)
-        private = make_private(mlp(), backprop=BackpropClipping(probe=probe))
+        private = make_private(mlp(), backprop=layerwise(probe=probe))
         loss_of(private.model, *batch()).backward()
         private.optimizer.step()
         gradients.append((summed(private), torch.rand(1)))

@@ -10,7 +10,7 @@ from opacus.layers import DPGRU, DPLSTM, DPRNN
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping
+from tests.budgets import layerwise
 from tests.checks import (
     Trainer,
     check_independence,
@@ -38,11 +38,11 @@ def readers(draw):
 @st.composite
 def neighbours(draw, dtype=torch.float64):
     model = draw(readers())
-    bound, upstream = draw(st.sampled_from(MODES))
+    bound, normalize = draw(st.sampled_from(MODES))
     trainer = Trainer(
         model,
         (STEPS, FEATURES),
-        BackpropClipping(bound=bound, upstream=upstream),
+        layerwise(bound=bound, normalize=normalize),
         max_grad_norm=draw(st.sampled_from([1e-3, 1.0, 1e3])),
         reduction=draw(st.sampled_from(["mean", "sum"])),
         dtype=dtype,
@@ -78,7 +78,7 @@ def test_without_clipping_the_sum_is_autograds(model, bound):
     squared_loss(model(x), target, "sum").backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    clipping = BackpropClipping(bound=bound, max_input_norm=None)
+    clipping = layerwise(bound=bound, max_input_norm=None)
     trainer = Trainer(model, (STEPS, FEATURES), clipping, max_grad_norm=1e12, loss=squared_loss)
     trainer.step(x, target)
     for name, parameter in model.named_parameters():
@@ -91,7 +91,7 @@ def test_exact_is_the_sequences_own_gradient_clipped_to_each_layers_limit(model,
     model = model.double()
     model.head.requires_grad_(False)
     x, target = torch.randn(3, STEPS, FEATURES).double(), torch.randn(3, 2).double()
-    clipping = BackpropClipping(bound="exact", max_input_norm=None)
+    clipping = layerwise(bound="exact", max_input_norm=None)
     trainer = Trainer(copy.deepcopy(model), (STEPS, FEATURES), clipping, max_grad_norm=limit)
     released = trainer.released(x, target)
     for name, layer in model.named_modules():
@@ -121,16 +121,16 @@ class Saturated(nn.Module):
         return self.rnn(x)[0][:, -1]
 
 
-def _worst_case(bound, upstream):
-    clipping = BackpropClipping(bound=bound, upstream=upstream, max_input_norm=3.0)
+def _worst_case(bound, normalize):
+    clipping = layerwise(bound=bound, normalize=normalize, max_input_norm=3.0)
     trainer = Trainer(Saturated(), (STEPS, 1), clipping, max_grad_norm=2.0)
     x = torch.full((1, STEPS, 1), 1e4, dtype=torch.float64)
     return trainer, x, torch.full((1, 1), 1e6, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("bound", "upstream"), MODES)
-def test_one_sequence_reaches_the_bound_of_every_layer(bound, upstream):
-    trainer, x, target = _worst_case(bound, upstream)
+@pytest.mark.parametrize(("bound", "normalize"), MODES)
+def test_one_sequence_reaches_the_bound_of_every_layer(bound, normalize):
+    trainer, x, target = _worst_case(bound, normalize)
     released = trainer.released(x, target)
     limits = trainer.optimizer.layer_sensitivities
     assert 0.999 * limits["rnn.l0.ih"] <= released["rnn.l0.ih"].norm() <= limits["rnn.l0.ih"]
@@ -144,7 +144,7 @@ def test_one_sequence_reaches_the_bound_of_every_layer(bound, upstream):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_sequence_that_is_not_finite_contributes_nothing(bound, packed):
     torch.manual_seed(0)
-    trainer = Trainer(Reader(packed=packed), (STEPS, FEATURES), BackpropClipping(bound=bound))
+    trainer = Trainer(Reader(packed=packed), (STEPS, FEATURES), layerwise(bound=bound))
     x, target = torch.randn(4, STEPS, FEATURES).double(), torch.randn(4, 2).double()
     x[-1, 2, 1] = float("nan")
     check_silent(trainer, x, target)

@@ -8,7 +8,8 @@ from opacus.layers import DPGRU, DPRNN
 from opacus.layers.dp_rnn import DPLSTMCell
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from opacus_bpclip import PrivacyViolationError
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
 from tests.readers import FEATURES, HIDDEN, STEPS, Reader
 
@@ -21,7 +22,7 @@ def test_either_layout_of_the_network_gives_the_same(batch_first):
     other.rnn.batch_first = batch_first
     x, target = torch.randn(3, STEPS, FEATURES).double(), torch.randn(3, 2).double() * 100
     sums = [
-        joint(Trainer(model, (STEPS, FEATURES), BackpropClipping()).released(x, target))
+        joint(Trainer(model, (STEPS, FEATURES), layerwise()).released(x, target))
         for model in (reader, other)
     ]
     assert torch.allclose(*sums, rtol=1e-12)
@@ -34,7 +35,7 @@ def test_checkpointing_is_no_second_use():
     wrapped.wrap = True
     x, target = torch.randn(3, STEPS, FEATURES).double(), torch.randn(3, 2).double() * 100
     sums = [
-        joint(Trainer(model, (STEPS, FEATURES), BackpropClipping()).released(x, target))
+        joint(Trainer(model, (STEPS, FEATURES), layerwise()).released(x, target))
         for model in (reader, wrapped)
     ]
     assert torch.equal(*sums)
@@ -52,9 +53,9 @@ class Twice(nn.Module):
 def test_a_network_used_twice_needs_a_declaration():
     x, target = torch.randn(3, STEPS, FEATURES).double(), torch.randn(3, HIDDEN).double() * 100
     with pytest.raises(PrivacyViolationError, match=r"rnn\.l0\.ih is used more than once"):
-        Trainer(Twice(), (STEPS, FEATURES), BackpropClipping()).released(x, target)
+        Trainer(Twice(), (STEPS, FEATURES), layerwise()).released(x, target)
     uses = {"rnn.l0.ih": 2, "rnn.l0.hh": 2}
-    trainer = Trainer(Twice(), (STEPS, FEATURES), BackpropClipping(uses=uses))
+    trainer = Trainer(Twice(), (STEPS, FEATURES), layerwise(uses=uses))
     check_sensitivity(trainer, x, target)
     check_independence(trainer, x, target)
 
@@ -77,8 +78,8 @@ def test_cells_in_a_loop_of_ones_own_are_ordinary_layers_used_once_a_step():
     # Nothing shows that row i is the same example at every step there.
     x, target = torch.randn(3, STEPS, FEATURES).double(), torch.randn(3, HIDDEN).double() * 100
     with pytest.raises(PrivacyViolationError, match=r"cell\.ih is used more than once"):
-        Trainer(Handmade(), (STEPS, FEATURES), BackpropClipping()).released(x, target)
-    clipping = BackpropClipping(uses={"cell.ih": STEPS, "cell.hh": STEPS})
+        Trainer(Handmade(), (STEPS, FEATURES), layerwise()).released(x, target)
+    clipping = layerwise(uses={"cell.ih": STEPS, "cell.hh": STEPS})
     check_sensitivity(Trainer(Handmade(), (STEPS, FEATURES), clipping), x, target)
 
 
@@ -90,7 +91,7 @@ class Shuffling(DPRNN):
 
 
 def test_a_subclass_that_may_move_rows_gets_no_credit_for_alignment():
-    trainer = Trainer(Reader(Shuffling), (STEPS, FEATURES), BackpropClipping())
+    trainer = Trainer(Reader(Shuffling), (STEPS, FEATURES), layerwise())
     with pytest.raises(PrivacyViolationError, match=r"rnn\.l0\.ih is used more than once"):
         trainer.released(torch.randn(3, STEPS, FEATURES).double(), torch.randn(3, 2).double())
 
@@ -127,13 +128,13 @@ def test_what_hides_which_row_is_whose_is_refused(misuse, message):
             misuse(self)
             return super().forward(x)
 
-    trainer = Trainer(Misused(), (STEPS, FEATURES), BackpropClipping())
+    trainer = Trainer(Misused(), (STEPS, FEATURES), layerwise())
     with pytest.raises(PrivacyViolationError, match=message):
         trainer.step(torch.randn(3, STEPS, FEATURES).double(), torch.randn(3, 2).double())
 
 
 def test_a_second_backward_pass_is_refused():
-    trainer = Trainer(Reader(), (STEPS, FEATURES), BackpropClipping())
+    trainer = Trainer(Reader(), (STEPS, FEATURES), layerwise())
     loss = trainer.model(torch.randn(3, STEPS, FEATURES).double()).mean()
     loss.backward(retain_graph=True)
     with pytest.raises(PrivacyViolationError, match="backward pass ran twice"):
@@ -145,7 +146,7 @@ def test_evaluation_clips_the_same_inputs_and_leaves_no_graph_behind():
     reader = Reader()
     # A head that is trained scales its output, and its input once it is exported: not to the bit.
     reader.head.requires_grad_(False)
-    trainer = Trainer(reader, (STEPS, FEATURES), BackpropClipping(max_input_norm=0.5))
+    trainer = Trainer(reader, (STEPS, FEATURES), layerwise(max_input_norm=0.5))
     x = torch.randn(3, STEPS, FEATURES).double() * 10
     trained = trainer.model(x)
     with torch.no_grad():
@@ -157,7 +158,7 @@ def test_frozen_parts_get_no_hooks():
     reader = Reader(num_layers=2)
     for name, parameter in reader.rnn.named_parameters():
         parameter.requires_grad_("l1" in name)
-    trainer = Trainer(reader, (STEPS, FEATURES), BackpropClipping())
+    trainer = Trainer(reader, (STEPS, FEATURES), layerwise())
     assert set(trainer.optimizer.layer_sensitivities) == {"rnn.l1.ih", "rnn.l1.hh", "head"}
     assert not reader.rnn.l0.ih._forward_hooks
     x, target = torch.randn(3, STEPS, FEATURES).double(), torch.randn(3, 2).double() * 100

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 from opacus_bpclip import (
     BackpropClipHooks,
     BackpropClipModule,
-    BackpropClipping,
     CoverageError,
     PrivacyEngine,
     clip_inputs,
 )
+from tests.budgets import layerwise
 from tests.helpers import Private, dataset, make_private, mlp, snapshot, train_step
 from tests.refusals import NOT_A_NORM, REFUSALS, SGD, Endless
 
@@ -103,7 +103,7 @@ def test_a_product_bound_without_input_clipping_is_refused_before_make_private()
     model = mlp()
     before = snapshot(model)
     with pytest.raises(ValueError, match=r'^bound="product" needs a max_input_norm'):
-        make_private(model, backprop=BackpropClipping(bound="product", max_input_norm=None))
+        make_private(model, backprop=layerwise(bound="product", max_input_norm=None))
     assert snapshot(model) == before
 
 
@@ -118,7 +118,7 @@ def test_a_product_bound_without_input_clipping_is_refused_before_make_private()
             id="loss_reduction",
         ),
         pytest.param(
-            {"config": BackpropClipping(allocation={"0": 1.0})},
+            {"config": layerwise(allocation={"0": 1.0})},
             "allocation does not fit the model's trainable layers; no share for: 2. Name each of: "
             "0, 2.",
             id="allocation",

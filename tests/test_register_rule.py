@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip import BackpropClipping, CoverageError, register_rule
+from opacus_bpclip import CoverageError, register_rule
 from opacus_bpclip.rules import RULES, Inputs, Keep, LinearRule, Prepared, Rule
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
 from tests.strategies import BOUNDS
 
@@ -59,7 +60,7 @@ def registered() -> Iterator[None]:
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_a_raw_parameter_of_ones_own_layer_trains_within_the_bound(bound):
     model = nn.Sequential(nn.Linear(3, 4), Shift(4), nn.Tanh(), nn.Linear(4, 2))
-    trainer = Trainer(model, (3,), BackpropClipping(bound=bound))
+    trainer = Trainer(model, (3,), layerwise(bound=bound))
     x = torch.randn(5, 3, dtype=torch.float64) * 10
     target = torch.randn(5, 2, dtype=torch.float64) * 1e3
     check_sensitivity(trainer, x, target)
@@ -68,7 +69,7 @@ def test_a_raw_parameter_of_ones_own_layer_trains_within_the_bound(bound):
 
 @pytest.mark.usefixtures("registered")
 def test_a_registered_rule_attains_its_limit():
-    trainer = Trainer(Shift(3), (3,), BackpropClipping(), max_grad_norm=0.7)
+    trainer = Trainer(Shift(3), (3,), layerwise(), max_grad_norm=0.7)
     target = torch.full((1, 3), 1e4, dtype=torch.float64)
     reached = joint(trainer.released(torch.ones(1, 3, dtype=torch.float64), target)).norm()
     assert 0.999 * 0.7 <= reached <= 0.7
@@ -76,7 +77,7 @@ def test_a_registered_rule_attains_its_limit():
 
 def test_without_a_rule_the_layer_is_refused():
     with pytest.raises(CoverageError, match=r"\(root\) \(Shift\): no rule bounds .* of shift"):
-        Trainer(Shift(3), (3,), BackpropClipping())
+        Trainer(Shift(3), (3,), layerwise())
 
 
 def test_a_rule_is_not_replaced_silently():

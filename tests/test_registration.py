@@ -13,11 +13,11 @@ from torch import nn
 from opacus_bpclip import (
     BackpropClipModule,
     BackpropClipOptimizer,
-    BackpropClipping,
     PrivacyEngine,
     register,
     unregister,
 )
+from tests.budgets import layerwise
 from tests.helpers import SEARCHES_FOR_NOISE, make_private, mlp, snapshot, train_step, values
 from tests.test_budget import with_epsilon
 from tests.test_other_clippings import OTHERS, train_with
@@ -58,7 +58,7 @@ def _nothing_is_left_registered() -> Iterator[None]:
 @pytest.mark.parametrize("engine", [opacus.PrivacyEngine, TheirEngine, PrivacyEngine])
 @pytest.mark.parametrize("wrap_model", [True, False], ids=["wrapped", "hooks only"])
 def test_any_engine_trains_like_ours(engine: type, wrap_model: bool) -> None:
-    options = {"backprop": BackpropClipping(bound="exact"), "wrap_model": wrap_model}
+    options = {"backprop": layerwise(bound="exact"), "wrap_model": wrap_model}
     private = make_private(mlp(), engine=engine(), **options)
     train_step(private)
     unregister()
@@ -90,7 +90,7 @@ def test_an_engine_made_before_learns_it_too() -> None:
 @pytest.mark.parametrize("engine", [opacus.PrivacyEngine, TheirEngine, PrivacyEngine])
 def test_any_engine_meets_a_budget(engine: type) -> None:
     _, optimizer, _ = with_epsilon(
-        engine(accountant="gdp"), mlp(), backprop=BackpropClipping(bound="exact")
+        engine(accountant="gdp"), mlp(), backprop=layerwise(bound="exact")
     )
     unregister()
     _, ours, _ = with_epsilon(PrivacyEngine(accountant="gdp"), mlp())
@@ -122,7 +122,7 @@ def test_a_stock_engine_refuses_as_ours_does() -> None:
             model,
             engine=opacus.PrivacyEngine(),
             clipping="flat",
-            backprop=BackpropClipping(),
+            backprop=layerwise(),
         )
     assert snapshot(model) == before
 

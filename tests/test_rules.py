@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip import BackpropClipping, CoverageError
+from opacus_bpclip import CoverageError
 from opacus_bpclip.rules import RULES
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
 from tests.layers import Pair, Tokens
 from tests.strategies import BOUNDS, MODES, layer_cases, scales, seeds
@@ -22,7 +23,7 @@ def _own_gradient(layer, x, target):
 
 def _check_exact(layer, shape, x, target, limit):
     alone = [_own_gradient(layer, x[i : i + 1], target[i : i + 1]) for i in range(len(x))]
-    clipping = BackpropClipping(bound="exact", max_input_norm=None)
+    clipping = layerwise(bound="exact", max_input_norm=None)
     trainer = Trainer(layer, shape, clipping, max_grad_norm=limit)
     expected = sum(gradient * min(1, limit / float(gradient.norm() + 1e-300)) for gradient in alone)
     assert torch.allclose(joint(trainer.released(x, target)), expected, rtol=1e-6, atol=1e-9)
@@ -55,8 +56,8 @@ def test_one_sequence_of_tokens_moves_an_embedding_by_at_most_its_sensitivity(
     case, mode, reduction
 ):
     layer, axes, ids, target = case
-    bound, upstream = mode
-    clipping = BackpropClipping(bound=bound, upstream=upstream)
+    bound, normalize = mode
+    clipping = layerwise(bound=bound, normalize=normalize)
     trainer = Trainer(layer, axes, clipping, reduction=reduction)
     check_sensitivity(trainer, ids, target)
     check_independence(trainer, ids, target)
@@ -69,10 +70,10 @@ def test_exact_embedding_adds_up_the_positions_of_each_token(case):
     _check_exact(layer, axes, ids, target, 0.5)
 
 
-@pytest.mark.parametrize(("bound", "upstream"), MODES)
-def test_a_token_reaches_the_embeddings_bound(bound, upstream):
+@pytest.mark.parametrize(("bound", "normalize"), MODES)
+def test_a_token_reaches_the_embeddings_bound(bound, normalize):
     trainer = Trainer(
-        nn.Embedding(7, 3).double(), (4,), BackpropClipping(bound=bound, upstream=upstream)
+        nn.Embedding(7, 3).double(), (4,), layerwise(bound=bound, normalize=normalize)
     )
     target = torch.zeros(1, 12, dtype=torch.float64)
     target[0, 4] = 1e4
@@ -81,7 +82,7 @@ def test_a_token_reaches_the_embeddings_bound(bound, upstream):
 
 
 def test_a_repeated_token_counts_as_often_as_it_stands():
-    trainer = Trainer(nn.Embedding(3, 1).double(), (4,), BackpropClipping(bound="exact"))
+    trainer = Trainer(nn.Embedding(3, 1).double(), (4,), layerwise(bound="exact"))
     ids = torch.zeros(1, 4, dtype=torch.long)
     contribution = joint(trainer.released(ids, torch.full((1, 4), 0.5, dtype=torch.float64)))
     # Unclipped, the row's gradient is 2, four times what each position gives.
@@ -112,7 +113,7 @@ def test_running_statistics_are_refused():
 def test_a_mean_far_above_the_deviations_does_not_pass_for_a_large_normalised_value(bound):
     # x - mean cancels: uncentred, LayerNorm's own arithmetic gives a gradient 1e5 times the bound.
     layer = nn.LayerNorm(8, eps=1e-12)
-    trainer = Trainer(layer, (3, 8), BackpropClipping(bound=bound), dtype=torch.float32)
+    trainer = Trainer(layer, (3, 8), layerwise(bound=bound), dtype=torch.float32)
     x = 1e8 + torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     check_sensitivity(trainer, x, torch.ones(2, 24))
 
@@ -156,7 +157,7 @@ def test_many_equal_positions_are_rounded_within_the_bound(layer, bound):
     make, shape = LONG[layer]
     torch.manual_seed(0)
     model = make()
-    trainer = Trainer(model, shape, BackpropClipping(bound=bound), dtype=torch.float32)
+    trainer = Trainer(model, shape, layerwise(bound=bound), dtype=torch.float32)
     x = torch.full((1, *shape), -2.0)
     if layer == "layer norm":
         x[..., 0] = 2.0

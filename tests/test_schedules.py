@@ -16,7 +16,8 @@ from opacus.schedulers import (
     StepNoise,
 )
 
-from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from opacus_bpclip import PrivacyViolationError
+from tests.budgets import layerwise
 from tests.helpers import (
     backward,
     batch,
@@ -30,7 +31,7 @@ from tests.helpers import (
     train_step,
 )
 
-NORMALIZE = BackpropClipping(upstream="normalize")
+NORMALIZE = layerwise(normalize=True)
 
 
 def test_max_grad_norm_moves_every_sensitivity_and_the_noise() -> None:

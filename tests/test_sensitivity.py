@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip import BackpropClipping
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_sensitivity, check_silent, joint, linear_loss, squared_loss
 from tests.strategies import (
     BOUNDS,
@@ -83,12 +83,12 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize(("bound", "upstream"), MODES)
-def test_a_dirac_example_reaches_the_bound(bound, upstream, layer):
+@pytest.mark.parametrize(("bound", "normalize"), MODES)
+def test_a_dirac_example_reaches_the_bound(bound, normalize, layer):
     make, shape = LAYERS[layer]
     model = make().double()
     x = _dirac(shape)
-    clipping = BackpropClipping(bound=bound, upstream=upstream, max_input_norm=3.0)
+    clipping = layerwise(bound=bound, normalize=normalize, max_input_norm=3.0)
     trainer = Trainer(model, shape, clipping, max_grad_norm=2.0)
     with torch.no_grad():
         response = (model(x) - model(torch.zeros_like(x))).flatten(1)
@@ -99,15 +99,15 @@ def test_a_dirac_example_reaches_the_bound(bound, upstream, layer):
     assert 0.999 * 2.0 <= reached <= 2.0
 
 
-@pytest.mark.parametrize(("bound", "upstream"), MODES)
+@pytest.mark.parametrize(("bound", "normalize"), MODES)
 @pytest.mark.parametrize("allocation", ["equal", "dimension"])
-def test_one_example_saturates_every_layer_at_once(bound, upstream, allocation):
+def test_one_example_saturates_every_layer_at_once(bound, normalize, allocation):
     model = Branches(
         nn.Linear(6, 2),
         nn.Linear(6, 3, bias=False),
         nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3, padding=1)),
     )
-    clipping = BackpropClipping(bound=bound, upstream=upstream, allocation=allocation)
+    clipping = layerwise(bound=bound, normalize=normalize, allocation=allocation)
     trainer = Trainer(model, (6,), clipping, max_grad_norm=1.5)
     x = _dirac((6,))
     target = torch.zeros(1, 2 + 3 + 12, dtype=torch.float64)
@@ -118,9 +118,9 @@ def test_one_example_saturates_every_layer_at_once(bound, upstream, allocation):
 @st.composite
 def normalized(draw):
     case = draw(architectures())
-    clipping = BackpropClipping(
+    clipping = layerwise(
         bound="exact",
-        upstream="normalize",
+        normalize=True,
         max_input_norm=draw(st.sampled_from([None, 1.0, 3.0])),
     )
     trainer = Trainer(case.layer, case.shape, clipping)
@@ -145,7 +145,7 @@ def test_exact_normalize_reaches_the_bound_for_every_example(case):
 @pytest.mark.parametrize("where", ["input", "target"])
 def test_an_example_that_is_not_finite_contributes_nothing(bound, value, where):
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2))
-    trainer = Trainer(model, (1, 5, 5), BackpropClipping(bound=bound))
+    trainer = Trainer(model, (1, 5, 5), layerwise(bound=bound))
     x = torch.randn(4, 1, 5, 5, dtype=torch.float64)
     target = torch.randn(4, 2, dtype=torch.float64)
     (x if where == "input" else target)[-1].view(-1)[1] = value
@@ -153,12 +153,12 @@ def test_an_example_that_is_not_finite_contributes_nothing(bound, value, where):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("upstream", ["clip", "normalize"])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_vanishing_columns_do_not_blow_the_gradient_up_to_nan(bound, upstream, dtype):
+def test_vanishing_columns_do_not_blow_the_gradient_up_to_nan(bound, normalize, dtype):
     # Scaled up twice without a limit, a gradient is infinite, and infinity times zero nan.
     model = nn.Sequential(nn.RMSNorm(2), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
-    clipping = BackpropClipping(bound=bound, upstream=upstream)
+    clipping = layerwise(bound=bound, normalize=normalize)
     trainer = Trainer(model, (2,), clipping, max_grad_norm=1e3, dtype=dtype)
     check_sensitivity(trainer, torch.zeros(2, 2, dtype=dtype), torch.ones(2, 2, dtype=dtype))
 
@@ -170,6 +170,6 @@ def test_vanishing_columns_do_not_blow_the_gradient_up_to_nan(bound, upstream, d
 )
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_an_input_whose_squares_overflow_contributes_nothing(bound, make):
-    trainer = Trainer(make(), (2,), BackpropClipping(bound=bound), dtype=torch.float32)
+    trainer = Trainer(make(), (2,), layerwise(bound=bound), dtype=torch.float32)
     x = torch.tensor([[1.0, 2.0], [1.5e28, -2e27]])
     check_silent(trainer, x, torch.ones(2, 2))

@@ -11,12 +11,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from opacus_bpclip import (
-    BackpropClipping,
     CoverageError,
     PrivacyEngine,
     SeveralOptimizers,
 )
 from opacus_bpclip.optimizer import fingerprint
+from tests.budgets import layerwise
 from tests.helpers import dataset, flat, mlp
 
 
@@ -36,7 +36,7 @@ def test_one_entry_a_step_and_every_parameter_moves() -> None:
         noise_multiplier=1.0,
         max_grad_norm=1.0,
         clipping="backprop",
-        backprop=BackpropClipping(bound="exact"),
+        backprop=layerwise(bound="exact"),
     )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     before = [p.detach().clone() for p in model.parameters()]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.rules import LinearRule
+from tests.budgets import layerwise
 from tests.checks import HUGE
 from tests.helpers import make_private, summed
 from tests.mutants import bound_killers
@@ -61,7 +61,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def run(model: nn.Module, x: Tensor) -> float:
     """Return how much the batch contributes."""
     data = TensorDataset(torch.zeros(32, *x.shape[1:]))
-    private = make_private(model, data=data, backprop=BackpropClipping(probe=False))
+    private = make_private(model, data=data, backprop=layerwise(probe=False))
     private.model(x).sum().backward()
     private.optimizer.step()
     return float(summed(private).norm())

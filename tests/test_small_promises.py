@@ -8,9 +8,10 @@ from opacus.layers import DPRNN
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip import BackpropClipping, CoverageError, clip_inputs
+from opacus_bpclip import CoverageError, clip_inputs
 from opacus_bpclip.rules import BroadcastRule
 from opacus_bpclip.rules.norms import rounding_margin
+from tests.budgets import layerwise
 from tests.helpers import FEATURES, make_private, one_layer, switchable, train_step, tricked
 
 
@@ -70,7 +71,7 @@ def test_a_layer_that_only_some_physical_batches_use_keeps_what_it_has() -> None
 
 
 def test_a_step_needs_no_accountant() -> None:
-    private = make_private(one_layer(), backprop=BackpropClipping())
+    private = make_private(one_layer(), backprop=layerwise())
     private.optimizer.attach_step_hook(None)
     before = private.parameters[0].detach().clone()
     train_step(private)
@@ -94,5 +95,5 @@ def test_a_recurrent_network_without_input_clipping_is_itself_in_evaluation() ->
     x = 100 * torch.ones(3, 5, FEATURES)
     with torch.no_grad():
         plain = network(x)[0]
-        private = make_private(network, backprop=BackpropClipping(max_input_norm=None))
+        private = make_private(network, backprop=layerwise(max_input_norm=None))
         assert torch.equal(private.model(x)[0], plain)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip import BackpropClipping, PrivacyEngine
+from opacus_bpclip import PrivacyEngine
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_training
 from tests.helpers import make_private
 from tests.strategies import BOUNDS
@@ -35,7 +36,7 @@ class LowRank(nn.Module):
 def test_lora_trains_its_pairs_alone(bound):
     torch.manual_seed(0)
     model = nn.Sequential(LowRank(nn.Linear(4, 8)), nn.Tanh(), LowRank(nn.Linear(8, 3)))
-    trainer = Trainer(model, (4,), BackpropClipping(bound=bound), probe=True)
+    trainer = Trainer(model, (4,), layerwise(bound=bound), probe=True)
     names = list(trainer.optimizer.layer_sensitivities)
     assert names == ["0.down", "0.up", "2.down", "2.up"]
     x = torch.randn(5, 4, dtype=torch.float64) * 10

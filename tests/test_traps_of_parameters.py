@@ -156,7 +156,7 @@ def test_used_twice_undeclared() -> None:
         lambda m, x: m.head(m.body(x)) + m.head(torch.tanh(m.body(x))),
         "body is used more than once in a forward pass: each use adds to one example's "
         "contribution, and the bound counts 1. Give each use its own layer, or declare how many "
-        "there are: BackpropClipping(uses={'body': ...}).",
+        "there are: layerwise(uses={'body': ...}).",
     )
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from opacus_bpclip import PrivacyViolationError
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity
 from tests.helpers import (
     CLASSES,
@@ -30,7 +31,7 @@ TWO_FORWARDS = (
     "R-Drop, a discriminator on real and generated examples): an example that is in both would "
     "contribute twice, and nothing shows which rows belong together. Put them in one call: give "
     "the model a forward that takes all inputs, runs its layers on each, and returns all outputs, "
-    "and declare how often it uses each layer: BackpropClipping(uses={name: K})."
+    "and declare how often it uses each layer: layerwise(uses={name: K})."
 )
 PENALTY = (
     "A gradient was taken with create_graph=True through a layer that clips (a gradient penalty, "
@@ -81,7 +82,7 @@ class Siamese(nn.Module):
 
 @pytest.mark.parametrize("uses", [{"body.0": 2, "body.2": 2}, "auto"])
 def test_one_forward_that_takes_all_inputs_trains_within_its_sensitivity(uses: Any) -> None:
-    trainer = Trainer(Siamese(), (2 * FEATURES,), BackpropClipping(uses=uses))
+    trainer = Trainer(Siamese(), (2 * FEATURES,), layerwise(uses=uses))
     x, target = torch.randn(5, 2 * FEATURES).double() * 30, torch.randn(5, CLASSES).double() * 30
     check_sensitivity(trainer, x, target)
     check_independence(trainer, x, target)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping, CoverageError, PrivacyViolationError
+from opacus_bpclip import CoverageError, PrivacyViolationError
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint, squared_loss
 from tests.strategies import BOUNDS, MODES, hostile_batches, scales, seeds
 
@@ -37,7 +38,7 @@ class Sides(nn.Module):
 
 
 def _trainer(model, uses, **options):
-    clipping = BackpropClipping(uses=uses, **options)
+    clipping = layerwise(uses=uses, **options)
     return Trainer(model, (3,), clipping, max_grad_norm=0.9)
 
 
@@ -45,8 +46,8 @@ def _trainer(model, uses, **options):
 def recurrences(draw):
     torch.manual_seed(draw(seeds))
     steps = draw(st.integers(1, 4))
-    bound, upstream = draw(st.sampled_from(MODES))
-    trainer = _trainer(Recurrent(steps), {"cell": steps}, bound=bound, upstream=upstream)
+    bound, normalize = draw(st.sampled_from(MODES))
+    trainer = _trainer(Recurrent(steps), {"cell": steps}, bound=bound, normalize=normalize)
     x = draw(hostile_batches((3,), min_size=1))
     rows = torch.tensor([draw(scales) for _ in x], dtype=torch.float64)
     return trainer, x, torch.randn(len(x), 2, dtype=torch.float64) * rows[:, None]
@@ -58,9 +59,9 @@ def test_all_uses_together_stay_within_the_layers_sensitivity(case):
     check_independence(*case)
 
 
-@pytest.mark.parametrize(("bound", "upstream"), MODES)
-def test_uses_that_agree_reach_the_layers_sensitivity(bound, upstream):
-    trainer = _trainer(Sides(), {"layer": 2}, bound=bound, upstream=upstream)
+@pytest.mark.parametrize(("bound", "normalize"), MODES)
+def test_uses_that_agree_reach_the_layers_sensitivity(bound, normalize):
+    trainer = _trainer(Sides(), {"layer": 2}, bound=bound, normalize=normalize)
     x = torch.tensor([[1e4, 0.0, 0.0]], dtype=torch.float64)
     target = torch.tensor([[1e4, 0.0]], dtype=torch.float64)
     assert 0.999 * 0.9 <= joint(trainer.released(x, target)).norm() <= 0.9
@@ -74,7 +75,7 @@ def test_without_clipping_the_uses_add_up_as_in_autograd(steps):
     squared_loss(model(x), target, "sum").backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
-    clipping = BackpropClipping(bound="exact", max_input_norm=None, uses={"cell": steps})
+    clipping = layerwise(bound="exact", max_input_norm=None, uses={"cell": steps})
     trainer = Trainer(model, (3,), clipping, max_grad_norm=1e12, loss=squared_loss)
     assert torch.allclose(joint(trainer.released(x, target)), expected)
 
@@ -121,12 +122,12 @@ def test_uses_of_a_layer_that_does_not_exist_are_refused_before_training():
 @pytest.mark.parametrize("count", [0, -1, 1.0, True, "2", None], ids=repr)
 def test_uses_are_whole_numbers_from_one(count):
     with pytest.raises(ValueError, match=r"Expected uses\['cell'\]=.* an integer >= 1\.$"):
-        BackpropClipping(uses={"cell": count})
+        layerwise(uses={"cell": count})
 
 
 def test_uses_are_a_mapping():
     with pytest.raises(ValueError, match="to be a mapping of names to counts"):
-        BackpropClipping(uses=2)
+        layerwise(uses=2)
 
 
 class Tied(nn.Module):
@@ -157,8 +158,8 @@ class TiedSides(nn.Module):
 @given(seeds, st.sampled_from(MODES), st.lists(scales, min_size=1, max_size=4))
 def test_tied_weights_train_within_their_sensitivity(seed, mode, rows):
     torch.manual_seed(seed)
-    bound, upstream = mode
-    clipping = BackpropClipping(bound=bound, upstream=upstream)
+    bound, normalize = mode
+    clipping = layerwise(bound=bound, normalize=normalize)
     trainer = Trainer(Tied(), (4,), clipping, max_grad_norm=0.9)
     assert set(trainer.optimizer.layer_sensitivities) == {"tokens", "middle"}
     ids = torch.randint(6, (len(rows), 4))
@@ -169,9 +170,9 @@ def test_tied_weights_train_within_their_sensitivity(seed, mode, rows):
     check_independence(trainer, ids, target)
 
 
-@pytest.mark.parametrize(("bound", "upstream"), MODES)
-def test_tied_layers_that_agree_reach_their_common_sensitivity(bound, upstream):
-    trainer = _trainer(TiedSides(), {}, bound=bound, upstream=upstream)
+@pytest.mark.parametrize(("bound", "normalize"), MODES)
+def test_tied_layers_that_agree_reach_their_common_sensitivity(bound, normalize):
+    trainer = _trainer(TiedSides(), {}, bound=bound, normalize=normalize)
     x = torch.tensor([[1e4, 0.0, 0.0]], dtype=torch.float64)
     reached = joint(trainer.released(x, torch.tensor([[1e4, 0.0]]).double())).norm()
     assert 0.999 * 0.9 <= reached <= 0.9
@@ -184,7 +185,7 @@ def test_without_clipping_tied_weights_add_up_as_in_autograd():
     squared_loss(model(ids), target, "sum").backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
-    clipping = BackpropClipping(bound="exact", max_input_norm=None)
+    clipping = layerwise(bound="exact", max_input_norm=None)
     trainer = Trainer(model, (4,), clipping, max_grad_norm=1e12, loss=squared_loss)
     trainer.step(ids, target)
     summed = torch.cat([p.summed_grad.flatten() for p in model.parameters()])
@@ -192,7 +193,7 @@ def test_without_clipping_tied_weights_add_up_as_in_autograd():
 
 
 def test_a_shared_parameter_counts_once_in_the_allocation():
-    trainer = Trainer(Tied(), (4,), BackpropClipping(), max_grad_norm=1.0)
+    trainer = Trainer(Tied(), (4,), layerwise(), max_grad_norm=1.0)
     sensitivities = trainer.optimizer.layer_sensitivities
     # 18 shared entries and the head's bias of 6, against 9 + 3: squares in proportion of roots.
     ratio = (sensitivities["tokens"] / sensitivities["middle"]) ** 2
@@ -200,7 +201,7 @@ def test_a_shared_parameter_counts_once_in_the_allocation():
 
 
 def test_a_tied_weight_used_outside_its_layers_is_found():
-    trainer = Trainer(Tied(), (4,), BackpropClipping())
+    trainer = Trainer(Tied(), (4,), layerwise())
     output = trainer.model(torch.randint(6, (2, 4)))
     with pytest.raises(PrivacyViolationError, match="gradient from outside its layer's call"):
         (output.mean() + trainer.plain.head.weight.square().sum()).backward()

@@ -16,7 +16,7 @@ from opacus_bpclip.ab.settings import (
     Output,
     settings_for,
 )
-from opacus_bpclip.config import Allocation, Bound, Upstream
+from opacus_bpclip.config import Allocation, Bound
 from opacus_bpclip.jobs.arguments import Options, add_command
 from opacus_bpclip.jobs.running import deliver, run_reported, take
 
@@ -102,7 +102,6 @@ def _add_clipping_options(parser: ArgumentParser) -> None:
         f"of backprop: {_one_of(get_args(Bound))} (default: exact, the closest to flat clipping)",
     )
     group.text("--allocation", f"of backprop: {_one_of(get_args(Allocation))} (default: dimension)")
-    group.text("--upstream", f"of backprop: {_one_of(get_args(Upstream))} (default: clip)")
 
 
 def _add_output_options(parser: ArgumentParser) -> None:

@@ -35,7 +35,7 @@ def heading(record: Record) -> str:
         lines.append(
             f"target epsilon {settings.epsilon:g}, max_grad_norm {settings.max_grad_norm:g}, "
             f"max_input_norm {_input_norm(settings)}; backprop: bound {settings.bound}, "
-            f"allocation {settings.allocation}, upstream {settings.upstream}"
+            f"allocation {settings.allocation}, normalize {settings.normalize}"
         )
     return "\n".join(lines)
 

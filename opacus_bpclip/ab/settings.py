@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from opacus_bpclip.config import Allocation, BackpropClipping, Bound, Upstream
+from opacus_bpclip.config import Allocation, BackpropClipping, Bound
 from opacus_bpclip.jobs.errors import UsageError
 from opacus_bpclip.jobs.values import (
     require_at_least_one,
@@ -73,7 +73,7 @@ class Settings:
             inputs; ``None`` turns it off in the ``backprop`` arm.
         bound: the ``backprop`` arm's bound.
         allocation: the ``backprop`` arm's split of ``max_grad_norm`` over the layers.
-        upstream: the ``backprop`` arm's treatment of upstream gradients.
+        normalize: whether the ``backprop`` arm scales gradients up, too.
         seeds: one training run of every arm for each; no seed twice.
         arms: names in `ARMS`, no arm twice.
         threads: torch's intra-op threads in the training process.
@@ -96,7 +96,7 @@ class Settings:
     max_input_norm: float | None
     bound: Bound
     allocation: Allocation
-    upstream: Upstream
+    normalize: bool
     seeds: tuple[int, ...]
     arms: tuple[str, ...]
     threads: int
@@ -120,7 +120,6 @@ class Settings:
         for name, value, choices in (
             ("--bound", self.bound, get_args(Bound)),
             ("--allocation", self.allocation, get_args(Allocation)),
-            ("--upstream", self.upstream, get_args(Upstream)),
             ("--accountant", self.accountant, ACCOUNTANTS),
             ("--device", self.device, DEVICES),
         ):
@@ -160,7 +159,7 @@ class Settings:
             max_input_norm=self.max_input_norm,
             bound=self.bound,
             allocation=self.allocation,
-            upstream=self.upstream,
+            normalize=self.normalize,
         )
 
 
@@ -206,7 +205,7 @@ def settings_for(dataset: str = "digits", **given: Any) -> Settings:
         "max_input_norm": 3.0,
         "bound": "exact",
         "allocation": "dimension",
-        "upstream": "clip",
+        "normalize": False,
         "seeds": (0, 1, 2),
         "accountant": "prv",
         "device": "cpu",

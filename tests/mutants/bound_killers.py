@@ -8,15 +8,15 @@ from opacus.layers import DPRNN
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.rules import RULES, BroadcastRule
+from tests.budgets import layerwise
 from tests.checks import HUGE, Trainer, check_sensitivity
 from tests.helpers import make_private, summed
 
 
 def _one(model: nn.Module, shape: tuple[int, ...], x: Tensor, target: Tensor, **options) -> None:
     """Check the sensitivity on one example against none."""
-    trainer = Trainer(model, shape, BackpropClipping(**{"max_input_norm": 1.0} | options))
+    trainer = Trainer(model, shape, layerwise(**{"max_input_norm": 1.0} | options))
     x = x if x.dtype == torch.long else x.double()
     check_sensitivity(trainer, x[None], target.flatten()[None].double())
 
@@ -30,7 +30,7 @@ def _spike(*shape: int, at: tuple[int, ...]) -> Tensor:
 def below_the_clip() -> None:
     """64 examples just below the clip, and one that opposes them."""
     model = nn.Linear(1, 1, bias=False)
-    trainer = Trainer(model, (1,), BackpropClipping(max_input_norm=1.0))
+    trainer = Trainer(model, (1,), layerwise(max_input_norm=1.0))
     x = torch.ones(65, 1, dtype=torch.float64)
     target = torch.full((65, 1), 0.999, dtype=torch.float64)
     target[-1] = -1e6
@@ -53,7 +53,7 @@ def two_layers_at_their_limits() -> None:
 
 def two_layers_after_a_new_limit() -> None:
     """The same after `max_grad_norm` was set to a tenth, as clip schedulers do."""
-    trainer = Trainer(Branches(), (1,), BackpropClipping())
+    trainer = Trainer(Branches(), (1,), layerwise())
     trainer.optimizer.max_grad_norm = 0.1
     x, target = torch.full((1, 1), HUGE).double(), torch.full((1, 2), HUGE).double()
     check_sensitivity(trainer, x, target)
@@ -131,7 +131,7 @@ def normalised_spike() -> None:
 def layer_norm_far_from_zero() -> None:
     """A layer normalisation of values whose mean is far above their deviations, in float32."""
     layer = nn.LayerNorm(8, eps=1e-12)
-    trainer = Trainer(layer, (3, 8), BackpropClipping(), dtype=torch.float32)
+    trainer = Trainer(layer, (3, 8), layerwise(), dtype=torch.float32)
     x = 1e8 + torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     check_sensitivity(trainer, x, torch.ones(2, 24))
 
@@ -209,7 +209,7 @@ def two_raw_parameters() -> None:
 def vanishing_columns() -> None:
     """Inputs of zero through three layers, scaled up to the limit, in float32."""
     model = nn.Sequential(nn.RMSNorm(2), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
-    clipping = BackpropClipping(upstream="normalize")
+    clipping = layerwise(normalize=True)
     trainer = Trainer(model, (2,), clipping, max_grad_norm=1e3, dtype=torch.float32)
     check_sensitivity(trainer, torch.zeros(2, 2), torch.ones(2, 2))
 
@@ -222,7 +222,7 @@ def buffer_filled_anew() -> None:
     private = make_private(
         model,
         data=TensorDataset(torch.zeros(32, 1).double()),
-        backprop=BackpropClipping(max_input_norm=None, probe=False),
+        backprop=layerwise(max_input_norm=None, probe=False),
     )
     for value in (1e-3, HUGE):
         memory[:] = value

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping
+from tests.budgets import layerwise
 from tests.checks import HUGE, Trainer, check_refused, check_unmoved
 
 
 def _two_layers() -> tuple[Trainer, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    return Trainer(model, (2,), BackpropClipping()), torch.ones(3, 2).double()
+    return Trainer(model, (2,), layerwise()), torch.ones(3, 2).double()
 
 
 def weight_beside_its_layer() -> None:

@@ -11,8 +11,9 @@ from opacus.layers.dp_multihead_attention import SequenceBias
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from opacus_bpclip import PrivacyViolationError
 from opacus_bpclip.replacements import compatible_copy
+from tests.budgets import layerwise
 from tests.checks import HUGE, Trainer, check_independence, check_sensitivity, check_silent
 from tests.layers import Bags, BatchSecond, Pair
 
@@ -22,7 +23,7 @@ def _saturated(
 ) -> None:
     """Check the sensitivity on inputs and upstream gradients that all point the same way."""
     torch.manual_seed(0)
-    trainer = Trainer(model, shape, BackpropClipping(bound=bound))
+    trainer = Trainer(model, shape, layerwise(bound=bound))
     x = torch.full((2, *shape), height, dtype=torch.float64)
     with torch.no_grad():
         outputs = model(x).flatten(1)
@@ -51,7 +52,7 @@ def mean_of_a_bag() -> None:
 def mean_of_a_bag_with_padding() -> None:
     """The mean of a bag of one token five times and padding four times."""
     model = Bags(nn.EmbeddingBag(2, 1, mode="mean", padding_idx=1))
-    trainer = Trainer(model, (2, 9), BackpropClipping())
+    trainer = Trainer(model, (2, 9), layerwise())
     x = torch.zeros(1, 2, 9, dtype=torch.float64)
     x[:, 0, 5:] = 1
     check_sensitivity(trainer, x, torch.full((1, 1), HUGE, dtype=torch.float64))
@@ -66,7 +67,7 @@ def bags_of_several_lengths() -> None:
     """A bag of two equal tokens and one of eight, in one row with offsets."""
     torch.manual_seed(0)
     model = Bags(nn.EmbeddingBag(2, 1, mode="sum"), offsets=True)
-    trainer = Trainer(model, (2, 9), BackpropClipping())
+    trainer = Trainer(model, (2, 9), layerwise())
     x = torch.zeros(2, 2, 9, dtype=torch.float64)
     x[:, 0, 0] = torch.tensor([2.0, 8.0])
     target = torch.tensor([[HUGE], [-HUGE]], dtype=torch.float64)
@@ -77,7 +78,7 @@ def bags_of_several_lengths() -> None:
 def weight_of_a_bag_that_is_not_finite() -> None:
     """A bag with nan among its weights."""
     model = Bags(nn.EmbeddingBag(2, 1, mode="sum"), weighted=True)
-    trainer = Trainer(model, (2, 3), BackpropClipping())
+    trainer = Trainer(model, (2, 3), layerwise())
     x = torch.ones(3, 2, 3, dtype=torch.float64)
     x[-1, 1, 0] = float("nan")
     check_silent(trainer, x, torch.ones(3, 1, dtype=torch.float64))
@@ -87,9 +88,9 @@ def many_equal_tokens() -> None:
     """One token 20 000 times, in a bag and in a sequence, in float32."""
     count = 20_000
     bag = Trainer(
-        Bags(nn.EmbeddingBag(2, 1, mode="sum")), (2, count), BackpropClipping(), dtype=torch.float32
+        Bags(nn.EmbeddingBag(2, 1, mode="sum")), (2, count), layerwise(), dtype=torch.float32
     )
-    sequence = Trainer(nn.Embedding(2, 1), (count,), BackpropClipping(), dtype=torch.float32)
+    sequence = Trainer(nn.Embedding(2, 1), (count,), layerwise(), dtype=torch.float32)
     for height in (0.7, 1.1, 3.3):
         check_sensitivity(bag, torch.zeros(1, 2, count), torch.full((1, 1), height))
         ids = torch.zeros(1, count, dtype=torch.long)
@@ -114,7 +115,7 @@ def transposed_convolution_with_padding() -> None:
 def transposed_convolution_in_groups() -> None:
     """A grouped transposed convolution whose second group has the large pixels."""
     model = nn.ConvTranspose1d(4, 2, 3, groups=2, bias=False)
-    trainer = Trainer(model, (4, 5), BackpropClipping(bound="product"))
+    trainer = Trainer(model, (4, 5), layerwise(bound="product"))
     x = torch.ones(2, 4, 5, dtype=torch.float64)
     x[:, 2:] = HUGE
     check_sensitivity(trainer, x, torch.full((2, 14), HUGE, dtype=torch.float64))
@@ -143,7 +144,7 @@ def negative_inputs_by_exact() -> None:
 def added_token() -> None:
     """A layer that adds a token, in which all the upstream gradient is; the batch is second."""
     torch.manual_seed(0)
-    trainer = Trainer(BatchSecond(SequenceBias(2)), (3, 2), BackpropClipping())
+    trainer = Trainer(BatchSecond(SequenceBias(2)), (3, 2), layerwise())
     x = torch.randn(5, 3, 2, dtype=torch.float64)
     target = torch.zeros(5, 4, 2, dtype=torch.float64)
     target[:, -1] = HUGE
@@ -170,7 +171,7 @@ class Attends(nn.Module):
 def attention_with_the_batch_second() -> None:
     """Attention whose batch is second, on as many examples as steps and on fewer."""
     torch.manual_seed(0)
-    trainer = Trainer(Attends(), (3, 4), BackpropClipping())
+    trainer = Trainer(Attends(), (3, 4), layerwise())
     # The whole batch has as many examples as steps: there, sizes cannot tell the axes apart.
     x = torch.randn(3, 3, 4, dtype=torch.float64)
     x[-1] *= 100
@@ -191,7 +192,7 @@ class Encodes(nn.Module):
 def transformer_with_the_batch_second() -> None:
     """PyTorch's transformer, whose batch is second, on as many examples as steps and on fewer."""
     torch.manual_seed(0)
-    trainer = Trainer(Encodes(), (3, 4), BackpropClipping())
+    trainer = Trainer(Encodes(), (3, 4), layerwise())
     x = torch.randn(3, 3, 4, dtype=torch.float64)
     with _nothing_refused():
         check_sensitivity(trainer, x, torch.randn(3, 12, dtype=torch.float64) * 100)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.rules import GroupNormRule
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_refused, check_sensitivity
 from tests.companions import Criterion, blank_and_one, check_rounding_is_small, mixer
 
@@ -28,7 +28,7 @@ def criterion_together_and_alone() -> None:
     one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
-    trainer = Trainer(model, (4,), BackpropClipping(), criterion=_Classes(), max_grad_norm=100.0)
+    trainer = Trainer(model, (4,), layerwise(), criterion=_Classes(), max_grad_norm=100.0)
     x, target = torch.randn(5, 4).double(), torch.tensor([0.0, 1, 1, 0, 1]).double()
     check_independence(trainer, x, target)
 
@@ -36,14 +36,14 @@ def criterion_together_and_alone() -> None:
 def loss_around_the_criterion() -> None:
     """A plain mean where `make_private` was given a criterion."""
     torch.manual_seed(0)
-    trainer = Trainer(nn.Linear(2, 2), (2,), BackpropClipping(), criterion=_Classes())
+    trainer = Trainer(nn.Linear(2, 2), (2,), layerwise(), criterion=_Classes())
     check_refused(trainer, torch.ones(3, 2).double(), lambda y, _: y.square().mean())
 
 
 def flattened_rows() -> None:
     """A loss over the positions of all examples in one list, of whose rows none is an example."""
     torch.manual_seed(0)
-    trainer = Trainer(nn.Linear(2, 2), (3, 2), BackpropClipping(), criterion=_Classes())
+    trainer = Trainer(nn.Linear(2, 2), (3, 2), layerwise(), criterion=_Classes())
 
     def loss(y: Tensor, _: nn.Module) -> Tensor:
         return trainer.loss(y.flatten(0, 1), torch.zeros(9).double(), "mean")
@@ -60,7 +60,7 @@ def blank_companions() -> None:
     trainer = Trainer(
         mixer(),
         (3, 32, 32),
-        BackpropClipping(),
+        layerwise(),
         loss=Criterion("cross-entropy").plain,
         dtype=torch.float32,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.audit import audit_case
+from tests.budgets import layerwise
 from tests.checks import (
     Trainer,
     check_noise_is_fresh,
@@ -33,7 +33,7 @@ def _noisy(count: int = 4) -> tuple[Trainer, Tensor, Tensor]:
     trainer = Trainer(
         Noisy(),
         (20,),
-        BackpropClipping(),
+        layerwise(),
         noise_multiplier=1.3,
         max_grad_norm=0.7,
         noise_generator=torch.Generator().manual_seed(0),
@@ -89,5 +89,5 @@ def accounting_of_physical_batches() -> None:
 
 def divisor() -> None:
     """Batches of any size, without noise."""
-    trainer = Trainer(nn.Linear(4, 3), (4,), BackpropClipping())
+    trainer = Trainer(nn.Linear(4, 3), (4,), layerwise())
     check_public_divisor(trainer, torch.ones(6, 4).double(), torch.ones(6, 3).double())

@@ -10,16 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.rules import RULES, BroadcastRule
 from opacus_bpclip.sampling.log import Pass
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_refused
 
 
 def _sampled() -> tuple[Trainer, Tensor]:
     """Return a trainer whose loader has drawn a batch of three, and six rows."""
     torch.manual_seed(0)
-    trainer = Trainer(nn.Sequential(nn.Linear(2, 2)), (2,), BackpropClipping())
+    trainer = Trainer(nn.Sequential(nn.Linear(2, 2)), (2,), layerwise())
     trainer.model._sample_from(trainer.loader.samples)
     trainer.loader.samples.draw(3, Pass())
     return trainer, torch.ones(6, 2).double()
@@ -78,5 +78,5 @@ def scale_of_another_axis() -> None:
     """A broadcast rule for three axes, on four, the second as long as the batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RULES, _Scale, _ScaleRule)
-        trainer = Trainer(nn.Sequential(_Scale()), (3, 3, 2), BackpropClipping())
+        trainer = Trainer(nn.Sequential(_Scale()), (3, 3, 2), layerwise())
         check_refused(trainer, torch.ones(3, 3, 3, 2).double(), lambda y, _: y.sum())

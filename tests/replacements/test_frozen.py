@@ -7,9 +7,10 @@ import torchvision
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping, PrivacyEngine
+from opacus_bpclip import PrivacyEngine
 from opacus_bpclip.replacements import compatible_copy
 from opacus_bpclip.replacements.normalization import FixedBatchNorm
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_training
 
 
@@ -46,7 +47,7 @@ def test_a_frozen_one_keeps_its_statistics_for_good(kind):
     assert isinstance(kept, FixedBatchNorm)
     assert not kept.training
     assert kept.state_dict().keys() == nn.BatchNorm2d(16).state_dict().keys()
-    trainer = Trainer(made, (1, 8, 8), BackpropClipping(), probe=True)
+    trainer = Trainer(made, (1, 8, 8), layerwise(), probe=True)
     check_training(trainer, x.double(), torch.randn(4, 3, dtype=torch.float64) * 100)
     # Trained again, it is a batch normalisation like any other.
     assert type(compatible_copy(made.requires_grad_(True)).body[1]) is not FixedBatchNorm
@@ -71,6 +72,6 @@ def test_fixed_affine_maps_of_others_are_left_alone_and_train(kind):
     torch.manual_seed(0)
     made = compatible(Backbone(kind(16)))
     assert type(made.body[1]) is kind
-    trainer = Trainer(made, (1, 8, 8), BackpropClipping(), probe=True)
+    trainer = Trainer(made, (1, 8, 8), layerwise(), probe=True)
     x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
     check_training(trainer, x, torch.randn(4, 3, dtype=torch.float64) * 100)

@@ -12,9 +12,10 @@ from timm.layers.norm_act import SyncBatchNormAct
 from timm.layers.split_batchnorm import SplitBatchNorm2d
 from torch import nn
 
-from opacus_bpclip import BackpropClipping, CoverageError, PrivacyEngine
+from opacus_bpclip import CoverageError, PrivacyEngine
 from opacus_bpclip.replacements import compatible_copy, normalization
 from opacus_bpclip.replacements.normalization import groups_of
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_training
 from tests.helpers import make_private
 
@@ -82,7 +83,7 @@ def test_what_is_put_in_its_place_stays_within_its_sensitivity(make, shape):
         4: nn.Conv3d,
     }[len(shape)](channels, channels, 1)
     model = compatible(nn.Sequential(first, make(), nn.Flatten()))
-    trainer = Trainer(model, shape, BackpropClipping(), probe=True)
+    trainer = Trainer(model, shape, layerwise(), probe=True)
     x = torch.randn(4, *shape, dtype=torch.float64)
     check_training(trainer, x, torch.randn(4, x[0].numel(), dtype=torch.float64) * 100)
 

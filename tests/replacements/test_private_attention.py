@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from opacus_bpclip import PrivacyViolationError
 from opacus_bpclip.replacements import compatible_copy
 from opacus_bpclip.replacements.attention import MultiheadAttention
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
 from tests.replacements.masks import causal, padding
 from tests.strategies import clippings, seed_torch, sequences
@@ -45,7 +46,7 @@ def neighbours(draw):
     kinds = ("padding", "causal", "for each head", "weights")
     model.masks = {kind: draw(st.booleans()) for kind in kinds}
     # Not normalised: attention's gradients may cancel to rounding errors, which would be scaled up.
-    clipping = replace(draw(clippings()), upstream="clip")
+    clipping = replace(draw(clippings()), normalize=False)
     trainer = Trainer(model, (STEPS, WIDTH), clipping, max_grad_norm=0.7)
     count = draw(st.integers(1, 5))
     return trainer, *draw(sequences(count, STEPS, WIDTH))
@@ -61,7 +62,7 @@ def test_one_sequence_moves_the_sum_by_at_most_its_sensitivity(case):
 def test_one_example_reaches_every_layers_bound():
     torch.manual_seed(0)
     model = compatible_copy(Attends(add_bias_kv=True))
-    clipping = BackpropClipping(bound="exact", upstream="normalize")
+    clipping = layerwise(bound="exact", normalize=True)
     trainer = Trainer(model, (STEPS, WIDTH), clipping, max_grad_norm=0.7)
     x = torch.randn(1, STEPS, WIDTH, dtype=torch.float64)
     target = torch.randn(1, STEPS * WIDTH, dtype=torch.float64)
@@ -76,7 +77,7 @@ def test_attention_across_the_batch_is_refused():
             return self.attention(x, x, x)[0]
 
     for layout, shape in (({"batch_first": False}, (STEPS, WIDTH)), ({}, (WIDTH,))):
-        trainer = Trainer(compatible_copy(Across(**layout)), shape, BackpropClipping())
+        trainer = Trainer(compatible_copy(Across(**layout)), shape, layerwise())
         x = torch.randn(5, *shape, dtype=torch.float64)
         with pytest.raises(PrivacyViolationError, match="its first axis must be the batch"):
             trainer.model(x)
@@ -89,5 +90,5 @@ def test_a_forward_of_ones_own_gets_no_credit_for_the_modules_layout():
 
     model = Attends(batch_first=False)
     model.attention = Own(WIDTH, HEADS)
-    trainer = Trainer(model, (STEPS, WIDTH), BackpropClipping())
+    trainer = Trainer(model, (STEPS, WIDTH), layerwise())
     trainer.model(torch.randn(5, STEPS, WIDTH, dtype=torch.float64))  # batch first all the same

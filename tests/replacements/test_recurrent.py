@@ -8,10 +8,11 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from opacus_bpclip import BackpropClipping, CoverageError, PrivacyEngine, PrivacyViolationError
+from opacus_bpclip import CoverageError, PrivacyEngine, PrivacyViolationError
 from opacus_bpclip.model.recurrence import aligns_rows
 from opacus_bpclip.replacements import compatible_copy, recurrent
 from opacus_bpclip.replacements.base import Copies
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_training
 from tests.strategies import BOUNDS
 
@@ -183,7 +184,7 @@ def test_a_replaced_network_stays_within_its_sensitivity(kind, bound, packed):
     inner = kind(INPUT, HIDDEN, num_layers=2, bidirectional=True, batch_first=True)
     model = PrivacyEngine.get_compatible_module(Reads(inner, packed=packed), clipping="backprop")
     assert aligns_rows(model.network)
-    trainer = Trainer(model, (4, INPUT), BackpropClipping(bound=bound), probe=not packed)
+    trainer = Trainer(model, (4, INPUT), layerwise(bound=bound), probe=not packed)
     x = torch.randn(4, 4, INPUT, dtype=torch.float64) * 3
     check_training(trainer, x, torch.randn(4, 2, dtype=torch.float64) * 100)
 
@@ -191,7 +192,7 @@ def test_a_replaced_network_stays_within_its_sensitivity(kind, bound, packed):
 @pytest.mark.parametrize("method", ["forward", "_run"])
 def test_a_network_that_runs_differently_gets_no_credit(method):
     model = compatible_copy(Reads(nn.LSTM(INPUT, HIDDEN), packed=False))
-    trainer = Trainer(model, (4, INPUT), BackpropClipping())
+    trainer = Trainer(model, (4, INPUT), layerwise())
     setattr(model.network, method, getattr(model.network, method))
     with pytest.raises(PrivacyViolationError, match="network was changed after make_private"):
         trainer.model(torch.randn(2, 4, INPUT, dtype=torch.float64))

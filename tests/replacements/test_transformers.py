@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping, CoverageError, PrivacyEngine, PrivacyViolationError
+from opacus_bpclip import CoverageError, PrivacyEngine, PrivacyViolationError
 from opacus_bpclip.replacements import compatible_copy
+from tests.budgets import layerwise
 from tests.checks import Trainer, check_training, joint, squared_loss
 from tests.helpers import make_private
 from tests.replacements.masks import causal, padding
@@ -77,7 +78,7 @@ def replaced(kind: type[Encodes], **options) -> nn.Module:
 @pytest.mark.parametrize("count", [STEPS, 5])
 def test_a_transformer_stays_within_its_sensitivity(kind, batch_first, bound, count):
     model = replaced(kind, batch_first=batch_first)
-    trainer = Trainer(model, (STEPS, WIDTH), BackpropClipping(bound=bound), probe=True)
+    trainer = Trainer(model, (STEPS, WIDTH), layerwise(bound=bound), probe=True)
     x = torch.randn(count, STEPS, WIDTH, dtype=torch.float64) * 3
     target = torch.randn(count, STEPS * WIDTH, dtype=torch.float64) * 100
     check_training(trainer, x, target)
@@ -91,7 +92,7 @@ def test_the_layout_makes_no_difference_to_what_is_released(kind):
     released = []
     for batch_first in (True, False):
         model = replaced(kind, batch_first=batch_first)
-        released.append(joint(Trainer(model, x.shape[1:], BackpropClipping()).released(x, target)))
+        released.append(joint(Trainer(model, x.shape[1:], layerwise()).released(x, target)))
     torch.testing.assert_close(released[0], released[1])
 
 
@@ -103,7 +104,7 @@ def test_without_clipping_the_sum_is_the_gradient_of_what_was_replaced(kind):
     x = torch.randn(4, STEPS, WIDTH, dtype=torch.float64)
     target = torch.randn(4, STEPS * WIDTH, dtype=torch.float64)
     squared_loss(plain(x), target, "sum").backward()
-    clipping = BackpropClipping(bound="exact", max_input_norm=None)
+    clipping = layerwise(bound="exact", max_input_norm=None)
     trainer = Trainer(model, x.shape[1:], clipping, max_grad_norm=1e9, loss=squared_loss)
     trainer.step(x, target)
     for p in model.parameters():
@@ -167,6 +168,6 @@ def test_a_block_of_ones_own_gets_no_credit_for_the_layout():
 
     model = Encodes(batch_first=False)
     model.body.layers[0] = Own(WIDTH, HEADS, 8, 0.0)
-    trainer = Trainer(compatible_copy(model), (STEPS, WIDTH), BackpropClipping())
+    trainer = Trainer(compatible_copy(model), (STEPS, WIDTH), layerwise())
     with pytest.raises(PrivacyViolationError, match=r"layers\.0\.norm1 got an input of shape"):
         trainer.model(torch.randn(5, STEPS, WIDTH, dtype=torch.float64))

@@ -7,18 +7,19 @@ import itertools
 from hypothesis import strategies as st
 
 from opacus_bpclip import BackpropClipping
+from tests.budgets import layerwise
 
 BOUNDS = ("product", "weighted", "exact")
-MODES = tuple(itertools.product(BOUNDS, ("clip", "normalize")))
+MODES = tuple(itertools.product(BOUNDS, (False, True)))
 
 
 @st.composite
 def clippings(draw: st.DrawFn) -> BackpropClipping:
     bound = draw(st.sampled_from(BOUNDS))
     norms = st.sampled_from([0.1, 1.0, 3.0, 100.0])
-    return BackpropClipping(
+    return layerwise(
         bound=bound,
         max_input_norm=draw(norms if bound == "product" else st.one_of(st.none(), norms)),
         allocation=draw(st.sampled_from(["equal", "dimension"])),
-        upstream=draw(st.sampled_from(["clip", "normalize"])),
+        upstream=draw(st.sampled_from([False, True])),
     )
