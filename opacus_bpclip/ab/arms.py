@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from opacus_bpclip import PrivacyEngine, clip_inputs
-from opacus_bpclip.ab.settings import BACKPROP, FLAT_INPUT_CLIPPING, NON_PRIVATE, Settings
+from opacus_bpclip.ab.settings import NON_PRIVATE, Settings
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ def prepare(
         noise_multiplier: shared by all private arms; None only without privacy.
         noise_generator: on the model's device.
     """
-    if name == FLAT_INPUT_CLIPPING:
-        assert settings.max_input_norm is not None
-        clip_inputs(model, settings.max_input_norm)
+    backprop, input_norm = settings.backprop(name), settings.input_norm(name)
+    if backprop is None and input_norm is not None:
+        clip_inputs(model, input_norm)
     sgd = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum)
     if name == NON_PRIVATE:
         return Arm(model, sgd, DPDataLoader.from_data_loader(loader), engine=None)
     options: dict[str, Any] = {"clipping": "flat"}
-    if name == BACKPROP:
-        options = {"clipping": "backprop", "backprop": settings.backprop()}
+    if backprop is not None:
+        options = {"clipping": "backprop", "backprop": backprop}
     engine = PrivacyEngine(accountant=settings.accountant)
     private_model, optimizer, private_loader = engine.make_private(
         module=model,

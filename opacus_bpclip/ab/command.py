@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
@@ -12,11 +11,11 @@ from opacus_bpclip.ab.settings import (
     ARMS,
     DATASETS,
     DEVICES,
-    FLAT_INPUT_CLIPPING,
+    LAYERWISE_ALLOCATIONS,
     Output,
     settings_for,
 )
-from opacus_bpclip.config import Allocation, Bound
+from opacus_bpclip.config import Bound
 from opacus_bpclip.jobs.arguments import Options, add_command
 from opacus_bpclip.jobs.running import deliver, run_reported, take
 
@@ -55,8 +54,6 @@ def _run(given: dict[str, Any]) -> int:
     from opacus_bpclip.ab.plot import draw
     from opacus_bpclip.ab.report import render
 
-    if settings.max_input_norm is None and "arms" not in given:
-        print(f"leaving out {FLAT_INPUT_CLIPPING}: --max-input-norm is none", file=sys.stderr)
     record = compare(settings, output)
     print(render(record))
     deliver("plot", output.plot, partial(draw, record))
@@ -94,14 +91,18 @@ def _add_clipping_options(parser: ArgumentParser) -> None:
     group.number("--max-grad-norm", "joint L2 sensitivity (default: 1)")
     group.number_or_none(
         "--max-input-norm",
-        "largest norm of a layer's input column in the arms flat+input-clipping and backprop, or "
-        "none (default: 3)",
+        "largest norm of a layer's input column in the arms backprop, backprop-layerwise and "
+        "flat+input-clipping, or none (default: none, and 3 for flat+input-clipping)",
     )
     group.text(
         "--bound",
-        f"of backprop: {_one_of(get_args(Bound))} (default: exact, the closest to flat clipping)",
+        f"of backprop and backprop-layerwise: {_one_of(get_args(Bound))} (default: exact)",
     )
-    group.text("--allocation", f"of backprop: {_one_of(get_args(Allocation))} (default: dimension)")
+    group.text(
+        "--allocation",
+        f"of backprop-layerwise: {_one_of(LAYERWISE_ALLOCATIONS)} (default: dimension)",
+    )
+    group.flag("--normalize", "backprop and backprop-layerwise scale gradients up, too")
 
 
 def _add_output_options(parser: ArgumentParser) -> None:

@@ -8,18 +8,35 @@ from typing import Any
 
 from opacus_bpclip.ab.record import Record
 from opacus_bpclip.ab.results import ArmResult
-from opacus_bpclip.ab.settings import BACKPROP, FLAT, FLAT_INPUT_CLIPPING, NON_PRIVATE, Settings
+from opacus_bpclip.ab.settings import (
+    BACKPROP,
+    FLAT,
+    FLAT_INPUT_CLIPPING,
+    LAYERWISE,
+    NON_PRIVATE,
+    PAPER,
+    Settings,
+)
 from opacus_bpclip.jobs.figures import (
     BLUE,
     GREEN,
     ORANGE,
+    PURPLE,
+    RED,
     draw_band,
     draw_level,
     new_figure,
     open_frame,
 )
 
-_STYLES = {FLAT: (BLUE, "s"), FLAT_INPUT_CLIPPING: (ORANGE, "^"), BACKPROP: (GREEN, "o")}
+# Colour, marker and dashes; through those of backprop shows the curve of flat, where both agree.
+_STYLES = {
+    FLAT: (BLUE, "s", "-"),
+    FLAT_INPUT_CLIPPING: (ORANGE, "^", "-"),
+    BACKPROP: (GREEN, "o", "--"),
+    LAYERWISE: (PURPLE, "D", "-."),
+    PAPER: (RED, "v", ":"),
+}
 
 
 def draw(record: Record, path: Path) -> None:
@@ -47,15 +64,15 @@ def draw(record: Record, path: Path) -> None:
 
 
 def _draw_curve(axes: Any, result: ArmResult) -> None:
-    colour, marker = _STYLES[result.arm]
+    colour, marker, dashes = _STYLES[result.arm]
     epsilons = [epoch.epsilon for epoch in result.seeds[0].epochs]
     by_epoch = [
         [100 * epoch.accuracy for epoch in epochs]
         for epochs in zip(*(seed.epochs for seed in result.seeds), strict=True)
     ]
     rows = [(min(values), fmean(values), max(values)) for values in by_epoch]
-    label = _legend(result)
-    draw_band(axes, epsilons, rows, colour=colour, marker=marker, linewidth=1.8, label=label)
+    line = {"linestyle": dashes, "linewidth": 1.8, "label": _legend(result)}
+    draw_band(axes, epsilons, rows, colour=colour, marker=marker, **line)
 
 
 def _legend(result: ArmResult) -> str:
@@ -78,8 +95,8 @@ def _title(record: Record) -> str:
     return (
         f"{settings.title}: {plan.parameters:,} parameters, epochs: {settings.epochs}, "
         f"expected batch {plan.train_examples * plan.sample_rate:.0f}{noise}\n"
-        f"max_grad_norm {settings.max_grad_norm:g}, max_input_norm {input_norm}, "
-        f"bound {settings.bound}"
+        f"max_grad_norm {settings.max_grad_norm:g}, backprop's bound {settings.bound} and "
+        f"max_input_norm {input_norm}"
     )
 
 

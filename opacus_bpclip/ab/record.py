@@ -13,7 +13,8 @@ from opacus_bpclip.ab.settings import Settings
 from opacus_bpclip.jobs.environment import versions
 from opacus_bpclip.jobs.records import as_read, reading, require_same, write_record
 
-FORMAT = 1
+# 2: the arm backprop has a joint budget, and clips inputs only where it is told to.
+FORMAT = 2
 _PACKAGES = ("torch", "opacus", "opacus-bpclip", "numpy", "torchvision", "scikit-learn")
 
 # Where the data lies and which arms are wanted may change between a run and its continuation.
@@ -53,7 +54,11 @@ class Record:
             "versions": versions(*_PACKAGES),
             "platform": platform.platform(),
             "arms": {
-                result.arm: {**result.as_dict(), **(public if result.epsilon is None else private)}
+                result.arm: {
+                    **result.as_dict(),
+                    **(public if result.epsilon is None else private),
+                    "max_input_norm": self.settings.input_norm(result.arm),
+                }
                 for result in self.arms
             },
         }
@@ -79,6 +84,8 @@ def resumed(record: Record, path: Path) -> Record:
         return record
     refusal = f"cannot resume from {path}"
     with reading(path, "ab", f"{refusal}: it") as held:
+        # Alone: between formats the settings' names differ, too.
+        require_same([("format", held["format"], FORMAT)], refusal)
         require_same(_decisive(held, as_read(record.as_dict())), refusal)
         arms = tuple(arm_from_dict(name, arm) for name, arm in held["arms"].items())
     return Record(record.settings, record.plan, arms)
@@ -89,5 +96,4 @@ def _decisive(held: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, 
         for name in sorted(set(now[part]) | set(held[part])):
             if name not in _FREE_TO_CHANGE:
                 yield name, held[part].get(name), now[part].get(name)
-    for name in ("format", "platform"):
-        yield name, held[name], now[name]
+    yield "platform", held["platform"], now["platform"]

@@ -33,11 +33,20 @@ def heading(record: Record) -> str:
     ]
     if settings.is_private:
         lines.append(
-            f"target epsilon {settings.epsilon:g}, max_grad_norm {settings.max_grad_norm:g}, "
-            f"max_input_norm {_input_norm(settings)}; backprop: bound {settings.bound}, "
-            f"allocation {settings.allocation}, normalize {settings.normalize}"
+            f"target epsilon {settings.epsilon:g}, max_grad_norm {settings.max_grad_norm:g}"
         )
+    lines += [f"{arm}: {options}" for arm in settings.arms if (options := _options(settings, arm))]
     return "\n".join(lines)
+
+
+def _options(settings: Settings, arm: str) -> str:
+    """Return in words what sets an arm's clipping apart; empty for an arm without options."""
+    norm, own = settings.input_norm(arm), settings.backprop(arm)
+    inputs = f"max_input_norm {'none' if norm is None else format(norm, 'g')}"
+    if own is None:
+        return inputs if norm else ""
+    scaling = ", normalize" if own.normalize else ""
+    return f"allocation {own.allocation}, bound {own.bound}, {inputs}{scaling}"
 
 
 def _in_order(record: Record) -> list[ArmResult]:
@@ -73,7 +82,3 @@ def _row(record: Record, result: ArmResult) -> list[str]:
         f"{1e3 * result.seconds_per_step:.2f} ms",
         "unknown" if peak is None else f"{peak / 2**20:.1f} MiB",
     ]
-
-
-def _input_norm(settings: Settings) -> str:
-    return "none" if settings.max_input_norm is None else f"{settings.max_input_norm:g}"

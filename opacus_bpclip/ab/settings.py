@@ -22,7 +22,13 @@ NON_PRIVATE = "non-private"
 FLAT = "flat"
 FLAT_INPUT_CLIPPING = "flat+input-clipping"
 BACKPROP = "backprop"
-ARMS = (NON_PRIVATE, FLAT, FLAT_INPUT_CLIPPING, BACKPROP)
+LAYERWISE = "backprop-layerwise"
+PAPER = "paper"
+ARMS = (NON_PRIVATE, FLAT, FLAT_INPUT_CLIPPING, BACKPROP, LAYERWISE, PAPER)
+
+_LIBRARY = BackpropClipping()
+_PAPER = BackpropClipping.paper()
+LAYERWISE_ALLOCATIONS = tuple(name for name in get_args(Allocation) if name != "joint")
 
 ACCOUNTANTS = ("prv", "rdp", "gdp")
 DEVICES = ("cpu", "cuda")
@@ -69,11 +75,12 @@ class Settings:
         lr: learning rate of SGD.
         momentum: momentum of SGD.
         max_grad_norm: joint L2 sensitivity of the summed gradient.
-        max_input_norm: largest norm of a column of a layer's input, for the two arms that clip
-            inputs; ``None`` turns it off in the ``backprop`` arm.
-        bound: the ``backprop`` arm's bound.
-        allocation: the ``backprop`` arm's split of ``max_grad_norm`` over the layers.
-        normalize: whether the ``backprop`` arm scales gradients up, too.
+        max_input_norm: largest norm of a column of a layer's input in the arms ``backprop``,
+            ``backprop-layerwise`` and ``flat+input-clipping``; ``None`` leaves the first two's
+            inputs as they are, and gives the third, which cannot do without, the paper's.
+        bound: how ``backprop`` and ``backprop-layerwise`` bound an example's gradients.
+        allocation: how ``backprop-layerwise`` splits ``max_grad_norm`` over the layers.
+        normalize: whether ``backprop`` and ``backprop-layerwise`` scale gradients up, too.
         seeds: one training run of every arm for each; no seed twice.
         arms: names in `ARMS`, no arm twice.
         threads: torch's intra-op threads in the training process.
@@ -119,7 +126,7 @@ class Settings:
             require_at_least_one(_option(name), getattr(self, name))
         for name, value, choices in (
             ("--bound", self.bound, get_args(Bound)),
-            ("--allocation", self.allocation, get_args(Allocation)),
+            ("--allocation", self.allocation, LAYERWISE_ALLOCATIONS),
             ("--accountant", self.accountant, ACCOUNTANTS),
             ("--device", self.device, DEVICES),
         ):
@@ -134,14 +141,9 @@ class Settings:
             raise UsageError(f"--seeds must be 0 or above, not {min(self.seeds)}")
         for arm in self.arms:
             require_choice("--arms", arm, ARMS)
-        if self.max_input_norm is None:
-            if FLAT_INPUT_CLIPPING in self.arms:
-                raise UsageError(
-                    f"the arm {FLAT_INPUT_CLIPPING} needs a number for --max-input-norm; "
-                    "leave it out of --arms to go without"
-                )
-            if BACKPROP in self.arms and self.bound == "product":
-                raise UsageError("--bound product needs a number for --max-input-norm")
+        has_bound = not {BACKPROP, LAYERWISE}.isdisjoint(self.arms)
+        if has_bound and self.bound == "product" and self.max_input_norm is None:
+            raise UsageError("--bound product needs a number for --max-input-norm")
 
     @property
     def title(self) -> str:
@@ -153,14 +155,25 @@ class Settings:
         """Whether any arm is private."""
         return any(arm != NON_PRIVATE for arm in self.arms)
 
-    def backprop(self) -> BackpropClipping:
-        """Return the ``backprop`` arm's clipping options."""
+    def backprop(self, arm: str) -> BackpropClipping | None:
+        """Return an arm's options of backpropagation clipping; None where it clips otherwise."""
+        if arm == PAPER:
+            return _PAPER
+        if arm not in (BACKPROP, LAYERWISE):
+            return None
         return BackpropClipping(
-            max_input_norm=self.max_input_norm,
+            allocation=self.allocation if arm == LAYERWISE else _LIBRARY.allocation,
             bound=self.bound,
-            allocation=self.allocation,
+            max_input_norm=self.max_input_norm,
             normalize=self.normalize,
         )
+
+    def input_norm(self, arm: str) -> float | None:
+        """Return the norm that an arm clips its layers' inputs to; None where it does not."""
+        if arm == FLAT_INPUT_CLIPPING:
+            return self.max_input_norm or _PAPER.max_input_norm
+        backprop = self.backprop(arm)
+        return backprop.max_input_norm if backprop else None
 
 
 @dataclass(frozen=True)
@@ -202,22 +215,18 @@ def settings_for(dataset: str = "digits", **given: Any) -> Settings:
         "delta": 1e-5,
         "momentum": 0.9,
         "max_grad_norm": 1.0,
-        "max_input_norm": 3.0,
-        "bound": "exact",
-        "allocation": "dimension",
-        "normalize": False,
+        "max_input_norm": _LIBRARY.max_input_norm,
+        "bound": _LIBRARY.bound,
+        "allocation": _PAPER.allocation,
+        "normalize": _LIBRARY.normalize,
         "seeds": (0, 1, 2),
         "accountant": "prv",
         "device": "cpu",
         "threads": own.threads or available_cores(),
+        "arms": ARMS,
         **{name: getattr(own, name) for name in ("epsilon", "epochs", "batch_size", "lr")},
         **given,
     }
-    if "arms" not in values:
-        without_inputs = values["max_input_norm"] is None
-        values["arms"] = tuple(
-            arm for arm in ARMS if not (without_inputs and arm == FLAT_INPUT_CLIPPING)
-        )
     return Settings(dataset=dataset, **values)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import opacus_bpclip
+from opacus_bpclip import BackpropClipping
 from opacus_bpclip.ab import command, job
 from opacus_bpclip.ab.settings import ARMS, Output, settings_for
 from opacus_bpclip.cli import build_parser, main
@@ -34,7 +35,7 @@ def test_defaults_are_the_datasets_own():
     digits, mnist = settings_for(), settings_for("mnist")
     assert (digits.epsilon, digits.batch_size, digits.threads) == (3.0, 128, 1)
     assert (mnist.epsilon, mnist.epochs, mnist.batch_size, mnist.lr) == (1.0, 10, 1024, 0.5)
-    assert (mnist.max_grad_norm, mnist.max_input_norm, mnist.momentum) == (1.0, 3.0, 0.9)
+    assert (mnist.max_grad_norm, mnist.max_input_norm, mnist.momentum) == (1.0, None, 0.9)
     assert (mnist.delta, mnist.bound, mnist.allocation) == (1e-5, "exact", "dimension")
     assert mnist.seeds == (0, 1, 2)
     assert mnist.arms == ARMS
@@ -47,8 +48,8 @@ def test_every_option_reaches_the_settings():
         "--dataset mnist --data-root d --seeds 7 5 --arms backprop flat --epsilon 2 --delta 1e-6 "
         "--epochs 4 --batch-size 32 --lr 0.3 --momentum 0.5 --accountant rdp --device cpu"
     )
-    clipping = "--max-grad-norm 0.1 --max-input-norm none --bound weighted --allocation equal"
-    rest = "--upstream normalize --threads 2 --json r.json --plot none --resume --no-progress"
+    clipping = "--max-grad-norm 0.1 --max-input-norm 4 --bound weighted --allocation equal"
+    rest = "--normalize --threads 2 --json r.json --plot none --resume --no-progress"
     given = parsed(*training.split(), *clipping.split(), *rest.split())
     output = {name: given.pop(name) for name in ("json", "plot", "resume", "progress")}
     assert output == {"json": Path("r.json"), "plot": None, "resume": True, "progress": False}
@@ -63,23 +64,42 @@ def test_every_option_reaches_the_settings():
         "lr": 0.3,
         "momentum": 0.5,
         "max_grad_norm": 0.1,
-        "max_input_norm": None,
+        "max_input_norm": 4.0,
         "bound": "weighted",
         "allocation": "equal",
-        "upstream": "normalize",
+        "normalize": True,
         "seeds": (7, 5),
         "arms": ("backprop", "flat"),
         "threads": 2,
         "accountant": "rdp",
         "device": "cpu",
     }
-    backprop = settings.backprop()
-    assert (backprop.max_input_norm, backprop.bound) == (None, "weighted")
-    assert (backprop.allocation, backprop.upstream) == ("equal", "normalize")
 
 
-def test_input_clipping_arm_is_left_out_without_a_norm():
-    assert "flat+input-clipping" not in settings_for(max_input_norm=None).arms
+def test_backprop_is_the_library_by_default():
+    settings = settings_for()
+    assert settings.backprop("backprop") == BackpropClipping()
+    assert settings.backprop("backprop-layerwise") == BackpropClipping(allocation="dimension")
+    assert settings.backprop("paper") == BackpropClipping.paper()
+    assert [settings.backprop(arm) for arm in ARMS[:3]] == [None, None, None]
+    assert settings.allocation == BackpropClipping.paper().allocation
+
+
+def test_options_are_those_of_the_arms_that_have_them():
+    given = {"bound": "weighted", "max_input_norm": 4.0, "normalize": True}
+    settings = settings_for(allocation="equal", **given)
+    assert settings.backprop("backprop") == BackpropClipping(**given)
+    layerwise = BackpropClipping(allocation="equal", **given)
+    assert settings.backprop("backprop-layerwise") == layerwise
+    assert settings.backprop("paper") == BackpropClipping.paper()
+
+
+@pytest.mark.parametrize(
+    ("given", "norms"), [(None, [None, None, 3, None, None, 3]), (4, [None, None, 4, 4, 4, 3])]
+)
+def test_input_norm_of_each_arm(given, norms):
+    settings = settings_for(max_input_norm=given)
+    assert [settings.input_norm(arm) for arm in ARMS] == norms
 
 
 @pytest.mark.parametrize(
@@ -107,26 +127,18 @@ def test_input_clipping_arm_is_left_out_without_a_norm():
             "--dataset must be one of digits, mnist, fashion-mnist, cifar10, not 'imagenet'",
         ),
         ("--bound loose", "--bound must be one of product, weighted, exact, not 'loose'"),
-        ("--allocation all", "--allocation must be one of equal, dimension, not 'all'"),
-        ("--upstream scale", "--upstream must be one of clip, normalize, not 'scale'"),
+        ("--allocation joint", "--allocation must be one of equal, dimension, not 'joint'"),
         ("--accountant zcdp", "--accountant must be one of prv, rdp, gdp, not 'zcdp'"),
         ("--device tpu", "--device must be one of cpu, cuda, not 'tpu'"),
         (
             "--arms ghost",
-            "--arms must be one of non-private, flat, flat+input-clipping, backprop, not 'ghost'",
+            "--arms must be one of non-private, flat, flat+input-clipping, backprop, "
+            "backprop-layerwise, paper, not 'ghost'",
         ),
         ("--arms flat flat", "--arms must not name anything twice: flat flat"),
         ("--seeds 1 1", "--seeds must not name anything twice: 1 1"),
         ("--seeds -1", "--seeds must be 0 or above, not -1"),
-        (
-            "--arms flat+input-clipping --max-input-norm none",
-            "the arm flat+input-clipping needs a number for --max-input-norm; leave it out of "
-            "--arms to go without",
-        ),
-        (
-            "--arms backprop --max-input-norm none --bound product",
-            "--bound product needs a number for --max-input-norm",
-        ),
+        ("--bound product", "--bound product needs a number for --max-input-norm"),
         ("--resume", "--resume needs --json FILE, the file to continue from"),
         (
             "--batch-size 1438",

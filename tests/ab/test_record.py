@@ -8,7 +8,7 @@ import pytest
 from opacus_bpclip.ab import job, record
 from opacus_bpclip.ab.plot import draw
 from opacus_bpclip.ab.record import Record
-from opacus_bpclip.ab.report import render
+from opacus_bpclip.ab.report import heading, render
 from opacus_bpclip.ab.results import ArmResult, EpochResult, Plan, SeedResult, arm_from_dict
 from opacus_bpclip.ab.settings import ARMS, NON_PRIVATE, Output, settings_for
 from opacus_bpclip.jobs.errors import ArmError, UsageError
@@ -70,12 +70,15 @@ class Trainer:
 
 
 def test_table():
-    assert render(finished()).splitlines()[:9] == [
+    assert render(finished()).splitlines()[:15] == [
         "digits: 1437 training and 360 test examples, model of 9,258 parameters",
         "epochs: 2, each of 12 Poisson batches, 120 examples expected, SGD with lr 0.1 and "
         "momentum 0.9, seeds 0 1",
-        "target epsilon 3, max_grad_norm 1, max_input_norm 3; backprop: bound exact, allocation "
-        "dimension, upstream clip",
+        "target epsilon 3, max_grad_norm 1",
+        "flat+input-clipping: max_input_norm 3",
+        "backprop: allocation joint, bound exact, max_input_norm none",
+        "backprop-layerwise: allocation dimension, bound exact, max_input_norm none",
+        "paper: allocation dimension, bound product, max_input_norm 3",
         "",
         "arm                  accuracy         range  epsilon  delta  noise multiplier  "
         "time per step  peak memory",
@@ -87,6 +90,17 @@ def test_table():
         "      4.50 ms     11.0 MiB",
         "backprop               88.75%  87.50..90.00    2.998  1e-05             2.017  "
         "      4.50 ms     11.0 MiB",
+        "backprop-layerwise     88.75%  87.50..90.00    2.998  1e-05             2.017  "
+        "      4.50 ms     11.0 MiB",
+        "paper                  88.75%  87.50..90.00    2.998  1e-05             2.017  "
+        "      4.50 ms     11.0 MiB",
+    ]
+
+
+def test_heading_names_the_options_of_the_arms_asked_for():
+    settings = replace(SETTINGS, arms=("flat", "backprop"), max_input_norm=2.5, normalize=True)
+    assert heading(Record(settings, PLAN)).splitlines()[3:] == [
+        "backprop: allocation joint, bound exact, max_input_norm 2.5, normalize",
     ]
 
 
@@ -113,6 +127,8 @@ def test_json_holds_every_fact():
     assert backprop["accuracy_mean"] == pytest.approx(0.8875)
     assert (backprop["epsilon"], backprop["delta"]) == (2.998, 1e-5)
     assert backprop["noise_multiplier"] == 2.0166015625
+    assert backprop["max_input_norm"] is None
+    assert facts["arms"]["flat+input-clipping"]["max_input_norm"] == 3.0
     assert backprop["seconds_per_step"] == pytest.approx(0.0045)
     assert backprop["peak_memory_bytes"] == 11 * 2**20
     assert backprop["seeds"][1]["seed"] == 1
@@ -140,7 +156,7 @@ def test_finished_arms_outlive_a_failure_and_are_resumed(tmp_path):
     assert list(held["arms"]) == ["non-private", "flat"]
     trainer = Trainer()
     done = job.compare(SETTINGS, Output(json=path, resume=True), train=trainer)
-    assert trainer.asked == ["flat+input-clipping", "backprop"]
+    assert trainer.asked == list(ARMS[2:])
     assert done.is_complete
     assert json.loads(path.read_text()) == json.loads(json.dumps(done.as_dict()))
     assert list(tmp_path.iterdir()) == [path]
@@ -187,6 +203,18 @@ def test_resume_refuses_other_versions(tmp_path):
     path.write_text(json.dumps(facts))
     with pytest.raises(UsageError, match=r"cannot resume from .*: torch 1\.0 there, \S+ now$"):
         record.resumed(Record(SETTINGS, PLAN), path)
+
+
+def test_resume_refuses_an_older_format_whatever_its_settings(tmp_path):
+    path = tmp_path / "results.json"
+    record.write(finished(), path)
+    facts = json.loads(path.read_text())
+    facts["format"] = 1
+    facts["settings"]["upstream"] = "clip"
+    path.write_text(json.dumps(facts))
+    with pytest.raises(UsageError) as caught:
+        record.resumed(Record(SETTINGS, PLAN), path)
+    assert str(caught.value) == f"cannot resume from {path}: format 1 there, 2 now"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"settings": 1, "versions": 2}'])
