@@ -79,7 +79,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._guard = GradientGuard(m, layers.values())
         self._budget = Budget(config, layers.values(), self._guard)
         if self._budget.joint:
-            self._guard.counts_uses = False
+            self._guard.joint = True
             self._fractions = {}
             self._targets = dict.fromkeys(layers, self._budget.target)
         else:
@@ -230,7 +230,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._loss.enter_forward(size)
 
     def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._budget.close_forward()
+        if torch.is_grad_enabled():
+            self._budget.close_forward()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._guard.leave_forward()
             # Without an output an error is on its way already, and says more.

@@ -22,6 +22,12 @@ _NEEDS_ONE_GRAPH = (
     'that, or train without torch.compile, or with BackpropClipping(allocation="dimension").'
 )
 
+_ANOTHER_FORWARD = (
+    "The model was called inside its own forward pass, with gradients: nothing shows which rows of "
+    "the two calls belong to one example. Call it under torch.no_grad(), or give the model one "
+    "forward that runs its layers as often as they are needed."
+)
+
 
 class Budget:
     """Opens a scope for every use of a layer, or one for all.
@@ -51,8 +57,9 @@ class Budget:
         self.token: Tensor | None = None
         self._bound = config.bound
         self._guard = guard
-        self._scope: Scope | None = None
-        self._trace: object = None  # that the scope belongs to
+        self._scope: Scope | None = None  # of the eager forward pass
+        self._traced: Scope | None = None
+        self._trace: object = None  # that the traced scope belongs to
         self._register()
 
     def _register(self) -> None:
@@ -60,12 +67,12 @@ class Budget:
         BUDGETS[self.key] = self
 
     def __getstate__(self) -> dict[str, object]:
-        left = {"key", "token", "_scope", "_trace"}
+        left = {"key", "token", "_scope", "_traced", "_trace"}
         return {name: value for name, value in vars(self).items() if name not in left}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
-        self.token = self._scope = self._trace = None
+        self.token = self._scope = self._traced = self._trace = None
         self._register()
 
     # In eager mode
@@ -85,7 +92,11 @@ class Budget:
             target: what it is scaled to, if it has a scope of its own.
             at_once: whether nothing else is in that scope.
         """
-        return self._scope or self._watched(self._new(target, at_once=at_once))
+        if not self.joint:
+            return self._watched(self._new(target, at_once=at_once))
+        if self._scope is None:
+            self._guard.fail(_ANOTHER_FORWARD)
+        return self._scope
 
     def _new(self, target: Target, *, at_once: bool) -> Scope:
         return Scope(target, self._bound, at_once=at_once)
@@ -93,6 +104,7 @@ class Budget:
     def _watched(self, scope: Scope) -> Scope:
         scope.begin = self._guard.begin_backward()
         scope.deliver = self._guard.collect
+        scope.fail = self._guard.fail
         return scope.open()
 
     # In a traced graph, where autograd carries the sums to the parameters
@@ -113,8 +125,10 @@ class Budget:
             limit: the target's, as the graph has it.
             parameters: as the graph has them.
         """
+        if self._scope is not None:
+            self._guard.fail(_NEEDS_ONE_GRAPH)
         scope = self._new(self.target._replace(limit=limit), at_once=False)
-        self._scope = scope.open(self.parameters, parameters)
+        self._traced = scope.open(self.parameters, parameters)
         self._trace = _this_trace()
         return scope.token
 
@@ -135,10 +149,10 @@ class Budget:
         """
         if not self.joint:
             return self._new(target, at_once=True).open(layer.parameters, parameters)
-        if self._scope is None or token is None or self._trace is not _this_trace():
+        if self._traced is None or token is None or self._trace is not _this_trace():
             self._guard.fail(_NEEDS_ONE_GRAPH)
-        self._scope.token = token
-        return self._scope
+        self._traced.token = token
+        return self._traced
 
 
 BUDGETS: weakref.WeakValueDictionary[str, Budget] = weakref.WeakValueDictionary()

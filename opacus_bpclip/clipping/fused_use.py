@@ -74,6 +74,8 @@ class FusedUse(Use):
         # Temporaries make room for the products: fresh memory is slow.
         self._room: Tensor | None = None
         self._part: Tensor | None = None
+        self._order: Tensor | None = None
+        self._versions = () if torch.compiler.is_compiling() else (g._version, x._version)
         self._own: list[Tensor] | None = None  # the examples' gradients of the weight, if kept
         self._bias_sums: Tensor | None = None
 
@@ -242,6 +244,42 @@ class FusedUse(Use):
             over = self.rule.over_output(joint.to(g.dtype), g)
             g = torch.mul(g, over, out=self._room)
         return self.rule.gradients(g, self.x, self.weight, multiplier=self.examples, wanted=wanted)
+
+    def sorted_by(self, rows: Tensor) -> FusedUse:
+        """Note where in this use's rows the examples are.
+
+        Args:
+            rows: ``[B]``, of each example; a row that is not there holds zeros.
+        """
+        self._order = rows
+        return self
+
+    def in_order(self) -> FusedUse:
+        """Return the use with example ``i`` in row ``i``; its inputs' gradients are made."""
+        if self._order is None:
+            return self
+        order, rows = self._order, len(self._order)
+
+        def put(x: Tensor | None, *, fill: bool = False) -> Tensor | None:
+            return None if x is None else _padded(x, rows, fill=fill)[order]
+
+        measurement = Measurement(put(self.factor), put(self.columns), put(self.finite, fill=True))
+        return FusedUse(
+            self.layer,
+            self.config,
+            self.target,
+            self.examples,
+            _padded(self.g, rows)[order],
+            _padded(self.x, rows)[order],
+            self.weight,
+            measurement,
+            wants_input=False,
+        )
+
+    def has_changed(self) -> bool:
+        """Return whether somebody has changed the upstream gradient or the input in place."""
+        # What is kept in the place of both is nobody else's.
+        return self._own is None and self._versions != (self.g._version, self.x._version)
 
     def input_gradients(self, factors: Factors | None) -> tuple[Tensor | None, ...]:
         """Multiply the upstream gradient with the weight."""

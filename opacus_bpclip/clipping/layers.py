@@ -14,7 +14,7 @@ from opacus_bpclip.clipping.base import Settings
 from opacus_bpclip.clipping.factors import Factors, Measured, measured
 from opacus_bpclip.clipping.node import Call, NodeClip, parameters_replaced
 from opacus_bpclip.clipping.use import Clipped, FactorsOf, Sums, Use
-from opacus_bpclip.guard.call_checks import foreign_parameter, replaced_parameter
+from opacus_bpclip.guard.call_checks import foreign_parameter, replaced_parameter, went_around
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Inputs
@@ -59,7 +59,13 @@ class LayerClip(NodeClip):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.guard.require(replaced_parameter(self.layer))
             self.stand_ins = _stand_ins(self.layer.named_parameters)
+            for stand_in in self.stand_ins.values():
+                stand_in.register_post_accumulate_grad_hook(self.went_around)
             module._parameters.update(self.stand_ins)  # type: ignore[arg-type]
+
+    def went_around(self, _: Tensor) -> None:
+        """Refuse a gradient that comes to the layer by another way than its node."""
+        self.guard.fail(went_around(self.layer))
 
     def restore(self, module: nn.Module, args: Args, output: Any) -> None:
         """Put the parameters back, also after an error."""
@@ -69,7 +75,9 @@ class LayerClip(NodeClip):
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
         """Put the parameters back, and the node in the place of the layer's graph."""
         self.restore(module, args, y)
-        return super().leave(module, args, kwargs, y)
+        out = super().leave(module, args, kwargs, y)
+        self.stand_ins = {}
+        return out
 
     def call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
         """Clip the inputs; run the layer again if that changes them."""
@@ -155,6 +163,7 @@ class LayerUse(Use):
         self._keeps = clip.keeps
         self._g, self._graph, self._norms, self._finite = g, graph, norms, finite
         self._scales, self._inputs = scales, inputs
+        self._version = g._version
 
     @property
     def dtype(self) -> torch.dtype:
@@ -190,8 +199,15 @@ class LayerUse(Use):
         g = self._g if factors is None else self._scaled(factors)
         return self._gradients(g, inputs=True)[1]
 
+    def has_changed(self) -> bool:
+        """Return whether somebody has changed the upstream gradient in place."""
+        return self._g._version != self._version
+
     def own(self, rows: slice) -> Sums:
         """Run the layer's backward pass for each of some examples."""
+        if not len(self._g[rows]):
+            own = self.layer.named_parameters.items()
+            return {name: p.new_zeros((0, *p.shape)) for name, p in own}
         found: dict[str, list[Tensor]] = {}
         for row in range(*rows.indices(len(self._g))):
             alone = torch.zeros_like(self._g)

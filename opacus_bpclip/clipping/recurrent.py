@@ -8,7 +8,7 @@ to the layers below is then not clipped. Proof: ``docs/rules/recurrent.md``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,15 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.clipping.base import Clip, Settings
 from opacus_bpclip.clipping.fused import FusedClip
+from opacus_bpclip.clipping.fused_use import FusedUse
 from opacus_bpclip.clipping.node import Call
 from opacus_bpclip.clipping.scope import Scope
+from opacus_bpclip.clipping.use import Use
 from opacus_bpclip.guard.call_checks import wrong_rows
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.recurrence import aligns_rows, is_packed
+from opacus_bpclip.rules import Inputs
 
 
 class RecurrentClip(Clip):
@@ -34,6 +37,7 @@ class RecurrentClip(Clip):
     Attributes:
         running: whether the network runs.
         batch_size: over how many examples; a step of packed sequences may have fewer rows.
+        order: ``[B]``, the row of each example, where packed sequences were sorted by length.
         scopes: of the layers, by name; empty in activation checkpointing's second run.
     """
 
@@ -41,6 +45,7 @@ class RecurrentClip(Clip):
         self.guard = settings.guard
         self.running = False
         self.batch_size = 0
+        self.order: Tensor | None = None
         self.scopes: dict[str, Scope] = {}
         self.steps = [_Step(layer, self, settings) for layer in layers]
         network = layers[0].recurrence
@@ -79,6 +84,7 @@ class RecurrentClip(Clip):
                 f"{('first', 'second')[axis]}. Add the batch axis."
             )
         self.batch_size = int(x.batch_sizes[0]) if is_packed(x) else shape[axis]
+        self.order = x.unsorted_indices if is_packed(x) else None
         self.running = True
         if all(followed):
             examples = self.guard.examples
@@ -91,7 +97,19 @@ class RecurrentClip(Clip):
     def leave(self, network: nn.Module, args: Args, output: Any) -> None:
         """End the run, also after an error."""
         self.scopes = {}
-        self.running = False
+        self.running, self.order = False, None
+
+
+class _Run(NamedTuple):
+    """What a step's backward pass needs to know of the network's run.
+
+    Attributes:
+        batch_size: over how many examples it is.
+        order: ``[B]``, the row of each example, where packed sequences were sorted by length.
+    """
+
+    batch_size: int
+    order: Tensor | None
 
 
 class _Step(FusedClip):
@@ -122,7 +140,18 @@ class _Step(FusedClip):
 
     def call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
         """Note over how many examples the network runs."""
-        return super().call(module, args, kwargs, y)._replace(graph=self.run.batch_size)
+        return (
+            super()
+            .call(module, args, kwargs, y)
+            ._replace(graph=_Run(self.run.batch_size, self.run.order))
+        )
+
+    def use(self, g: Tensor, graph: Any, saved: Inputs, wants: tuple[bool, ...]) -> Use:
+        """Take the upstream gradient, and note where the examples are in packed sequences."""
+        use = super().use(g, graph, saved, wants)
+        assert isinstance(use, FusedUse)
+        order = graph.order
+        return use if order is None else use.sorted_by(order)
 
     def scope(self) -> Scope:
         """Return the run's."""
@@ -130,7 +159,7 @@ class _Step(FusedClip):
 
     def examples_of(self, g: Tensor, graph: Any) -> int:
         """Return by what the loss has divided: the examples of the batch, not of this step."""
-        return int(graph) if self.mean else 1
+        return int(graph.batch_size) if self.mean else 1
 
 
 def _below(network: nn.Module, layer: nn.Module) -> str:

@@ -10,7 +10,7 @@ be made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,14 @@ from opacus_bpclip.clipping.factors import Factors, Measured, Target, both, clip
 from opacus_bpclip.clipping.first_order import first_order
 from opacus_bpclip.clipping.together import measure_together, merged
 from opacus_bpclip.clipping.use import Sums, Use
+from opacus_bpclip.errors import PrivacyViolationError
+from opacus_bpclip.guard.call_checks import changed_since
 from opacus_bpclip.model.layer import Layer
+
+_ENDED_BEFORE = (
+    "Two backward passes went through parts of one forward pass: each would use the whole of "
+    "max_grad_norm, and one example would contribute twice. Add the losses and call backward once."
+)
 
 Deliver = Callable[[dict[nn.Parameter, Tensor]], None]
 
@@ -37,6 +44,7 @@ class Scope:
         token: for the nodes; see the module.
         begin: called when a gradient arrives at a node.
         deliver: called with the sums, in eager mode.
+        fail: called with what is wrong; raises.
     """
 
     token: Tensor
@@ -47,6 +55,9 @@ class Scope:
         self.at_once = at_once
         self.begin: Callable[[], None] = _nothing
         self.deliver: Deliver | None = None
+        self.fail: Callable[[str], NoReturn] = _raise
+        self._task: int | None = None  # the backward pass that the kept uses are of
+        self._ended = False
         self._calls: dict[str, int] = {}  # of the layers that share parameters, by group
         self._groups: dict[str, str] = {}  # by layer
         self._kept: dict[str, list[Use]] = {}  # by group
@@ -84,15 +95,27 @@ class Scope:
             sums, inputs = use.clip(lambda found: self._factors(found, use))
             self._add(use, sums)
             return inputs
+        if not torch.compiler.is_compiling():
+            self._keep_one_task()
         group = self._groups[use.layer.name]
         inputs = use.input_gradients(None)
+        use = use.in_order()
         if self._calls[group] == 1:
             self._found[group] = use.measure()
         self._kept.setdefault(group, []).append(use)
         return inputs
 
+    def _keep_one_task(self) -> None:
+        """Forget what another backward pass has left: it only looked at some inputs' gradients."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._kept, self._found, self._task = {}, {}, task
+
     def finish(self) -> dict[nn.Parameter, Tensor]:
         """Return the sums of the clipped gradients, and forget everything."""
+        if self._ended and not torch.compiler.is_compiling():
+            self.fail(_ENDED_BEFORE)
+        self._ended = True
         if self._kept:
             self._clip_kept()
         sums, self._sums = self._sums, {}
@@ -102,6 +125,10 @@ class Scope:
         """Measure what is left to be, find the factors, and make the sums one after another."""
         kept, self._kept = self._kept, {}
         found, self._found = self._found, {}
+        if not torch.compiler.is_compiling():
+            for use in (use for uses in kept.values() for use in uses):
+                if use.has_changed():
+                    self.fail(changed_since(use.layer))
         for group in kept:
             if group not in found:
                 kept[group] = list(merged(kept[group]))
@@ -112,7 +139,9 @@ class Scope:
         # Orthogonal parts of one gradient: the squares add up. In double precision, in which the
         # sum over any number of layers is right to the last place of the bounds.
         parts = torch.stack([each.bound.double() for each in found.values()])
-        total = Measured(torch.linalg.vector_norm(parts, dim=0), usable)
+        # Relative to the largest, or squares might overflow.
+        largest = parts.amax(dim=0).clamp(min=torch.finfo(parts.dtype).tiny)
+        total = Measured(torch.linalg.vector_norm(parts / largest, dim=0) * largest, usable)
         while kept:
             for use in kept.pop(next(iter(kept))):
                 self._add(use, use.sums(self._factors(total, use)))
@@ -153,3 +182,7 @@ def unwatched_token() -> Tensor:
 
 def _nothing() -> None:
     return None
+
+
+def _raise(reason: str) -> NoReturn:
+    raise PrivacyViolationError(reason)

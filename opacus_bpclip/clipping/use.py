@@ -69,6 +69,14 @@ class Use(ABC):
     def own(self, rows: slice) -> Sums:
         """Return the gradients of some examples, each ``[b, *parameter.shape]``."""
 
+    def in_order(self) -> Use:
+        """Return the use with example ``i`` in row ``i``; its inputs' gradients are made."""
+        return self
+
+    def has_changed(self) -> bool:
+        """Return whether somebody has changed what is kept, after it was measured."""
+        return False
+
     def matrices(self, rows: slice) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Return parameters whose gradients are products: ``[b, R, C, P]`` and ``[b, R, D, P]``.
 

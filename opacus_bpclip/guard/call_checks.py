@@ -41,6 +41,23 @@ def ran_twice(layer: Layer) -> str:
     )
 
 
+def changed_since(layer: Layer) -> str:
+    """Say that a gradient was changed after it had been measured."""
+    return (
+        f"The gradient of {layer.name}'s output, or its input, was changed in place after it had "
+        "been measured: by a hook, or by an autograd function that works in place on gradients. "
+        "Return a new tensor there."
+    )
+
+
+def went_around(layer: Layer) -> str:
+    """Say that a gradient reaches a layer by another way than its output."""
+    return (
+        f"{layer.name} got a gradient that went around the place where it is clipped: the layer's "
+        "forward keeps its output, and the loss uses that. Use what the layer returns."
+    )
+
+
 def foreign_parameter(layer: Layer, y: Tensor, inputs: Inputs) -> str | None:
     """Say that a layer's own forward uses a parameter that its rule does not know of.
 

@@ -29,7 +29,7 @@ from opacus_bpclip.guard.call_checks import (
     used_too_often,
 )
 from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
-from opacus_bpclip.guard.passes import ACCUMULATION, BackwardPasses
+from opacus_bpclip.guard.passes import BackwardPasses
 from opacus_bpclip.guard.provenance import WatchedParameter
 from opacus_bpclip.guard.ranks import several_ranks
 from opacus_bpclip.losses.criterion import LossWatch
@@ -41,6 +41,12 @@ from opacus_bpclip.model.coverage import (
 )
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.replacements import mixes_examples
+
+_MIXED = (
+    'allocation="joint" has one factor for all layers, but a part of the model is compiled and the '
+    "rest is not. Compile the whole model, or none of it, or use "
+    'BackpropClipping(allocation="dimension").'
+)
 
 
 class GradientGuard:
@@ -57,7 +63,7 @@ class GradientGuard:
         passes: the backward passes that they came from.
         undoes_mean: whether the layers take gradients for those of a mean.
         loss: the watch of the criterion that every backward pass must come through, if any.
-        counts_uses: whether a layer may be used no more often than was declared.
+        joint: whether all layers share a budget, and a layer may be used any number of times.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
@@ -69,7 +75,7 @@ class GradientGuard:
         self.passes = BackwardPasses()
         self.loss: LossWatch | None = None
         self.undoes_mean = False
-        self.counts_uses = True
+        self.joint = False
         self._compiled = False
         self._in_forward = False
         self._batch_size = 0
@@ -164,7 +170,7 @@ class GradientGuard:
             return False
         if not self._in_forward:
             self.fail(outside_forward(layer))
-        if self.counts_uses and calls >= layer.uses:
+        if not self.joint and calls >= layer.uses:
             self.fail(used_too_often(layer))
         self._calls[layer.name] = calls + 1
         self.require(changed_layer(layer))
@@ -214,11 +220,12 @@ class GradientGuard:
         return partial(self._begin_backward, self._forward, self._batch_size)
 
     def _begin_backward(self, forward: int, rows: int) -> None:
-        if not self.passes.accumulation_allowed and any(
-            watched.arrivals for watched in self._watched.values()
-        ):
-            self.fail(ACCUMULATION)
         self.require(self.passes.begin(forward, rows))
+        self._check_mixed()
+
+    def _check_mixed(self) -> None:
+        if self.joint and self.passes.is_mixed:
+            self.fail(_MIXED)
 
     def collect(self, sums: Mapping[nn.Parameter, Tensor]) -> None:
         """Collect the sums of a scope.
@@ -245,8 +252,8 @@ class GradientGuard:
         self._check_loss(watched)
         self.require(foreign_gradient(watched, compiled=self._compiled))
         self.require(unusable_gradient(watched, gradient))
-        if not self.passes.accumulation_allowed and (watched.arrivals or self.passes.count):
-            self.fail(ACCUMULATION)
+        self.require(self.passes.note_traced())
+        self._check_mixed()
 
     def watches(self, parameter: nn.Parameter) -> bool:
         """Return whether what arrives at a parameter is checked and collected."""

@@ -34,6 +34,7 @@ class BackwardPasses:
         self.collected = 0
         self._forwards: dict[int, int] = {}  # with how many rows each
         self._task = -1
+        self._traced_task: int | None = None  # of gradients that compiled graphs have sent
 
     def begin(self, forward: int, rows: int) -> str | None:
         """Note that a backward pass reached a layer; return why it must not.
@@ -45,11 +46,29 @@ class BackwardPasses:
         if forward in self._forwards:
             return None
         task = torch._C._current_graph_task_id()
-        if self._forwards and not self.accumulation_allowed:
-            return TWO_FORWARDS if task == self._task else ACCUMULATION
+        if not self.accumulation_allowed:
+            if self._forwards:
+                return TWO_FORWARDS if task == self._task else ACCUMULATION
+            if self._traced_task not in (None, task):
+                return ACCUMULATION
         self._forwards[forward] = rows
         self._task = task
         return None
+
+    def note_traced(self) -> str | None:
+        """Note that a compiled graph has sent a gradient; return why it must not."""
+        task = torch._C._current_graph_task_id()
+        if not self.accumulation_allowed:
+            earlier = self._forwards and self._task != task
+            if earlier or self._traced_task not in (None, task):
+                return ACCUMULATION
+        self._traced_task = task
+        return None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Return whether one backward pass goes through compiled graphs and through eager layers."""
+        return bool(self._forwards) and self._traced_task == self._task
 
     @property
     def count(self) -> int:
@@ -83,4 +102,5 @@ class BackwardPasses:
     def clear(self) -> None:
         """Forget them: they have been collected or thrown away."""
         self._forwards.clear()
+        self._traced_task = None
         self.collected = 0

@@ -103,7 +103,9 @@ class WatchedParameter:
         after = cast("OrderedDict[int, Any]", self.parameter._post_accumulate_grad_hooks)
         return before, after
 
-    def _arrive(self, gradient: Tensor) -> None:
+    def _arrive(self, gradient: Tensor | None) -> None:
+        if gradient is None:
+            return  # A compiled graph that does not reach the parameter.
         self._judge(self, gradient)
         # With other hooks around, out of their reach: `.data` leaves no trace in a version.
         before, after = self._hooks()
