@@ -13,7 +13,7 @@ from opacus_bpclip.audit.settings import ALPHA, DELTA, FEWEST_TRIALS, MAX_GRAD_N
 from opacus_bpclip.audit.target import Batch, Target, empty
 from opacus_bpclip.audit.trials import Trials, run_trials
 from opacus_bpclip.audit.verdict import Verdict
-from opacus_bpclip.config import BackpropClipping, Bound, is_positive_number
+from opacus_bpclip.config import BackpropClipping, is_positive_number
 
 # A few trials of several steps: a tenth of the trials, 4 steps each. Their noise multiplier is
 # another one, so that one which was squared or left out shows.
@@ -120,7 +120,7 @@ def audit(
 def audit_case(
     name: str,
     *,
-    bound: Bound = "weighted",
+    clipping: BackpropClipping | None = None,
     loss_reduction: Reduction = "mean",
     max_grad_norm: float = MAX_GRAD_NORM,
     noise_multiplier: float = 1.0,
@@ -134,7 +134,7 @@ def audit_case(
 
     Args:
         name: one of `CASES`.
-        bound: of the clipping.
+        clipping: the options.
         loss_reduction: ``"mean"`` or ``"sum"``.
         max_grad_norm: joint L2 sensitivity.
         noise_multiplier: as for `audit`; the following ones, too.
@@ -148,16 +148,17 @@ def audit_case(
         KeyError: there is no such case.
 
     Example:
-        >>> audit_case("embedding", bound="exact", trials=0).violations
+        >>> audit_case("embedding", clipping=BackpropClipping.paper(), trials=0).violations
         ()
     """
-    label = f"{name}, {bound}, {loss_reduction} loss"
+    clipping = clipping or BackpropClipping()
+    label = f"{name}, {clipping.allocation}, {clipping.bound}, {loss_reduction} loss"
     return audit(
         CASES[name].target(
             label,
             loss_reduction=loss_reduction,
             max_grad_norm=max_grad_norm,
-            clipping=BackpropClipping(bound=bound),
+            clipping=clipping,
         ),
         noise_multiplier=noise_multiplier,
         trials=trials,

@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opacus_bpclip import hooks as grad_sample_module
-from opacus_bpclip.clipping import affine, allocation, fused, ops, recurrent, single
+from opacus_bpclip.clipping import allocation, fused, parameters, recurrent, use
+from opacus_bpclip.clipping.factors import Factors, Measured
+from opacus_bpclip.clipping.fused_use import FusedUse
+from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.shared import SharedMeasurement
+from opacus_bpclip.clipping.use import Clipped, FactorsOf, OwnUse
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.model.tying import Group
 from opacus_bpclip.rules import (
-    BroadcastRule,
     ConvRule,
     EmbeddingRule,
     FusedRule,
@@ -26,7 +29,6 @@ from opacus_bpclip.rules import (
     matrix,
     norms,
 )
-from opacus_bpclip.rules.base import per_row
 from tests.mutants import bound_killers as killers
 from tests.mutants.registry import MOVED, clipped_around_the_layer, mutant
 
@@ -181,8 +183,8 @@ def normalised_values_ignored(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.normalised_spike, says=MOVED)
 def affine_weight_not_measured(patch: pytest.MonkeyPatch) -> None:
     """Of a normalisation's gradient, the bias's part alone is measured."""
-    row_norms = affine.row_norms
-    patch.setattr(affine, "row_norms", lambda own: row_norms(own[:, own.shape[1] // 2 :]))
+    row_norms = use.row_norms
+    patch.setattr(use, "row_norms", lambda own: row_norms(own[:, own.shape[1] // 2 :]))
 
 
 @mutant(killed_by=killers.layer_norm_far_from_zero, says=MOVED)
@@ -213,34 +215,31 @@ def tied_layers_limited_apart(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.steps_that_agree, says=MOVED)
 def time_steps_limited_apart(patch: pytest.MonkeyPatch) -> None:
     """Each time step of a recurrent network is clipped to the whole limit, though they add up."""
-    whole = recurrent._Sequence.gradient
 
-    def apart(sequence: Any) -> tuple[Tensor, None]:
-        steps, weight = sequence.steps, torch.zeros(())
-        for step in steps:
-            sequence.steps = [step]
-            gradient, _ = whole(sequence)
-            weight = weight + gradient
-        return weight, None
+    def apart(step: recurrent._Step) -> Scope:
+        return step.budget.scope_of(step.target, at_once=True)
 
-    patch.setattr(recurrent._Sequence, "gradient", apart)
+    patch.setattr(recurrent._Step, "scope", apart)
 
 
 @mutant(killed_by=killers.two_raw_parameters, says=MOVED)
 def raw_parameters_limited_apart(patch: pytest.MonkeyPatch) -> None:
     """A module's raw parameters are bounded by the first one's gradient alone."""
-    bound = BroadcastRule.bound
 
-    def first(self: BroadcastRule, kind: str, g: Tensor, *args: Any) -> Tensor:
-        return bound(self, kind, g[:, : g.shape[1] // len(self.parameters)], *args)
+    class First(OwnUse):
+        def measure(self) -> Measured:
+            whole, self._own = self._own, self._own[:, : self._own.shape[1] // len(self._names)]
+            found = super().measure()
+            self._own = whole
+            return found
 
-    patch.setattr(BroadcastRule, "bound", first)
+    patch.setattr(parameters, "OwnUse", First)
 
 
-@mutant(killed_by=killers.vanishing_columns, says="not finite")
-def vanishing_norms_divided_by(patch: pytest.MonkeyPatch) -> None:
-    """Squares that vanish make norms of zero, and factors without end; an infinite gradient times
-    zero is nan, in everybody's sum."""
+@mutant(killed_by=killers.vanishing_columns, says=MOVED)
+def vanishing_squares_taken_for_zero(patch: pytest.MonkeyPatch) -> None:
+    """Squares that vanish make norms of zero: tiny inputs pass for none, and nothing clips their
+    product with a large gradient."""
     patch.setattr(norms, "smallest_column", lambda dtype: 0.0)
     patch.setattr(norms, "underflow", lambda count, dtype: 0.0)
 
@@ -249,29 +248,13 @@ def vanishing_norms_divided_by(patch: pytest.MonkeyPatch) -> None:
 def upstream_clipped_after_use(patch: pytest.MonkeyPatch) -> None:
     """The layer's gradient is made of the upstream gradient as it arrives; only what goes on to the
     layers below is clipped."""
-    clipped_around_the_layer(patch)
 
-    def after_use(y: Tensor, clipped: Any, rule: Any, limit: Tensor, **options: Any) -> Tensor:
-        factor: list[Tensor] = []
+    def after_use(self: FusedUse, factors_of: FactorsOf) -> Clipped:
+        factors = factors_of(self.measure())
+        whole = Factors(torch.ones_like(factors.factor), factors.keep)
+        return Clipped(self.sums(whole), self.input_gradients(factors))
 
-        class Late(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, y: Tensor) -> Tensor:
-                return y.clone()
-
-            @staticmethod
-            def backward(ctx: Any, g: Tensor) -> Tensor:
-                g = g * len(g)
-                bound = rule.bound(options["bound"], g, clipped.inputs, clipped.norms, None)
-                factor.append(ops.clip_factors(bound, clipped.finite, limit, g.dtype).factor)
-                return g
-
-        (x,) = clipped.inputs
-        if x.requires_grad:
-            x.register_hook(lambda g: g * per_row(factor[0], g))
-        return Late.apply(y)
-
-    patch.setattr(single, "clip_upstream", after_use)
+    patch.setattr(FusedUse, "clip", after_use)
 
 
 @mutant(killed_by=killers.buffer_filled_anew, says=MOVED)

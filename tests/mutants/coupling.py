@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import hooks as grad_sample_module
-from opacus_bpclip.clipping import affine, fused, ops, own
+from opacus_bpclip.clipping import factors, fused, fused_use, layers, node, use
+from opacus_bpclip.clipping.scope import Scope
+from opacus_bpclip.clipping.use import Use
+from opacus_bpclip.guard import guard
 from opacus_bpclip.guard.guard import GradientGuard
-from opacus_bpclip.guard.provenance import Receipt, WatchedParameter
+from opacus_bpclip.guard.provenance import WatchedParameter
 from opacus_bpclip.rules import ConvRule, GroupNormRule, LinearRule, base
 from tests.mutants import bound_killers, coupling_killers, guard_killers
-from tests.mutants.registry import clipped_around_the_layer, mutant
+from tests.mutants.registry import mutant, take_for_a_mean
 
 
 @mutant(killed_by=bound_killers.below_the_clip, says=r"(\(root\)|joint): .* > 1\.0")
@@ -23,10 +27,7 @@ from tests.mutants.registry import clipped_around_the_layer, mutant
 )
 def mean_never_undone(patch: pytest.MonkeyPatch) -> None:
     """What is clipped is the gradient of a mean: one example more shrinks all the others."""
-    layer_clips = grad_sample_module.layer_clips
-    patch.setattr(
-        grad_sample_module, "layer_clips", lambda *args, mean: layer_clips(*args, mean=False)
-    )
+    take_for_a_mean(patch, False)
 
 
 @mutant(killed_by=bound_killers.below_the_clip, says=r"(\(root\)|joint): .* > 1\.0")
@@ -46,13 +47,13 @@ def mean_undone_after_clipping(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=coupling_killers.two_layers_together_and_alone, says="together and alone differ")
 def mean_undone_in_every_layer_anew(patch: pytest.MonkeyPatch) -> None:
     """What goes on to the layers below is not divided again: they see the batch's private size."""
-    clipped_around_the_layer(patch)
-    attached = ops._attached
+    arrive = Scope.arrive
 
-    def undivided(inputs: Any, values: Any, scales: Any, divisor: int) -> Any:
-        return attached(inputs, values, scales, divisor=1)
+    def undivided(self: Scope, use: Use) -> tuple[Tensor | None, ...]:
+        gradients = arrive(self, use)
+        return tuple(dx if dx is None else dx * use.examples for dx in gradients)
 
-    patch.setattr(ops, "_attached", undivided)
+    patch.setattr(Scope, "arrive", undivided)
 
 
 @mutant(killed_by=coupling_killers.two_layers_together_and_alone, says="together and alone differ")
@@ -144,44 +145,74 @@ def frozen_normalisations_left_to_autograd(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=coupling_killers.upstream_not_finite, says="the sum is not finite")
 def nan_passed_through(patch: pytest.MonkeyPatch) -> None:
     """An example that is not finite goes into the sum, and everybody's gradient is nan."""
-    for module in (ops, base, fused, affine):
+    for module in (factors, use, fused, fused_use, layers, base):
         patch.setattr(module, "zero_rows", lambda x, keep: x)
 
 
 @mutant(killed_by=coupling_killers.upstream_of_a_sequence_not_finite, says="the sum is not finite")
 def nan_in_own_gradients_passed_through(patch: pytest.MonkeyPatch) -> None:
     """A gradient that is not finite is added up with factor zero, which makes it nan."""
-    patch.setattr(own, "zero_rows", lambda x, keep: x)
+    patch.setattr(fused_use, "zero_rows", lambda x, keep: x)
 
 
 @mutant(killed_by=guard_killers.weight_beside_its_layer, says="nothing bounds was released")
-def sums_not_compared(patch: pytest.MonkeyPatch) -> None:
-    """A parameter's gradient is taken for its layer's own, though something else was added to it
-    on the way."""
-    patch.setattr(WatchedParameter, "is_sum_of_sent", lambda self, gradient: True)
-
-
 @mutant(killed_by=guard_killers.weight_instead_of_its_layer, says="nothing bounds was released")
 def sources_not_asked_for(patch: pytest.MonkeyPatch) -> None:
-    """A gradient is let through without asking where it came from, as `p.grad` by nature does."""
+    """A gradient that comes to a parameter through autograd is let through without asking where it
+    came from, as `p.grad` by nature does; layers deliver their sums another way."""
     patch.setattr(GradientGuard, "_judge", lambda self, watched, gradient: None)
 
 
-@mutant(killed_by=guard_killers.gradient_changed_after_the_clip, says="nothing bounds was released")
-def clip_not_joined_to_its_layer(patch: pytest.MonkeyPatch) -> None:
-    """Nobody checks that the layer gets the gradient that was clipped for it."""
-    clipped_around_the_layer(patch)
-    patch.setattr(GradientGuard, "join", lambda self, layer, clipped, y: None)
+@mutant(
+    killed_by=guard_killers.weight_beside_its_layer_after_a_good_batch,
+    says="nothing bounds was released",
+)
+def foreign_gradients_taken_for_a_compiled_graphs(patch: pytest.MonkeyPatch) -> None:
+    """What a compiled graph may send to a parameter, once an eager batch has been checked, is let
+    through in eager mode, too."""
+    foreign = guard.foreign_gradient
+
+    def as_compiled(watched: WatchedParameter, *, compiled: bool) -> str | None:
+        return foreign(watched, compiled=True)
+
+    patch.setattr(guard, "foreign_gradient", as_compiled)
+
+
+@mutant(killed_by=guard_killers.model_in_lower_precision, says="nothing bounds was released")
+def sums_collected_unseen(patch: pytest.MonkeyPatch) -> None:
+    """Layers' sums are collected without a look at them: in bfloat16 the sum over a batch is
+    rounded by more than one example's contribution."""
+
+    def collect(self: GradientGuard, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        for parameter, total in sums.items():
+            self._watched[parameter].add(total)
+        self.passes.collected = self.passes.count
+
+    patch.setattr(GradientGuard, "collect", collect)
 
 
 @mutant(killed_by=guard_killers.one_batch_backward_twice, says="nothing bounds was released")
-def receipts_signed_twice(patch: pytest.MonkeyPatch) -> None:
-    """Nobody counts how often a call of a layer sends its gradients: each backward pass is one more
+def calls_contribute_twice(patch: pytest.MonkeyPatch) -> None:
+    """Nobody counts how often a backward pass comes to a call of a layer: each is one more
     contribution of every example."""
-    sign = Receipt.sign
+    backward = node._Node.backward
 
-    def unspent(self: Receipt, gradients: Any) -> None:
-        self._spent = False
-        sign(self, gradients)
+    def unspent(ctx: Any, g: Tensor) -> Any:
+        ctx.spent = False
+        return backward(ctx, g)
 
-    patch.setattr(Receipt, "sign", unspent)
+    patch.setattr(node._Node, "backward", staticmethod(unspent))
+    scopes_end_any_number_of_times(patch)
+
+
+@mutant(killed_by=guard_killers.heads_backward_apart, says="nothing bounds was released")
+def scopes_end_any_number_of_times(patch: pytest.MonkeyPatch) -> None:
+    """Each backward pass through a part of one forward pass is scaled to the whole joint budget,
+    whatever another part has spent of it."""
+    finish = Scope.finish
+
+    def again(self: Scope) -> dict[nn.Parameter, Tensor]:
+        self._ended = False
+        return finish(self)
+
+    patch.setattr(Scope, "finish", again)

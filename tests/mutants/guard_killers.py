@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opacus_bpclip import BackpropClipping
 from tests.budgets import layerwise
 from tests.checks import HUGE, Trainer, check_refused, check_unmoved
 
@@ -28,15 +29,18 @@ def weight_instead_of_its_layer() -> None:
     check_refused(trainer, x, lambda y, model: model[1].weight.square().sum())
 
 
-def gradient_changed_after_the_clip() -> None:
-    """A hook that multiplies a clipped gradient on its way to the layer."""
+def weight_beside_its_layer_after_a_good_batch() -> None:
+    """The same loss, after a batch that the guard has found nothing wrong with."""
     trainer, x = _two_layers()
+    trainer.step(x, torch.ones(3, 2).double())
+    check_refused(trainer, x, lambda y, model: y.sum() + F.linear(x, model[1].weight).sum())
 
-    def loss(y: Tensor, _: nn.Module) -> Tensor:
-        y.grad_fn.register_hook(lambda inputs, _: tuple(g if g is None else 9 * g for g in inputs))
-        return y.sum()
 
-    check_refused(trainer, x, loss)
+def model_in_lower_precision() -> None:
+    """A model that is turned to bfloat16 after `make_private`."""
+    trainer, x = _two_layers()
+    trainer.plain.bfloat16()
+    check_refused(trainer, x.bfloat16(), lambda y, _: y.sum())
 
 
 def two_batches_in_one_step() -> None:
@@ -60,6 +64,28 @@ def one_batch_backward_twice() -> None:
         return y.sum()
 
     check_refused(trainer, x, loss)
+
+
+class _Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.left(x), self.right(x)
+
+
+def heads_backward_apart() -> None:
+    """A backward pass from one output of a model, and one from the other, with a joint budget."""
+    torch.manual_seed(0)
+    trainer = Trainer(_Heads(), (2,), BackpropClipping())
+    trainer.model.allow_grad_accumulation()
+
+    def loss(y: tuple[Tensor, Tensor], _: nn.Module) -> Tensor:
+        y[0].sum().backward(retain_graph=True)
+        return y[1].sum()
+
+    check_refused(trainer, torch.ones(3, 2).double(), loss)
 
 
 def gradient_set_by_hand() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opacus_bpclip.model import coverage
 from opacus_bpclip.rules import (
@@ -232,12 +232,7 @@ def added_token_with_the_batch_first(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.transposed_linear, says=MOVED)
 def bias_of_a_transposed_linear_layer_uncovered(patch: pytest.MonkeyPatch) -> None:
     """The bias of GPT-2's linear layer is left out of its bound."""
-    from_module = TransposedLinearRule.from_module.__func__
-
-    def without(cls: type[TransposedLinearRule], module: nn.Module) -> TransposedLinearRule:
-        return dataclasses.replace(from_module(cls, module), bias=False)
-
-    patch.setattr(TransposedLinearRule, "from_module", classmethod(without))
+    patch.setattr(TransposedLinearRule, "with_one", lambda self, norms: norms)
 
 
 @mutant(

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_bpclip import hooks as grad_sample_module
-from opacus_bpclip.clipping import affine, own
+from opacus_bpclip.clipping import affine, fused_use
 from opacus_bpclip.losses import criterion
 from opacus_bpclip.losses.criterion import LossWatch
 from opacus_bpclip.rules import AffineRule
 from opacus_bpclip.rules import affine as affine_rules
 from tests.mutants import loss_killers
-from tests.mutants.registry import MOVED, mutant
+from tests.mutants.registry import MOVED, mutant, take_for_a_mean
 
 
 @mutant(killed_by=loss_killers.criterion_together_and_alone, says="together and alone differ")
@@ -33,10 +32,7 @@ def criterion_divides_its_gradient(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=loss_killers.criterion_together_and_alone, says="together and alone differ")
 def mean_undone_behind_a_criterion(patch: pytest.MonkeyPatch) -> None:
     """The layers multiply by the batch's size what a criterion has never divided by it."""
-    layer_clips = grad_sample_module.layer_clips
-    patch.setattr(
-        grad_sample_module, "layer_clips", lambda *args, mean: layer_clips(*args, mean=True)
-    )
+    take_for_a_mean(patch, True)
 
 
 @mutant(killed_by=loss_killers.loss_around_the_criterion, says="nothing bounds was released")
@@ -86,4 +82,4 @@ def rounding_of_norms_clipped_as_a_gradient(patch: pytest.MonkeyPatch) -> None:
 def rounding_of_own_gradients_clipped_as_a_gradient(patch: pytest.MonkeyPatch) -> None:
     """What rounding has left of an example's own gradient in the exact bound is held back by no
     more than the bound's slack, which a thousand equal companions make nothing of."""
-    patch.setattr(own, "kept", _all_kept)
+    patch.setattr(fused_use, "kept", _all_kept)

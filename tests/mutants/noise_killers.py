@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip import BackpropClipping
 from opacus_bpclip.audit import audit_case
 from tests.budgets import layerwise
 from tests.checks import (
@@ -56,8 +57,8 @@ def fresh_noise() -> None:
     check_noise_is_fresh(*_noisy(), steps=5)
 
 
-def _audit(case: str) -> None:
-    verdict = audit_case(case, trials=100, searches=0)
+def _audit(case: str, clipping: BackpropClipping | None = None) -> None:
+    verdict = audit_case(case, clipping=clipping, trials=100, searches=0)
     assert verdict.outcome == "pass", f"the audit says: {'; '.join(verdict.violations)}"
 
 
@@ -67,8 +68,9 @@ def audit() -> None:
 
 
 def audit_of_branches() -> None:
-    """The statistical audit of four layers side by side, 100 trials in each world."""
-    _audit("branches")
+    """The statistical audit of four layers side by side, each with a budget of its own, 100 trials
+    in each world."""
+    _audit("branches", layerwise())
 
 
 def accounting() -> None:

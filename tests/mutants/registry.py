@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 
-from opacus_bpclip.clipping import attach as layer_clips
+from opacus_bpclip import hooks
+from opacus_bpclip.clipping import attach
+from opacus_bpclip.clipping.base import Clip, Settings
+from opacus_bpclip.model.layer import Layer
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 Killer = Callable[[], None]
@@ -74,7 +77,17 @@ def mutant(*, killed_by: Killer, says: str) -> Callable[[Patch], Patch]:
 
 def clipped_around_the_layer(patch: pytest.MonkeyPatch) -> None:
     """Have the layer's own autograd make its gradient, as for layers that have no closed form."""
-    patch.setattr(layer_clips, "NODES", {})
+    patch.setattr(attach, "CLOSED_FORMS", {})
+
+
+def take_for_a_mean(patch: pytest.MonkeyPatch, mean: bool) -> None:
+    """Have the layers take every gradient for a mean's, or none."""
+    layer_clips = hooks.layer_clips
+
+    def told(layers: Iterable[Layer], settings: Settings) -> Iterator[Clip]:
+        return layer_clips(layers, settings._replace(mean=mean))
+
+    patch.setattr(hooks, "layer_clips", told)
 
 
 def example_of(killer: Killer) -> str:
