@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Train one model by several clipping methods on equal terms: same initial weights, same Poisson
 batches, same noise multiplier, same accountant. Prints accuracy, epsilon, time per step and peak
-memory of each arm, and plots accuracy over epsilon. Without options: scikit-learn's digits, about
-a minute, nothing downloaded."""
+memory of each arm, and plots accuracy over epsilon. Without options: scikit-learn's digits, one
+to two minutes, nothing downloaded."""
 
 _DEFAULT_PLOT = "opacus-bpclip-ab.png"
 
