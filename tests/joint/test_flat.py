@@ -54,8 +54,7 @@ def _check_opacus(draw, model, shape, dtype, tolerance, loss=linear_loss):
         loss=loss,
     )
     apart = (released(trainer, x, target) - expected).norm()
-    # Opacus adds 1e-6 to the norm that it divides by.
-    assert apart <= (tolerance + 4e-4 * 1e-2) * limit * len(x), f"differs by {apart}"
+    assert apart <= tolerance * limit * len(x), f"differs by {apart}"
 
 
 def _check_autograd(draw, model, shape):
@@ -67,18 +66,27 @@ def _check_autograd(draw, model, shape):
     assert apart <= 1e-9 * limit * len(x), f"differs by {apart}"
 
 
-@settings(max_examples=80)
-@given(st.data())
-def test_the_sum_is_opacus_own(data):
-    case = data.draw(architectures())
-    loss = data.draw(st.sampled_from([linear_loss, squared_loss]))
-    _check_opacus(data.draw, case.layer, case.shape, torch.float64, 1e-9, loss)
+def _of_opacus():
+    # Opacus's gradients of convolutions take every padding for zeros.
+    return architectures().filter(
+        lambda case: all(
+            getattr(module, "padding_mode", "zeros") == "zeros" for module in case.layer.modules()
+        )
+    )
 
 
 @settings(max_examples=60)
 @given(st.data())
+def test_the_sum_is_opacus_own(data):
+    case = data.draw(_of_opacus())
+    loss = data.draw(st.sampled_from([linear_loss, squared_loss]))
+    _check_opacus(data.draw, case.layer, case.shape, torch.float64, 1e-9, loss)
+
+
+@settings(max_examples=40)
+@given(st.data())
 def test_the_sum_is_opacus_own_in_float32(data):
-    case = data.draw(architectures())
+    case = data.draw(_of_opacus())
     _check_opacus(data.draw, case.layer, case.shape, torch.float32, 3e-5)
 
 
@@ -369,9 +377,7 @@ def test_no_factor_of_the_exact_bound_is_smaller_than_it_must_be(data):
     model, limit = case.layer.double(), data.draw(st.sampled_from([1e-3, 1.0, 1e3]))
     x, target = _batch(model, case.shape, torch.float64)
     own = own_gradients(model, x, target)
-    trainer = Trainer(
-        copy.deepcopy(model), case.shape, BackpropClipping(), max_grad_norm=limit
-    )
+    trainer = Trainer(copy.deepcopy(model), case.shape, BackpropClipping(), max_grad_norm=limit)
     for i, gradient in enumerate(own):
         contribution = released(trainer, x[i : i + 1], target[i : i + 1])
         needed = min(float(gradient.norm()), limit)
