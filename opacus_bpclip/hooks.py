@@ -76,15 +76,14 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._layers = layers = trainable_layers(m, declared_uses(config), batch_first=batch_first)
         self._groups = tied_groups(layers)
         sizes = {name: group.size for name, group in self._groups.items()}
+        joint = config.allocation == "joint"
+        self._fractions = {} if joint else allocation.layer_fractions(sizes, config.allocation)
         self._guard = GradientGuard(m, layers.values())
+        self._guard.joint = joint
         self._budget = Budget(config, layers.values(), self._guard)
-        if self._budget.joint:
-            self._guard.joint = True
-            self._fractions = {}
-            self._targets = dict.fromkeys(layers, self._budget.target)
-        else:
-            self._fractions = allocation.layer_fractions(sizes, config.allocation)
-            self._targets = {name: target_of(config) for name in layers}
+        self._targets = {
+            name: self._budget.target if joint else target_of(config) for name in layers
+        }
         self._untried: str | None = None
         self._prober = Prober(m, loss_reduction=loss_reduction)
         try:

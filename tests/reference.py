@@ -7,7 +7,7 @@ and groups are PyTorch's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +87,11 @@ def contribution(
     kind: str,
     normalize: bool,
     max_norm: float | None,
+    joint: float | None = None,
 ) -> dict[str, Seen]:
     """Return what each layer of a sequential model saw of one example, ``x`` of shape [1, ...].
 
-    The loss is ``sum(output * target)``.
+    The loss is ``sum(output * target)``. With a ``joint`` limit, one factor serves all layers.
     """
     steps: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     value = x
@@ -110,11 +111,19 @@ def contribution(
             gradient = torch.cat([part.flatten() for part in parts])
             clipped = clip_input(module, leaf, max_norm)
             bound = bound_of(module, clipped, g, gradient, kind, max_norm)
-            if normalize:
-                factor = limits[name] / (bound + 0.01)
-            else:
-                factor = (limits[name] / bound).clamp(max=1)
+            factor = factor_of(bound, limits.get(name, 0.0), normalize)
             seen[name] = Seen(column_norms(module, clipped), bound, factor, gradient)
-            g = g * factor
+            if joint is None:
+                g = g * factor
         (g,) = torch.autograd.grad(y, leaf, g)
+    if joint is not None:
+        total = torch.stack([layer.bound for layer in seen.values()]).norm()
+        common = factor_of(total, joint, normalize)
+        seen = {name: replace(layer, factor=common) for name, layer in seen.items()}
     return seen
+
+
+def factor_of(bound: Tensor, limit: float, normalize: bool) -> Tensor:
+    if normalize:
+        return limit / (bound + 0.01)
+    return (limit / bound).clamp(max=1)

@@ -103,7 +103,7 @@ COMPILED = (
 NOT_A_NORM = "Expected max_grad_norm={value!r} to be a finite number > 0."
 A_LIST = (
     "Expected max_grad_norm={value!r} to be one number, the joint sensitivity of all layers. Split "
-    "it over the layers by layerwise(allocation={{name: share}})."
+    "it over the layers by BackpropClipping(allocation={{name: share}})."
 )
 
 REFUSALS = {

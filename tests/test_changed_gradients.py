@@ -84,7 +84,9 @@ def test_an_optimizer_in_a_hook_finds_nothing_to_step_on(when: str) -> None:
 def test_looking_at_gradients_disturbs_nothing() -> None:
     plain, looked = switchable(), switchable()
     train_step(plain)
-    torch.autograd.grad(loss_of(looked.model, *batch()), looked.parameters)
+    # The graph that clips has no edge to a parameter: nobody gets a sum without noise to see.
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(loss_of(looked.model, *batch()), looked.parameters)
     train_step(looked)
     assert torch.equal(summed(looked), summed(plain))
 
@@ -92,11 +94,9 @@ def test_looking_at_gradients_disturbs_nothing() -> None:
 def test_gradients_set_by_hand_without_backward_never_reach_the_parameters() -> None:
     private = switchable()
     before = values(private)
-    loss = loss_of(private.model, *batch())
-    for p, gradient in zip(
-        private.parameters, torch.autograd.grad(loss, private.parameters), strict=True
-    ):
-        p.grad = gradient * 100
+    loss_of(private.model, *batch())
+    for p in private.parameters:
+        p.grad = torch.full_like(p, 100.0)
     private.optimizer.step()
     assert torch.equal(values(private), before)
 
@@ -157,11 +157,6 @@ def test_accumulation_counts_batches_that_left_a_layer_out() -> None:
         torch.testing.assert_close(p.grad, p.summed_grad / 16)
 
 
-CHANGED = (
-    "A hook on head.weight changed its gradient in place, after it was clipped. Remove the hook."
-)
-
-
 def accumulator(private: Private) -> torch.autograd.graph.Node:
     """Return the node that adds to the head's weight, where hooks cannot be seen from outside."""
     weight = model_of(private).head.weight
@@ -177,45 +172,22 @@ def test_a_gradient_that_is_replaced_where_it_is_added_up_does_not_count() -> No
     assert torch.equal(summed(replaced), summed(plain))
 
 
-def test_a_gradient_that_is_changed_in_place_where_it_is_added_up_is_refused() -> None:
-    private = switchable()
-    node = accumulator(private)  # which lives as long as somebody holds it
-    handle = node.register_prehook(lambda gradients: tuple(g.mul_(100) for g in gradients))
-    with pytest.raises(PrivacyViolationError) as refusal:
-        backward(private)
-    assert str(refusal.value) == CHANGED
-    handle.remove()
-    assert_refused_until_zero_grad(private)
-
-
-def test_a_gradient_that_somebody_holds_and_changes_before_the_step_does_not_count() -> None:
+def test_a_gradient_that_is_changed_in_place_where_it_is_added_up_does_not_count() -> None:
     plain, changed = switchable(), switchable()
-    log: list[Tensor] = []
-    model_of(changed).head.weight.register_hook(log.append)
+    node = accumulator(changed)  # which lives as long as somebody holds it
+    node.register_prehook(lambda gradients: tuple(g.mul_(100) for g in gradients))
     train_step(plain)
-    backward(changed)
-    log[0].mul_(100)
-    changed.optimizer.step()
+    train_step(changed)
     assert torch.equal(summed(changed), summed(plain))
 
 
-def test_gradients_are_not_copied_on_their_way() -> None:
-    private = switchable()
-    sent: list[int] = []
-    weight = model_of(private).head.weight
-    node = accumulator(private)
-    node.register_prehook(lambda gradients: sent.append(gradients[0].data_ptr()))
-    private.optimizer.zero_grad(set_to_none=True)
-    backward(private)
-    assert private.handle._guard.take(weight).data_ptr() == sent[0]
-
-
-def test_a_gradient_that_somebody_else_holds_is_the_same() -> None:
-    plain, held = switchable(), switchable()
+def test_a_hook_on_a_parameter_sees_no_sum_without_noise() -> None:
+    plain, watched = switchable(), switchable()
     log: list[Tensor] = []
-    for parameter in held.parameters:
+    for parameter in watched.parameters:
         parameter.register_hook(log.append)
+        parameter.register_post_accumulate_grad_hook(log.append)
     train_step(plain)
-    train_step(held)
-    assert len(log) == 4
-    assert torch.equal(summed(held), summed(plain))
+    train_step(watched)
+    assert not log
+    assert torch.equal(summed(watched), summed(plain))

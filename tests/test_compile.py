@@ -110,7 +110,7 @@ def test_a_compiled_model_is_refused_until_an_eager_batch_has_vouched_for_it() -
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_follows_max_grad_norm() -> None:
-    private = make_private(one_layer(), backprop=layerwise(normalize=True))
+    private = make_private(one_layer(), backprop=layerwise(normalize=True, stability=1e-12))
     train_step(private, size=1)
     fast = compiled(private)
     for norm in (1.0, 0.01, 2.0):
@@ -142,5 +142,5 @@ def test_an_eager_batch_after_a_compiled_one_is_checked_like_any_other() -> None
     with pytest.raises(PrivacyViolationError, match="got gradient from outside its layer's call"):
         loss.backward()
     private.optimizer.zero_grad()
-    with pytest.raises(PrivacyViolationError, match="did not come from its layer's call"):
+    with pytest.raises(PrivacyViolationError, match="got gradient from outside its layer's call"):
         (1e4 * private.parameters[0].sum()).backward()

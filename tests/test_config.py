@@ -16,7 +16,7 @@ from opacus_bpclip.config import is_positive_number
 
 def test_defaults_are_the_documented_ones() -> None:
     assert BackpropClipping() == BackpropClipping(
-        max_input_norm=3.0, bound="weighted", allocation="dimension", upstream="clip"
+        allocation="joint", bound="exact", max_input_norm=None, normalize=False, uses="auto"
     )
 
 
@@ -46,18 +46,24 @@ def test_options_are_frozen(name: str) -> None:
             id="list of bounds",
         ),
         pytest.param(
-            {"upstream": "scale"},
-            "Expected upstream='scale' to be one of 'clip', 'normalize'.",
-            id="unknown upstream",
+            {"normalize": "yes"},
+            "Expected normalize='yes' to be True or False.",
+            id="normalize",
+        ),
+        pytest.param(
+            {"stability": 0.0},
+            "Expected stability=0.0 to be a finite number > 0.",
+            id="no stability",
         ),
         pytest.param(
             {"allocation": "fair"},
-            "Expected allocation='fair' to be one of 'equal', 'dimension' or a mapping.",
+            "Expected allocation='fair' to be one of 'joint', 'equal', 'dimension' or a mapping.",
             id="unknown allocation",
         ),
         pytest.param(
             {"allocation": [0.5, 0.5]},
-            "Expected allocation=[0.5, 0.5] to be one of 'equal', 'dimension' or a mapping.",
+            "Expected allocation=[0.5, 0.5] to be one of 'joint', 'equal', 'dimension' or a "
+            "mapping.",
             id="allocation without names",
         ),
         pytest.param(

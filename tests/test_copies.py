@@ -207,7 +207,7 @@ def test_a_failed_copy_leaves_the_original_working(make: Callable[[Any], Any]) -
 
 def test_undoing_a_copy_puts_its_own_input_clips_back() -> None:
     model = clip_inputs(nn.Sequential(nn.Linear(FEATURES, CLASSES)), 1.0)
-    original = setup(model=model)
+    original = setup(model=model, backprop=layerwise())
     copied = copy.deepcopy(original.handle)
     copied._undo()
     assert len(copied._module[0]._forward_pre_hooks) == 1

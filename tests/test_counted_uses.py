@@ -10,7 +10,7 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip import CoverageError, PrivacyViolationError
+from opacus_bpclip import PrivacyViolationError
 from tests.budgets import layerwise
 from tests.helpers import CLASSES, FEATURES, batch, loss_of, make_private, summed
 from tests.probing import OnlyReal, Recurrent
@@ -45,17 +45,13 @@ def test_more_uses_than_were_counted_are_refused_on_the_batch() -> None:
         private.model(batch()[0])
 
 
-def test_uses_cannot_be_counted_on_examples_that_cannot_be_made_up() -> None:
+def test_where_uses_cannot_be_counted_one_is_allowed() -> None:
+    # On examples that cannot be made up. A count on real ones would not be public.
     ids = torch.arange(100, 108)
-    with pytest.raises(CoverageError) as refusal:
-        make_private(OnlyReal(False), data=TensorDataset(ids, ids), backprop=layerwise(uses="auto"))
-    assert str(refusal.value).startswith(
-        'uses="auto" counts how often each layer is used by running the model on made-up examples '
-        "of the data loader's shapes, and that was not possible ("
-    )
-    assert str(refusal.value).endswith(
-        "A count on real examples would not be public. Declare it: layerwise(uses={name: K})."
-    )
+    data = TensorDataset(ids, ids)
+    private = make_private(OnlyReal(False), data=data, backprop=layerwise(uses="auto"))
+    assert private.handle._config.uses == "auto"
+    assert {layer.uses for layer in private.handle._layers.values()} == {1}
 
 
 def test_the_steps_of_a_recurrent_network_are_no_uses() -> None:

@@ -20,9 +20,9 @@ from tests.strategies import MODES, norm_cases, product_cases, seeds
 def _both_ways(layer, shape, clipping, x, target):
     """Return output and sum by the node, and by autograd between two clips."""
     found = []
-    for nodes in (layer_clips.NODES, {}):
+    for nodes in (layer_clips.CLOSED_FORMS, {}):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layer_clips, "NODES", nodes)
+            patch.setattr(layer_clips, "CLOSED_FORMS", nodes)
             trainer = Trainer(copy.deepcopy(layer), shape, clipping, max_grad_norm=0.7)
             found.append((trainer.model(x).detach(), joint(trainer.released(x, target))))
     return found

@@ -62,6 +62,7 @@ def test_each_contribution_is_the_examples_own_gradient_times_its_factor(case, c
             clipping.bound,
             clipping.normalize,
             clipping.max_input_norm,
+            joint=0.7 if clipping.allocation == "joint" else None,
         )
         for name, layer in seen.items():
             expected = layer.factor * layer.gradient

@@ -121,6 +121,7 @@ def normalized(draw):
     clipping = layerwise(
         bound="exact",
         normalize=True,
+        stability=1e-12,
         max_input_norm=draw(st.sampled_from([None, 1.0, 3.0])),
     )
     trainer = Trainer(case.layer, case.shape, clipping)

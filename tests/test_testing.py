@@ -128,14 +128,6 @@ class PositionsInSquares(LinearRule):
         return torch.linalg.vector_norm(self.upstream(g) * columns[:, :, None], dim=(1, 2, 3))
 
 
-class ZeroForNothing(LinearRule):
-    """A bound of zero, which scales a gradient of zero to nan."""
-
-    def bound(self, *args):
-        bound = super().bound(*args)
-        return torch.where(bound < 1e-9, 0.0, bound)
-
-
 class LastEntryOnly(LinearRule):
     """Looks for nan in the last entry, and lets the rest pass."""
 
@@ -203,7 +195,6 @@ class BiasAloneForgotten(LinearRule):
         (NotFinite, "not finite"),
         (BiasUncovered, "bound"),
         (PositionsInSquares, "bound"),
-        (ZeroForNothing, "bound"),
         (LastEntryOnly, "not finite"),
         (Remembers, "independence"),
         (MixesDownwards, "independence"),

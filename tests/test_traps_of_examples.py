@@ -29,7 +29,7 @@ COUPLED = (
     "The bound holds for what an example contributes on its own; coupled examples move each "
     "other's gradients beyond it. Compute from each example alone: no mean, softmax, normalisation "
     "or division over the batch, no neighbours (GroupNorm or LayerNorm in place of BatchNorm). If "
-    "you are certain that the loss never sees it, set layerwise(probe=False)."
+    "you are certain that the loss never sees it, set BackpropClipping(probe=False)."
 )
 VALUES = "what it makes of one changes with the values of its companions in the batch. "
 NUMBER = "what it makes of one changes with the number of its companions in the batch. "
@@ -125,7 +125,7 @@ def test_contrastive_loss_inside_the_model() -> None:
         "labels to the model, and compute the loss from its logits with what "
         "make_private(criterion=opacus_bpclip.CrossEntropy(ignore_index=...)) returns, which a "
         "transformers Trainer takes as compute_loss_func. If you are certain that the loss never "
-        "sees this tensor, set layerwise(probe=False).",
+        "sees this tensor, set BackpropClipping(probe=False).",
     )
 
 
@@ -165,7 +165,7 @@ def test_neighbour_mixing_by_an_adjacency_matrix() -> None:
         "run on a part of its batch (RuntimeError: mat1 and mat2 shapes cannot be multiplied (4x6 "
         "and 4x4)): nothing would bound what one example does to the others. Pass the examples as "
         "tensors that have one row each, batch first. If you are certain that no example's output "
-        "depends on another's, set layerwise(probe=False)."
+        "depends on another's, set BackpropClipping(probe=False)."
     )
 
 

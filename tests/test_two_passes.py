@@ -31,7 +31,7 @@ TWO_FORWARDS = (
     "R-Drop, a discriminator on real and generated examples): an example that is in both would "
     "contribute twice, and nothing shows which rows belong together. Put them in one call: give "
     "the model a forward that takes all inputs, runs its layers on each, and returns all outputs, "
-    "and declare how often it uses each layer: layerwise(uses={name: K})."
+    "and declare how often it uses each layer: BackpropClipping(uses={name: K})."
 )
 PENALTY = (
     "A gradient was taken with create_graph=True through a layer that clips (a gradient penalty, "

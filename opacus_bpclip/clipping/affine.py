@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from opacus_bpclip.clipping.base import Settings
+from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.node import Call, NodeClip
 from opacus_bpclip.clipping.use import OwnUse, Use
 from opacus_bpclip.model.calls import Args, Kwargs
@@ -40,7 +41,9 @@ class AffineClip(NodeClip):
         assert weight is not None
         return Call(y.detach(), inputs, (x.detach(), weight.detach()))
 
-    def use(self, g: Tensor, graph: Any, saved: Inputs, wants: tuple[bool, ...]) -> Use:
+    def use(
+        self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
+    ) -> Use:
         """Make the examples' gradients, and the input's."""
         x, weight = saved
         assert x is not None
@@ -52,7 +55,7 @@ class AffineClip(NodeClip):
         # Of many positions' sum rounding alone may be left.
         positions = g[0].numel() // weight.numel() if len(g) else 1
         examples = self.examples_of(g, graph)
-        limit = self.target.unscaled() / max(examples, 1)
+        limit = target.unscaled() / max(examples, 1)
         part = kept(row_norms(own), size * math.sqrt(positions), own.dtype, limit)
         names = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want]
         return OwnUse(self.layer, examples, own, names, size=size, part=part, inputs=(dx,))

@@ -55,8 +55,10 @@ class Budget:
         self.parameters: tuple[nn.Parameter, ...] = tuple(dict.fromkeys(parameters))
         self.clips: list[Any] = []
         self.token: Tensor | None = None
+        self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
         self._bound = config.bound
         self._guard = guard
+        guard.forget = self.forget
         self._scope: Scope | None = None  # of the eager forward pass
         self._traced: Scope | None = None
         self._trace: object = None  # that the traced scope belongs to
@@ -67,22 +69,26 @@ class Budget:
         BUDGETS[self.key] = self
 
     def __getstate__(self) -> dict[str, object]:
-        left = {"key", "token", "_scope", "_traced", "_trace"}
+        left = {"key", "token", "_open", "_scope", "_traced", "_trace"}
         return {name: value for name, value in vars(self).items() if name not in left}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
         self.token = self._scope = self._traced = self._trace = None
+        self._open = weakref.WeakSet()
         self._register()
 
     # In eager mode
 
     def open_forward(self) -> None:
         """Begin a forward pass of the model."""
+        self.forget()
         self._scope = self._watched(self._new(self.target, at_once=False)) if self.joint else None
 
     def close_forward(self) -> None:
         """End a forward pass: its graph holds the scope now."""
+        if self._scope is not None:
+            self._scope.close()
         self._scope = self.token = None
 
     def scope_of(self, target: Target, *, at_once: bool) -> Scope:
@@ -105,7 +111,13 @@ class Budget:
         scope.begin = self._guard.begin_backward()
         scope.deliver = self._guard.collect
         scope.fail = self._guard.fail
+        self._open.add(scope)
         return scope.open()
+
+    def forget(self) -> None:
+        """Forget what has arrived of backward passes that broke off: nothing else frees it."""
+        for scope in self._open:
+            scope.forget()
 
     # In a traced graph, where autograd carries the sums to the parameters
 
@@ -130,6 +142,7 @@ class Budget:
         scope = self._new(self.target._replace(limit=limit), at_once=False)
         self._traced = scope.open(self.parameters, parameters)
         self._trace = _this_trace()
+        assert scope.token is not None
         return scope.token
 
     def traced_scope(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.clipping.base import Settings
+from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.fused_use import FusedUse, Measurement
 from opacus_bpclip.clipping.node import Call, NodeClip
 from opacus_bpclip.clipping.shared import SharedMeasurement
@@ -73,7 +74,9 @@ class FusedClip(NodeClip):
         columns = self.rule.with_one(zero_rows(norms, finite)) if self.keeps.norms else None
         return Measurement(factor, columns, finite)
 
-    def use(self, g: Tensor, graph: Any, saved: Inputs, wants: tuple[bool, ...]) -> Use:
+    def use(
+        self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
+    ) -> Use:
         """Take the upstream gradient that has arrived."""
         x, weight, factor, columns, finite = saved
         assert x is not None
@@ -81,7 +84,7 @@ class FusedClip(NodeClip):
         return FusedUse(
             self.layer,
             self.config,
-            self.target,
+            target,
             self.examples_of(g, graph),
             g,
             x,

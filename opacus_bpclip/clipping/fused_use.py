@@ -102,7 +102,13 @@ class FusedUse(Use):
             return torch.cat(present, dim=2) if present else None
 
         g, x = (
-            torch.cat([_padded(t.reshape(len(t), -1, t.shape[-1]), rows) for t in part], dim=1)
+            torch.cat(
+                [
+                    _padded(t.reshape(len(t), t.shape[1:-1].numel(), t.shape[-1]), rows)
+                    for t in part
+                ],
+                dim=1,
+            )
             for part in ([use.g for use in uses], [use.x for use in uses])
         )
         finite = None

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.clipping.base import Settings
-from opacus_bpclip.clipping.factors import Factors, Measured, measured
+from opacus_bpclip.clipping.factors import Factors, Measured, Target, measured
 from opacus_bpclip.clipping.node import Call, NodeClip, parameters_replaced
 from opacus_bpclip.clipping.use import Clipped, FactorsOf, Sums, Use
 from opacus_bpclip.guard.call_checks import foreign_parameter, replaced_parameter, went_around
@@ -88,7 +88,9 @@ class LayerClip(NodeClip):
         passed = arguments.passed(args, kwargs)
         leaves = tuple(x if x is not None and x.requires_grad else None for x in passed)
         traced = torch.compiler.is_compiling()
-        if traced or not _are_alike(silenced, inputs):
+        # One of several inputs may be made from another, or be the same: each needs a leaf.
+        several = sum(leaf is not None for leaf in leaves) > 1
+        if traced or several or not _are_alike(silenced, inputs):
             given = [x if x is None else arguments.as_passed(x).detach() for x in silenced]
             leaves = tuple(
                 None if leaf is None or x is None else x.requires_grad_()
@@ -123,7 +125,9 @@ class LayerClip(NodeClip):
         detached = tuple(x if x is None else x.detach() for x in silenced)
         return Call(out, passed, (norms, prepared.finite, *scales, *detached), graph)
 
-    def use(self, g: Tensor, graph: Any, saved: Inputs, wants: tuple[bool, ...]) -> Use:
+    def use(
+        self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
+    ) -> Use:
         """Take the upstream gradient that has arrived."""
         norms, finite, *rest = saved
         assert finite is not None
@@ -204,7 +208,12 @@ class LayerUse(Use):
         return self._g._version != self._version
 
     def own(self, rows: slice) -> Sums:
-        """Run the layer's backward pass for each of some examples."""
+        """Make the gradients of some examples; at worst by a backward pass for each."""
+        known = self.layer.rule.by_example(
+            self._g[rows], tuple(x if x is None else x[rows] for x in self._inputs)
+        )
+        if known:
+            return known
         if not len(self._g[rows]):
             own = self.layer.named_parameters.items()
             return {name: p.new_zeros((0, *p.shape)) for name, p in own}

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.clipping.base import Clip, Settings
 from opacus_bpclip.clipping.budget import BUDGETS
+from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.first_order import first_order
 from opacus_bpclip.clipping.scope import Scope, unwatched_token
 from opacus_bpclip.clipping.use import Use
@@ -78,13 +79,16 @@ class NodeClip(Clip):
         """
 
     @abstractmethod
-    def use(self, g: Tensor, graph: Any, saved: Inputs, wants: tuple[bool, ...]) -> Use:
+    def use(
+        self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
+    ) -> Use:
         """Take the upstream gradient that has arrived.
 
         Args:
             g: the gradient, batch first.
             graph: the call's.
             saved: the call's tensors.
+            target: what gradients are scaled to.
             wants: which inputs need a gradient.
         """
 
@@ -155,17 +159,25 @@ class NodeClip(Clip):
             scope: of the call; ``None`` for activation checkpointing's second run, which only makes
                 the saved tensors of a call again.
         """
-        if scope is None:
-            token = unwatched_token()
-        else:
-            token = scope.token
-            scope.enter(self.layer, self.group)
+        token = enter(scope, self.layer, self.group)
         out: Tensor = _Node.apply(self, scope, call, token, *call.inputs)
         return out
 
     def examples_of(self, g: Tensor, graph: Any) -> int:
         """Return by what the loss has divided an upstream gradient, batch first."""
         return g.shape[0] if self.mean else 1
+
+
+def enter(scope: Scope | None, layer: Layer, group: str) -> Tensor:
+    """Enter a layer into a scope, if there is one; return the token for its node."""
+    if scope is None:
+        return unwatched_token()
+    scope.enter(layer, group)
+    token = scope.token
+    assert token is not None
+    if scope.at_once:
+        scope.close()
+    return token
 
 
 class _Node(torch.autograd.Function):
@@ -187,9 +199,10 @@ class _Node(torch.autograd.Function):
             clip.guard.fail(ran_twice(clip.layer))
         ctx.spent = True
         g = g.movedim(clip.layer.arguments.batch_axis, 0)
-        use = clip.use(g, ctx.graph, ctx.saved_tensors, ctx.needs_input_grad[4:])
+        scope: Scope = ctx.scope
+        use = clip.use(g, ctx.graph, ctx.saved_tensors, scope.target, ctx.needs_input_grad[4:])
         ctx.graph = None
-        return None, None, None, None, *ctx.scope.arrive(use)
+        return None, None, None, None, *scope.arrive(use)
 
 
 @torch._dynamo.allow_in_graph

@@ -12,7 +12,8 @@ from opacus_bpclip.clipping.alignment import Alignment
 from opacus_bpclip.clipping.base import Clip, Settings
 from opacus_bpclip.clipping.budget import BUDGETS
 from opacus_bpclip.clipping.first_order import first_order
-from opacus_bpclip.clipping.scope import Scope, unwatched_token
+from opacus_bpclip.clipping.node import enter
+from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import OwnUse
 from opacus_bpclip.guard.call_checks import ran_twice, replaced_parameter, wrong_batch
 from opacus_bpclip.model.calls import Args, Kwargs
@@ -92,10 +93,7 @@ class ParameterClip(Clip):
             batch_size: how many examples there are.
             parameters: the layer's.
         """
-        token = unwatched_token()
-        if scope is not None:
-            token = scope.token
-            scope.enter(self.layer, self.group)
+        token = enter(scope, self.layer, self.group)
         detached = (parameter.detach() for parameter in parameters)
         copies: tuple[Tensor, ...] = _Copies.apply(self, scope, batch_size, token, *detached)
         return copies

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.clipping.base import Clip, Settings
+from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.fused import FusedClip
 from opacus_bpclip.clipping.fused_use import FusedUse
 from opacus_bpclip.clipping.node import Call
@@ -96,6 +97,9 @@ class RecurrentClip(Clip):
 
     def leave(self, network: nn.Module, args: Args, output: Any) -> None:
         """End the run, also after an error."""
+        for scope in self.scopes.values():
+            if not self.steps[0].budget.joint:
+                scope.close()
         self.scopes = {}
         self.running, self.order = False, None
 
@@ -146,9 +150,11 @@ class _Step(FusedClip):
             ._replace(graph=_Run(self.run.batch_size, self.run.order))
         )
 
-    def use(self, g: Tensor, graph: Any, saved: Inputs, wants: tuple[bool, ...]) -> Use:
+    def use(
+        self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
+    ) -> Use:
         """Take the upstream gradient, and note where the examples are in packed sequences."""
-        use = super().use(g, graph, saved, wants)
+        use = super().use(g, graph, saved, target, wants)
         assert isinstance(use, FusedUse)
         order = graph.order
         return use if order is None else use.sorted_by(order)

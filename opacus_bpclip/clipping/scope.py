@@ -47,7 +47,7 @@ class Scope:
         fail: called with what is wrong; raises.
     """
 
-    token: Tensor
+    token: Tensor | None = None
 
     def __init__(self, target: Target, bound: str, *, at_once: bool) -> None:
         self.target = target
@@ -110,6 +110,14 @@ class Scope:
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._kept, self._found, self._task = {}, {}, task
+
+    def close(self) -> None:
+        """Let the token go: no more nodes come. The graph keeps it."""
+        self.token = None
+
+    def forget(self) -> None:
+        """Forget what has arrived: its backward pass will not end."""
+        self._kept, self._found, self._sums = {}, {}, {}
 
     def finish(self) -> dict[nn.Parameter, Tensor]:
         """Return the sums of the clipped gradients, and forget everything."""

@@ -63,6 +63,7 @@ class GradientGuard:
         passes: the backward passes that they came from.
         undoes_mean: whether the layers take gradients for those of a mean.
         loss: the watch of the criterion that every backward pass must come through, if any.
+        forget: called when the gradients at hand are thrown away.
         joint: whether all layers share a budget, and a layer may be used any number of times.
     """
 
@@ -76,6 +77,7 @@ class GradientGuard:
         self.loss: LossWatch | None = None
         self.undoes_mean = False
         self.joint = False
+        self.forget: Callable[[], None] = _nothing
         self._compiled = False
         self._in_forward = False
         self._batch_size = 0
@@ -106,6 +108,7 @@ class GradientGuard:
         self.violation = None
         self.refused = False
         self.passes.clear()
+        self.forget()
         for watched in self._watched.values():
             watched.clear()
 
@@ -213,6 +216,7 @@ class GradientGuard:
             PrivacyViolationError: always.
         """
         self.violation = reason
+        self.forget()
         raise PrivacyViolationError(reason)
 
     def begin_backward(self) -> Callable[[], None]:
@@ -262,6 +266,10 @@ class GradientGuard:
     def take(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the parameter's sum of contributions since the last step, ``None`` without any."""
         return self._watched[parameter].take()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _in_backward() -> bool:

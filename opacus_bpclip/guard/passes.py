@@ -46,10 +46,10 @@ class BackwardPasses:
         if forward in self._forwards:
             return None
         task = torch._C._current_graph_task_id()
+        if self._forwards and task == self._task:
+            return TWO_FORWARDS
         if not self.accumulation_allowed:
-            if self._forwards:
-                return TWO_FORWARDS if task == self._task else ACCUMULATION
-            if self._traced_task not in (None, task):
+            if self._forwards or self._traced_task not in (None, task):
                 return ACCUMULATION
         self._forwards[forward] = rows
         self._task = task

@@ -147,6 +147,18 @@ class Rule(ABC):
         """
         return {}
 
+    def by_example(self, g: Tensor, inputs: Inputs) -> Mapping[str, Tensor]:
+        """Return each example's gradients, ``[B, *parameter.shape]`` by name; empty if not known.
+
+        Only for speed: so those of a layer that is used several times are added up before they are
+        measured. Where a rule has none, the layer's backward pass runs once for each example.
+
+        Args:
+            g: gradient of the layer's output, batch first.
+            inputs: the prepared inputs.
+        """
+        return {}
+
     def size(self, kind: str, g: Tensor, input_norms: Tensor | None) -> Tensor:
         """Return what must be in the range of squares for `bound` to be right, ``[B]``.
 

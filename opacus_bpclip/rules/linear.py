@@ -92,7 +92,8 @@ class LinearRule(FusedRule):
     def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply ``g`` with the input, for each example."""
         dtype = bounds.norm_dtype(g.dtype)
-        rows, columns = (t.reshape(len(t), -1, t.shape[-1]).to(dtype) for t in (g, x))
+        positions = g.shape[1:-1].numel()
+        rows, columns = (t.reshape(len(t), positions, t.shape[-1]).to(dtype) for t in (g, x))
         return torch.matmul(rows.transpose(1, 2), columns)
 
     def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Proof: ``docs/rules/prelu.md``.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -80,6 +81,13 @@ class PReLURule(Rule):
         frobenius = torch.linalg.vector_norm(upstream, dim=(1, 2))
         vanishing = norms.smallest_column(dtype) * frobenius
         return exact + norms.rounding_margin(g.dtype, g.device) * weighted + vanishing + slack
+
+    def by_example(self, g: Tensor, inputs: Inputs) -> Mapping[str, Tensor]:
+        """Add up each slope's positions."""
+        (x,) = inputs
+        assert x is not None
+        value = self._by_slope(x).clamp(max=0)
+        return {"weight": (self._by_slope(g) * value).sum(dim=2)}
 
     def _by_slope(self, x: Tensor) -> Tensor:
         """View ``[B, ...]`` as ``[B, C, P]``, a channel for each slope."""

@@ -5,6 +5,7 @@ Part of ``DPMultiheadAttention(add_bias_kv=True)``. Proof: ``docs/rules/attentio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +51,10 @@ class SequenceBiasRule(Rule):
     def keeps(self, kind: str) -> Keep:
         """Keep nothing."""
         return Keep(inputs=False, norms=False)
+
+    def by_example(self, g: Tensor, inputs: Inputs) -> Mapping[str, Tensor]:
+        """Return the last token's gradient."""
+        return {"bias": g[:, -1]}
 
     def bound(
         self,

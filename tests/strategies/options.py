@@ -20,6 +20,6 @@ def clippings(draw: st.DrawFn) -> BackpropClipping:
     return layerwise(
         bound=bound,
         max_input_norm=draw(norms if bound == "product" else st.one_of(st.none(), norms)),
-        allocation=draw(st.sampled_from(["equal", "dimension"])),
-        upstream=draw(st.sampled_from([False, True])),
+        allocation=draw(st.sampled_from(["joint", "equal", "dimension"])),
+        normalize=draw(st.booleans()),
     )
