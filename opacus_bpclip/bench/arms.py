@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import BackpropClipping, PrivacyEngine
 from opacus_bpclip.bench.cases import batch, build
-from opacus_bpclip.bench.settings import BOUNDS, NON_PRIVATE, Case, is_compiled, method_of
+from opacus_bpclip.bench.settings import BACKPROP, NON_PRIVATE, Case, is_compiled, method_of
 
 Step = Callable[[], None]
+
+_MAX_INPUT_NORM = 3.0
 
 
 def make_step(arm: str, case: Case, device: torch.device) -> Step:
@@ -64,7 +66,22 @@ def make_step(arm: str, case: Case, device: torch.device) -> Step:
     return step
 
 
+def clipping_of(method: str) -> BackpropClipping:
+    """Return the options of an arm in `settings.BACKPROP`.
+
+    With a joint budget inputs are clipped only where the bound needs it, as by default. Layers with
+    budgets of their own clip them always, as the published method does.
+    """
+    budget, bound = method.split("-")
+    joint = budget == "joint"
+    return BackpropClipping(
+        allocation="joint" if joint else "dimension",
+        bound=bound,  # type: ignore[arg-type]
+        max_input_norm=None if joint and bound != "product" else _MAX_INPUT_NORM,
+    )
+
+
 def _options(method: str) -> dict[str, Any]:
-    if method in BOUNDS:
-        return {"clipping": "backprop", "backprop": BackpropClipping(bound=method)}  # type: ignore[arg-type]
+    if method in BACKPROP:
+        return {"clipping": "backprop", "backprop": clipping_of(method)}
     return {"clipping": "flat", "grad_sample_mode": method}

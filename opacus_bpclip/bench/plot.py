@@ -46,9 +46,11 @@ def draw(record: Record, path: Path) -> None:
     figure = new_figure(9, 3.6 * len(drawn) + 0.4, dpi=130)
     grid = figure.subplots(len(drawn), 2, squeeze=False)
     handles: dict[str, Any] = {}
+    measured = {own.arm for curve in drawn.values() for point in curve for own in point.arms}
+    arms = [arm for arm in ARMS if arm in measured and arm != base_of(arm)]
     for (axis, curve), (left, right) in zip(drawn.items(), grid, strict=True):
-        handles |= _draw(left, axis, curve, "time of a step", Comparison.time_ratio)
-        _draw(right, axis, curve, "peak memory", Comparison.memory_ratio)
+        handles |= _draw(left, axis, curve, arms, "time of a step", Comparison.time_ratio)
+        _draw(right, axis, curve, arms, "peak memory", Comparison.memory_ratio)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
 
@@ -57,11 +59,12 @@ def _draw(
     axes: Any,
     axis: str,
     curve: list[Comparison],
+    arms: list[str],
     what: str,
     ratio: Callable[[Comparison, str], Spread | None],
 ) -> dict[str, Any]:
     handles = {}
-    for index, arm in enumerate(arm for arm in ARMS if arm != base_of(arm)):
+    for index, arm in enumerate(arms):
         found = [(own.point.key[2], spread) for own in curve if (spread := ratio(own, arm))]
         if not found:
             continue

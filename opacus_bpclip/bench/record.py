@@ -15,7 +15,7 @@ from opacus_bpclip.jobs.environment import versions
 from opacus_bpclip.jobs.files import write_whole
 from opacus_bpclip.jobs.records import reading, require_same
 
-FORMAT = 1
+FORMAT = 2
 _PACKAGES = ("torch", "opacus", "opacus-bpclip")
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from opacus_bpclip.bench.record import Record
 from opacus_bpclip.bench.results import ArmResult, Comparison, Spread, median_of
-from opacus_bpclip.bench.settings import ARMS, GROWTHS, base_of
-from opacus_bpclip.bench.targets import verdicts
+from opacus_bpclip.bench.settings import ARMS, DEFAULT, GROWTHS, NON_PRIVATE, base_of
+from opacus_bpclip.bench.targets import rivals, verdicts
 from opacus_bpclip.jobs.tables import markdown
 
 _EMPTY = "No results yet."
@@ -22,18 +22,20 @@ def tables(record: Record) -> str:
 
 
 def summary(record: Record) -> str:
-    """Return one table with a line for each case: time and memory of the arms that matter most."""
-    cases = [own for own in record.comparisons if own.point.axis is None]
-    if not cases:
+    """Return one table with a line for each case: what the default options cost.
+
+    Time and memory, against training without privacy and against the best that Opacus has for each.
+    """
+    rows = [["case", "without privacy", "Opacus's fastest mode", "Opacus's smallest mode"]]
+    for own in record.comparisons:
+        if own.point.axis is None and own.arm(DEFAULT) is not None:
+            cells = (_against(own, other) for other in rivals(own))
+            rows.append([title(own), _of_default(own, NON_PRIVATE), *cells])
+    if len(rows) == 1:
         return _EMPTY
-    arms = [arm for arm in ARMS if arm != base_of(arm) and any(own.arm(arm) for own in cases)]
-    rows = [["case", *(f"`{arm}`" for arm in arms)]]
-    for own in cases:
-        cells = (_pair(own.time_ratio(arm), own.memory_ratio(arm)) for arm in arms)
-        rows.append([title(own), *cells])
     note = (
-        "Time of a whole training step / its peak memory, as ratios to training the same model "
-        "without privacy (medians)."
+        'Time of a whole training step / its peak memory with `clipping="backprop"`, as ratios to '
+        "what each column names (medians; below 1 is faster or smaller)."
     )
     return f"{note}\n{_circumstances(record)}\n\n{markdown(rows)}"
 
@@ -65,7 +67,7 @@ def _targets(record: Record) -> Iterator[str]:
     rows = [["case", "arm", "what", "target", "measured", "met"]]
     for comparison in record.comparisons:
         for own in verdicts(comparison):
-            sign = "<=" if own.at_most else ">="
+            sign = "<" if own.strict else "<="
             met = {True: "yes", False: "**no**", None: "-"}[own.met]
             limit = f"{sign} {own.limit:.2f}"
             row = [own.case, f"`{own.arm}`", own.what, limit, _number(own.measured), met]
@@ -127,6 +129,14 @@ def _fixed_sizes(comparison: Comparison) -> Iterator[str]:
 def _in_order(arms: Iterable[str]) -> list[str]:
     found = set(arms)
     return [arm for arm in ARMS if arm in found and arm != base_of(arm)]
+
+
+def _against(own: Comparison, rival: str | None) -> str:
+    return "-" if rival is None else f"{_of_default(own, rival)} (`{rival}`)"
+
+
+def _of_default(own: Comparison, base: str) -> str:
+    return _pair(own.time_ratio(DEFAULT, to=base), own.memory_ratio(DEFAULT, to=base))
 
 
 def _pair(time: Spread | None, memory: Spread | None) -> str:

@@ -16,11 +16,15 @@ from opacus_bpclip.jobs.values import (
 )
 
 NON_PRIVATE = "non-private"
-BOUNDS = ("product", "weighted", "exact")
+# The budget, then the bound. The first is what a user gets who names neither.
+JOINT = ("joint-exact", "joint-weighted", "joint-product")
+LAYERWISE = ("layerwise-exact", "layerwise-weighted", "layerwise-product")
+BACKPROP = JOINT + LAYERWISE
+DEFAULT = JOINT[0]
 OPACUS = ("hooks", "functorch", "ew", "ghost")
-EAGER = (NON_PRIVATE, *BOUNDS, *OPACUS)
+EAGER = (NON_PRIVATE, *BACKPROP, *OPACUS)
 _COMPILED = "-compiled"
-COMPILED = tuple(name + _COMPILED for name in (NON_PRIVATE, *BOUNDS))
+COMPILED = tuple(name + _COMPILED for name in (NON_PRIVATE, *BACKPROP))
 ARMS = EAGER + COMPILED
 
 DEVICES = ("cpu", "cuda")
@@ -69,7 +73,7 @@ CASES = {
     "lstm": Case("DPLSTM", "lstm", 32, width=128, length=32),
 }
 # The cases that the project's acceptance table names.
-ACCEPTANCE = ("cnn26k", "resnet18-gn", "transformer", "mlp")
+ACCEPTANCE = ("cnn26k", "resnet18-gn", "transformer", "mlp", "transformer-512")
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ GROWTHS = {
     "depth": Growth("transformer", "depth", (1, 2, 4, 8)),
     "length": Growth("transformer", "length", (16, 32, 64, 128, 256, 512)),
 }
-# Without `functorch` and `ew`, which nobody uses for speed.
-_GROWTH_ARMS = (NON_PRIVATE, *BOUNDS, "hooks", "ghost")
+# Without `functorch` and `ew`, which nobody uses for speed, and the bound that is never tighter.
+_GROWTH_ARMS = (NON_PRIVATE, *JOINT[:2], *LAYERWISE[:2], "hooks", "ghost")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Every case builds, and every arm takes a step of it or says why it does not."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,16 +11,26 @@ from opacus.grad_sample import (
     GradSampleModuleFastGradientClipping,
 )
 
-from opacus_bpclip import PrivacyEngine
+from opacus_bpclip import BackpropClipping, PrivacyEngine
 from opacus_bpclip.ab.models import count_parameters
 from opacus_bpclip.bench import arms
 from opacus_bpclip.bench.cases import batch, build
-from opacus_bpclip.bench.settings import BOUNDS, CASES, EAGER, OPACUS, points
+from opacus_bpclip.bench.settings import BACKPROP, CASES, EAGER, OPACUS, points
 from opacus_bpclip.hooks import BackpropClipModule
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 from tests.bench.tiny import tiny
 
 CPU = torch.device("cpu")
+# The defaults of the version that had no joint budget, so that its numbers can be compared.
+BEFORE = BackpropClipping(allocation="dimension", bound="weighted", max_input_norm=3.0)
+OPTIONS = {
+    "joint-exact": BackpropClipping(),
+    "joint-weighted": BackpropClipping(bound="weighted"),
+    "joint-product": BackpropClipping(bound="product", max_input_norm=3.0),
+    "layerwise-exact": replace(BEFORE, bound="exact"),
+    "layerwise-weighted": BEFORE,
+    "layerwise-product": BackpropClipping.paper(),
+}
 PARAMETERS = {
     "cnn26k": 26_010,
     "resnet18-gn": 11_173_962,
@@ -65,15 +76,15 @@ class Spy(PrivacyEngine):
         return Spy.returned
 
 
-@pytest.mark.parametrize("arm", BOUNDS + OPACUS)
+@pytest.mark.parametrize("arm", BACKPROP + OPACUS)
 def test_arm_is_the_method_that_it_is_named_after(arm, monkeypatch):
     monkeypatch.setattr(arms, "PrivacyEngine", Spy)
     with known_warnings_silenced():
         arms.make_step(arm, tiny("mlp"), CPU)
     model, optimizer, *_ = Spy.returned
-    if arm in BOUNDS:
+    if arm in BACKPROP:
         assert type(model) is BackpropClipModule
-        assert model._config.bound == arm
+        assert replace(model._config, uses="auto") == OPTIONS[arm]
     else:
         assert (
             type(model)
@@ -114,7 +125,7 @@ def test_compiled_arm_is_compiled_after_an_eager_batch(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     with known_warnings_silenced():
-        arms.make_step("weighted", tiny("mlp"), CPU)()
+        arms.make_step("joint-exact", tiny("mlp"), CPU)()
         assert compiled == []
-        arms.make_step("weighted-compiled", tiny("mlp"), CPU)()
+        arms.make_step("joint-exact-compiled", tiny("mlp"), CPU)()
     assert [type(model) for model in compiled] == [BackpropClipModule]

@@ -51,7 +51,15 @@ def test_growth_curve():
     assert [point.key for point in todo] == [
         ("cnn26k", "batch", size) for size in (16, 64, 256, 1024, 4096)
     ]
-    assert how.arms == ("non-private", "product", "weighted", "exact", "hooks", "ghost")
+    assert how.arms == (
+        "non-private",
+        "joint-exact",
+        "joint-weighted",
+        "layerwise-exact",
+        "layerwise-weighted",
+        "hooks",
+        "ghost",
+    )
     (last,) = [point for point in points((), "length") if point.key[2] == 512]
     assert last.case == CASES["transformer-512"]
 
@@ -72,10 +80,10 @@ def test_a_results_file_alone_is_only_rendered():
         ("--case mlp mlp", "--case must not name anything twice: mlp mlp"),
         ("--growth size", "--growth must be one of batch, width, depth, length, not 'size'"),
         ("--growth batch --case mlp", "--growth has a case of its own: leave --case out"),
-        ("--arms weighted", "--arms weighted needs non-private, which its ratios are to"),
+        ("--arms ghost", "--arms ghost needs non-private, which its ratios are to"),
         (
-            "--arms non-private exact-compiled",
-            "--arms exact-compiled needs non-private-compiled, which its ratios are to",
+            "--arms non-private joint-exact-compiled",
+            "--arms joint-exact-compiled needs non-private-compiled, which its ratios are to",
         ),
         ("--rounds 0", "--rounds must be at least 1, not 0"),
         ("--processes 0", "--processes must be at least 1, not 0"),
@@ -149,11 +157,11 @@ def small(monkeypatch):
 def test_whole_run_and_what_is_made_of_its_file(tmp_path, capsys):
     data, page = tmp_path / "r.json", tmp_path / "page.md"
     page.write_text("<!-- bench-tables -->\n<!-- /bench-tables -->\n")
-    options = ["--arms", "non-private", "weighted", "--rounds", "2"]
+    options = ["--arms", "non-private", "joint-exact", "--rounds", "2"]
     assert main(["bench", "--case", "mlp", *options, "--json", str(data)]) == 0
     out, err = capsys.readouterr()
     assert "### MLP, batch 2, width 8, depth 1" in out
-    assert "mlp (batch 2, width 8, depth 1): memory of weighted\n" in err
+    assert "mlp (batch 2, width 8, depth 1): memory of joint-exact\n" in err
     arms = json.loads(data.read_text())["comparisons"][0]["arms"]
     assert [len(own["seconds"]) for own in arms.values()] == [2, 2]
 
@@ -225,13 +233,13 @@ def test_compiled_arms_are_timed_apart_and_their_memory_is_not(monkeypatch):
         return dict.fromkeys(args[0], (1.0, 1.0)) if function is job.step_times else [1]
 
     monkeypatch.setattr(job, "call_in_child", note)
-    names = ("non-private", "exact", "non-private-compiled", "exact-compiled")
+    names = ("non-private", "joint-exact", "non-private-compiled", "joint-exact-compiled")
     (point,) = points(("mlp",), None)
     own = job.compare(point, Settings(names, rounds=2, processes=1))
     assert calls == [
         ("peak_memory", "non-private"),
-        ("peak_memory", "exact"),
-        ("step_times", ["non-private", "exact"]),
-        ("step_times", ["non-private-compiled", "exact-compiled"]),
+        ("peak_memory", "joint-exact"),
+        ("step_times", ["non-private", "joint-exact"]),
+        ("step_times", ["non-private-compiled", "joint-exact-compiled"]),
     ]
     assert [arm.peaks for arm in own.arms] == [(1,), (1,), None, None]

@@ -14,8 +14,8 @@ MEBIBYTE = 2**20
 
 
 def test_every_arm_has_a_time_for_every_round():
-    times = step_times(("non-private", "weighted"), tiny("mlp"), Settings(rounds=2))
-    assert {arm: len(own) for arm, own in times.items()} == {"non-private": 2, "weighted": 2}
+    times = step_times(("non-private", "joint-exact"), tiny("mlp"), Settings(rounds=2))
+    assert {arm: len(own) for arm, own in times.items()} == {"non-private": 2, "joint-exact": 2}
     assert min(map(min, times.values())) > 0
 
 
@@ -80,5 +80,5 @@ def test_tensor_bytes_counts_each_storage_once():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda raises without a GPU")
 def test_measures_on_a_gpu():
     settings = Settings(rounds=2, device="cuda")
-    assert min(peak_memory("weighted", tiny("mlp"), settings)) > 0
-    assert len(step_times(("weighted",), tiny("mlp"), settings)["weighted"]) == 2
+    assert min(peak_memory("joint-exact", tiny("mlp"), settings)) > 0
+    assert len(step_times(("joint-exact",), tiny("mlp"), settings)["joint-exact"]) == 2

@@ -25,7 +25,7 @@ def test_a_record_without_results_is_read_again(tmp_path):
     assert records.read(tmp_path / "r.json") == Record()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 2}'])
 def test_another_file_is_refused(text, tmp_path):
     path = tmp_path / "r.json"
     path.write_text(text)

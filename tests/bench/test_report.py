@@ -12,7 +12,8 @@ def test_a_case():
     assert "1 CPU thread(s); torch 2.13." in text
     assert "### CNN26k, batch 256\n\n1,234 parameters; rounds: 3.\n" in text
     assert (
-        "| `weighted` | 1.10 (1.10 to 1.15) | 2200 ms | 1.05 (1.05 to 1.05) | 105.0 MiB |" in text
+        "| `layerwise-weighted` | 1.10 (1.10 to 1.15) | 2200 ms | 1.05 (1.05 to 1.05) | 105.0 MiB |"
+        in text
     )
     assert "- `ew` does not run: RuntimeError: no rule for Tanh" in text
     assert "| `ew` |" not in text
@@ -20,15 +21,27 @@ def test_a_case():
 
 def test_targets():
     text = tables(record(CNN))
-    # 1.1 is 1.10000000000000009 here: the verdict is on the number, the table shows two digits.
-    assert "| cnn26k | `exact` | time | <= 1.60 | 2.00 | **no** |" in text
-    assert "| cnn26k | `weighted` | memory | <= 1.10 | 1.05 | yes |" in text
-    assert "| cnn26k | `product` | time | <= 1.10 | - | - |" in text
-    lead = "time of `ghost`, Opacus's fastest mode, over its own"
-    assert f"| cnn26k | `weighted` | {lead} | >= 1.80 | 2.27 | yes |" in text
-    assert f"| cnn26k | `exact` | {lead} | >= 1.00 | 1.25 | yes |" in text
-    smaller = "memory of `hooks`, Opacus's smallest mode, over its own"
-    assert f"| cnn26k | `weighted` | {smaller} | >= 1.00 | 2.86 | yes |" in text
+    assert "| cnn26k | `joint-exact` | time | <= 1.50 | 2.00 | **no** |" in text
+    assert "| cnn26k | `joint-exact` | memory | <= 1.50 | 1.50 | yes |" in text
+    faster = "time against `ghost`, Opacus's fastest mode"
+    assert f"| cnn26k | `joint-exact` | {faster} | < 1.00 | 0.80 | yes |" in text
+    smaller = "memory against `hooks`, Opacus's smallest mode"
+    assert f"| cnn26k | `joint-exact` | {smaller} | < 1.00 | 0.50 | yes |" in text
+    assert text.count("| cnn26k |") == 4
+
+
+def test_targets_against_opacus_are_of_every_case_and_a_tie_misses_them():
+    own = comparison(
+        "lstm", arm("non-private", [1.0]), arm("joint-exact", [2.0]), arm("ew", [2.0], (2**21,))
+    )
+    assert [(each.measured, each.met) for each in verdicts(own)] == [(1.0, False), (0.5, True)]
+
+
+def test_what_was_not_measured_has_no_verdict():
+    own = comparison("transformer", arm("non-private", [1.0]), arm("ew", [2.0]))
+    assert {(each.measured, each.met) for each in verdicts(own)} == {(None, None)}
+    text = tables(record(own))
+    assert "| transformer | `joint-exact-compiled` | time | <= 1.20 | - | - |" in text
 
 
 def test_growth_curve_has_no_targets():
@@ -36,25 +49,30 @@ def test_growth_curve_has_no_targets():
     assert "### Targets" not in text
     told = "Time ratio / memory ratio, medians; batch size 256, depth 2."
     assert f"### Growth with width: MLP\n\n{told}\n\n" in text
-    assert "| width | `weighted` |\n|---|---|\n| 128 | 1.25 / - |\n| 256 | 1.12 / - |" in text
+    assert "| width | `joint-exact` |\n|---|---|\n| 128 | 1.25 / - |\n| 256 | 1.12 / - |" in text
     assert [*verdicts(CURVE[0])] == []
 
 
 def test_growth_curve_of_a_model_without_other_sizes_says_no_more():
     curve = comparison(
-        "cnn26k", arm("non-private", [1.0]), arm("weighted", [2.0]), axis="batch", value=16
+        "cnn26k", arm("non-private", [1.0]), arm("joint-exact", [2.0]), axis="batch", value=16
     )
     assert "### Growth with batch: CNN26k\n\nTime ratio / memory ratio, medians.\n\n" in tables(
         record(curve)
     )
 
 
-def test_summary_leaves_growth_and_base_out():
-    text = summary(record(CNN, *CURVE))
+def test_summary_is_of_the_default_arm_in_cases():
+    other = comparison("lstm", arm("non-private", [1.0]), arm("layerwise-exact", [2.0]))
+    alone = comparison("mlp", arm("non-private", [1.0]), arm("joint-exact", [1.5]))
+    text = summary(record(CNN, *CURVE, other, alone))
     assert text.endswith(
-        "| case | `weighted` | `exact` | `hooks` | `ghost` |\n|---|---|---|---|---|\n"
-        "| CNN26k, batch 256 | 1.10 / 1.05 | 2.00 / 1.50 | 3.00 / 3.00 | 2.50 / 3.50 |"
+        "| case | without privacy | Opacus's fastest mode | Opacus's smallest mode |\n"
+        "|---|---|---|---|\n"
+        "| CNN26k, batch 256 | 2.00 / 1.50 | 0.80 / 0.43 (`ghost`) | 0.67 / 0.50 (`hooks`) |\n"
+        "| MLP, batch 256, width 2,048, depth 2 | 1.50 / 1.00 | - | - |"
     )
+    assert summary(record(*CURVE, other)) == "No results yet."
 
 
 def test_compiled_arms_have_a_base_of_their_own():
@@ -62,11 +80,11 @@ def test_compiled_arms_have_a_base_of_their_own():
         "transformer",
         arm("non-private", [4.0, 4.0]),
         arm("non-private-compiled", [2.0, 2.0], None),
-        arm("weighted-compiled", [3.0, 3.0], None),
+        arm("joint-exact-compiled", [3.0, 3.0], None),
     )
     text = tables(record(own))
-    assert "| `weighted-compiled` | 1.50 (1.50 to 1.50) | 3000 ms | - | - |" in text
-    assert "| transformer | `weighted-compiled` | time | <= 1.10 | 1.50 | **no** |" in text
+    assert "| `joint-exact-compiled` | 1.50 (1.50 to 1.50) | 3000 ms | - | - |" in text
+    assert "| transformer | `joint-exact-compiled` | time | <= 1.20 | 1.50 | **no** |" in text
 
 
 def test_nothing_measured():

@@ -14,22 +14,22 @@ def test_spread_interpolates_quartiles():
 
 
 def test_time_ratio_pairs_the_steps_of_a_round():
-    ratio = CNN.time_ratio("weighted")
+    ratio = CNN.time_ratio("layerwise-weighted")
     # 1.1, 1.1 and 1.2; the ratio of the medians over other pairs would differ.
     assert ratio.median == pytest.approx(1.1)
     assert ratio.high == pytest.approx(1.15)
-    assert CNN.time_ratio("hooks", to="exact").median == pytest.approx(1.5)
+    assert CNN.time_ratio("hooks", to="joint-exact").median == pytest.approx(1.5)
 
 
 def test_memory_ratio_is_to_the_median_peak():
-    assert CNN.memory_ratio("weighted").median == pytest.approx(1.05)
+    assert CNN.memory_ratio("layerwise-weighted").median == pytest.approx(1.05)
     assert CNN.memory_ratio("non-private").high == pytest.approx(1.5)
 
 
 def test_what_was_not_measured_has_no_ratio():
     assert CNN.time_ratio("functorch") is None
     assert CNN.time_ratio("ew") is None
-    assert CURVE[0].memory_ratio("weighted") is None
+    assert CURVE[0].memory_ratio("joint-exact") is None
     assert median_of(None) is None
 
 

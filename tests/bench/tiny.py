@@ -38,8 +38,8 @@ def record(*comparisons):
 CNN = comparison(
     "cnn26k",
     arm("non-private", [1.0, 2.0, 4.0], (100 * 2**20, 200 * 2**20, 100 * 2**20)),
-    arm("weighted", [1.1, 2.2, 4.8], (105 * 2**20,)),
-    arm("exact", [2.0, 4.0, 8.0], (150 * 2**20,)),
+    arm("layerwise-weighted", [1.1, 2.2, 4.8], (105 * 2**20,)),
+    arm("joint-exact", [2.0, 4.0, 8.0], (150 * 2**20,)),
     arm("hooks", [3.0, 6.0, 12.0], (300 * 2**20,)),
     arm("ghost", [2.5, 5.0, 10.0], (350 * 2**20,)),
     ArmResult("ew", failure="RuntimeError: no rule for Tanh"),
@@ -48,7 +48,7 @@ CURVE = tuple(
     comparison(
         "mlp",
         arm("non-private", [1.0, 1.0]),
-        arm("weighted", [ratio, ratio], None),
+        arm("joint-exact", [ratio, ratio], None),
         axis="width",
         value=width,
     )
