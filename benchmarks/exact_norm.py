@@ -1,10 +1,13 @@
 """From how many positions on an example's own gradient is cheaper than Gram matrices.
 
     python benchmarks/exact_norm.py
+    python benchmarks/exact_norm.py --allocation dimension
 
 For each layer: the time of its backward pass with Gram matrices over that with own gradients,
 median of paired rounds on one thread, and the flops of the Gram matrices for each number of the
-gradient, by which `exact_norms.own_is_cheaper` decides.
+gradient, by which `exact_norms.own_is_cheaper` decides. With a joint budget own gradients are kept
+until their factors are known, or a further product makes the sum; layers with budgets of their own
+add them up as they are made.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ LINEAR = {64: (2, 4, 8, 16), 256: (8, 16, 32, 64), 512: (16, 32, 64, 128), 1024:
 CONV = {64: (4, 8, 16), 128: (4, 8, 16), 256: (4, 8, 16)}
 
 
-def backward_of(layer: nn.Module, x: Tensor) -> Callable[[], float]:
+def backward_of(layer: nn.Module, x: Tensor, config: BackpropClipping) -> Callable[[], float]:
     """Return what times one backward pass through the layer, made private."""
     model, optimizer, _ = PrivacyEngine().make_private(
         module=layer,
@@ -39,7 +42,7 @@ def backward_of(layer: nn.Module, x: Tensor) -> Callable[[], float]:
         max_grad_norm=1.0,
         poisson_sampling=False,
         clipping="backprop",
-        backprop=BackpropClipping(bound="exact"),
+        backprop=config,
     )
 
     def seconds() -> float:
@@ -53,9 +56,9 @@ def backward_of(layer: nn.Module, x: Tensor) -> Callable[[], float]:
     return seconds
 
 
-def gram_over_own(layer: nn.Module, x: Tensor, rounds: int) -> float:
+def gram_over_own(layer: nn.Module, x: Tensor, config: BackpropClipping, rounds: int) -> float:
     """Return the median ratio of the two ways' times."""
-    seconds = backward_of(layer, x)
+    seconds = backward_of(layer, x, config)
 
     def by(own: bool) -> float:
         with patch.object(FusedRule, "sums_own", lambda *_: own):
@@ -69,7 +72,9 @@ def gram_over_own(layer: nn.Module, x: Tensor, rounds: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="of each layer (default: 15)")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--allocation", default="joint", choices=["joint", "dimension"])
+    args = parser.parse_args()
+    config = BackpropClipping(allocation=args.allocation, bound="exact")
     torch.set_num_threads(1)
     print("| layer | positions | flops for each number | time, Gram over own | chosen |")
     print("|---|---|---|---|---|")
@@ -88,7 +93,7 @@ def main() -> None:
     for name, layer, x, positions, outputs, inputs in cases:
         flops = 2 * positions**2 * (outputs + inputs) / (outputs * inputs)
         chosen = "own" if own_is_cheaper(positions, outputs, inputs) else "Gram"
-        ratio = gram_over_own(layer, x, rounds)
+        ratio = gram_over_own(layer, x, config, args.rounds)
         print(f"| {name} | {positions} | {flops:.1f} | {ratio:.2f} | {chosen} |", flush=True)
 
 

@@ -14,7 +14,11 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torchvision
@@ -24,8 +28,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import BackpropClipOptimizer, BackpropClipping, PrivacyEngine
 from opacus_bpclip.ab.models import build
+from opacus_bpclip.clipping import layers
+from opacus_bpclip.clipping.node import NodeClip
 from opacus_bpclip.guard.guard import GradientGuard
-from opacus_bpclip.guard.provenance import WatchedParameter
 from opacus_bpclip.sampling.log import Pass
 
 ALIVE = Pass()
@@ -102,30 +107,34 @@ def nothing(*_: object) -> None:
     """Check nothing."""
 
 
-# A guard that hands on whatever is in ``p.grad``, as code without a guard would.
-OFF = {
-    "take": lambda parameter: parameter.grad,
-    "enter_layer": lambda layer: False,
-    **dict.fromkeys(("enter_forward", "leave_forward", "require", "clear"), nothing),
-}
+@contextmanager
+def unwatched(guard: GradientGuard) -> Iterator[None]:
+    """Have the guard keep the sums and count rows, and neither it nor the layers check anything."""
 
+    def collect(sums: Mapping[nn.Parameter, Tensor]) -> None:
+        for parameter, total in sums.items():
+            guard._watched[parameter].add(total)
+        guard.passes.collected = guard.passes.count
 
-def switch(guard: GradientGuard, *, on: bool) -> None:
-    """Have the guard watch its model, or not."""
-    if not on:
-        guard.remove()
-        vars(guard).update(OFF)
-        return
-    for check in OFF:
-        vars(guard).pop(check, None)
-    guard._watched = {
-        parameter: WatchedParameter(own.name, own.parameter, own.uses, guard._judge, guard.fail)
-        for parameter, own in guard._watched.items()
+    def enter_forward(rows: int) -> None:
+        guard._forward += 1
+        guard._batch_size = rows
+
+    off: dict[str, Callable[..., Any]] = {
+        "collect": collect,
+        "enter_forward": enter_forward,
+        "enter_layer": lambda layer: True,
+        "begin_backward": lambda: partial(guard.passes.begin, guard._forward, guard._batch_size),
+        "leave_forward": nothing,
+        "require": nothing,
     }
-    guard._of_layer = {
-        name: tuple(guard._watched[own.parameter] for own in watched)
-        for name, watched in guard._of_layer.items()
-    }
+    with ExitStack() as stack:
+        for name in ("foreign_parameter", "replaced_parameter"):
+            stack.enter_context(patch.object(layers, name, nothing))
+        stack.enter_context(patch.object(NodeClip, "check", nothing))
+        for name, instead in off.items():
+            stack.enter_context(patch.object(guard, name, instead))
+        yield
 
 
 def main() -> None:
@@ -139,18 +148,14 @@ def main() -> None:
     for name, (make, inputs) in CASES.items():
         x = inputs()
         step, guard = make_step(make, x)
-        switch(guard, on=False)
         ratios = []
         for index in range(args.rounds + 3):
             seconds = {}
             for on in (True, False) if index % 2 else (False, True):
-                if on:
-                    switch(guard, on=True)
-                start = time.process_time()
-                step()
-                seconds[on] = time.process_time() - start
-                if on:
-                    switch(guard, on=False)
+                with nullcontext() if on else unwatched(guard):
+                    start = time.process_time()
+                    step()
+                    seconds[on] = time.process_time() - start
             if index >= 3:
                 ratios.append(seconds[True] / seconds[False])
         low, middle, high = statistics.quantiles(ratios, n=4)

@@ -2,8 +2,8 @@
 
     python benchmarks/tightness.py
 
-Inputs and upstream gradients are standard normal, the input is clipped to norm 3 as by default, and
-the true norm is the exact bound without its slack for rounding (float64).
+Inputs and upstream gradients are standard normal, the input is clipped to norm 3, which the product
+bound needs, and the true norm is the exact bound without its slack for rounding (float64).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from opacus.layers.dp_multihead_attention import SequenceBias
 from torch import Tensor, nn
 
-from opacus_bpclip.clipping.ops import clip_input
-from opacus_bpclip.rules import registered_kind
+from opacus_bpclip.rules import Inputs, registered_kind
+from opacus_bpclip.rules.scaling import prepare_inputs
 
 MAX_NORM = 3.0
 EXAMPLES = 256
@@ -76,10 +76,10 @@ def tightness(layer: nn.Module, draws: tuple[Draw, ...]) -> tuple[str, dict[str,
     found = registered_kind(type(layer))
     assert found is not None
     rule = found[1].from_module(layer)
-    inputs = tuple(draw() for draw in draws)
+    inputs: Inputs = tuple(draw() for draw in draws)
     # What the layer was not called with.
     inputs += (None,) * (rule.arguments - len(inputs))
-    clipped = clip_input(inputs, rule, MAX_NORM)
+    clipped = prepare_inputs(inputs, rule, MAX_NORM)
     g = torch.randn_like(layer(*clipped.inputs))
     norms = {
         kind: rule.bound(kind, g, clipped.inputs, clipped.norms, MAX_NORM)
