@@ -3,6 +3,7 @@
 from tests.mutants import (
     bounds,
     coupling,
+    joint,
     layers,
     losses,
     noise,
@@ -18,6 +19,7 @@ __all__ = [
     "Mutant",
     "bounds",
     "coupling",
+    "joint",
     "layers",
     "losses",
     "mutant",
