@@ -94,7 +94,8 @@ def measured(
 
 def largest_norm(dtype: torch.dtype, examples: int) -> float:
     """Return the largest norm that is taken for a number, of gradients divided by ``examples``."""
-    return float(torch.finfo(dtype).max ** 0.5 / (16 * max(examples, 1)))
+    largest: float = torch.finfo(dtype).max ** 0.5 / (16 * max(examples, 1))
+    return largest
 
 
 def clip_factors(

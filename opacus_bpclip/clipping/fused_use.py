@@ -16,12 +16,12 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import FusedRule, LinearRule
 from opacus_bpclip.rules.base import zero_rows
 from opacus_bpclip.rules.cancellation import kept
-from opacus_bpclip.rules.exact_norms import chunks, exact_chunk
+from opacus_bpclip.rules.exact_norms import chunks, exact_chunk, gram_is_cheaper
 from opacus_bpclip.rules.norms import row_norms
 
 # Examples' own gradients are kept until their factors are known, if they have at most so many times
 # as many numbers as input and upstream gradient, which they take the place of.
-_OWN_KEPT = 2
+_OWN_KEPT = 1
 
 
 class Measurement(NamedTuple):
@@ -132,12 +132,10 @@ class FusedUse(Use):
 
     def measure(self) -> Measured:
         """Bound the gradients by the bound that is asked for."""
-        rule, kind = self.rule, self.config.bound
-        if not rule.sums_own(kind, self.g):
+        rule = self.rule
+        keeps = self.weight.numel() <= _OWN_KEPT * (self.x[:1].numel() + self.g[:1].numel())
+        if not self._makes_own(keeps=keeps):
             return self._measured(self._bound(), self.g, self.columns, self.finite)
-        channels, positions = rule.upstream(self.g).shape[2:]
-        instead = self.x[:1].numel() + channels * positions
-        keeps = self.weight.numel() <= _OWN_KEPT * instead
         found: list[Measured] = []
         parts, gradients = [], []
         scaled = self._scaled(self.g)
@@ -155,6 +153,14 @@ class FusedUse(Use):
             if rule.bias:
                 self._bias_sums = rule.upstream(self.g).sum(dim=3).flatten(1)
         return _joined(found)
+
+    def _makes_own(self, *, keeps: bool) -> bool:
+        """Return whether to make the examples' own gradients in order to measure them."""
+        rule = self.rule
+        if not rule.sums_own(self.config.bound, self.g):
+            return False
+        channels, positions = rule.upstream(self.g).shape[2:]
+        return keeps or not gram_is_cheaper(positions, channels, rule.column_size())
 
     def _own_of(self, rows: slice, scaled: Tensor) -> tuple[Tensor, Measured, Tensor]:
         """Return some examples' own gradients, how large they are, and what part is kept."""

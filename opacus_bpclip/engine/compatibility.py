@@ -51,7 +51,9 @@ def try_out(
         CoverageError: examples are coupled, or uses are to be counted and cannot be.
     """
     config = with_uses(config, module, data_loader, batch_first=batch_first)
-    prober = Prober(module, loss_reduction=loss_reduction)
+    layers = trainable_layers(module, declared_uses(config), batch_first=batch_first)
+    joint = config.allocation == "joint"
+    prober = Prober(module, loss_reduction=loss_reduction, layers=layers.values() if joint else ())
     if config.probe:
         problem = prober.before_training(
             data_loader, batch_first=batch_first, loss_outside=loss_outside

@@ -48,9 +48,9 @@ class BackwardPasses:
         task = torch._C._current_graph_task_id()
         if self._forwards and task == self._task:
             return TWO_FORWARDS
-        if not self.accumulation_allowed:
-            if self._forwards or self._traced_task not in (None, task):
-                return ACCUMULATION
+        earlier = self._forwards or self._traced_task not in (None, task)
+        if earlier and not self.accumulation_allowed:
+            return ACCUMULATION
         self._forwards[forward] = rows
         self._task = task
         return None
@@ -67,7 +67,7 @@ class BackwardPasses:
 
     @property
     def is_mixed(self) -> bool:
-        """Return whether one backward pass goes through compiled graphs and through eager layers."""
+        """Return whether a backward pass goes through compiled graphs and eager layers."""
         return bool(self._forwards) and self._traced_task == self._task
 
     @property

@@ -117,8 +117,9 @@ class WatchedParameter:
 
     def _collect(self, parameter: Tensor) -> None:
         # Only what is accumulated counts: torch.autograd.grad takes a look and leaves.
-        assert self._arrived is not None
         gradient, self._arrived = self._arrived, None
+        if gradient is None:
+            return
         if gradient._version != self._version:
             self._fail(
                 f"A hook on {self.name} changed its gradient in place, after it was clipped. "

@@ -25,7 +25,8 @@ class Row:
         max_input_norm: what its input is clipped to, ``None`` where it is not.
         bound: how its gradient is bounded.
         uses: how often it may be used in one forward pass.
-        sensitivity: Delta_l, one for all layers that share a parameter; ``None`` while any module
+        sensitivity: Delta_l, one for all layers that share a parameter (with a joint budget, all of
+            ``max_grad_norm``); ``None`` while any module
             is refused.
         problem: why the model is refused, with the remedy; empty if it is not.
     """
@@ -89,7 +90,9 @@ def inspect(
     if fine:
         groups = tied_groups(trainable_layers(model, uses))
         sizes = {name: group.size for name, group in groups.items()}
-        for name, part in layer_fractions(sizes, config.allocation).items():
+        joint = config.allocation == "joint"
+        parts = dict.fromkeys(sizes, 1.0) if joint else layer_fractions(sizes, config.allocation)
+        for name, part in parts.items():
             for layer in groups[name].layers:
                 sensitivities[layer.name] = part * max_grad_norm
     return [
