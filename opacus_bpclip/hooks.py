@@ -85,7 +85,11 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             name: self._budget.target if joint else target_of(config) for name in layers
         }
         self._untried: str | None = None
-        self._prober = Prober(m, loss_reduction=loss_reduction)
+        self._prober = Prober(
+            m,
+            loss_reduction=loss_reduction,
+            layers=layers.values() if self._budget.joint else (),
+        )
         try:
             self._max_grad_norm = max_grad_norm
         except ValueError:

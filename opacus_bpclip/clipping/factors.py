@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -129,6 +129,33 @@ def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return other if one is None else one
     return one & other
+
+
+def joined(found: Sequence[Measured]) -> Measured:
+    """Return what was measured of several parts of a batch as one."""
+    sizes = [len(each.bound) for each in found]
+    usable = joined_keep([each.usable for each in found], sizes)
+    return Measured(torch.cat([each.bound for each in found]), usable)
+
+
+def joined_keep(keeps: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
+    """Return the flags of several parts of a batch as one; ``None`` if all are true."""
+    known = [keep for keep in keeps if keep is not None]
+    if not known:
+        return None
+    return torch.cat(
+        [
+            known[0].new_ones(size) if keep is None else keep
+            for keep, size in zip(keeps, sizes, strict=True)
+        ]
+    )
+
+
+def padded(x: Tensor, rows: int, *, fill: bool = False) -> Tensor:
+    """Add rows of zeros, or of ``fill``, up to a number."""
+    if len(x) == rows:
+        return x
+    return torch.cat([x, x.new_full((rows - len(x), *x.shape[1:]), fill)])
 
 
 def _all_below(bound: Tensor, limit: float) -> bool:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from opacus_bpclip.clipping.factors import Factors, Measured, Target, both, measured
+from opacus_bpclip.clipping.at_once import clip_at_once
+from opacus_bpclip.clipping.factors import Factors, Measured, Target, joined, measured, padded
 from opacus_bpclip.clipping.use import Clipped, FactorsOf, Sums, Use
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.model.layer import Layer
-from opacus_bpclip.rules import FusedRule, LinearRule
+from opacus_bpclip.rules import FusedRule
 from opacus_bpclip.rules.base import zero_rows
 from opacus_bpclip.rules.cancellation import kept
 from opacus_bpclip.rules.exact_norms import chunks, exact_chunk, gram_is_cheaper
@@ -84,52 +85,6 @@ class FusedUse(Use):
         """Return the dtype of the gradients."""
         return self.g.dtype
 
-    @property
-    def merges(self) -> bool:
-        """Return whether positions of several uses can be those of one."""
-        return isinstance(self.rule, LinearRule)
-
-    @classmethod
-    def of_all(cls, uses: Sequence[FusedUse]) -> FusedUse:
-        """Return one use of a linear layer, whose positions are those of all the uses.
-
-        Where a use has fewer rows, its sequences have ended: zeros are added.
-        """
-        first, rows = uses[0], max(len(use.g) for use in uses)
-
-        def joined(parts: list[Tensor | None]) -> Tensor | None:
-            present = [_padded(part, rows) for part in parts if part is not None]
-            return torch.cat(present, dim=2) if present else None
-
-        g, x = (
-            torch.cat(
-                [
-                    _padded(t.reshape(len(t), t.shape[1:-1].numel(), t.shape[-1]), rows)
-                    for t in part
-                ],
-                dim=1,
-            )
-            for part in ([use.g for use in uses], [use.x for use in uses])
-        )
-        finite = None
-        for use in uses:
-            if use.finite is not None:
-                finite = both(finite, _padded(use.finite, rows, fill=True))
-        measurement = Measurement(
-            joined([use.factor for use in uses]), joined([use.columns for use in uses]), finite
-        )
-        return cls(
-            first.layer,
-            first.config,
-            first.target,
-            first.examples,
-            g,
-            x,
-            first.weight,
-            measurement,
-            wants_input=False,
-        )
-
     def measure(self) -> Measured:
         """Bound the gradients by the bound that is asked for."""
         rule = self.rule
@@ -152,7 +107,7 @@ class FusedUse(Use):
             self._own = gradients
             if rule.bias:
                 self._bias_sums = rule.upstream(self.g).sum(dim=3).flatten(1)
-        return _joined(found)
+        return joined(found)
 
     def _makes_own(self, *, keeps: bool) -> bool:
         """Return whether to make the examples' own gradients in order to measure them."""
@@ -273,7 +228,7 @@ class FusedUse(Use):
         order, rows = self._order, len(self._order)
 
         def put(x: Tensor | None, *, fill: bool = False) -> Tensor | None:
-            return None if x is None else _padded(x, rows, fill=fill)[order]
+            return None if x is None else padded(x, rows, fill=fill)[order]
 
         measurement = Measurement(put(self.factor), put(self.columns), put(self.finite, fill=True))
         return FusedUse(
@@ -281,8 +236,8 @@ class FusedUse(Use):
             self.config,
             self.target,
             self.examples,
-            _padded(self.g, rows)[order],
-            _padded(self.x, rows)[order],
+            padded(self.g, rows)[order],
+            padded(self.x, rows)[order],
             self.weight,
             measurement,
             wants_input=False,
@@ -333,70 +288,4 @@ class FusedUse(Use):
 
     def clip(self, factors_of: FactorsOf) -> Clipped:
         """Clip with as few passes over the gradients as there can be."""
-        if not torch.compiler.is_compiling():
-            self._room = torch.empty_like(self.g)
-        if self.rule.weight and self.rule.sums_own(self.config.bound, self.g):
-            return self._clip_own(factors_of)
-        factors = factors_of(self._measured(self._bound(), self.g, self.columns, self.finite))
-        g = zero_rows(self.g, factors.keep)
-        sums = {}
-        # Before the products, which drive the gradient out of the processor's cache.
-        if self.rule.bias:
-            sums["bias"] = self.rule.bias_gradient(g, factors.factor) * self.examples
-        wanted = (self.wants_input, self.rule.weight)
-        dx, dw = self._products(g, factors.factor, wanted) if any(wanted) else (None, None)
-        if dw is not None:
-            sums["weight"] = dw
-        return Clipped(sums, (dx,))
-
-    def _clip_own(self, factors_of: FactorsOf) -> Clipped:
-        """Make, measure, scale and add up a few examples' own gradients at a time.
-
-        What is measured is the very thing that is added up, whatever rounding has made of it.
-        """
-        found: list[Factors] = []
-        parts: list[Tensor] = []
-        total: Tensor | None = None
-        scaled = self._scaled(self.g)
-        bytes_of_own = self.rule.own_bytes(self.g, self.weight)
-        for rows in chunks(len(self.g), exact_chunk(bytes_of_own, self.g.device)):
-            own, each, part = self._own_of(rows, scaled)
-            factors = factors_of(each)
-            flat = zero_rows(own.flatten(1), factors.keep)
-            by = (factors.factor * part.to(factors.factor.dtype)).to(flat.dtype)
-            total = by @ flat if total is None else total.add_(by @ flat)
-            found.append(factors)
-            parts.append(part)
-        assert total is not None
-        keep = _joined_keep([each.keep for each in found], [len(each.factor) for each in found])
-        by = torch.cat([each.factor for each in found])
-        sums = {"weight": total.view(self.weight.shape).to(self.weight.dtype) * self.examples}
-        if self.rule.bias:
-            part = torch.cat(parts).to(by.dtype)
-            g = zero_rows(self.g, keep)
-            sums["bias"] = self.rule.bias_gradient(g, by * part) * self.examples
-        return Clipped(sums, self.input_gradients(Factors(by, keep)))
-
-
-def _joined(found: list[Measured]) -> Measured:
-    sizes = [len(each.bound) for each in found]
-    usable = _joined_keep([each.usable for each in found], sizes)
-    return Measured(torch.cat([each.bound for each in found]), usable)
-
-
-def _joined_keep(keeps: list[Tensor | None], sizes: list[int]) -> Tensor | None:
-    known = [keep for keep in keeps if keep is not None]
-    if not known:
-        return None
-    return torch.cat(
-        [
-            known[0].new_ones(size) if keep is None else keep
-            for keep, size in zip(keeps, sizes, strict=True)
-        ]
-    )
-
-
-def _padded(x: Tensor, rows: int, *, fill: bool = False) -> Tensor:
-    if len(x) == rows:
-        return x
-    return torch.cat([x, x.new_full((rows - len(x), *x.shape[1:]), fill)])
+        return clip_at_once(self, factors_of)

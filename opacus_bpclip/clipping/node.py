@@ -18,13 +18,13 @@ from torch.utils.hooks import RemovableHandle
 from opacus_bpclip.clipping.base import Clip, Settings
 from opacus_bpclip.clipping.budget import BUDGETS
 from opacus_bpclip.clipping.factors import Target
-from opacus_bpclip.clipping.first_order import first_order
 from opacus_bpclip.clipping.scope import Scope, unwatched_token
 from opacus_bpclip.clipping.use import Use
 from opacus_bpclip.guard.call_checks import earlier_hook, ran_twice, wrong_batch
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Inputs
+from opacus_bpclip.rules.first_order import first_order
 
 
 class Call(NamedTuple):

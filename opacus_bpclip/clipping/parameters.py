@@ -11,7 +11,6 @@ from torch.utils.hooks import RemovableHandle
 from opacus_bpclip.clipping.alignment import Alignment
 from opacus_bpclip.clipping.base import Clip, Settings
 from opacus_bpclip.clipping.budget import BUDGETS
-from opacus_bpclip.clipping.first_order import first_order
 from opacus_bpclip.clipping.node import enter
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import OwnUse
@@ -19,6 +18,7 @@ from opacus_bpclip.guard.call_checks import ran_twice, replaced_parameter, wrong
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import BroadcastRule
+from opacus_bpclip.rules.first_order import first_order
 
 
 class ParameterClip(Clip):

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.clipping.factors import Factors, Measured, Target, both, clip_factors
-from opacus_bpclip.clipping.first_order import first_order
 from opacus_bpclip.clipping.together import measure_together, merged
 from opacus_bpclip.clipping.use import Sums, Use
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.call_checks import changed_since
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.rules.first_order import first_order
 
 _ENDED_BEFORE = (
     "Two backward passes went through parts of one forward pass: each would use the whole of "

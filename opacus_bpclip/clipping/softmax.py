@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.clipping.base import Clip
-from opacus_bpclip.clipping.first_order import first_order
 from opacus_bpclip.rules.cancellation import kept
+from opacus_bpclip.rules.first_order import first_order
 
 _KERNEL = "SoftmaxBackward0"
 

@@ -13,9 +13,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from opacus_bpclip.clipping.factors import Measured, both, measured
-from opacus_bpclip.clipping.fused_use import FusedUse
+from opacus_bpclip.clipping.factors import Measured, both, measured, padded
+from opacus_bpclip.clipping.fused_use import FusedUse, Measurement
 from opacus_bpclip.clipping.use import OwnUse, Use
+from opacus_bpclip.rules import LinearRule
 from opacus_bpclip.rules.exact_norms import chunks, exact_bound, exact_chunk
 from opacus_bpclip.rules.norms import (
     accumulation,
@@ -28,10 +29,48 @@ from opacus_bpclip.rules.norms import (
 
 def merged(uses: Sequence[Use]) -> Sequence[Use]:
     """Return uses of one linear layer as one use, whose positions are those of all."""
-    linear = [use for use in uses if isinstance(use, FusedUse) and use.merges]
+    linear = [use for use in uses if isinstance(use, FusedUse) and isinstance(use.rule, LinearRule)]
     if len(linear) < len(uses) or len({use.layer.name for use in uses}) > 1:
         return uses
-    return [FusedUse.of_all(linear)]
+    return [_positions_of_all(linear)]
+
+
+def _positions_of_all(uses: Sequence[FusedUse]) -> FusedUse:
+    """Return one use of a linear layer, whose positions are those of all the uses.
+
+    Where a use has fewer rows, its sequences have ended: zeros are added.
+    """
+    first, rows = uses[0], max(len(use.g) for use in uses)
+
+    def both_of(parts: list[Tensor | None]) -> Tensor | None:
+        present = [padded(part, rows) for part in parts if part is not None]
+        return torch.cat(present, dim=2) if present else None
+
+    g, x = (
+        torch.cat(
+            [padded(t.reshape(len(t), t.shape[1:-1].numel(), t.shape[-1]), rows) for t in part],
+            dim=1,
+        )
+        for part in ([use.g for use in uses], [use.x for use in uses])
+    )
+    finite = None
+    for use in uses:
+        if use.finite is not None:
+            finite = both(finite, padded(use.finite, rows, fill=True))
+    measurement = Measurement(
+        both_of([use.factor for use in uses]), both_of([use.columns for use in uses]), finite
+    )
+    return FusedUse(
+        first.layer,
+        first.config,
+        first.target,
+        first.examples,
+        g,
+        x,
+        first.weight,
+        measurement,
+        wants_input=False,
+    )
 
 
 def measure_together(uses: Sequence[Use], kind: str) -> Measured:

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.clipping.first_order import first_order
 from opacus_bpclip.losses.losses import mean_of_counted
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.rows import rows_are_coupled
+from opacus_bpclip.rules.first_order import first_order
 
 _PER_EXAMPLE = (
     "Pass a criterion with a `reduction` that gives [B, ...] with reduction='none', one row for "
