@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import hooks as grad_sample_module
-from opacus_bpclip.clipping import factors, fused, fused_use, layers, node, use
+from opacus_bpclip.clipping import at_once, factors, fused, fused_use, layers, node, use
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import Use
 from opacus_bpclip.guard import guard
@@ -145,14 +145,15 @@ def frozen_normalisations_left_to_autograd(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=coupling_killers.upstream_not_finite, says="the sum is not finite")
 def nan_passed_through(patch: pytest.MonkeyPatch) -> None:
     """An example that is not finite goes into the sum, and everybody's gradient is nan."""
-    for module in (factors, use, fused, fused_use, layers, base):
+    for module in (at_once, factors, use, fused, fused_use, layers, base):
         patch.setattr(module, "zero_rows", lambda x, keep: x)
 
 
 @mutant(killed_by=coupling_killers.upstream_of_a_sequence_not_finite, says="the sum is not finite")
 def nan_in_own_gradients_passed_through(patch: pytest.MonkeyPatch) -> None:
     """A gradient that is not finite is added up with factor zero, which makes it nan."""
-    patch.setattr(fused_use, "zero_rows", lambda x, keep: x)
+    for module in (at_once, fused_use):
+        patch.setattr(module, "zero_rows", lambda x, keep: x)
 
 
 @mutant(killed_by=guard_killers.weight_beside_its_layer, says="nothing bounds was released")
