@@ -29,13 +29,14 @@ from opacus_bpclip.jobs.figures import (
     open_frame,
 )
 
-# Colour, marker and dashes; through those of backprop shows the curve of flat, where both agree.
+# Colour, marker, dashes, width and height in the pile. Where curves agree, as flat's and backprop's
+# should, those above are thinner and broken, and let those below be seen.
 _STYLES = {
-    FLAT: (BLUE, "s", "-"),
-    FLAT_INPUT_CLIPPING: (ORANGE, "^", "-"),
-    BACKPROP: (GREEN, "o", "--"),
-    LAYERWISE: (PURPLE, "D", "-."),
-    PAPER: (RED, "v", ":"),
+    FLAT: (BLUE, "s", "-", 4.0, 2.1),
+    FLAT_INPUT_CLIPPING: (ORANGE, "^", "-", 2.6, 2.2),
+    LAYERWISE: (PURPLE, "D", (0, (4, 2)), 1.8, 2.3),
+    BACKPROP: (GREEN, "o", (0, (2, 4)), 1.8, 2.4),
+    PAPER: (RED, "v", ":", 1.8, 2.5),
 }
 
 
@@ -58,20 +59,24 @@ def draw(record: Record, path: Path) -> None:
     _label(axes, record)
     # Below the axes, where no curve can run under it.
     figure.legend(
-        loc="outside lower center", ncols=2, title=_legend_title(record.settings), frameon=False
+        loc="outside lower center",
+        ncols=2,
+        handlelength=3.5,  # long enough for the dashes to be told apart
+        title=_legend_title(record.settings),
+        frameon=False,
     )
     figure.savefig(path)
 
 
 def _draw_curve(axes: Any, result: ArmResult) -> None:
-    colour, marker, dashes = _STYLES[result.arm]
+    colour, marker, dashes, width, height = _STYLES[result.arm]
     epsilons = [epoch.epsilon for epoch in result.seeds[0].epochs]
     by_epoch = [
         [100 * epoch.accuracy for epoch in epochs]
         for epochs in zip(*(seed.epochs for seed in result.seeds), strict=True)
     ]
     rows = [(min(values), fmean(values), max(values)) for values in by_epoch]
-    line = {"linestyle": dashes, "linewidth": 1.8, "label": _legend(result)}
+    line = {"linestyle": dashes, "linewidth": width, "zorder": height, "label": _legend(result)}
     draw_band(axes, epsilons, rows, colour=colour, marker=marker, **line)
 
 
