@@ -52,6 +52,7 @@ def prepare(
     options: dict[str, Any] = {"clipping": "flat"}
     if backprop is not None:
         options = {"clipping": "backprop", "backprop": backprop}
+    assert noise_multiplier is not None
     engine = PrivacyEngine(accountant=settings.accountant)
     private_model, optimizer, private_loader = engine.make_private(
         module=model,

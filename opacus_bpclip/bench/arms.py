@@ -48,7 +48,7 @@ def make_step(arm: str, case: Case, device: torch.device) -> Step:
             max_grad_norm=1.0,
             poisson_sampling=False,
             # Of these, only ghost clipping needs it. The others take the loss as it is.
-            **({"criterion": criterion} if method_of(arm) == "ghost" else {}),
+            criterion=criterion if method_of(arm) == "ghost" else None,
             **_options(method_of(arm)),
         )
         criterion = criteria[0] if criteria else criterion

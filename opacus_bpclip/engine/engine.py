@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import opacus
+import torch
 from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.engine import extensions
@@ -41,15 +44,47 @@ class PrivacyEngine(opacus.PrivacyEngine):
         (1.0, {})
     """
 
-    def make_private(self, **kwargs: Any) -> Any:
-        """Make training private; all of Opacus's arguments, plus ``backprop``.
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        criterion: Any = None,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float | list[float],
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        backprop: BackpropClipping | None = None,
+        noise_generator: torch.Generator | None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Make training private.
 
         Args:
-            **kwargs: as for ``opacus.PrivacyEngine.make_private``. With ``clipping="backprop"``,
-                ``backprop`` holds the options (a `BackpropClipping`), ``max_grad_norm`` is one
-                number, and options that this method cannot honour are errors.
-                ``criterion`` is the loss, whose gradients then do not depend on the batch's size:
-                see `BackpropClipCriterion`.
+            module: the model.
+            optimizer: over its parameters.
+            criterion: the loss, whose gradients then do not depend on the batch's size: see
+                `BackpropClipCriterion`. For Opacus's own clippings, as in Opacus.
+            data_loader: the data set's loader; Poisson sampling takes its place.
+            noise_multiplier: the noise's standard deviation over ``max_grad_norm``.
+            max_grad_norm: joint L2 sensitivity of the summed gradient. One number with
+                ``clipping="backprop"``.
+            batch_first: whether the batch is the first axis of the model's inputs, or the second.
+            loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
+            poisson_sampling: whether every example enters a batch by a coin of its own.
+            clipping: ``"backprop"``, or one of Opacus's own.
+            backprop: the options of ``clipping="backprop"``; its defaults if left out.
+            noise_generator: what the noise is drawn from.
+            grad_sample_mode: as in Opacus; ``"hooks"`` with ``clipping="backprop"``.
+            wrap_model: whether to return the model wrapped, or the hooks that were attached to it.
+            rand_on_empty: as in Opacus; not with ``clipping="backprop"``.
+            **kwargs: what else Opacus takes for the other clippings.
 
         Returns:
             ``(module or hooks, optimizer, data_loader)``, as Opacus does; with a ``criterion``,
@@ -60,9 +95,92 @@ class PrivacyEngine(opacus.PrivacyEngine):
             CoverageError: the model has a trainable parameter that nothing bounds.
             ValueError: another argument is wrong. In both cases model and optimizer are unchanged.
         """
-        made = extensions.make_private(super().make_private, self, **kwargs)
+        made = extensions.make_private(
+            super().make_private,
+            self,
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            poisson_sampling=poisson_sampling,
+            clipping=clipping,
+            backprop=backprop,
+            noise_generator=noise_generator,
+            grad_sample_mode=grad_sample_mode,
+            wrap_model=wrap_model,
+            rand_on_empty=rand_on_empty,
+            **({} if criterion is None else {"criterion": criterion}),
+            **kwargs,
+        )
         self._optimizer = made[1]
         return made
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        criterion: Any = None,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float | list[float],
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        backprop: BackpropClipping | None = None,
+        noise_generator: torch.Generator | None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Make training private for a target epsilon.
+
+        Args:
+            module: as for `make_private`, like every argument that is not described here.
+            optimizer: see there.
+            criterion: see there.
+            data_loader: see there.
+            target_epsilon: what all epochs together may spend.
+            target_delta: at this delta.
+            epochs: how many there will be.
+            max_grad_norm: see there.
+            batch_first: see there.
+            loss_reduction: see there.
+            poisson_sampling: see there.
+            clipping: see there.
+            backprop: see there.
+            noise_generator: see there.
+            grad_sample_mode: see there.
+            wrap_model: see there.
+            **kwargs: options of the accountant's search for the noise multiplier.
+        """
+        return extensions.make_private_with_epsilon(
+            super().make_private_with_epsilon,
+            self,
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            epochs=epochs,
+            max_grad_norm=max_grad_norm,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            poisson_sampling=poisson_sampling,
+            clipping=clipping,
+            backprop=backprop,
+            noise_generator=noise_generator,
+            grad_sample_mode=grad_sample_mode,
+            wrap_model=wrap_model,
+            **({} if criterion is None else {"criterion": criterion}),
+            **kwargs,
+        )
 
     def save_checkpoint(
         self, *, checkpoint_dict: dict[str, Any] | None = None, **kwargs: Any
@@ -94,12 +212,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """Return the settings of the latest private training; ``None`` without any of ours."""
         optimizer = getattr(self, "_optimizer", None)
         return optimizer._settings() if isinstance(optimizer, OptimizerWrapper) else None
-
-    def make_private_with_epsilon(self, **kwargs: Any) -> Any:
-        """Make training private for a target epsilon; as ``make_private`` otherwise."""
-        return extensions.make_private_with_epsilon(
-            super().make_private_with_epsilon, self, **kwargs
-        )
 
     def validate(
         self,
