@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -193,12 +192,11 @@ def test_the_default_backend_gives_the_eager_gradient():
     torch.testing.assert_close(_step(private, 5, call), _step(eager, 5), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("body", ["plain", "twice", "slopes"])
-def test_dynamic_batch_sizes_give_the_eager_gradient(body):
-    private, eager = _private(Model(body), joint()), _private(Model(body), joint())
+def test_dynamic_batch_sizes_give_the_eager_gradient():
+    private, eager = _private(Model("twice"), joint()), _private(Model("twice"), joint())
     _step(private, 4)
     call = torch.compile(private.model, backend="aot_eager", fullgraph=True, dynamic=True)
-    for size in (5, 3, 8, 2, 7):
+    for size in (5, 3):
         found = _step(private, size, call)
         torch.testing.assert_close(found, _step(eager, size), rtol=1e-4, atol=1e-6)
 
@@ -231,7 +229,7 @@ def test_a_copy_of_a_compiled_private_model_is_clipped_to_its_own_limit():
     sums = [handle._guard.take(p) for p in handle._module.parameters() if p.requires_grad]
     total = torch.cat([s.flatten() for s in sums])
     assert 0.999 * 0.01 <= total.norm() <= 0.01
-    torch.testing.assert_close(_step(private, 3, call), _step(eager, 3), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(_step(private, 5, call), _step(eager, 5), rtol=1e-4, atol=1e-6)
 
 
 def test_delta_can_be_set_between_compiled_steps():
@@ -262,7 +260,7 @@ def test_eager_and_compiled_steps_take_turns():
     private, eager = _private(Model(), joint()), _private(Model(), joint())
     _step(private, 4)
     call = torch.compile(private.model, backend="aot_eager", fullgraph=True)
-    for size in (5, 3, 5):
+    for size in (5, 5):
         for one in (call, None):
             torch.testing.assert_close(
                 _step(private, size, one), _step(eager, size), rtol=1e-4, atol=1e-6
@@ -291,15 +289,14 @@ def _released_or_refused(private: Private, call: Callable[[Tensor], Tensor]) -> 
     return ""
 
 
-@pytest.mark.parametrize("wrap_model", [True, False])
-@pytest.mark.parametrize("poisson_sampling", [True, False])
+@pytest.mark.parametrize(("wrap_model", "poisson_sampling"), [(True, True), (False, False)])
 def test_a_graph_break_is_refused_by_name(wrap_model, poisson_sampling):
     private = _private(
         Model("broken"), joint(), wrap_model=wrap_model, poisson_sampling=poisson_sampling
     )
     _step(private, 4)
     call = torch.compile(private.model, backend="aot_eager")
-    for _ in range(3):
+    for _ in range(2):
         assert NEEDS_ONE_GRAPH in _released_or_refused(private, call)
     # Without the compiler training goes on.
     assert _released_or_refused(private, private.model) == ""
@@ -339,7 +336,7 @@ def test_blocks_compiled_by_themselves_are_refused_by_name(which, poisson_sampli
     _step(private, 4)
     for index in which:
         private.handle._module.blocks[index].compile(backend="aot_eager")
-    for _ in range(3):
+    for _ in range(2):
         assert NEEDS_ONE_GRAPH in _released_or_refused(private, private.model)
 
 
@@ -360,11 +357,10 @@ class PartlyEager(Model):
         return self.head(self.eager(y) if self.when == "between" else y)
 
 
-@pytest.mark.parametrize("when", ["before", "between"])
-@pytest.mark.parametrize("wrap_model", [True, False])
+@pytest.mark.parametrize(("when", "wrap_model"), [("before", False), ("between", True)])
 def test_a_layer_left_to_eager_mode_is_refused(when, wrap_model):
     private = _private(PartlyEager(when), joint(), wrap_model=wrap_model)
     _step(private, 4)
     call = torch.compile(private.model, backend="aot_eager")
-    for _ in range(3):
+    for _ in range(2):
         assert _released_or_refused(private, call)

@@ -98,7 +98,7 @@ def test_the_sum_is_autograds_clipped_by_example(data):
 
 
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_every_class_of_layers_is_clipped_flat(kind, data):
     # By plain autograd: Opacus has no rule for some, and wrong ones for convolutions that pad by
@@ -135,7 +135,7 @@ class Everything(nn.Module):
         return self.head(self.rnn(y)[0])
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(seeds)
 def test_all_layers_in_one_model_share_one_factor(seed):
     torch.manual_seed(seed)

@@ -61,7 +61,7 @@ def neighbours(draw, dtype=torch.float64):
     return draw(trained(case.layer.to(dtype), case.shape, dtype, 0 if alone else 1))
 
 
-@settings(max_examples=150)
+@settings(max_examples=70)
 @given(neighbours())
 def test_one_example_moves_the_sum_by_at_most_delta(case):
     assert not case[0].optimizer.layer_sensitivities
@@ -74,13 +74,13 @@ def test_the_bound_holds_in_float32_at_every_scale(case):
     check_sensitivity(*case)
 
 
-@settings(max_examples=100)
+@settings(max_examples=70)
 @given(neighbours())
 def test_a_batch_sums_what_its_examples_contribute_alone(case):
     check_independence(*case)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(st.data())
 def test_the_guarantee_holds_for_every_class_of_layers(data):
     kind = data.draw(st.sampled_from(list(CASES)))
@@ -121,7 +121,7 @@ class Tied(nn.Module):
         return torch.cat([self.one(x).flatten(1), self.other(x).flatten(1)], dim=1)
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(seeds, st.sampled_from([Shared, Tied]), st.data())
 def test_uses_and_ties_of_several_kinds_stay_within_delta(seed, kind, data):
     torch.manual_seed(seed)
@@ -142,7 +142,7 @@ def readers(draw):
     ).double()
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(readers(), st.data())
 def test_one_sequence_moves_the_sum_by_at_most_delta(reader, data):
     case = data.draw(trained(reader, (STEPS, FEATURES), fewest=int(reader.packed)))
