@@ -1,14 +1,15 @@
-"""The built-in cases: one layer family each, and a net whose layers all saturate at once.
+"""The built-in cases: a layer family each, layers that saturate together, and shared weights.
 
 Each has a worst case that enters before both clips: an input with one large entry, and an upstream
 gradient with one large entry that meets it. The layer's gradient is then one product of two single
-entries (and the bias's), of norm exactly Delta_l for every bound.
+entries (and the bias's), and every bound is its very norm: what is left of it after clipping is
+exactly Delta_l with a budget for each layer, and Delta over all layers with a joint one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -38,6 +39,7 @@ class Case:
         input_spikes: flat positions of the worst input's large entries.
         output_spikes: flat positions of the worst upstream gradient's.
         vocabulary: number of tokens, for inputs that are ids; the worst input repeats token 0.
+        uses: of layers that are used more than once, for budgets of each layer's own.
     """
 
     make_model: Callable[[], nn.Module]
@@ -46,6 +48,7 @@ class Case:
     input_spikes: tuple[int, ...] = (0,)
     output_spikes: tuple[int, ...] = (0,)
     vocabulary: int | None = None
+    uses: Mapping[str, int] = field(default_factory=dict)
 
     def target(
         self,
@@ -56,6 +59,7 @@ class Case:
         clipping: BackpropClipping | None = None,
     ) -> Target:
         """Return the case as something to audit, trained by the package's engine."""
+        clipping = replace(clipping or BackpropClipping(), uses=self.uses)
 
         def make(noise_multiplier: float) -> Trainer:
             return EngineTrainer(
@@ -108,7 +112,7 @@ class Branches(nn.Module):
     """Four layers side by side, each on its own part of the input and of the output.
 
     Nothing that one branch's example does limits another branch, so that all can reach their
-    Delta_l on the same example.
+    Delta_l on the same example. With a joint budget all of them use it up together.
     """
 
     def __init__(self) -> None:
@@ -123,6 +127,25 @@ class Branches(nn.Module):
         first, second, norm, conv = x.split(4, dim=1)
         outputs = self.first(first), self.second(second), self.norm(norm)
         return torch.cat([*outputs, self.conv(conv.unsqueeze(1)).flatten(1)], dim=1)
+
+
+class Shared(nn.Module):
+    """A layer that is used twice, and two layers that share a weight, side by side.
+
+    The uses of a weight can all pull it the same way: what they contribute adds up.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Linear(4, 3)
+        self.left, self.right = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+        self.right.weight = self.left.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, 16]`` to ``[B, 12]``."""
+        first, second, left, right = x.split(4, dim=1)
+        outputs = self.twice(first), self.twice(second), self.left(left), self.right(right)
+        return torch.cat(outputs, dim=1)
 
 
 def _bias_alone() -> nn.Module:
@@ -145,6 +168,14 @@ CASES: Mapping[str, Case] = {
     "group-norm": Case(lambda: nn.GroupNorm(5, 15), (15, 2), 30),
     "instance-norm": Case(lambda: nn.InstanceNorm1d(15, affine=True), (15, 3), 45),
     "branches": Case(Branches, (16,), 14, input_spikes=(0, 4, 8, 13), output_spikes=(0, 3, 6, 10)),
+    "shared": Case(
+        Shared,
+        (16,),
+        12,
+        input_spikes=(0, 4, 8, 12),
+        output_spikes=(0, 3, 6, 9),
+        uses={"twice": 2},
+    ),
 }
 
 

@@ -9,11 +9,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opacus_bpclip.audit.settings import (
+    ALLOCATIONS,
     ALPHA,
+    BOTH_BUDGETS,
     BOUNDS,
     CASE_NAMES,
     DELTA,
     MAX_GRAD_NORM,
+    MAX_INPUT_NORM,
     REDUCTIONS,
     TRIALS,
     Output,
@@ -51,7 +54,8 @@ def run(args: Namespace) -> int:
 def settings_for(**given: Any) -> Settings:
     """Return the settings with the given values; a user's model is audited as it is trained."""
     if given.get("model"):
-        given = {"bounds": ("weighted",), "loss_reductions": ("mean",), **given}
+        usual = {"allocations": ("joint",), "bounds": ("exact",), "loss_reductions": ("mean",)}
+        given = {**usual, **given}
     return Settings(**given)
 
 
@@ -78,7 +82,12 @@ def _add_targets(parser: ArgumentParser) -> None:
     group = Options(parser, "what is audited")
     group.several("--case", f"{', '.join(CASE_NAMES)} (default: all)", dest="cases")
     group.several(
-        "--bound", f"{', '.join(BOUNDS)} (default: all; weighted for --model)", dest="bounds"
+        "--allocation",
+        f"{', '.join(ALLOCATIONS)} (default: {', '.join(BOTH_BUDGETS)}; joint for --model)",
+        dest="allocations",
+    )
+    group.several(
+        "--bound", f"{', '.join(BOUNDS)} (default: all; exact for --model)", dest="bounds"
     )
     group.several(
         "--loss-reduction",
@@ -109,12 +118,16 @@ def _add_targets(parser: ArgumentParser) -> None:
         "MODULE:FACTORY",
     )
     group.number("--max-grad-norm", f"joint L2 sensitivity (default: {MAX_GRAD_NORM:g})")
-    group.number_or_none("--max-input-norm", "a number or none (default: 3)")
+    group.number_or_none(
+        "--max-input-norm",
+        f"a number or none (default: {MAX_INPUT_NORM:g} for the product bound and for layerwise "
+        "allocations, else none)",
+    )
 
 
 def _add_strength(parser: ArgumentParser) -> None:
     group = Options(parser, "how thoroughly")
-    group.flag("--full", "judge every bound and loss of a case statistically, not one in rotation")
+    group.flag("--full", "judge every combination of a case statistically, not one in rotation")
     group.integer(
         "--trials",
         f"one-step trials in each world; 0 for the deterministic checks alone (default: {TRIALS})",

@@ -18,11 +18,18 @@ from opacus_bpclip.audit import record as records
 from opacus_bpclip.audit.auditing import audit
 from opacus_bpclip.audit.cases import CASES, Reduction
 from opacus_bpclip.audit.record import Record
-from opacus_bpclip.audit.settings import Output, Settings, Task, shape_of, tasks
+from opacus_bpclip.audit.settings import (
+    MAX_INPUT_NORM,
+    Output,
+    Settings,
+    Task,
+    shape_of,
+    tasks,
+)
 from opacus_bpclip.audit.target import Target
 from opacus_bpclip.audit.user_target import Inputs, model_target
 from opacus_bpclip.audit.verdict import Verdict
-from opacus_bpclip.config import BackpropClipping, Bound
+from opacus_bpclip.config import Allocation, BackpropClipping, Bound
 from opacus_bpclip.jobs.errors import JobError, UsageError
 from opacus_bpclip.jobs.files import check_plot, check_writable
 from opacus_bpclip.jobs.loading import load_object, made_by
@@ -117,12 +124,21 @@ def build(settings: Settings, task: Task) -> Target:
         task.name,
         loss_reduction=cast(Reduction, task.loss_reduction),
         max_grad_norm=settings.max_grad_norm,
-        clipping=_clipping(settings, task),
+        clipping=clipping_of(settings, task),
     )
 
 
-def _clipping(settings: Settings, task: Task) -> BackpropClipping:
-    return BackpropClipping(bound=cast(Bound, task.bound), max_input_norm=settings.max_input_norm)
+def clipping_of(settings: Settings, task: Task) -> BackpropClipping:
+    """Return the options that a task is audited with."""
+    max_input_norm = settings.max_input_norm
+    if max_input_norm == "usual":
+        clips = task.bound == "product" or task.allocation != "joint"
+        max_input_norm = MAX_INPUT_NORM if clips else None
+    return BackpropClipping(
+        allocation=cast(Allocation, task.allocation),
+        bound=cast(Bound, task.bound),
+        max_input_norm=max_input_norm,
+    )
 
 
 def _loaded_target(path: str) -> Target:
@@ -151,7 +167,7 @@ def _loaded_model(settings: Settings, task: Task) -> Target:
         loss=load_object(settings.loss) if settings.loss else None,
         loss_reduction=task.loss_reduction,
         max_grad_norm=settings.max_grad_norm,
-        clipping=_clipping(settings, task),
+        clipping=clipping_of(settings, task),
     )
     target.make(settings.noise_multiplier)  # refusals of the model come before any work
     return target

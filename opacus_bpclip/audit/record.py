@@ -13,11 +13,19 @@ from opacus_bpclip.audit.verdict import Verdict, verdict_from_dict
 from opacus_bpclip.jobs.environment import commit, versions
 from opacus_bpclip.jobs.records import as_read, reading, require_same, write_record
 
-FORMAT = 1
+FORMAT = 2
 _PACKAGES = ("torch", "opacus", "opacus-bpclip", "numpy", "scipy")
 
 # Which targets are wanted may change between an audit and its continuation.
-_FREE_TO_CHANGE = ("cases", "bounds", "loss_reductions", "full", "target", "model")
+_FREE_TO_CHANGE = (
+    "cases",
+    "allocations",
+    "bounds",
+    "loss_reductions",
+    "full",
+    "target",
+    "model",
+)
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,8 @@ def _sections(record: Record, table: Callable[[Rows], str], title: str) -> list[
 
 
 def _deterministic(record: Record) -> Rows:
-    """Return a row for each case, over all its combinations of bound and loss."""
-    rows = [["target", "bounds and losses", "pairs", "largest change", "replay", "verdict"]]
+    """Return a row for each case, over all its combinations of allocation, bound and loss."""
+    rows = [["target", "combinations", "pairs", "largest change", "replay", "verdict"]]
     groups: dict[str, list[Verdict]] = {}
     for task, verdict in record.in_order:
         groups.setdefault(task.case or task.name, []).append(verdict)

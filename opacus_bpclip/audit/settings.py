@@ -7,9 +7,9 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
-from opacus_bpclip.config import Bound
+from opacus_bpclip.config import Allocation, Bound
 from opacus_bpclip.jobs.errors import UsageError
 from opacus_bpclip.jobs.values import (
     require_at_least_one,
@@ -30,7 +30,12 @@ CASE_NAMES = (
     "group-norm",
     "instance-norm",
     "branches",
+    "shared",
 )
+# Where the two ways to spend the budget differ.
+OF_SEVERAL_LAYERS = ("branches", "shared")
+ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
+BOTH_BUDGETS = ("joint", "dimension")
 BOUNDS: tuple[str, ...] = get_args(Bound)
 REDUCTIONS = ("mean", "sum")
 
@@ -38,6 +43,7 @@ TRIALS, ALPHA, DELTA = 10_000, 1e-6, 1e-5
 FEWEST_TRIALS = 100
 # Not 1: a sensitivity that was squared or left out must show.
 MAX_GRAD_NORM = 0.7
+MAX_INPUT_NORM = 3.0
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,14 @@ class Settings:
 
     Args:
         cases: built-in cases.
+        allocations: of the clipping.
         bounds: of the clipping.
         loss_reductions: of the loss.
         full: audit every combination statistically, not one for each case.
         noise_multiplier: claimed.
         max_grad_norm: joint L2 sensitivity.
-        max_input_norm: of the clipping.
+        max_input_norm: of the clipping; ``"usual"`` is none for joint budgets, as in training, and
+            3 where the product bound or a layerwise budget is to show that inputs are clipped.
         trials: one-step trials in each world; 0 leaves the statistical checks out.
         alpha: chance of one faultless target to be convicted by chance.
         delta: at which epsilon is compared.
@@ -67,12 +75,13 @@ class Settings:
     """
 
     cases: tuple[str, ...] = CASE_NAMES
+    allocations: tuple[str, ...] = BOTH_BUDGETS
     bounds: tuple[str, ...] = BOUNDS
     loss_reductions: tuple[str, ...] = REDUCTIONS
     full: bool = False
     noise_multiplier: float = 1.0
     max_grad_norm: float = MAX_GRAD_NORM
-    max_input_norm: float | None = 3.0
+    max_input_norm: float | Literal["usual"] | None = "usual"
     trials: int = TRIALS
     alpha: float = ALPHA
     delta: float = DELTA
@@ -85,11 +94,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         _require_some_of("--case", self.cases, CASE_NAMES)
+        _require_some_of("--allocation", self.allocations, ALLOCATIONS)
         _require_some_of("--bound", self.bounds, BOUNDS)
         _require_some_of("--loss-reduction", self.loss_reductions, REDUCTIONS)
         require_positive("--noise-multiplier", self.noise_multiplier)
         require_positive("--max-grad-norm", self.max_grad_norm)
-        require_positive("--max-input-norm", self.max_input_norm)
+        if self.max_input_norm != "usual":
+            require_positive("--max-input-norm", self.max_input_norm)
         require_probability("--alpha", self.alpha)
         require_probability("--delta", self.delta)
         if self.trials != 0 and self.trials < FEWEST_TRIALS:
@@ -132,13 +143,15 @@ class Task:
     Args:
         name: what the report calls it.
         case: a built-in case, or ``None`` for the user's own.
-        bound: of the clipping; empty for a target, which clips as it likes.
+        allocation: of the clipping; empty for a target, which clips as it likes.
+        bound: of the clipping; likewise.
         loss_reduction: of the loss; likewise.
         trials: one-step trials in each world; 0 for the deterministic checks alone.
     """
 
     name: str
     case: str | None
+    allocation: str
     bound: str
     loss_reduction: str
     trials: int
@@ -151,22 +164,36 @@ class Task:
 def tasks(settings: Settings) -> list[Task]:
     """Return what is to be audited, in the report's order.
 
-    Without ``full``, each case has its statistical audit in one combination of bound and loss; the
-    combinations take turns.
+    Without ``full``, a case has its statistical audit in one combination of bound, loss and
+    allocation; the combinations take turns. A case of several layers has it with every allocation.
     """
     if settings.target:
-        return [Task(settings.target, None, "", "", settings.trials)]
-    combinations = list(itertools.product(settings.loss_reductions, settings.bounds))
+        return [Task(settings.target, None, "", "", "", settings.trials)]
     names = [settings.model] if settings.model else list(settings.cases)
     found = []
     for name in names:
-        turn = CASE_NAMES.index(name) % len(combinations) if name in CASE_NAMES else 0
-        for number, (reduction, bound) in enumerate(combinations):
-            statistical = settings.full or settings.model is not None or number == turn
+        turns = None if settings.full or settings.model else _turns(settings, name)
+        for combination in itertools.product(
+            settings.loss_reductions, settings.bounds, settings.allocations
+        ):
+            reduction, bound, allocation = combination
             case = None if settings.model else name
-            trials = settings.trials if statistical else 0
-            found.append(Task(f"{name}, {bound}, {reduction}", case, bound, reduction, trials))
+            trials = settings.trials if turns is None or combination in turns else 0
+            label = f"{name}, {allocation}, {bound}, {reduction}"
+            found.append(Task(label, case, allocation, bound, reduction, trials))
     return found
+
+
+def _turns(settings: Settings, case: str) -> set[tuple[str, str, str]]:
+    """Return the combinations in which a case has its statistical audit."""
+    pairs = list(itertools.product(settings.loss_reductions, settings.bounds))
+    turn = CASE_NAMES.index(case)
+    reduction, bound = pairs[turn % len(pairs)]
+    allocations = settings.allocations
+    if case not in OF_SEVERAL_LAYERS:
+        # Each round through the pairs begins with another one.
+        allocations = (allocations[(turn + turn // len(pairs)) % len(allocations)],)
+    return {(reduction, bound, allocation) for allocation in allocations}
 
 
 @dataclass(frozen=True)

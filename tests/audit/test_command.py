@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from opacus_bpclip import BackpropClipping
 from opacus_bpclip.audit import CASES, command, job
-from opacus_bpclip.audit.settings import CASE_NAMES, Output, Settings, tasks
+from opacus_bpclip.audit.settings import BOTH_BUDGETS, CASE_NAMES, Output, Settings, Task, tasks
 from opacus_bpclip.cli import build_parser, main
 
 EVERY_OPTION = (
-    "--case conv bias --bound exact --loss-reduction sum --full --trials 500 --noise-multiplier 2 "
-    "--max-grad-norm 3 --max-input-norm none --alpha 0.01 --delta 1e-6 --seed 7 --json a.json "
+    "--case conv bias --allocation equal --bound exact --loss-reduction sum --full --trials 500 "
+    "--noise-multiplier 2 --max-grad-norm 3 --max-input-norm none --alpha 0.01 --delta 1e-6 --seed 7 --json a.json "
     "--resume --markdown a.md --plot a.png --processes 3"
 )
-ONE_CASE = "--case embedding --bound exact --loss-reduction sum --trials 100"
+ONE_CASE = "--case embedding --allocation joint --bound exact --loss-reduction sum --trials 100"
 
 
 def audit(*options):
@@ -23,13 +24,17 @@ def audit(*options):
 
 def test_without_options_every_case_is_audited_in_every_combination():
     planned = tasks(Settings())
-    assert len(planned) == 10 * 2 * 3
+    assert len(planned) == 11 * 2 * 3 * 2
     assert {task.case for task in planned} == set(CASES) == set(CASE_NAMES)
     statistical = [task for task in planned if task.trials]
-    assert [task.case for task in statistical] == list(CASE_NAMES)
-    # Every bound and every loss has its turn.
-    turns = [(task.loss_reduction, task.bound) for task in statistical]
-    assert len(set(turns)) == 6
+    # Each case once, and those of several layers with both ways to spend the budget.
+    assert [task.case for task in statistical] == [
+        *CASE_NAMES[:-2],
+        *(name for name in CASE_NAMES[-2:] for _ in BOTH_BUDGETS),
+    ]
+    # Every bound has its turn with every loss, and with each way to spend the budget.
+    assert len({(task.loss_reduction, task.bound) for task in statistical}) == 6
+    assert len({(task.allocation, task.bound) for task in statistical}) == 6
     assert {task.trials for task in statistical} == {10_000}
 
 
@@ -65,6 +70,7 @@ def test_every_option_reaches_the_settings():
     assert (args.pop("command"), args.pop("run")) == ("audit", command.run)
     assert command.settings_for(**args) == Settings(
         cases=("conv", "bias"),
+        allocations=("equal",),
         bounds=("exact",),
         loss_reductions=("sum",),
         full=True,
@@ -81,11 +87,31 @@ def test_every_option_reaches_the_settings():
 def test_a_model_is_audited_as_it_is_trained_unless_asked_otherwise():
     one = command.settings_for(model="a:b", input="3")
     assert [(t.name, t.case, t.trials) for t in tasks(one)] == [
-        ("a:b, weighted, mean", None, 10_000)
+        ("a:b, joint, exact, mean", None, 10_000)
     ]
-    assert (
-        len(tasks(command.settings_for(model="a:b", input="3", bounds=("exact", "product")))) == 2
-    )
+    more = {"bounds": ("exact", "product"), "allocations": ("joint", "equal")}
+    assert len(tasks(command.settings_for(model="a:b", input="3", **more))) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "allocation", "bound", "expected"),
+    [
+        ({}, "joint", "exact", None),
+        ({}, "joint", "product", 3.0),
+        ({}, "dimension", "exact", 3.0),
+        ({"max_input_norm": 2.0}, "joint", "exact", 2.0),
+        ({"max_input_norm": None, "bounds": ("exact",)}, "dimension", "exact", None),
+    ],
+)
+def test_inputs_are_clipped_where_that_is_to_be_seen(given, allocation, bound, expected):
+    task = Task("a", "linear", allocation, bound, "mean", 0)
+    assert job.clipping_of(Settings(**given), task).max_input_norm == expected
+
+
+def test_the_library_as_it_is_by_default_is_among_what_is_audited():
+    settings = Settings()
+    found = {job.clipping_of(settings, task) for task in tasks(settings)}
+    assert BackpropClipping() in found
 
 
 def test_a_pass(capsys, tmp_path):
@@ -103,8 +129,8 @@ def test_a_pass(capsys, tmp_path):
         == 0
     )
     out, err = capsys.readouterr()
-    assert err == "1 of 1  embedding, exact, sum: pass\n"
-    assert "embedding                  1    136          1.0000    same     pass" in out
+    assert err == "1 of 1  embedding, joint, exact, sum: pass\n"
+    assert "embedding             1    136          1.0000    same     pass" in out
     assert "pass: no violation found in the target. This is evidence, not proof." in out
     assert f"page: {files[1]}\nplot: {files[2]}\ndata: {files[0]}\n" in out
     (found,) = json.loads(files[0].read_text())["verdicts"]
@@ -117,7 +143,8 @@ def test_an_audit_that_is_asleep_has_a_status_of_its_own(capsys, monkeypatch):
     verdict = job.audit(CASES["bias"].target("bias"), trials=0)
     monkeypatch.setattr(type(verdict), "doubts", ("it was dark",))
     monkeypatch.setattr(job, "audit", lambda *args, **kwargs: verdict)
-    assert audit("--case", "bias", "--bound", "exact", "--trials", "0", "--no-progress") == 3
+    few = "--case bias --allocation joint --bound exact --trials 0 --no-progress"
+    assert audit(*few.split()) == 3
     out = capsys.readouterr().out
     assert "INCONCLUSIVE: the audit was asleep on 2 of 2 targets:\n\n- bias: asleep: it was" in out
 
@@ -129,7 +156,7 @@ def test_an_audit_that_is_asleep_has_a_status_of_its_own(capsys, monkeypatch):
         "--model users_code:net --input 4 --full",
         "--model users_code:net --input users_code:batch --loss users_code:loss",
         "--model users_code:net --input users_code:batch --loss users_code:sum_loss "
-        "--loss-reduction sum --bound exact --max-grad-norm 2",
+        "--loss-reduction sum --allocation dimension --max-grad-norm 2",
         "--model users_code:tokens --input 3 --vocabulary 7",
         "--model users_code:two --input users_code:batch --loss users_code:loss",
     ],
@@ -139,7 +166,9 @@ def test_a_users_own_model(options, capsys):
     assert audit(*options.split(), "--trials", "100" if "--full" in options else "0") == status
     out, err = capsys.readouterr()
     if status:
-        assert err.startswith("opacus-bpclip audit: error: users_code:two, weighted, mean cannot ")
+        assert err.startswith(
+            "opacus-bpclip audit: error: users_code:two, joint, exact, mean cannot "
+        )
     else:
         assert "pass: no violation found in the target" in out
 
@@ -155,8 +184,8 @@ def test_an_error_in_the_users_code_is_one_line(capsys):
     options = "--model users_code:net --input users_code:batch --loss users_code:broken_loss"
     assert audit(*options.split(), "--trials", "0") == 1
     assert capsys.readouterr().err == (
-        "opacus-bpclip audit: error: users_code:net, weighted, mean cannot be audited: TypeError: "
-        "no such loss\n"
+        "opacus-bpclip audit: error: users_code:net, joint, exact, mean cannot be audited: "
+        "TypeError: no such loss\n"
     )
 
 

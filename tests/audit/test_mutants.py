@@ -9,12 +9,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opacus_bpclip import BackpropClipOptimizer
+from opacus_bpclip import BackpropClipOptimizer, BackpropClipping
 from opacus_bpclip import hooks as grad_sample_module
 from opacus_bpclip.audit import audit_case
 from opacus_bpclip.clipping import allocation
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.rules import norms
+from tests.budgets import layerwise
+from tests.mutants import bounds, joint
+from tests.mutants.registry import take_for_a_mean
 
 
 def noise_shrunk(factor):
@@ -114,13 +117,13 @@ def root_of_the_layers_lost(patch):
 
 def mean_undone_after_clipping(patch):
     """The repaired reference code: g_i / |B| is clipped."""
-    take, layer_clips = GradientGuard.take, grad_sample_module.layer_clips
+    take = GradientGuard.take
 
     def mutant(self, parameter):
         gradient = take(self, parameter)
         return gradient if gradient is None else gradient * self._batch_size
 
-    patch.setattr(grad_sample_module, "layer_clips", lambda *a, mean: layer_clips(*a, mean=False))
+    take_for_a_mean(patch, False)
     patch.setattr(GradientGuard, "take", mutant)
 
 
@@ -140,7 +143,7 @@ def accounted_per_layer(patch):
 
     def mutant(self, closure=None):
         done = pre_step(self, closure)
-        for _ in list(self.layer_sensitivities)[1:]:
+        for _ in list(self._hooks._groups)[1:]:
             self.step_hook(self)
         return done
 
@@ -159,42 +162,55 @@ def empty_batches_skipped(patch):
     patch.setattr(BackpropClipOptimizer, "pre_step", mutant)
 
 
-# The mutant, the case, the trials that it takes, and what the verdict says.
+JOINT, LAYERWISE = BackpropClipping(), layerwise()
+
+# The mutant, the case, how it clips, the trials that it takes, and what the verdict says.
 MUTANTS = [
-    (noise_shrunk(1.2), "linear", 200, "does not follow its law: its scale is 0.8"),
-    (noise_shrunk(1.41), "linear", 200, "does not follow its law: its scale is 0.7"),
-    (noise_shrunk(2), "linear", 200, "does not follow its law: its scale is 0.5"),
-    (noise_shrunk(32), "linear", 200, "one step: mu is at least 2."),
-    (divided_by_the_batch_size_again, "linear", 100, "one step: mu is at least "),
-    (sensitivity_squared, "linear", 100, "does not follow its law: its scale is 0.7"),
-    (multiplier_squared, "linear", 100, "noise on an empty batch does not follow its law"),
-    (one_seed_for_all_layers, "branches", 100, "is correlated over parameters"),
-    (one_seed_for_all_steps, "linear", 100, "is correlated over steps"),
-    (noise_in_bfloat16, "linear", 100, "drawn in low precision"),
-    (no_noise_without_a_gradient, "linear", 0, "the same randomness gives other noise"),
-    (noise_scaled_to_the_gradient, "linear", 0, "the same randomness gives other noise"),
-    (root_of_the_layers_lost, "branches", 0, "moves the sum by 2 times the claimed"),
-    (mean_undone_after_clipping, "linear", 0, "times the claimed sensitivity"),
-    (bias_uncovered, "linear", 0, "moves the sum by 1.05"),
-    (embedding_positions_not_added_up, "embedding", 0, "moves the sum by 4 times"),
-    (accounted_per_layer, "branches", 0, "one step was accounted as 4 at noise multiplier 1"),
-    (empty_batches_skipped, "linear", 0, "whether the step is skipped depends on the data"),
+    (noise_shrunk(1.2), "linear", JOINT, 200, "does not follow its law: its scale is 0.8"),
+    (noise_shrunk(1.41), "linear", JOINT, 200, "does not follow its law: its scale is 0.7"),
+    (noise_shrunk(2), "linear", JOINT, 200, "does not follow its law: its scale is 0.5"),
+    (noise_shrunk(32), "linear", JOINT, 200, "one step: mu is at least 2."),
+    (divided_by_the_batch_size_again, "linear", JOINT, 100, "one step: mu is at least "),
+    (sensitivity_squared, "linear", JOINT, 100, "does not follow its law: its scale is 0.7"),
+    (multiplier_squared, "linear", JOINT, 100, "noise on an empty batch does not follow its law"),
+    (one_seed_for_all_layers, "branches", JOINT, 100, "is correlated over parameters"),
+    (one_seed_for_all_steps, "linear", JOINT, 100, "is correlated over steps"),
+    (noise_in_bfloat16, "linear", JOINT, 100, "drawn in low precision"),
+    (no_noise_without_a_gradient, "linear", JOINT, 0, "the same randomness gives other noise"),
+    (noise_scaled_to_the_gradient, "linear", JOINT, 0, "the same randomness gives other noise"),
+    (root_of_the_layers_lost, "branches", LAYERWISE, 0, "moves the sum by 2 times the claimed"),
+    (mean_undone_after_clipping, "linear", JOINT, 0, "times the claimed sensitivity"),
+    (mean_undone_after_clipping, "linear", LAYERWISE, 0, "times the claimed sensitivity"),
+    (bias_uncovered, "linear", LAYERWISE, 0, "moves the sum by 1.05"),
+    (embedding_positions_not_added_up, "embedding", LAYERWISE, 0, "moves the sum by 4 times"),
+    (accounted_per_layer, "branches", JOINT, 0, "one step was accounted as 4 at noise multipl"),
+    (empty_batches_skipped, "linear", JOINT, 0, "whether the step is skipped depends on the data"),
+    (joint.one_layer_not_measured, "branches", JOINT, 0, "times the claimed sensitivity"),
+    (joint.sums_made_before_all_is_measured, "branches", JOINT, 0, "times the claimed sensitivity"),
+    (joint.first_use_taken_for_all, "shared", JOINT, 0, "times the claimed sensitivity"),
+    (joint.tied_layers_measured_apart, "shared", JOINT, 0, "times the claimed sensitivity"),
+    (joint.norms_over_the_batchs_mean, "branches", JOINT, 0, "times the claimed sensitivity"),
+    (bounds.reuse_counted_once, "shared", LAYERWISE, 0, "times the claimed sensitivity"),
+    (bounds.tied_layers_limited_apart, "shared", LAYERWISE, 0, "times the claimed sensitivity"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("mutant", "case", "trials", "text"), MUTANTS, ids=[m[0].__name__ for m in MUTANTS]
+    ("mutant", "case", "clipping", "trials", "text"),
+    MUTANTS,
+    ids=[f"{m[0].__name__}-{m[2].allocation}" for m in MUTANTS],
 )
-def test_the_mutant_is_convicted(mutant, case, trials, text, monkeypatch):
+def test_the_mutant_is_convicted(mutant, case, clipping, trials, text, monkeypatch):
     mutant(monkeypatch)
-    verdict = audit_case(case, trials=trials, searches=0)
+    verdict = audit_case(case, clipping=clipping, trials=trials, searches=0)
     assert verdict.outcome == "violation"
     assert any(text in violation for violation in verdict.violations), verdict.violations
 
 
-@pytest.mark.parametrize("case", ["linear", "branches", "embedding"])
-def test_the_real_code_passes_the_same_audit(case):
-    verdict = audit_case(case, trials=100, searches=0)
+@pytest.mark.parametrize("clipping", [JOINT, LAYERWISE], ids=["joint", "layerwise"])
+@pytest.mark.parametrize("case", ["linear", "branches", "shared", "embedding"])
+def test_the_real_code_passes_the_same_audit(case, clipping):
+    verdict = audit_case(case, clipping=clipping, trials=100, searches=0)
     assert (verdict.violations, verdict.outcome) == ((), "pass")
 
 

@@ -17,7 +17,7 @@ from opacus_bpclip.jobs import environment
 from opacus_bpclip.jobs.errors import JobError, UsageError
 from tests.audit.mechanisms import Gaussian, target
 
-SETTINGS = Settings(cases=("linear", "bias"), bounds=("exact",), trials=100)
+SETTINGS = Settings(cases=("linear", "bias"), allocations=("joint",), bounds=("exact",), trials=100)
 
 
 class Half(Gaussian):
@@ -74,7 +74,7 @@ def test_progress_and_file_after_every_target(stubbed, tmp_path, capsys):
     names = [task.name for task in tasks(SETTINGS)]
     assert stubbed == names
     assert done.is_complete
-    assert capsys.readouterr().err.splitlines()[0] == "1 of 4  linear, exact, mean: pass"
+    assert capsys.readouterr().err.splitlines()[0] == "1 of 4  linear, joint, exact, mean: pass"
     held = json.loads(path.read_text())
     assert held["complete"]
     assert [found["task"]["name"] for found in held["verdicts"]] == names
@@ -88,7 +88,7 @@ def test_a_continued_audit_does_only_what_is_left(stubbed, tmp_path):
     job.run_audits(few, Output(json=path, progress=False))
     stubbed.clear()
     done = job.run_audits(SETTINGS, Output(json=path, resume=True, progress=False))
-    assert stubbed == ["bias, exact, mean", "bias, exact, sum"]
+    assert stubbed == ["bias, joint, exact, mean", "bias, joint, exact, sum"]
     assert len(done.in_order) == 4
     # What is not asked for again is left out.
     less = job.run_audits(few, Output(json=path, resume=True, progress=False))
@@ -168,14 +168,14 @@ def test_the_report_of_a_pass(verdicts):
         "noise multiplier 1, seed 0; statistical checks: 100 one-step trials in each world, alpha "
         "1e-06 for each target, delta 1e-05"
     )
-    assert "\nlinear                  2      4          1.0000    same     pass\n" in text
+    assert "\nlinear             2      4          1.0000    same     pass\n" in text
     assert "\nEmpirical epsilon:\n\ntarget" in text
     assert text.endswith("pass: no violation found in all 4 targets. This is evidence, not proof.")
 
 
 def test_the_report_of_a_violation_says_what_it_is(verdicts):
     text = render(finished(verdicts, "violation", "pass"))
-    assert "VIOLATION in 1 of 2 targets:\n\n- linear, exact, mean: one example moves" in text
+    assert "VIOLATION in 1 of 2 targets:\n\n- linear, joint, exact, mean: one example moves" in text
     assert "inf  1 differ  VIOLATION" in text
 
 
@@ -183,7 +183,7 @@ def test_the_report_of_an_audit_asleep(verdicts):
     text = render(finished(verdicts, "asleep"))
     assert "0.5000    same   asleep" in text
     assert "Empirical epsilon" not in text
-    assert "- linear, exact, mean: asleep: the worst case reaches only 0.5 of the" in text
+    assert "- linear, joint, exact, mean: asleep: the worst case reaches only 0.5 of the" in text
 
 
 def test_a_single_target_is_named_as_one(verdicts):

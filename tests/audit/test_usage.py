@@ -26,6 +26,10 @@ def error_of(capsys, *options, lines=1):
             "--case dense",
             f"--case must be one of {', '.join(CASE_NAMES)}, not 'dense'",
         ),
+        (
+            "--allocation fair",
+            "--allocation must be one of joint, equal, dimension, not 'fair'",
+        ),
         ("--bound loose", "--bound must be one of product, weighted, exact, not 'loose'"),
         ("--loss-reduction max", "--loss-reduction must be one of mean, sum, not 'max'"),
         ("--case conv conv", "--case must not name anything twice: conv conv"),
