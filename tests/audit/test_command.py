@@ -12,8 +12,8 @@ from opacus_bpclip.cli import build_parser, main
 
 EVERY_OPTION = (
     "--case conv bias --allocation equal --bound exact --loss-reduction sum --full --trials 500 "
-    "--noise-multiplier 2 --max-grad-norm 3 --max-input-norm none --alpha 0.01 --delta 1e-6 --seed 7 --json a.json "
-    "--resume --markdown a.md --plot a.png --processes 3"
+    "--noise-multiplier 2 --max-grad-norm 3 --max-input-norm none --alpha 0.01 --delta 1e-6 "
+    "--seed 7 --json a.json --resume --markdown a.md --plot a.png --processes 3"
 )
 ONE_CASE = "--case embedding --allocation joint --bound exact --loss-reduction sum --trials 100"
 
