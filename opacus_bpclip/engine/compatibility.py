@@ -51,9 +51,9 @@ def try_out(
         CoverageError: examples are coupled, or uses are to be counted and cannot be.
     """
     config = with_uses(config, module, data_loader, batch_first=batch_first)
-    layers = trainable_layers(module, declared_uses(config), batch_first=batch_first)
-    joint = config.allocation == "joint"
-    prober = Prober(module, loss_reduction=loss_reduction, layers=layers.values() if joint else ())
+    ordered = config.probe and config.allocation == "joint"
+    layers = trainable_layers(module, batch_first=batch_first) if ordered else {}
+    prober = Prober(module, loss_reduction=loss_reduction, layers=layers.values())
     if config.probe:
         problem = prober.before_training(
             data_loader, batch_first=batch_first, loss_outside=loss_outside

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,6 +37,15 @@ class Companions:
     after: int
     rows: Sequence[int]
     places: Sequence[int]
+
+
+def partitions(count: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield ways to divide examples in two, so that any two of them are once apart."""
+    for bit in range((count - 1).bit_length()):
+        sides: tuple[list[int], list[int]] = ([], [])
+        for row in range(count):
+            sides[row >> bit & 1].append(row)
+        yield sides
 
 
 def layouts(one: torch.Size, other: torch.Size, companions: Companions) -> list[Layout] | None:

@@ -7,20 +7,27 @@ proves nothing; ``docs/guarantee.md`` says what it finds and how weak that may b
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
+from opacus.layers.dp_rnn import DPRNNBase
 from torch import nn
 
+from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.probe import ragged
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
+from opacus_bpclip.probe.comparison import partitions
 from opacus_bpclip.probe.copies import Copy
+from opacus_bpclip.probe.order import Rows, rows_of_layers
 from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.recording import ChangedLaterError, Recording
-from opacus_bpclip.probe.search import Search, partitions, same
+from opacus_bpclip.probe.search import Search, same
 
 
-def find_coupling(model: nn.Module, batch: Batch, *, loss_reduction: str) -> Problem | None:
+def find_coupling(
+    model: nn.Module, batch: Batch, *, loss_reduction: str, layers: Iterable[Layer] = ()
+) -> Problem | None:
     """Return what couples the examples of a batch, with the remedy; ``None`` if nothing is found.
 
     The model is left as it was: its parameters, buffers and training flags, and the random number
@@ -32,36 +39,65 @@ def find_coupling(model: nn.Module, batch: Batch, *, loss_reduction: str) -> Pro
             values of integers, so that different parts of them count.
         loss_reduction: ``"mean"`` or ``"sum"``: what a tensor without a batch axis, such as a loss
             that the model computes itself, must be over its examples.
+        layers: those that must meet the examples in the batch's order, as with a joint budget.
 
     Raises:
         UntriedError: the model does not run on this batch or on parts of it.
     """
-    reason = ""
+    reason, rows = "", rows_of_layers(model, layers)
     for double in (True, False):
         if double and not Copy.fits(model):
             continue
         try:
-            return _searched(model, batch, loss_reduction, double=double)
+            return _searched(model, batch, loss_reduction, rows, double=double)
         except Exception as error:  # whatever the model's own code raises
             reason = first_line(error)
     raise UntriedError(reason)
 
 
 def _searched(
-    model: nn.Module, batch: Batch, loss_reduction: str, *, double: bool
+    model: nn.Module, batch: Batch, loss_reduction: str, rows: Rows, *, double: bool
 ) -> Problem | None:
     batch = batch.select(range(min(batch.size, EXAMPLES)))
     for copied in (False, True):
         try:
             with Copy(model, double=double, copied=copied) as copy:
-                problem = Search(copy, batch, loss_reduction).problem()
-                return problem or _problem_when_ragged(copy, batch, loss_reduction)
+                return (
+                    Search(copy, batch, loss_reduction, rows).problem()
+                    or _problem_when_ragged(copy, batch, loss_reduction, rows)
+                    or _problem_when_sorted(copy, batch, rows)
+                )
         except ChangedLaterError:
             continue
     raise AssertionError("copies do not change")
 
 
-def _problem_when_ragged(copy: Copy, batch: Batch, loss_reduction: str) -> Problem | None:
+def _problem_when_sorted(copy: Copy, batch: Batch, rows: Rows) -> Problem | None:
+    """Return which layer has another order where the examples are of several lengths."""
+    for variant in _of_several_lengths(copy, batch) if rows else ():
+        try:
+            problem = Search(copy, variant, "mean", rows).problem_of_order()
+        except ChangedLaterError:
+            raise
+        except Exception:  # whatever the model's own code raises
+            continue
+        if problem is not None:
+            return problem
+    return None
+
+
+def _of_several_lengths(copy: Copy, batch: Batch) -> Iterator[Batch]:
+    counted = ragged.counted(batch, copy.model, accelerated=copy.device.type != "cpu")
+    if counted is not None:
+        yield counted
+    # Others have no reason to sort by where a sequence ends.
+    if any(isinstance(part, (nn.RNNBase, DPRNNBase)) for part in copy.model.modules()):
+        yield ragged.ended(batch)
+
+
+def _problem_when_ragged(
+    copy: Copy, batch: Batch, loss_reduction: str, layers: Rows
+) -> Problem | None:
     """Return what is wrong when the examples differ in how much of them counts.
 
     Values that the model does not run on are none that it is trained with.
@@ -69,7 +105,7 @@ def _problem_when_ragged(copy: Copy, batch: Batch, loss_reduction: str) -> Probl
     start = ragged.padded(batch)
     if start is None:
         return None
-    problem = _problem_of_numbers(copy, start, loss_reduction)
+    problem = _problem_of_numbers(copy, start, loss_reduction, layers)
     accelerated = copy.device.type != "cpu"
     _, rows = next(partitions(batch.size))
     with ragged.IgnoredIndices() as losses:
@@ -92,11 +128,13 @@ def _problem_when_ragged(copy: Copy, batch: Batch, loss_reduction: str) -> Probl
     return problem
 
 
-def _problem_of_numbers(copy: Copy, batch: Batch, loss_reduction: str) -> Problem | None:
-    for spread in (nullcontext(), copy.spread()):
+def _problem_of_numbers(
+    copy: Copy, batch: Batch, loss_reduction: str, rows: Rows | None = None
+) -> Problem | None:
+    for spread, ordered in ((nullcontext(), rows or {}), (copy.spread(), {})):
         try:
             with spread:
-                problem = Search(copy, batch, loss_reduction).problem_of_numbers()
+                problem = Search(copy, batch, loss_reduction, ordered).problem_of_numbers()
         except ChangedLaterError:
             raise
         except Exception:  # whatever the model's own code raises

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
 
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.model.coverage import trainable_layers
-from opacus_bpclip.probe import problems
+from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.probe import problems, ragged
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
-from opacus_bpclip.probe.copies import Copy
+from opacus_bpclip.probe.copies import Copy, device_of
 from opacus_bpclip.probe.coupling import find_coupling
 from opacus_bpclip.probe.forms import made_up_batches
 from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
@@ -24,13 +26,17 @@ class Prober:
     Args:
         model: the model.
         loss_reduction: ``"mean"`` or ``"sum"``.
+        layers: those whose rows must be in the batch's order: with a joint budget all, else none.
 
     Attributes:
         passed: the ways of calling the model that need no further search.
     """
 
-    def __init__(self, model: nn.Module, *, loss_reduction: str) -> None:
+    def __init__(
+        self, model: nn.Module, *, loss_reduction: str, layers: Iterable[Layer] = ()
+    ) -> None:
         self.model = model
+        self.layers = tuple(layers)
         self.loss_reduction = loss_reduction
         self.passed: set[object] = set()
 
@@ -52,7 +58,7 @@ class Prober:
         found = None
         for batch in made_up_batches(loader, self.model, batch_first=batch_first):
             try:
-                problem = self._search(batch)
+                problem = self._search_made_up(batch)
             except UntriedError:
                 continue
             if problem is None or not (loss_outside and problem.of_loss):
@@ -71,22 +77,40 @@ class Prober:
         """
         if self._key(batch) in self.passed:
             return None
-        reason = ""
-        for made_up in (True, False):
-            if not made_up and batch.size < 2:
-                return None  # No companions; a later batch will have some.
-            try:
-                return self._search(batch.invent(EXAMPLES) if made_up else batch)
-            except UntriedError as error:
-                reason = str(error)
-        raise UntriedError(problems.untried(reason, ("first", "second")[batch.axis]))
+        try:
+            return self._search_made_up(batch.invent(EXAMPLES))
+        except UntriedError:
+            pass
+        if batch.size < 2:
+            return None  # No companions; a later batch will have some.
+        # Sorted examples do not show where they come in that order.
+        turned = [batch.select(range(batch.size)[::-1])] if self.layers else []
+        try:
+            return self._search(batch, *turned)
+        except UntriedError as error:
+            order = ("first", "second")[batch.axis]
+            raise UntriedError(problems.untried(str(error), order)) from None
 
-    def _search(self, batch: Batch) -> Problem | None:
-        key = self._key(batch)
-        problem = find_coupling(self.model, batch, loss_reduction=self.loss_reduction)
-        if problem is None:
-            self.passed.add(key)
-        return problem
+    def _search_made_up(self, batch: Batch) -> Problem | None:
+        """Search one made-up batch; where the model takes no lengths of 0, one of longer ones."""
+        try:
+            return self._search(batch)
+        except UntriedError:
+            accelerated = device_of(self.model).type != "cpu"
+            counted = ragged.counted(batch, self.model, accelerated=accelerated)
+            if counted is None or not self.layers:
+                raise
+            return self._search(counted)
+
+    def _search(self, *batches: Batch) -> Problem | None:
+        for batch in batches:
+            problem = find_coupling(
+                self.model, batch, loss_reduction=self.loss_reduction, layers=self.layers
+            )
+            if problem is not None:
+                return problem
+        self.passed.add(self._key(batches[0]))
+        return None
 
     def _key(self, batch: Batch) -> object:
         return self.model.training, batch.signature

@@ -48,6 +48,17 @@ def coupled(name: str, kind: str, cause: str) -> str:
     )
 
 
+def moved(name: str, kind: str) -> str:
+    """Say that a module's rows are not the batch's."""
+    return (
+        f"{name} ({kind}): its rows are in another order than the examples of the batch, and with "
+        'allocation="joint" one factor for each row of the batch serves all layers: it would scale '
+        "a mix of examples. Keep the batch's order inside the model (sequences need no sorting: "
+        "pack_padded_sequence(..., enforce_sorted=False)), or give each layer a budget of its own: "
+        'BackpropClipping(allocation="dimension").'
+    )
+
+
 def untried(reason: str, order: str) -> str:
     """Say that nothing could be found out."""
     return (

@@ -59,6 +59,47 @@ def padded(batch: Batch) -> Batch | None:
     return batch.map(pad)
 
 
+def counted(batch: Batch, model: nn.Module, *, accelerated: bool) -> Batch | None:
+    """Return the batch with 1 and 2 in turn where an example has one integer, its length perhaps.
+
+    0 is no length that sequences are packed by, and equal ones sort nothing. On an accelerator an
+    index that does not exist ends the process's use of it: there only what is called a length is
+    changed. ``None`` if there is nothing to change.
+    """
+    lengths: dict[int, Tensor] = {}
+    labels: set[int] = set()
+    for path, leaf in _leaves(batch):
+        single = _is_integral(leaf) and leaf.dtype != torch.bool and batch.holds_examples(leaf)
+        if single and position_axis(leaf, batch.axis) is None:
+            name = _name(model, path).lower()
+            if "len" in name or not accelerated:
+                lengths[id(leaf)] = leaf
+            if "label" in name or "target" in name:
+                labels.add(id(leaf))
+    chosen = lengths.keys() - labels
+
+    def count(leaf: Any) -> Any:
+        if id(leaf) not in chosen:
+            return leaf
+        shape = [1] * leaf.dim()
+        shape[batch.axis] = batch.size
+        return (torch.arange(batch.size, device=leaf.device) % 2 + 1).view(shape).to(leaf.dtype)
+
+    return batch.map(count) if chosen else None
+
+
+def ended(batch: Batch) -> Batch:
+    """Return the batch with sequences of vectors that are zero from some place on, each another."""
+
+    def end(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 3:
+            return leaf
+        along = 1 if batch.axis == 0 else 0
+        return leaf * kept_positions(leaf, batch.axis, along).to(leaf.dtype)
+
+    return batch.map(end)
+
+
 def ignoring(batch: Batch, labels: Tensor, value: int) -> Batch:
     """Return the batch with some positions of one tensor ignored, of each example another number.
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.probe.batches import Batch
-from opacus_bpclip.probe.comparison import distance
+from opacus_bpclip.probe.comparison import distance, partitions
 from opacus_bpclip.probe.randomness import repeatable
-from opacus_bpclip.probe.search import partitions
 
 # In units of the losses' precision, as for a model's outputs.
 _UNITS = 2.0**10

@@ -17,9 +17,11 @@ from opacus_bpclip.probe.comparison import (
     differ,
     distance,
     layouts,
+    partitions,
     vanish,
 )
 from opacus_bpclip.probe.copies import Copy
+from opacus_bpclip.probe.order import Rows, constant_layers, disturbed, out_of_order
 from opacus_bpclip.probe.problems import Problem, UntriedError
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.recording import CallRecord, Recording, alike
@@ -51,12 +53,14 @@ class Search:
         copy: the copy, entered.
         batch: the examples, two or more.
         loss_reduction: ``"mean"`` or ``"sum"``: what a tensor without a batch axis must be.
+        rows: the layers that must meet the examples in the batch's order.
     """
 
-    def __init__(self, copy: Copy, batch: Batch, loss_reduction: str) -> None:
+    def __init__(self, copy: Copy, batch: Batch, loss_reduction: str, rows: Rows) -> None:
         self.copy = copy
         self.batch = batch
         self.mean = loss_reduction == "mean"
+        self.rows = rows
         self.steady = Steady()
         self.tolerance = 0.0
         self.layouts: dict[tuple[str, int, str, int], list[Layout] | None] = {}
@@ -73,17 +77,36 @@ class Search:
             return Problem(_owner(name), edited_problem(name))
         pairs = list(partitions(self.batch.size))
         runs = self._runs_of_parts(base, pairs)
-        return self._problem_of_values(base) or self._problem_of_numbers(base, runs)
+        return (
+            self._problem_of_values(base)
+            or self._problem_of_numbers(base, runs)
+            or self._problem_of_order(base, runs)
+            or self._problem_of_constants(base)
+        )
 
     def problem_of_numbers(self) -> Problem | None:
-        """Return what is wrong with the model's outputs if there are half as many examples.
+        """Return what is wrong with the model's outputs, or rows, if there are half as many.
 
         Raises:
             Exception: whatever the model's own code raises.
         """
-        base = self._first_run(inside=False)
+        base, runs = self._half_runs()
+        problem = self._problem_of_numbers(base, runs, inside=False)
+        return problem or self._problem_of_order(base, runs)
+
+    def problem_of_order(self) -> Problem | None:
+        """Return which layer has its rows in another order than the batch.
+
+        Raises:
+            Exception: whatever the model's own code raises.
+        """
+        return self._problem_of_order(*self._half_runs())
+
+    def _half_runs(self) -> tuple[Recording, list[tuple[_Trial, Recording]]]:
+        inside = bool(self.rows)
+        base = self._first_run(inside=inside)
         pairs = [next(partitions(self.batch.size))]
-        return self._problem_of_numbers(base, self._runs_of_parts(base, pairs, inside=False))
+        return base, self._runs_of_parts(base, pairs, inside=inside)
 
     def _first_run(self, *, inside: bool = True) -> Recording:
         base = self.copy.run(self.batch, self.steady, inside=inside)
@@ -109,8 +132,12 @@ class Search:
 
     def _problem_of_values(self, base: Recording) -> Problem | None:
         seeded = self.copy.run(self.batch, None) if self.steady.random else base
-        for rows in next(partitions(self.batch.size)):
-            size = self.batch.size
+        size = self.batch.size
+        kept, *second = partitions(size)
+        # Of numbers drawn alike no order shows. Seeded ones need a second look to see each.
+        drawn = [pair[0] for pair in second if self.rows and self.steady.random]
+        runs = []
+        for rows in (*kept, *drawn):
             among = Companions(size, size, rows, rows)
             trial = _Trial(self.batch.swapped(rows, seed=2), among, None)
             run = self.copy.run(trial.other, None)
@@ -118,19 +145,54 @@ class Search:
                 return self._told(trial, "the values of its companions in the batch")
             for name in _taken_up(self.copy.model, seeded, run):
                 return Problem(_owner(name), problems.buffered(name))
-        return None
+            runs.append((trial, run))
+        return self._problem_of_order(seeded, runs)
 
     def _problem_of_numbers(
-        self, base: Recording, runs: Sequence[tuple[_Trial, Recording]]
+        self,
+        base: Recording,
+        runs: Sequence[tuple[_Trial, Recording]],
+        *,
+        inside: bool = True,
     ) -> Problem | None:
         for trial, run in runs:
-            if self._coupled(base, run, trial.companions):
+            if self._coupled(base, run, trial.companions, inside=inside):
                 return self._told(trial, "the number of its companions in the batch")
         for first in range(0, len(runs), 2):
             halves = [(run, trial.other.size) for trial, run in runs[first : first + 2]]
             if not self._adds_up(base, halves):
                 return Problem("(root)", problems.not_additive(mean=self.mean), of_loss=True)
         return None
+
+    def _problem_of_order(
+        self, base: Recording, runs: Sequence[tuple[_Trial, Recording]]
+    ) -> Problem | None:
+        """Return whether a layer has an example's row in another place than the batch."""
+        for trial, run in runs:
+            name = out_of_order(base, run, self.rows, trial.companions, self.tolerance)
+            if name is not None:
+                return self._moved_problem(name)
+        return None
+
+    def _problem_of_constants(self, base: Recording) -> Problem | None:
+        """Return whether what a layer makes of every example alike is taken for another's."""
+        constant = constant_layers(base, self.rows, self.batch.size)
+        for kept, _ in partitions(self.batch.size) if constant else ():
+            with disturbed(self.copy.model, constant, kept, self.batch.size):
+                run = self.copy.run(self.batch, self.steady)
+            among = Companions(self.batch.size, self.batch.size, kept, kept)
+            others = {name: axes for name, axes in self.rows.items() if name not in constant}
+            if self._coupled(base, run, among, inside=False) or out_of_order(
+                base, run, others, among, self.tolerance
+            ):
+                return self._moved_problem(next(iter(constant)))
+        return None
+
+    def _moved_problem(self, name: str) -> Problem:
+        return Problem(name, problems.moved(name, type(self._module(name)).__name__))
+
+    def _module(self, name: str) -> nn.Module:
+        return self.copy.model if name == "(root)" else self.copy.model.get_submodule(name)
 
     def _among(self, rows: Sequence[int]) -> Companions:
         return Companions(self.batch.size, len(rows), rows, range(len(rows)))
@@ -144,15 +206,17 @@ class Search:
                     key = (call.name, call.index, side, index)
                     self.layouts.setdefault(key, layouts(x.shape, y.shape, companions))
 
-    def _coupled(self, base: Recording, run: Recording, companions: Companions) -> bool:
+    def _coupled(
+        self, base: Recording, run: Recording, companions: Companions, *, inside: bool = True
+    ) -> bool:
         """Return whether an example's row changed in what the model, or a module in it, returned.
 
         The model's own outputs are in the batch's order. Inside, somebody may have sorted the rows,
         and shapes may follow from what the examples hold.
         """
-        *inside, root = base.matched(run)
+        *modules, root = base.matched(run)
         return self._moved(*root, "outputs", companions, differ, strict=True) or any(
-            self._moved(*calls, "outputs", companions, vanish) for calls in inside
+            self._moved(*calls, "outputs", companions, vanish) for calls in modules * inside
         )
 
     def _moved(
@@ -211,8 +275,7 @@ class Search:
             ),
             "(root)",
         )
-        module = self.copy.model if name == "(root)" else self.copy.model.get_submodule(name)
-        return Problem(name, problems.coupled(name, type(module).__name__, cause))
+        return Problem(name, problems.coupled(name, type(self._module(name)).__name__, cause))
 
 
 def same(one: Recording, other: Recording, tolerance: float = 0.0) -> bool:
@@ -225,15 +288,6 @@ def same(one: Recording, other: Recording, tolerance: float = 0.0) -> bool:
 
 def _owner(name: str) -> str:
     return name.rpartition(".")[0] or "(root)"
-
-
-def partitions(count: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield ways to divide examples in two, so that any two of them are once apart."""
-    for bit in range((count - 1).bit_length()):
-        sides: tuple[list[int], list[int]] = ([], [])
-        for row in range(count):
-            sides[row >> bit & 1].append(row)
-        yield sides
 
 
 def _taken_up(model: nn.Module, one: Recording, other: Recording) -> Iterator[str]:

@@ -54,18 +54,19 @@ def position_axis(leaf: Tensor, axis: int) -> int | None:
     return axes[-1] if axes else None
 
 
-def kept_positions(leaf: Tensor, axis: int) -> Tensor:
+def kept_positions(leaf: Tensor, axis: int, along: int | None = None) -> Tensor:
     """Return which entries of a leaf count, if each example ends early, at a place of its own.
 
     Args:
         leaf: ``[B, ..., T]`` or any other order.
         axis: the batch's.
+        along: the positions', by default the last with several.
 
     Returns:
         Flags that can be broadcast to the leaf's shape. Each example keeps two positions at least
         where there are three, one where there are two.
     """
-    along = position_axis(leaf, axis)
+    along = position_axis(leaf, axis) if along is None else along
     assert along is not None
     length, count = leaf.shape[along], leaf.shape[axis]
     least = 2 if length > 2 else 1
