@@ -190,13 +190,16 @@ class LayerUse(Use):
     def clip(self, factors_of: FactorsOf) -> Clipped:
         """Make all gradients in one backward pass."""
         factors = factors_of(self.measure())
-        found = self._gradients(self._scaled(factors), parameters=True, inputs=True)
-        return Clipped(self._multiplied(found[0]), found[1])
+        if all(leaf is None for leaf in self._graph.leaves):
+            return Clipped(self.sums(factors), (None,) * len(self._graph.leaves))
+        sums, inputs = self._gradients(self._scaled(factors), parameters=True, inputs=True)
+        return Clipped({name: total * self.examples for name, total in sums.items()}, inputs)
 
     def sums(self, factors: Factors) -> Sums:
         """Run the layer's backward pass on scaled upstream gradients."""
-        found, _ = self._gradients(self._scaled(factors), parameters=True)
-        return self._multiplied(found)
+        # Not the sums afterwards, which may be larger than the upstream gradients.
+        g = self._scaled(factors._replace(factor=factors.factor * self.examples))
+        return self._gradients(g, parameters=True)[0]
 
     def input_gradients(self, factors: Factors | None) -> tuple[Tensor | None, ...]:
         """Run the layer's backward pass, for its inputs alone."""
@@ -233,9 +236,6 @@ class LayerUse(Use):
     def _scaled(self, factors: Factors) -> Tensor:
         by, keep = factors
         return zero_rows(self._g * per_row(by, self._g), keep)
-
-    def _multiplied(self, sums: Sums) -> Sums:
-        return {name: total * self.examples for name, total in sums.items()}
 
     def _gradients(
         self, g: Tensor, *, parameters: bool = False, inputs: bool = False
