@@ -79,7 +79,11 @@ def inspect(
     if fine and batch is not None:
         if config.uses == "auto":
             config = replace(config, uses=count_uses(model, batch))
-        problem = find_coupling(model, batch, loss_reduction="mean") if config.probe else None
+        # One factor for all layers belongs to an example in each of them.
+        ordered = trainable_layers(model).values() if config.allocation == "joint" else ()
+        problem = None
+        if config.probe:
+            problem = find_coupling(model, batch, loss_reduction="mean", layers=ordered)
         if problem is not None:
             fine = False
             module = model if problem.module == "(root)" else model.get_submodule(problem.module)
