@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip.clipping.ends import Ends
 from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.config import BackpropClipping
@@ -60,8 +61,10 @@ class Budget:
         self._guard = guard
         guard.forget = self.forget
         self._scope: Scope | None = None  # of the eager forward pass
-        self._traced: Scope | None = None
-        self._trace: object = None  # that the traced scope belongs to
+        self._traced: Callable[[], Scope | None] = _nothing
+        self._trace: Callable[[], object] = _nothing  # that the traced scope belongs to
+        self._ends_of_all = Ends(1, guard.fail)
+        self._ends = {layer.name: Ends(layer.uses, guard.fail) for layer in layers}
         self._register()
 
     def _register(self) -> None:
@@ -74,7 +77,8 @@ class Budget:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
-        self.token = self._scope = self._traced = self._trace = None
+        self.token = self._scope = None
+        self._traced = self._trace = _nothing
         self._open = weakref.WeakSet()
         self._register()
 
@@ -114,6 +118,10 @@ class Budget:
         self._open.add(scope)
         return scope.open()
 
+    def ends_of(self, layer: Layer) -> Tensor:
+        """Return what a layer's scopes in a traced graph send their ends to."""
+        return self._ends[layer.name].tensor
+
     def forget(self) -> None:
         """Forget what has arrived of backward passes that broke off: nothing else frees it."""
         for scope in self._open:
@@ -127,28 +135,35 @@ class Budget:
         Not by the model's own hook: where that is attached to what is compiled, it runs outside.
         """
         if self.joint and self.token is None:
-            self.token = _trace_forward(self.key, self.target.limit, *self.parameters)
+            ends = self._ends_of_all.tensor
+            self.token = _trace_forward(self.key, self.target.limit, ends, *self.parameters)
         return self.token
 
-    def open_traced(self, limit: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    def open_traced(self, limit: Tensor, ends: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """Open the scope of a forward pass; return its token.
 
         Args:
             limit: the target's, as the graph has it.
+            ends: what it sends its end to, as the graph has it.
             parameters: as the graph has them.
         """
-        if self._scope is not None:
+        trace = _this_trace()
+        if self._scope is not None or trace is None:
             self._guard.fail(_NEEDS_ONE_GRAPH)
         scope = self._new(self.target._replace(limit=limit), at_once=False)
-        self._traced = scope.open(self.parameters, parameters)
-        self._trace = _this_trace()
-        assert scope.token is not None
-        return scope.token
+        token = scope.open(self.parameters, parameters, ends).token
+        assert token is not None
+        # The token's graph holds the scope. Nothing of the trace outlives it.
+        scope.close()
+        self._traced = weakref.ref(scope)
+        self._trace = weakref.ref(trace)
+        return token
 
     def traced_scope(
         self,
         layer: Layer,
         target: Target,
+        ends: Tensor,
         token: Tensor | None,
         parameters: Sequence[Tensor],
     ) -> Scope:
@@ -157,15 +172,17 @@ class Budget:
         Args:
             layer: the layer.
             target: what it is scaled to, if it has a scope of its own, as the graph has it.
+            ends: from `ends_of`, as the graph has it.
             token: of the forward pass, with a joint budget.
             parameters: the layer's, as the graph has them.
         """
         if not self.joint:
-            return self._new(target, at_once=True).open(layer.parameters, parameters)
-        if self._traced is None or token is None or self._trace is not _this_trace():
+            return self._new(target, at_once=True).open(layer.parameters, parameters, ends)
+        scope = self._traced()
+        if scope is None or token is None or self._trace() is not _this_trace():
             self._guard.fail(_NEEDS_ONE_GRAPH)
-        self._traced.token = token
-        return self._traced
+        scope.token = token
+        return scope
 
 
 BUDGETS: weakref.WeakValueDictionary[str, Budget] = weakref.WeakValueDictionary()
@@ -179,9 +196,13 @@ def target_of(config: BackpropClipping) -> Target:
 
 
 @torch._dynamo.allow_in_graph
-def _trace_forward(key: str, limit: Tensor, *parameters: Tensor) -> Tensor:
-    return BUDGETS[key].open_traced(limit, parameters)
+def _trace_forward(key: str, limit: Tensor, ends: Tensor, *parameters: Tensor) -> Tensor:
+    return BUDGETS[key].open_traced(limit, ends, parameters)
 
 
-def _this_trace() -> object:
+def _this_trace() -> torch._guards.TracingContext | None:
     return torch._guards.TracingContext.try_get()
+
+
+def _nothing() -> None:
+    return None

@@ -133,6 +133,7 @@ class NodeClip(Clip):
             self.index,
             y,
             self.target.limit,
+            self.budget.ends_of(self.layer),
             self.budget.traced_token(),
             len(parameters),
             *parameters,
@@ -211,6 +212,7 @@ def _traced(
     index: int,
     y: Tensor,
     limit: Tensor,
+    ends: Tensor,
     token: Tensor | None,
     count: int,
     *tensors: Tensor | None,
@@ -222,6 +224,7 @@ def _traced(
         index: of the clip.
         y: the layer's output.
         limit: the target's.
+        ends: what the layer's scopes send their ends to.
         token: of the forward pass, with a joint budget.
         count: how many of the layer's parameters are trainable.
         tensors: these, all of the layer's parameters, and its inputs.
@@ -232,10 +235,13 @@ def _traced(
     names = list(module._parameters)
     trainable, own = tensors[:count], tensors[count : count + len(names)]
     target = clip.target._replace(limit=limit)
-    scope = budget.traced_scope(clip.layer, target, token, cast("tuple[Tensor, ...]", trainable))
+    parameters = cast("tuple[Tensor, ...]", trainable)
+    scope = budget.traced_scope(clip.layer, target, ends, token, parameters)
     with parameters_replaced(module, dict(zip(names, own, strict=True))):
         call = clip.call(module, tensors[count + len(names) :], {}, y)
-    return clip.attached(call, scope)
+    out = clip.attached(call, scope)
+    scope.close()
+    return out
 
 
 @contextmanager

@@ -66,6 +66,7 @@ class ParameterClip(Clip):
                 self.index,
                 batch_size,
                 self.target.limit,
+                self.budget.ends_of(self.layer),
                 self.budget.traced_token(),
                 *self.parameters.values(),
             )
@@ -139,11 +140,19 @@ class _Copies(torch.autograd.Function):
 
 @torch._dynamo.allow_in_graph
 def _traced_copies(
-    key: str, index: int, batch_size: int, limit: Tensor, token: Tensor | None, *parameters: Tensor
+    key: str,
+    index: int,
+    batch_size: int,
+    limit: Tensor,
+    ends: Tensor,
+    token: Tensor | None,
+    *parameters: Tensor,
 ) -> tuple[Tensor, ...]:
     """Make the copies while the graph is traced; the arguments are those of ``node._traced``."""
     budget = BUDGETS[key]
     clip: ParameterClip = budget.clips[index]
     target = clip.target._replace(limit=limit)
-    scope = budget.traced_scope(clip.layer, target, token, parameters)
-    return clip.copies(scope, batch_size, parameters)
+    scope = budget.traced_scope(clip.layer, target, ends, token, parameters)
+    copies = clip.copies(scope, batch_size, parameters)
+    scope.close()
+    return copies

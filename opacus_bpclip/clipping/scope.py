@@ -64,7 +64,12 @@ class Scope:
         self._found: dict[str, Measured] = {}  # of groups that were called once
         self._sums: dict[nn.Parameter, Tensor] = {}
 
-    def open(self, parameters: Iterable[nn.Parameter] = (), traced: Sequence[Tensor] = ()) -> Scope:
+    def open(
+        self,
+        parameters: Iterable[nn.Parameter] = (),
+        traced: Sequence[Tensor] = (),
+        ends: Tensor | None = None,
+    ) -> Scope:
         """Make the token.
 
         Args:
@@ -72,10 +77,12 @@ class Scope:
                 needs it. None in eager mode: there the sums are delivered, and whatever else
                 arrives at a parameter is known to be foreign.
             traced: what stands for the parameters in the traced graph.
+            ends: what stands there for the tensor that counts the ends of scopes.
         """
         self._parameters = tuple(parameters)
         # Something that requires a gradient, or autograd would leave all of it out.
-        self.token = _End.apply(self, *(traced or (unwatched_token(),)))
+        start = (unwatched_token(),) if ends is None else (*traced, ends)
+        self.token = _End.apply(self, *start)
         return self
 
     def enter(self, layer: Layer, group: str) -> None:
@@ -180,7 +187,7 @@ class _End(torch.autograd.Function):
         if scope.deliver is not None:
             scope.deliver(sums)
             return (None,) * (1 + ctx.count)
-        return None, *(sums.get(parameter) for parameter in scope._parameters)
+        return None, *(sums.get(parameter) for parameter in scope._parameters), torch.ones(())
 
 
 def unwatched_token() -> Tensor:

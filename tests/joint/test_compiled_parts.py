@@ -1,5 +1,6 @@
 """Graphs that break and parts that are compiled by themselves are refused by name."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -117,3 +118,19 @@ def test_a_layer_left_to_eager_mode_is_refused(when, wrap_model):
     call = torch.compile(private.model, backend="aot_eager")
     for _ in range(2):
         assert _released_or_refused(private, call)
+
+
+@pytest.mark.parametrize("allocation", ["joint", "dimension"])
+def test_two_compiled_forward_passes_in_one_loss_are_refused(allocation):
+    private = private_of(Model("plain"), clipping(allocation))
+    step_of(private, 4)
+    call = torch.compile(private.model, backend="aot_eager", fullgraph=True)
+    x, y = batch_of(1)
+    assert "two forward passes" in _released_or_refused(private, lambda x: call(x) + call(2 * x))
+    step_of(private, 5, call)
+    # So are two of a copy.
+    handle = copy.deepcopy(private.handle)
+    other = torch.compile(handle, backend="aot_eager", fullgraph=True)
+    F.cross_entropy(private.model(x), y)
+    with pytest.raises(PrivacyViolationError, match="two forward passes"):
+        (other(x) + other(2 * x)).sum().backward()

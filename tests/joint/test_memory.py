@@ -76,6 +76,16 @@ def _empty_torchs_queue() -> None:
     torch.ones(1, requires_grad=True).sum().backward()
 
 
+def _check_nothing_left(trainer: Trainer) -> None:
+    """Check that a backward pass that broke off is forgotten when its gradients are thrown away."""
+    trainer.optimizer.zero_grad()
+    _empty_torchs_queue()
+    gc.collect()
+    assert _left(trainer) == 0
+    assert not _alive(Use)
+    assert not _alive(Scope)
+
+
 def _x() -> Tensor:
     return torch.randn(6, 4, dtype=torch.float64)
 
@@ -119,12 +129,7 @@ def test_a_backward_pass_that_breaks_off_leaves_nothing(trainer, step):
     with pytest.raises(KeyError):
         loss.backward()
     del loss
-    trainer.optimizer.zero_grad()
-    _empty_torchs_queue()
-    gc.collect()
-    assert _left(trainer) == 0
-    assert not _alive(Use)
-    assert not _alive(Scope)
+    _check_nothing_left(trainer)
     trainer.plain.breaks_at = -1
     trainer.step(_x(), _x())
 
@@ -136,12 +141,7 @@ def test_a_refused_backward_pass_leaves_nothing(trainer):
     with pytest.raises(PrivacyViolationError):
         loss.backward()
     del loss
-    trainer.optimizer.zero_grad()
-    _empty_torchs_queue()
-    gc.collect()
-    assert _left(trainer) == 0
-    assert not _alive(Use)
-    assert not _alive(Scope)
+    _check_nothing_left(trainer)
 
 
 def test_a_forward_pass_without_a_backward_pass_leaves_nothing(trainer):

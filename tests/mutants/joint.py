@@ -8,6 +8,7 @@ import pytest
 from torch import Tensor
 
 from opacus_bpclip.clipping import budget, scope
+from opacus_bpclip.clipping.ends import Ends
 from opacus_bpclip.clipping.factors import Factors, Measured, Target
 from opacus_bpclip.clipping.fused_use import FusedUse
 from opacus_bpclip.clipping.scope import Scope
@@ -165,3 +166,11 @@ def kept_gradients_not_looked_at(patch: pytest.MonkeyPatch) -> None:
     """What is kept between measuring and adding up is taken for unchanged: a hook can change it in
     place, with its norm."""
     patch.setattr(FusedUse, "has_changed", lambda self: False)
+
+
+@mutant(killed_by=killers.two_compiled_forward_passes, says="nothing bounds was released")
+def compiled_forward_passes_not_counted(patch: pytest.MonkeyPatch) -> None:
+    """Nobody counts how many forward passes of a compiled graph a backward pass goes through: each
+    spends the whole budget on the same examples."""
+    init = Ends.__init__
+    patch.setattr(Ends, "__init__", lambda self, _, fail: init(self, 2**20, fail))

@@ -137,3 +137,14 @@ def gradient_changed_after_it_was_measured() -> None:
         return (2 * y).sum()
 
     check_refused(trainer, torch.ones(3, 2).double(), loss)
+
+
+def two_compiled_forward_passes() -> None:
+    """Two forward passes of a compiled model on the same examples, joined in one loss."""
+    torch.manual_seed(0)
+    trainer = Trainer(nn.Sequential(nn.Linear(2, 2)), (2,), BackpropClipping())
+    x = torch.ones(1, 2).double()
+    trainer.step(x, x)
+    call = torch.compile(trainer.model, backend="aot_eager")
+    check_refused(trainer, x, lambda *_: HUGE * (call(x) + call(2 * x)).sum())
+    torch._dynamo.reset()
