@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip import CoverageError, register_rule
+from opacus_bpclip import BackpropClipping, CoverageError, register_rule
 from opacus_bpclip.rules import RULES, Inputs, Keep, LinearRule, Prepared, Rule
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
@@ -122,3 +122,42 @@ def test_only_rules_for_module_classes_are_registered(kind, rule, message):
     with pytest.raises(TypeError, match=message):
         register_rule(kind)(rule)
     assert before == RULES
+
+
+class Around(Shift):
+    """Has a parameter of its own, and a layer that it would cut off."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__(*shape)
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inner(x))
+
+
+class Apart(nn.Module):
+    """The same, the parameter in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.inner = Shift(3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shift(self.inner(x))
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("budget", [BackpropClipping(), layerwise()], ids=["joint", "layerwise"])
+def test_a_layer_around_another_one_is_refused_and_the_remedy_trains(budget, monkeypatch):
+    monkeypatch.setitem(RULES, Around, ShiftRule)
+    with pytest.raises(CoverageError) as refusal:
+        Trainer(nn.Sequential(Around(3)), (3,), budget)
+    assert str(refusal.value) == (
+        "0 (Around) has a rule for parameters of its own, and holds 0.inner, which would be cut "
+        "off from the loss. Put its own parameters into a module of their own, or write a "
+        "BroadcastRule for them."
+    )
+    trainer = Trainer(Apart(), (3,), budget)
+    x = torch.randn(4, 3).double()
+    check_sensitivity(trainer, x, 100 * torch.randn(4, 3).double())
+    assert all(part.any() for part in trainer.released(x, torch.ones(4, 3).double()).values())

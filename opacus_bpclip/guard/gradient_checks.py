@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from opacus_bpclip.guard.provenance import WatchedParameter
+from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.model.coverage import TRAINABLE_DTYPES
 
 _THROUGH_ITS_LAYER = (

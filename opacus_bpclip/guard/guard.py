@@ -30,8 +30,8 @@ from opacus_bpclip.guard.call_checks import (
 )
 from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
 from opacus_bpclip.guard.passes import BackwardPasses
-from opacus_bpclip.guard.provenance import WatchedParameter
 from opacus_bpclip.guard.ranks import several_ranks
+from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.losses.criterion import LossWatch
 from opacus_bpclip.model.coverage import (
     batch_normalization_problem,
@@ -88,7 +88,7 @@ class GradientGuard:
             for name, parameter in layer.module.named_parameters(recurse=False):
                 if parameter.requires_grad and parameter not in self._watched:
                     self._watched[parameter] = WatchedParameter(
-                        f"{layer.name}.{name}", parameter, self._judge, self.fail
+                        f"{layer.name}.{name}", parameter, self._check_arrival, self.fail
                     )
         self._parameters = dict(model.named_parameters())
         self._versions: list[int] = []
@@ -251,7 +251,7 @@ class GradientGuard:
         elif self.undoes_mean:
             self.require(LossWatch.foreign(watched.name))
 
-    def _judge(self, watched: WatchedParameter, gradient: Tensor) -> None:
+    def _check_arrival(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that autograd is about to send to its parameter."""
         self._check_loss(watched)
         self.require(foreign_gradient(watched, compiled=self._compiled))

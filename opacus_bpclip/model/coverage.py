@@ -19,7 +19,7 @@ from opacus_bpclip.model.attention import attention_axes
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.recurrence import recurrent_linears, renamed_parameters
 from opacus_bpclip.replacements import mixes_examples, replacer_of
-from opacus_bpclip.rules import Rule, registered_kind, supported_layers
+from opacus_bpclip.rules import BroadcastRule, Rule, registered_kind, supported_layers
 
 TRAINABLE_DTYPES = (torch.float32, torch.float64)
 
@@ -111,6 +111,7 @@ def trainable_layers(
         raise CoverageError(
             "The model has no trainable parameter. Set requires_grad=True on the layers to train."
         )
+    _refuse_layers_inside_layers(layers)
     unknown = sorted(set(uses) - set(layers))
     if unknown:
         raise CoverageError(
@@ -118,6 +119,25 @@ def trainable_layers(
             f"{', '.join(layers)}."
         )
     return layers
+
+
+def _refuse_layers_inside_layers(layers: Mapping[str, Layer]) -> None:
+    """Refuse a layer whose own graph would cut off layers inside it.
+
+    Raises:
+        CoverageError: there is one. Parameters that are broadcast are copied, and cut nothing off.
+    """
+    modules = {layer.module: layer.name for layer in layers.values()}
+    for layer in layers.values():
+        if isinstance(layer.rule, BroadcastRule):
+            continue
+        inside = [modules[m] for m in layer.module.modules() if m in modules][1:]
+        if inside:
+            raise CoverageError(
+                f"{layer.name} ({type(layer.module).__name__}) has a rule for parameters of its "
+                f"own, and holds {', '.join(inside)}, which would be cut off from the loss. Put "
+                "its own parameters into a module of their own, or write a BroadcastRule for them."
+            )
 
 
 def declared_uses(config: BackpropClipping) -> Mapping[str, int]:

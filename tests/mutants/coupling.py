@@ -15,7 +15,7 @@ from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import Use
 from opacus_bpclip.guard import guard
 from opacus_bpclip.guard.guard import GradientGuard
-from opacus_bpclip.guard.provenance import WatchedParameter
+from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.rules import ConvRule, GroupNormRule, LinearRule, base
 from tests.mutants import bound_killers, coupling_killers, guard_killers
 from tests.mutants.registry import mutant, take_for_a_mean
@@ -161,7 +161,7 @@ def nan_in_own_gradients_passed_through(patch: pytest.MonkeyPatch) -> None:
 def sources_not_asked_for(patch: pytest.MonkeyPatch) -> None:
     """A gradient that comes to a parameter through autograd is let through without asking where it
     came from, as `p.grad` by nature does; layers deliver their sums another way."""
-    patch.setattr(GradientGuard, "_judge", lambda self, watched, gradient: None)
+    patch.setattr(GradientGuard, "_check_arrival", lambda self, watched, gradient: None)
 
 
 @mutant(

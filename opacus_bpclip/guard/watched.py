@@ -23,7 +23,7 @@ class WatchedParameter:
     Args:
         name: dotted path of the parameter.
         parameter: the parameter.
-        judge: called with this object and the gradient that is about to be accumulated; raises if
+        check: called with this object and the gradient that is about to be accumulated; raises if
             it cannot be accounted for.
         fail: called with the reason when a hook changes a gradient; raises.
 
@@ -36,7 +36,7 @@ class WatchedParameter:
         self,
         name: str,
         parameter: nn.Parameter,
-        judge: Callable[[WatchedParameter, Tensor], None],
+        check: Callable[[WatchedParameter, Tensor], None],
         fail: Fail,
     ) -> None:
         self.name = name
@@ -46,7 +46,7 @@ class WatchedParameter:
         self._arrived: Tensor | None = None
         self._version = 0
         self._collected: Tensor | None = None
-        self._judge = judge
+        self._check = check
         self._fail = fail
         self._attach()
 
@@ -106,7 +106,7 @@ class WatchedParameter:
     def _arrive(self, gradient: Tensor | None) -> None:
         if gradient is None:
             return  # A compiled graph that does not reach the parameter.
-        self._judge(self, gradient)
+        self._check(self, gradient)
         # With other hooks around, out of their reach: `.data` leaves no trace in a version.
         before, after = self._hooks()
         alone = len(before) == len(after) == 1
