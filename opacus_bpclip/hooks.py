@@ -13,15 +13,17 @@ from opacus_bpclip.clipping import allocation
 from opacus_bpclip.clipping.attach import frozen_normalizations, layer_clips, softmaxes
 from opacus_bpclip.clipping.base import Settings
 from opacus_bpclip.clipping.budget import Budget, target_of
+from opacus_bpclip.clipping.functions import Functions
 from opacus_bpclip.clipping.shared import SharedMeasurement
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
+from opacus_bpclip.model.functions import Followed, Plan
 from opacus_bpclip.model.input_clipping import attach_input_clips, take_input_clips
 from opacus_bpclip.model.tying import tied_groups
-from opacus_bpclip.probe import Batch, Prober, UntriedError, batch_size
+from opacus_bpclip.probe import Batch, Problem, Prober, UntriedError, batch_size
 from opacus_bpclip.sampling.log import SampleLog
 
 _ATTACHED = "_backprop_clip_hooks"
@@ -88,7 +90,9 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._prober = Prober(
             m,
             loss_reduction=loss_reduction,
-            layers=layers.values() if self._budget.joint else (),
+            layers=layers,
+            ordered=self._budget.joint,
+            search=config.probe,
         )
         try:
             self._max_grad_norm = max_grad_norm
@@ -115,7 +119,9 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             mean,
             SharedMeasurement(),
             self._budget,
+            Followed(),
         )
+        self._functions = Functions(layers, settings)
         for clip in layer_clips(layers.values(), settings):
             self._handles += clip.attach()
         for frozen in frozen_normalizations(m, {layer.module for layer in layers.values()}):
@@ -218,21 +224,25 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             return
         size = self._batch_size(args, kwargs)
         self._untried = None
-        if self._config.probe:
-            batch = Batch(args, kwargs, size, 0 if self.batch_first else 1)
-            try:
-                problem = self._prober.on_batch(batch)
-            except UntriedError as error:
-                # The forward pass itself may tell better what is wrong with the batch.
-                problem, self._untried = None, str(error)
-            if problem:
-                self._guard.fail(problem.text)
+        batch = Batch(args, kwargs, size, 0 if self.batch_first else 1)
+        plan = Plan({})
+        try:
+            tried = self._prober.on_batch(batch)
+        except UntriedError as error:
+            # The forward pass itself may tell better what is wrong with the batch.
+            self._untried = str(error)
+        else:
+            if isinstance(tried, Problem):
+                self._guard.fail(tried.text)
+            plan = tried
         self._guard.enter_forward(size)
         self._budget.open_forward()
         if self._loss is not None:
             self._loss.enter_forward(size)
+        self._functions.begin(plan)
 
     def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._functions.end()
         if torch.is_grad_enabled():
             self._budget.close_forward()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

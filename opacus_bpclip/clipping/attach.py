@@ -20,6 +20,7 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import (
     BroadcastRule,
     ConvRule,
+    FunctionRule,
     FusedRule,
     GroupNormRule,
     LayerNormRule,
@@ -57,6 +58,8 @@ def layer_clips(layers: Iterable[Layer], settings: Settings) -> Iterator[Clip]:
     for layer in layers:
         if layer.recurrence is not None:
             networks.setdefault(id(layer.recurrence), []).append(layer)
+        elif isinstance(layer.rule, FunctionRule):
+            continue  # No call of the module: `functions` follows what it calls.
         elif isinstance(layer.rule, BroadcastRule):
             yield ParameterClip(layer, layer.rule, settings)
         else:

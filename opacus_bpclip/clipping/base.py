@@ -13,6 +13,7 @@ from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.shared import SharedMeasurement
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.model.functions import Followed
 
 
 class Settings(NamedTuple):
@@ -27,6 +28,7 @@ class Settings(NamedTuple):
         mean: whether the loss is a mean over the batch.
         shared: what the layers measure of inputs that they have in common.
         budget: opens scopes.
+        followed: which functions are followed in the forward pass at hand.
     """
 
     config: BackpropClipping
@@ -36,6 +38,7 @@ class Settings(NamedTuple):
     mean: bool
     shared: SharedMeasurement[Any]
     budget: Budget
+    followed: Followed
 
 
 class Clip(ABC):

@@ -56,6 +56,8 @@ class LayerClip(NodeClip):
         """Put tensors in the parameters' place."""
         super().enter(module, args)
         self.stand_ins = {}
+        if self.passed_by:
+            return
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.guard.require(replaced_parameter(self.layer))
             self.stand_ins = _stand_ins(self.layer.named_parameters)

@@ -53,6 +53,7 @@ class NodeClip(Clip):
     Attributes:
         changes_output: whether the layer's output changes, and so in evaluation, too.
         followed: whether the call at hand is one that a backward pass will come to.
+        passed_by: whether functions are followed in it, in the place of the layer's rule.
     """
 
     def __init__(self, layer: Layer, settings: Settings) -> None:
@@ -61,6 +62,8 @@ class NodeClip(Clip):
         self.target = settings.targets[layer.name]
         self.group = settings.groups[layer.name]
         self.budget = settings.budget
+        self.functions = settings.followed
+        self.passed_by = False
         self.index = len(self.budget.clips)
         self.budget.clips.append(self)
         self.changes_output = False
@@ -102,21 +105,27 @@ class NodeClip(Clip):
 
     def enter(self, _: nn.Module, args: Args) -> None:
         """Let the guard see the layer before it runs."""
-        self.followed = False
+        self.followed = self.passed_by = False
         if not torch.is_grad_enabled():
             return
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
             self.guard.note_compiled()
             return
-        self.followed = self.guard.enter_layer(self.layer)
+        self.passed_by = self.functions.passes_by(self.layer.name)
+        if not self.passed_by:
+            self.followed = self.guard.enter_layer(self.layer)
+            self.functions.pause()
 
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
         """Put the node in the place of the layer's part of the graph."""
         followed = self.followed
+        if self.passed_by:
+            return None
         if not torch.is_grad_enabled():
             return self.call(module, args, kwargs, y).out if self.changes_output else None
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
             return self.leave_traced(args, kwargs, y)
+        self.functions.resume()
         if followed:
             self.check(args, kwargs, y)
         call = self.call(module, args, kwargs, y)

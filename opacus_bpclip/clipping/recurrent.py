@@ -132,6 +132,7 @@ class _Step(FusedClip):
                 "which example a row belongs to. Call the network."
             )
         self.followed = torch.is_grad_enabled() and self.layer.name in self.run.scopes
+        self.functions.pause()
 
     @torch.compiler.disable
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import nn
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
+from opacus_bpclip.model.functions import Plan
 from opacus_bpclip.probe import Prober, with_uses
 
 
@@ -41,23 +42,27 @@ def try_out(
     batch_first: bool = True,
     loss_outside: bool = False,
     **_: Any,
-) -> tuple[BackpropClipping, set[object]]:
+) -> tuple[BackpropClipping, dict[object, Plan]]:
     """Run a model on made-up examples of a data loader's shapes.
 
     Returns:
-        The options with the uses counted, and the ways of calling the model that were searched.
+        The options with the uses counted, and the ways of calling the model that were searched,
+        with what was found of the functions that it calls on parameters.
 
     Raises:
         CoverageError: examples are coupled, or uses are to be counted and cannot be.
     """
     config = with_uses(config, module, data_loader, batch_first=batch_first)
-    ordered = config.probe and config.allocation == "joint"
-    layers = trainable_layers(module, batch_first=batch_first) if ordered else {}
-    prober = Prober(module, loss_reduction=loss_reduction, layers=layers.values())
-    if config.probe:
-        problem = prober.before_training(
-            data_loader, batch_first=batch_first, loss_outside=loss_outside
-        )
-        if problem:
-            raise CoverageError(problem.text)
+    prober = Prober(
+        module,
+        loss_reduction=loss_reduction,
+        layers=trainable_layers(module, batch_first=batch_first),
+        ordered=config.allocation == "joint",
+        search=config.probe,
+    )
+    problem = prober.before_training(
+        data_loader, batch_first=batch_first, loss_outside=loss_outside
+    )
+    if problem:
+        raise CoverageError(problem.text)
     return config, prober.passed

@@ -23,6 +23,7 @@ from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.engine.compatibility import try_out
 from opacus_bpclip.engine.validation import checked_loader, checked_options
 from opacus_bpclip.hooks import BackpropClipHooks, BackpropClipModule
+from opacus_bpclip.model.functions import Plan
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.optimizer.accounting import AccountStep
 from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
@@ -49,7 +50,7 @@ class _Request:
     """What one call of make_private hands to the engine's inner steps."""
 
     config: BackpropClipping
-    passed: set[object]
+    passed: dict[object, Plan]
     criterion: BackpropClipCriterion | None = None
     entered: bool = False
     hooks: BackpropClipHooks | None = None

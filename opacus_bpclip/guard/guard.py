@@ -12,7 +12,7 @@ only once an eager batch has passed every check.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import NoReturn
 
@@ -65,6 +65,7 @@ class GradientGuard:
         loss: the watch of the criterion that every backward pass must come through, if any.
         forget: called when the gradients at hand are thrown away.
         joint: whether all layers share a budget, and a layer may be used any number of times.
+        by_functions: the parameters that functions outside of layers with a rule are called on.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
@@ -78,6 +79,7 @@ class GradientGuard:
         self.undoes_mean = False
         self.joint = False
         self.forget: Callable[[], None] = _nothing
+        self.by_functions: Collection[nn.Parameter] = ()
         self._compiled = False
         self._in_forward = False
         self._batch_size = 0
@@ -242,7 +244,8 @@ class GradientGuard:
             self._check_loss(watched)
             self.require(unusable_gradient(watched, total))
             watched.add(total)
-            watched.confirmed = True
+            # A compiled graph calls such functions as they are: nothing in it is clipped.
+            watched.confirmed = parameter not in self.by_functions
         self.passes.collected = self.passes.count
 
     def _check_loss(self, watched: WatchedParameter) -> None:

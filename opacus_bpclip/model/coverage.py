@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.errors import CoverageError
@@ -19,7 +20,7 @@ from opacus_bpclip.model.attention import attention_axes
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.recurrence import recurrent_linears, renamed_parameters
 from opacus_bpclip.replacements import mixes_examples, replacer_of
-from opacus_bpclip.rules import BroadcastRule, Rule, registered_kind, supported_layers
+from opacus_bpclip.rules import BroadcastRule, FunctionRule, Rule, registered_kind
 
 TRAINABLE_DTYPES = (torch.float32, torch.float64)
 
@@ -129,7 +130,7 @@ def _refuse_layers_inside_layers(layers: Mapping[str, Layer]) -> None:
     """
     modules = {layer.module: layer.name for layer in layers.values()}
     for layer in layers.values():
-        if isinstance(layer.rule, BroadcastRule):
+        if isinstance(layer.rule, (BroadcastRule, FunctionRule)):
             continue
         inside = [modules[m] for m in layer.module.modules() if m in modules][1:]
         if inside:
@@ -212,35 +213,20 @@ def _rule_for(
     module: nn.Module, own: Mapping[str, nn.Parameter]
 ) -> tuple[Rule, None] | tuple[None, str]:
     """Return the module's rule, or why it has none and what to do."""
-    registered = registered_kind(type(module))
-    if registered is None:
-        replacement = _replacement(module)
-        return None, (
-            f"no rule bounds the gradient of {', '.join(own)}. "
-            + (replacement and f"{replacement} ")
-            + "Freeze it (requires_grad=False), "
-            f"build the model from supported layers ({', '.join(supported_layers())}), or write a "
-            "rule for it and register that with opacus_bpclip.register_rule."
-        )
-    kind, rule = registered
-    for method in rule.methods:
-        if getattr(type(module), method) is not getattr(kind, method) or method in vars(module):
-            return None, (
-                f"overrides {kind.__name__}.{method}, so the rule for {kind.__name__} says nothing "
-                f"about it. Use {kind.__name__} itself and put the extra work in a module around "
-                "it."
-            )
     if any(
         isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in own.values()
     ):
         return None, "is not initialised yet. Run one batch through the model first."
-    unknown = sorted(set(own) - set(rule.parameters))
-    if unknown:
+    registered = registered_kind(type(module))
+    replacement = _replacement(module)
+    if registered is None and replacement:
         return None, (
-            f"its parameters {', '.join(unknown)} are not {kind.__name__}'s own; a "
-            "reparametrization (weight_norm, spectral_norm, pruning) rewrites the weight in the "
-            "forward pass, outside what the rule bounds. Remove it."
+            f"no rule bounds the gradient of {', '.join(own)}. {replacement} Or freeze it "
+            "(requires_grad=False)."
         )
+    kind, rule = registered or (None, FunctionRule)
+    if kind is not None and not _runs_as(module, kind, rule, own):
+        rule = FunctionRule
     dtypes = {parameter.dtype for parameter in own.values()}
     if not dtypes <= set(TRAINABLE_DTYPES):
         return None, (
@@ -252,3 +238,19 @@ def _rule_for(
         return rule.from_module(module), None
     except CoverageError as error:
         return None, str(error)
+
+
+def _runs_as(
+    module: nn.Module,
+    kind: type[nn.Module],
+    rule: type[Rule],
+    own: Mapping[str, nn.Parameter],
+) -> bool:
+    """Return whether a module computes what the class does that its rule describes."""
+    overridden = any(
+        getattr(type(module), method) is not getattr(kind, method) or method in vars(module)
+        for method in rule.methods
+    )
+    # A reparametrization (weight_norm, spectral_norm, pruning) computes the weight from others.
+    foreign = set(own) - set(rule.parameters)
+    return not (overridden or foreign or is_parametrized(module))

@@ -4,11 +4,12 @@ from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.coupling import find_coupling
 from opacus_bpclip.probe.leaves import batch_leaves, batch_size
 from opacus_bpclip.probe.prober import Prober, count_uses, with_uses
-from opacus_bpclip.probe.problems import UntriedError
+from opacus_bpclip.probe.problems import Problem, UntriedError
 
 __all__ = [
     "EXAMPLES",
     "Batch",
+    "Problem",
     "Prober",
     "UntriedError",
     "batch_leaves",

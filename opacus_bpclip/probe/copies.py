@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +88,20 @@ class Copy:
         sizes = (p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
         return sum(sizes) <= _LARGEST_IN_DOUBLE
 
+    def of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Return what stands in for a parameter."""
+        stand_in = self._stand_ins.of(parameter)
+        assert isinstance(stand_in, nn.Parameter)
+        return stand_in
+
     def run(
-        self, batch: Batch, steady: Steady | None, *, inputs: bool = False, inside: bool = True
+        self,
+        batch: Batch,
+        steady: Steady | None,
+        *,
+        inputs: bool = False,
+        inside: bool = True,
+        mode: AbstractContextManager[object] | None = None,
     ) -> Recording:
         """Run the model.
 
@@ -98,6 +110,7 @@ class Copy:
             steady: makes random numbers the same for every example; ``None`` seeds them.
             inputs: record the modules' inputs, too.
             inside: record what the modules inside the model return, too.
+            mode: entered for the run.
         """
         batch = batch.to(self.device, self.dtype)
         self._stand_ins.begin_run()
@@ -107,6 +120,7 @@ class Copy:
             repeatable(self.device),
             recorded(self.model, recording, inputs=inputs, inside=inside),
             steady or nullcontext(),
+            mode or nullcontext(),
         ):
             self.model(*batch.args, **batch.kwargs)
         return recording

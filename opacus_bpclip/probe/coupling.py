@@ -7,17 +7,19 @@ proves nothing; ``docs/guarantee.md`` says what it finds and how weak that may b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 
 from opacus.layers.dp_rnn import DPRNNBase
 from torch import nn
 
+from opacus_bpclip.model.functions import Plan
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.probe import ragged
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.comparison import partitions
 from opacus_bpclip.probe.copies import Copy
+from opacus_bpclip.probe.functions import RefusedError, is_followed, make_plan
 from opacus_bpclip.probe.order import Rows, rows_of_layers
 from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
@@ -44,21 +46,72 @@ def find_coupling(
     Raises:
         UntriedError: the model does not run on this batch or on parts of it.
     """
-    reason, rows = "", rows_of_layers(model, layers)
+    by_name = {layer.name: layer for layer in layers}
+    problem, _ = try_model(
+        model, batch, loss_reduction=loss_reduction, layers=by_name, ordered=bool(by_name)
+    )
+    return problem
+
+
+def try_model(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    loss_reduction: str,
+    layers: Mapping[str, Layer],
+    ordered: bool,
+    search: bool = True,
+) -> tuple[Problem | None, Plan]:
+    """Return what couples the examples of a batch, and where functions take up the batch.
+
+    Args:
+        model: as for `find_coupling`.
+        batch: as for `find_coupling`.
+        loss_reduction: as for `find_coupling`.
+        layers: the trainable layers, by name.
+        ordered: whether they must meet the examples in the batch's order.
+        search: whether to look for what couples examples.
+
+    Raises:
+        UntriedError: the model does not run on this batch or on parts of it.
+    """
+    reason = ""
+    batch = batch.select(range(min(batch.size, EXAMPLES)))
     for double in (True, False):
         if double and not Copy.fits(model):
             continue
         try:
-            return _searched(model, batch, loss_reduction, rows, double=double)
+            problem, plan = _planned(model, batch, layers, double=double)
+            if search:
+                rule_holds = [
+                    layer
+                    for layer in layers.values()
+                    if layer.name not in plan.passed_by and not is_followed(layer)
+                ]
+                rows = rows_of_layers(model, rule_holds) if ordered and not problem else {}
+                found = _searched(model, batch, loss_reduction, rows, double=double)
+                problem = found or problem
+            return problem, plan
         except Exception as error:  # whatever the model's own code raises
             reason = first_line(error)
     raise UntriedError(reason)
 
 
+def _planned(
+    model: nn.Module, batch: Batch, layers: Mapping[str, Layer], *, double: bool
+) -> tuple[Problem | None, Plan]:
+    if not layers:
+        return None, Plan({})
+    try:
+        with Copy(model, double=double) as copy:
+            return None, make_plan(copy, batch, layers)
+    except RefusedError as error:
+        return error.problem, Plan({})
+
+
 def _searched(
     model: nn.Module, batch: Batch, loss_reduction: str, rows: Rows, *, double: bool
 ) -> Problem | None:
-    batch = batch.select(range(min(batch.size, EXAMPLES)))
     for copied in (False, True):
         try:
             with Copy(model, double=double, copied=copied) as copy:

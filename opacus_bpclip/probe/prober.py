@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.model.coverage import trainable_layers
+from opacus_bpclip.model.functions import Plan
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.probe import problems, ragged
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.copies import Copy, device_of
-from opacus_bpclip.probe.coupling import find_coupling
+from opacus_bpclip.probe.coupling import try_model
 from opacus_bpclip.probe.forms import made_up_batches
+from opacus_bpclip.probe.functions import needs_plan
 from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
 
@@ -26,19 +28,29 @@ class Prober:
     Args:
         model: the model.
         loss_reduction: ``"mean"`` or ``"sum"``.
-        layers: those whose rows must be in the batch's order: with a joint budget all, else none.
+        layers: the trainable layers, by name.
+        ordered: whether their rows must be in the batch's order, as with a joint budget.
+        search: whether to look for coupled examples at all.
 
     Attributes:
-        passed: the ways of calling the model that need no further search.
+        passed: the ways of calling the model that need no further search, each with what was found
+            of the functions that the model calls on parameters.
     """
 
     def __init__(
-        self, model: nn.Module, *, loss_reduction: str, layers: Iterable[Layer] = ()
+        self,
+        model: nn.Module,
+        *,
+        loss_reduction: str,
+        layers: Mapping[str, Layer] | None = None,
+        ordered: bool = False,
+        search: bool = True,
     ) -> None:
         self.model = model
-        self.layers = tuple(layers)
+        self.layers = layers or {}
+        self.ordered, self.search = ordered, search
         self.loss_reduction = loss_reduction
-        self.passed: set[object] = set()
+        self.passed: dict[object, Plan] = {}
 
     def before_training(
         self, loader: object, *, batch_first: bool, loss_outside: bool = False
@@ -66,8 +78,8 @@ class Prober:
             found = problem
         return found
 
-    def on_batch(self, batch: Batch) -> Problem | None:
-        """Return what couples examples when the model is called like this.
+    def on_batch(self, batch: Batch) -> Problem | Plan:
+        """Return what couples examples when the model is called like this, or else the plan.
 
         Made-up values are tried first. The batch's own are looked at only if those do not fit, and
         only for whether they influence each other.
@@ -75,19 +87,22 @@ class Prober:
         Raises:
             UntriedError: neither can be tried; the message is for the user.
         """
-        if self._key(batch) in self.passed:
-            return None
+        key = self._key(batch)
+        if key in self.passed:
+            return self.passed[key]
         try:
-            return self._search_made_up(batch.invent(EXAMPLES))
+            return self._search_made_up(batch.invent(EXAMPLES)) or self.passed[key]
         except UntriedError:
             pass
         if batch.size < 2:
-            return None  # No companions; a later batch will have some.
+            return Plan({})  # No companions; a later batch will have some.
         # Sorted examples do not show where they come in that order.
-        turned = [batch.select(range(batch.size)[::-1])] if self.layers else []
+        turned = [batch.select(range(batch.size)[::-1])] if self.ordered else []
         try:
-            return self._search(batch, *turned)
+            return self._search(batch, *turned) or self.passed[key]
         except UntriedError as error:
+            if not self.search and not needs_plan(self.layers):
+                return Plan({})
             order = ("first", "second")[batch.axis]
             raise UntriedError(problems.untried(str(error), order)) from None
 
@@ -98,18 +113,25 @@ class Prober:
         except UntriedError:
             accelerated = device_of(self.model).type != "cpu"
             counted = ragged.counted(batch, self.model, accelerated=accelerated)
-            if counted is None or not self.layers:
+            if counted is None or not self.ordered:
                 raise
             return self._search(counted)
 
     def _search(self, *batches: Batch) -> Problem | None:
+        plans = []
         for batch in batches:
-            problem = find_coupling(
-                self.model, batch, loss_reduction=self.loss_reduction, layers=self.layers
+            problem, plan = try_model(
+                self.model,
+                batch,
+                loss_reduction=self.loss_reduction,
+                layers=self.layers,
+                ordered=self.ordered,
+                search=self.search,
             )
             if problem is not None:
                 return problem
-        self.passed.add(self._key(batches[0]))
+            plans.append(plan)
+        self.passed[self._key(batches[0])] = plans[0]
         return None
 
     def _key(self, batch: Batch) -> object:

@@ -100,3 +100,51 @@ def not_additive(*, mean: bool) -> str:
         "transformers Trainer takes as compute_loss_func. If you are certain that the loss never "
         "sees this tensor, set BackpropClipping(probe=False)."
     )
+
+
+_OWN_LAYER = (
+    "Use the parameter for each example by itself, in a layer that has a rule, or in a module of "
+    "its own with a rule that you register (docs/custom-layers.md); or freeze it."
+)
+
+
+def unlike_alone(parameters: str, function: str, what: str, gap: float) -> str:
+    """Say that a function does not treat an example alone as it does in a batch."""
+    said = {
+        "output": "what it returns for an example alone is not the example's part of what it "
+        "returns for the batch",
+        "gradient": "the gradient that an example alone has is not the one that autograd finds for "
+        "it in the batch",
+    }[what]
+    return (
+        f"{parameters}: the function {function} was tried on made-up examples, and {said} (relative "
+        f"difference {gap:.2g}). {_OWN_LAYER}"
+    )
+
+
+def pairs_in_function(parameters: str, function: str) -> str:
+    """Say that a function's sizes do not follow the batch's in proportion."""
+    return (
+        f"{parameters}: the function {function} has an argument or a result whose size follows the "
+        "batch, but not as so many entries for each example: rows are routed by the values of the "
+        f"data, or it holds pairs of examples, or rows of the parameter itself. {_OWN_LAYER}"
+    )
+
+
+def moved_in_function(parameters: str, function: str) -> str:
+    """Say that a function has its rows in another order than the batch."""
+    return (
+        f"{parameters}: the function {function} has its rows in another order than the examples of "
+        "the batch, and one factor for each example of the batch would scale a mix of them. Keep "
+        f"the batch's order inside the model. {_OWN_LAYER}"
+    )
+
+
+def unsteady_functions() -> str:
+    """Say that a model calls other functions on a smaller batch."""
+    return (
+        "The model calls other functions on a part of a batch than on the whole of it (a loop over "
+        "examples, or a branch that their values decide), and functions that it calls on parameters "
+        "outside of layers with a rule cannot be followed then. Write the forward pass for a whole "
+        "batch, without branches on values."
+    )

@@ -19,6 +19,14 @@ _SWITCHES = {"dropout_p": 0.0, "train": False, "training": False}
 _PRODUCTS = ("mm", "matmul", "mv", "linear", "conv", "attention", "rnn", "lstm", "gru", "bilinear")
 
 
+# Above the rounding of batched kernels, in units of the coarsest precision that a run computes in;
+# ``benchmarks/probe_margin.py`` measures both sides.
+_UNITS = 2.0**10
+
+# What half precision and TensorFloat-32 leave to be seen; a looser tolerance would see nothing.
+_COARSEST = 2.0**-4
+
+
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
     """Seed every global random number generator, and put each back as it was."""
@@ -108,3 +116,15 @@ class Steady(TorchDispatchMode):
                 tensor.copy_(drawn.expand(tensor.numel()).view(tensor.shape))
         self._next += 1
         return out
+
+
+def tolerated(steady: Steady, device: torch.device) -> float:
+    """Return up to which relative difference two runs' numbers are the same.
+
+    Args:
+        steady: what has watched them.
+        device: where they ran.
+    """
+    if device.type == "cuda" and steady.single_products:
+        return _COARSEST  # TensorFloat-32 products
+    return min(_UNITS * steady.eps, _COARSEST)

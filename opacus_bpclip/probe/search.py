@@ -23,15 +23,8 @@ from opacus_bpclip.probe.comparison import (
 from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.order import Rows, constant_layers, disturbed, out_of_order
 from opacus_bpclip.probe.problems import Problem, UntriedError
-from opacus_bpclip.probe.randomness import Steady
+from opacus_bpclip.probe.randomness import Steady, tolerated
 from opacus_bpclip.probe.recording import CallRecord, Recording, alike
-
-# Above the rounding of batched kernels, in units of the coarsest precision that a run computes in;
-# ``benchmarks/probe_margin.py`` measures both sides.
-_UNITS = 2.0**10
-
-# What half precision and TensorFloat-32 leave to be seen; a looser tolerance would see nothing.
-_COARSEST = 2.0**-4
 
 _SIDES = ("inputs", "outputs")
 
@@ -113,9 +106,7 @@ class Search:
         made = (x for call in base.calls for x in call.outputs)
         if not any(bool(x.isfinite().any()) for x in made):
             raise UntriedError("nothing in it makes a finite number")
-        self.tolerance = min(_UNITS * self.steady.eps, _COARSEST)
-        if self.copy.device.type == "cuda" and self.steady.single_products:
-            self.tolerance = _COARSEST  # TensorFloat-32 products
+        self.tolerance = tolerated(self.steady, self.copy.device)
         return base
 
     def _runs_of_parts(

@@ -8,6 +8,7 @@ from opacus_bpclip.rules.conv import ConvRule
 from opacus_bpclip.rules.conv_transpose import ConvTransposeRule
 from opacus_bpclip.rules.embedding import EmbeddingRule
 from opacus_bpclip.rules.embedding_bag import EmbeddingBagRule
+from opacus_bpclip.rules.functions import FunctionRule
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.group_norm import GroupNormRule
 from opacus_bpclip.rules.linear import LinearRule
@@ -27,6 +28,7 @@ __all__ = [
     "ConvTransposeRule",
     "EmbeddingBagRule",
     "EmbeddingRule",
+    "FunctionRule",
     "FusedRule",
     "GroupNormRule",
     "Inputs",

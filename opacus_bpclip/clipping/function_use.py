@@ -1,0 +1,212 @@
+"""A call of a function on parameters, as the backward pass sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opacus_bpclip.clipping.factors import Factors, Measured, measured
+from opacus_bpclip.clipping.use import Sums, Use
+from opacus_bpclip.model.functions import FunctionCall, Made, Template
+from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.own_gradients import leaves_behind, own_gradients, sent_back
+from opacus_bpclip.rules.base import zero_rows
+from opacus_bpclip.rules.exact_norms import chunks
+from opacus_bpclip.rules.norms import row_norms
+
+# An upper limit for the gradients of a chunk of examples, in bytes, and for those that are kept
+# until their factors are known.
+_CHUNK = 16 * 2**20
+_KEPT = 2**20
+
+
+@dataclass
+class FunctionGraph:
+    """A call that was made on a private graph.
+
+    Attributes:
+        call: the call.
+        template: where it has the batch.
+        arguments: what the function was called on: tensors cut off from all others.
+        results: its flattened results.
+        made: what was computed from parameters alone, by the arguments' index.
+        versions: of the arguments, at the call.
+        examples: how many examples it was over.
+    """
+
+    call: FunctionCall
+    template: Template
+    arguments: list[Any]
+    results: list[Any]
+    made: Mapping[int, Made]
+    versions: tuple[int, ...]
+    examples: int
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Return the arguments that hold the batch."""
+        return [
+            x
+            for x, place in zip(self.arguments, self.template.arguments, strict=True)
+            if place is not None and isinstance(x, Tensor)
+        ]
+
+    def input_gradients(self, upstream: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
+        """Return the gradients of some arguments.
+
+        Args:
+            upstream: of the results that hold the batch, ``[B, *]``.
+            inputs: the arguments.
+        """
+        asked = [x for x in inputs if x.requires_grad]
+        ends, sent = [], []
+        placed = (
+            (x, p) for x, p in zip(self.results, self.template.outputs, strict=True) if p is not None
+        )
+        for (x, place), g in zip(placed, upstream, strict=True):
+            if x.requires_grad:
+                ends.append(x)
+                sent.append(place.put_back(g))
+        found = iter(
+            torch.autograd.grad(ends, asked, sent, retain_graph=True, allow_unused=True)
+            if asked
+            else ()
+        )
+        return [next(found) if x.requires_grad else None for x in inputs]
+
+    def check(self, upstream: Sequence[Tensor]) -> None:
+        """Let autograd look whether somebody has changed what a gradient needs.
+
+        Raises:
+            RuntimeError: that is so.
+        """
+        if self.versions != versions_of(self.arguments):
+            values = [self.arguments[index] for index in self.made]
+            self.input_gradients(upstream, values)
+
+
+def versions_of(leaves: Sequence[Any]) -> tuple[int, ...]:
+    """Return how often each tensor has been changed in place."""
+    return tuple(x._version for x in leaves if isinstance(x, Tensor))
+
+
+class FunctionUse(Use):
+    """A call of a function, as far as one layer's parameters are concerned.
+
+    Args:
+        layer: the layer.
+        examples: by what a mean loss has divided the upstream gradients.
+        graph: the call.
+        upstream: gradients of the results that hold the batch, each ``[B, *]``.
+        names: by the index of an argument, for each leaf behind it the parameter's name in the
+            layer; ``None`` where it is another layer's.
+        inputs: the gradients of the arguments that hold the batch.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        examples: int,
+        graph: FunctionGraph,
+        upstream: Sequence[Tensor],
+        names: Mapping[int, Sequence[str | None]],
+        inputs: tuple[Tensor | None, ...],
+    ) -> None:
+        self.layer, self.examples = layer, examples
+        self._graph, self._upstream, self._names = graph, upstream, names
+        self._inputs = inputs
+        self._own_of_values = own_gradients(
+            graph.call,
+            graph.template,
+            graph.arguments,
+            graph.results,
+            upstream,
+            graph.examples,
+        )
+        self._kept: Sums | None = None
+        self._versions = versions_of(upstream)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the gradients."""
+        return self.layer.parameters[0].dtype
+
+    def measure(self) -> Measured:
+        """Return the norm of the gradients, a chunk of examples at a time."""
+        self._graph.check(self._upstream)
+        norms, kept_parts = [], list[Sums]()
+        keeps = self._bytes() * len(self._upstream[0]) <= _KEPT
+        for rows in self._chunks():
+            own = self.own(rows)
+            norms.append(_norm(own))
+            if keeps:
+                kept_parts.append(own)
+        if keeps:
+            self._kept = {
+                name: torch.cat([part[name] for part in kept_parts]) for name in kept_parts[0]
+            }
+        bound = torch.cat(norms)
+        return measured(bound, None, examples=self.examples)
+
+    def sums(self, factors: Factors) -> Sums:
+        """Multiply the factors with the gradients, which are what has been measured."""
+        by, keep = factors
+        sums: dict[str, Tensor] = {}
+        for rows in self._chunks():
+            few = None if keep is None else keep[rows]
+            for name, own in self.own(rows).items():
+                flat = zero_rows(own.flatten(1), few)
+                total = (by[rows].to(flat.dtype) @ flat).view(own.shape[1:]) * self.examples
+                sums[name] = sums[name] + total if name in sums else total
+        return sums
+
+    def input_gradients(self, factors: Factors | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the arguments that hold the batch."""
+        assert factors is None  # What flows on is not clipped.
+        return self._inputs
+
+    def own(self, rows: slice) -> Sums:
+        """Make the gradients of some examples, and send them back to the parameters."""
+        if self._kept is not None:
+            return {name: own[rows] for name, own in self._kept.items()}
+        found: dict[str, Tensor] = {}
+        graph = self._graph
+        values = zip(graph.made.items(), self._own_of_values(rows), strict=True)
+        for (index, made), gradient in values:
+            names = self._names[index]
+            if not any(names):
+                continue
+            for name, own in zip(
+                names,
+                sent_back(made.value, gradient, batched=graph.template.batched),
+                strict=True,
+            ):
+                if name is not None:
+                    found[name] = found[name] + own if name in found else own
+        return found
+
+    def has_changed(self) -> bool:
+        """Return whether somebody has changed the upstream gradients in place."""
+        return self._kept is None and versions_of(self._upstream) != self._versions
+
+    def _chunks(self) -> Any:
+        return chunks(len(self._upstream[0]), max(1, _CHUNK // max(1, self._bytes())))
+
+    def _bytes(self) -> int:
+        """Return how many bytes an example takes."""
+        values = [made.value for made in self._graph.made.values()]
+        behind = [leaf for value in values for leaf in leaves_behind(value)]
+        sizes = sum(x.numel() for x in (*values, *behind))
+        given = (*self._upstream, *self._graph.inputs)
+        return 4 * (sizes + sum(x.numel() // max(1, self._graph.examples) for x in given))
+
+
+def _norm(own: Sums) -> Tensor:
+    norms = [row_norms(gradient) for gradient in own.values()]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+

@@ -1,0 +1,252 @@
+"""Functions that the model calls on parameters: a node for each call that meets examples.
+
+The rest of the model runs as it is. What was computed from parameters alone stays on a private
+graph, and so does the call itself; the node in its place makes the gradients of its inputs there,
+and hands each layer's part of the parameters' gradients to the layer's scope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from opacus_bpclip.clipping.base import Settings
+from opacus_bpclip.clipping.function_use import FunctionGraph, FunctionUse, versions_of
+from opacus_bpclip.clipping.scope import Scope
+from opacus_bpclip.guard import function_checks
+from opacus_bpclip.guard.call_checks import ran_twice
+from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions, Plan, Template
+from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.own_gradients import leaves_behind
+from opacus_bpclip.rules.first_order import first_order
+
+
+class Functions:
+    """Follows the functions that one model calls on parameters.
+
+    Args:
+        layers: the trainable layers, by name.
+        settings: how to clip.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], settings: Settings) -> None:
+        self.layers = layers
+        self.settings = settings
+        self.followed = settings.followed
+
+    def begin(self, plan: Plan) -> None:
+        """Begin a forward pass.
+
+        Args:
+            plan: what trial runs have shown of such a pass.
+        """
+        self.end()
+        self.followed.plan = plan
+        self.settings.guard.by_functions = {
+            parameter
+            for name in plan.layers | plan.passed_by
+            for parameter in self.layers[name].parameters
+        }
+        if plan.layers:
+            self.followed.mode = _Following(self, plan)
+            self.followed.mode.__enter__()
+
+    def end(self) -> None:
+        """End a forward pass."""
+        mode, self.followed.mode = self.followed.mode, None
+        if isinstance(mode, _Following):
+            mode.__exit__(None, None, None)
+            mode.close()
+
+
+class _Following(ParameterFunctions):
+    """Follows one forward pass."""
+
+    def __init__(self, functions: Functions, plan: Plan) -> None:
+        layers, settings = functions.layers, functions.settings
+        self._settings, self._plan, self._layers = settings, plan, layers
+        self._guard = settings.guard
+        super().__init__(
+            {
+                f"{name}.{own}": parameter
+                for name in layers
+                if name in plan.layers
+                for own, parameter in layers[name].named_parameters.items()
+            }
+        )
+        # By the identity of what stands for a parameter: its layer, and its name there.
+        self._owners: dict[int, tuple[Layer, str]] = {}
+        for name, leaf in self.leaves.items():
+            owner, _, own = name.rpartition(".")
+            self._owners[id(leaf)] = layers[owner], own
+            leaf.register_post_accumulate_grad_hook(self._went_around(name))
+        self._scopes: dict[str, Scope] = {}
+        self._times: dict[object, int] = {}
+
+    def _went_around(self, name: str) -> Any:
+        def refuse(_: Tensor) -> None:
+            self._guard.fail(function_checks.went_around(name))
+
+        return refuse
+
+    def close(self) -> None:
+        """End the pass: the nodes hold what is still needed."""
+        if not self._settings.budget.joint:
+            for scope in self._scopes.values():
+                scope.close()
+        self._scopes = {}
+        self.forget()
+
+    def called(self, call: FunctionCall) -> Any:
+        """Derive, or put a node in the place of a call that meets examples."""
+        template = self._template(call)
+        if template is None:
+            result = self.derive(call)
+            if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(result)):
+                self._guard.fail(function_checks.unseen(call))
+            return result
+        if not template.meets:
+            return self.derive(call)
+        examples = self._guard.examples
+        self._guard.require(function_checks.wrong_places(call, template, examples))
+        result, graph = self._on_private_graph(call, template, examples)
+        leaves, spec = pytree.tree_flatten(result)
+        outs = [index for index, x in enumerate(leaves) if _has_gradient(x)]
+        self._guard.require(function_checks.wrong_results(call, template, leaves, examples))
+        made = self._attached(graph, [leaves[index] for index in outs], call)
+        for index, out in zip(outs, made, strict=True):
+            leaves[index] = out
+        if not call.is_in_place:
+            return pytree.tree_unflatten(leaves, spec)
+        call.leaves[0].copy_(leaves[0])
+        return None if call.name == "__setitem__" else call.leaves[0]
+
+    def _template(self, call: FunctionCall) -> Template | None:
+        templates = self._plan.templates.get(call.key)
+        if templates is None:
+            return None
+        if len(templates) == 1:
+            return templates[0]
+        time = self._times.get(call.key, 0)
+        self._times[call.key] = time + 1
+        if time >= len(templates):
+            self._guard.fail(function_checks.unseen(call))
+        return templates[time]
+
+    def _on_private_graph(
+        self, call: FunctionCall, template: Template, examples: int
+    ) -> tuple[Any, FunctionGraph]:
+        arguments = [_cut_off(leaf) for leaf in call.leaves]
+        if call.is_in_place:
+            arguments[0] = _cut_off(call.leaves[0].clone())
+        for index, made in call.made.items():
+            arguments[index] = made.value.detach().requires_grad_()
+        with torch.enable_grad():
+            result = call.run(arguments)
+        own = replace(call, leaves=arguments, made=call.made)
+        graph = FunctionGraph(
+            own,
+            template,
+            arguments,
+            pytree.tree_leaves(result),
+            call.made,
+            versions_of(arguments),
+            examples,
+        )
+        return result, graph
+
+    def _attached(
+        self, graph: FunctionGraph, results: Sequence[Tensor], call: FunctionCall
+    ) -> tuple[Tensor, ...]:
+        """Return the results with the node behind them."""
+        names: dict[str, dict[int, list[str | None]]] = {}
+        for index, made in graph.made.items():
+            owners = [self._owners[id(leaf)] for leaf in leaves_behind(made.value)]
+            for layer in dict.fromkeys(layer.name for layer, _ in owners):
+                names.setdefault(layer, {i: [] for i in graph.made})[index] = [
+                    name if owner.name == layer else None for owner, name in owners
+                ]
+        layers = [self._layers[name] for name in names]
+        scopes = []
+        for layer in layers:
+            scope = self._scope(layer)
+            scope.enter(layer, self._settings.groups[layer.name])
+            scopes.append(scope)
+        inputs = [
+            call.leaves[index]
+            for index, place in enumerate(graph.template.arguments)
+            if place is not None and isinstance(call.leaves[index], Tensor)
+        ]
+        tokens = [scope.token for scope in scopes]
+        outs = _FunctionNode.apply(
+            self._guard,
+            self._settings.mean,
+            graph,
+            list(zip(layers, names.values(), scopes, strict=True)),
+            results,
+            len(tokens),
+            *tokens,
+            *inputs,
+        )
+        return tuple(outs)
+
+    def _scope(self, layer: Layer) -> Scope:
+        if layer.name not in self._scopes:
+            self._guard.enter_layer(layer)
+            target = self._settings.targets[layer.name]
+            self._scopes[layer.name] = self._settings.budget.scope_of(target, at_once=False)
+        return self._scopes[layer.name]
+
+
+def _has_gradient(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _cut_off(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().requires_grad_(leaf.requires_grad)
+
+
+class _FunctionNode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        guard: Any,
+        mean: bool,
+        graph: FunctionGraph,
+        uses: Sequence[Any],
+        results: Sequence[Tensor],
+        tokens: int,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.guard, ctx.mean, ctx.graph, ctx.uses = guard, mean, graph, uses
+        ctx.tokens, ctx.spent = tokens, False
+        ctx.count = len(inputs)
+        return tuple(result.detach().view_as(result) for result in results)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        graph: FunctionGraph = ctx.graph
+        if ctx.spent:
+            ctx.guard.fail(ran_twice(ctx.uses[0][0]))
+        ctx.spent = True
+        arrived = iter(gradients)
+        upstream = []
+        for x, place in zip(graph.results, graph.template.outputs, strict=True):
+            g = next(arrived) if _has_gradient(x) else None
+            if place is not None:
+                upstream.append(place.rows(torch.zeros_like(x) if g is None else g, graph.examples))
+        inputs = tuple(graph.input_gradients(upstream, graph.inputs))
+        examples = graph.examples if ctx.mean else 1
+        for layer, names, scope in ctx.uses:
+            use = FunctionUse(layer, examples, graph, upstream, names, inputs)
+            scope.arrive(use)
+        ctx.graph = None
+        return (None,) * (6 + ctx.tokens) + inputs

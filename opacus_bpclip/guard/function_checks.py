@@ -1,0 +1,82 @@
+"""What may be wrong with a call of a function on parameters, each a sentence with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from opacus_bpclip.model.functions import FunctionCall, Template
+
+
+def _told(call: FunctionCall) -> str:
+    return ", ".join(sorted(call.names))
+
+
+def unseen(call: FunctionCall) -> str:
+    """Say that trial runs have not shown such a call."""
+    return (
+        f"{_told(call)}: the model calls the function {call.name} on it in a way that its trial run "
+        "on made-up examples of these shapes did not show, so nothing tells which rows belong to "
+        "which example. Compute the same way for every batch: without branches on the values of the "
+        "data, and with what is made from parameters made anew in each forward pass."
+    )
+
+
+def went_around(name: str) -> str:
+    """Say that a gradient reaches a parameter by a way that was not followed."""
+    return (
+        f"{name} got a gradient through a function that was not followed: an autograd function of "
+        "somebody's own, an operation that keeps its arguments from torch's function modes, or the "
+        "model returns what it computed from the parameter. Use it in the model's forward pass, "
+        "with functions of torch."
+    )
+
+
+def wrong_places(call: FunctionCall, template: Template, examples: int) -> str | None:
+    """Say that a call's arguments do not hold the batch where they should."""
+    for leaf, place in zip(call.leaves, template.arguments, strict=True):
+        if place is None:
+            continue
+        if isinstance(leaf, Tensor):
+            if not place.fits(leaf, examples):
+                return _wrong(call, tuple(leaf.shape), examples, place.axis)
+        elif place.entries(leaf, examples) is None:
+            return (
+                f"{_told(call)}: the function {call.name} was called with {leaf} where the number "
+                f"of examples should be, which is {examples}. Compute from the batch's own size."
+            )
+    return None
+
+
+def wrong_results(
+    call: FunctionCall, template: Template, results: Sequence[Any], examples: int
+) -> str | None:
+    """Say that a call's results do not hold the batch where they should, or in another dtype."""
+    if len(results) != len(template.outputs):
+        return unseen(call)
+    for x, place in zip(results, template.outputs, strict=True):
+        if not isinstance(x, Tensor) or not x.requires_grad:
+            continue
+        if place is None:
+            return unseen(call)
+        if not place.fits(x, examples):
+            return _wrong(call, tuple(x.shape), examples, place.axis)
+        for made in call.made.values():
+            if made.value.dtype != x.dtype and not x.is_complex():
+                return (
+                    f"{_told(call)}: the function {call.name} computes in {x.dtype} with parameters "
+                    f"in {made.value.dtype} (autocast?): its gradient, summed over the batch, would "
+                    "be rounded by more than one example's contribution. Run the model without "
+                    "autocast."
+                )
+    return None
+
+
+def _wrong(call: FunctionCall, shape: tuple[int, ...], examples: int, axis: int) -> str:
+    return (
+        f"{_told(call)}: the function {call.name} met a tensor of shape {shape} in a batch of "
+        f"{examples} examples, whose axis {axis} should hold one part for each of them. Keep one "
+        "row for each example of the batch."
+    )

@@ -1,0 +1,282 @@
+"""Functions that a model calls on trainable parameters outside the layers that have a rule.
+
+A class token, a position table, a layer scale, the weight of a normalisation written by hand, a
+weight that a parametrization computes: sooner or later such a parameter, or what was computed from
+parameters alone, meets the examples in one call of a function of torch. `ParameterFunctions` sees
+every call. What is computed from parameters alone stays on a graph of its own (`Made`); where that
+meets the examples, a subclass says what happens (`meet`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from opacus_bpclip.model.places import Place
+
+# Whose names do not end in an underscore, though they work on their first argument.
+_IN_PLACE = frozenset(
+    {"__setitem__"}
+    | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
+)
+# Attributes are set on the parameter itself.
+_OF_PARAMETERS = frozenset({"__set__", "__delete__", "requires_grad_", "register_hook"})
+
+
+class Made(NamedTuple):
+    """What was computed from parameters alone.
+
+    Attributes:
+        shown: the tensor that the model has: a parameter, or what a function returned.
+        value: the same on the private graph, whose leaves stand for the parameters.
+        names: of the parameters behind it.
+    """
+
+    shown: Tensor
+    value: Tensor
+    names: frozenset[str]
+
+
+# By `torch.func.vmap` over the function on one example; by autograd on one example after the other;
+# or by autograd on the call that was made, for each example, where the function draws numbers.
+Method = Literal["vmap", "loop", "graph"]
+
+
+class Template(NamedTuple):
+    """How one call of a function takes up the batch.
+
+    Attributes:
+        arguments: for each of its flattened arguments, where the batch is: a `Place` in a tensor,
+            also for a number that counts the batch's rows (``expand(B, -1)``), else ``None``.
+        outputs: the same for each of its flattened results.
+        method: how the examples' gradients are made.
+        batched: whether those of what was computed from parameters are sent back to the parameters
+            together, or one after the other.
+    """
+
+    arguments: tuple[Place | None, ...]
+    outputs: tuple[Place | None, ...]
+    method: Method = "vmap"
+    batched: bool = True
+
+    @property
+    def meets(self) -> bool:
+        """Return whether the function meets examples, or makes one copy for each."""
+        return any(place is not None for place in (*self.arguments, *self.outputs))
+
+
+@dataclass
+class FunctionCall:
+    """One call of a function.
+
+    Attributes:
+        func: the function.
+        leaves: its flattened arguments.
+        spec: how to put them together.
+        made: by index, those that were computed from parameters alone.
+    """
+
+    func: Callable[..., Any]
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+    made: Mapping[int, Made]
+
+    @property
+    def name(self) -> str:
+        """Return the function's name."""
+        return str(getattr(self.func, "__name__", self.func))
+
+    @property
+    def is_in_place(self) -> bool:
+        """Return whether it works on its first argument."""
+        name = self.name
+        return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Return the parameters behind it."""
+        return frozenset[str]().union(*(made.names for made in self.made.values()))
+
+    @property
+    def key(self) -> object:
+        """Return what two calls have in common that take up the batch alike."""
+        kinds = tuple(
+            (leaf.dim(), leaf.is_floating_point()) if isinstance(leaf, Tensor) else type(leaf)
+            for leaf in self.leaves
+        )
+        return self.name, self.names, tuple(self.made), kinds
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Call the function on other arguments; in place it works on a copy, which is returned."""
+        if not self.is_in_place:
+            args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+            return self.func(*args, **kwargs)
+        own = leaves[0].clone()
+        args, kwargs = pytree.tree_unflatten([own, *leaves[1:]], self.spec)
+        self.func(*args, **kwargs)
+        return own
+
+    def of_example(
+        self, template: Template, rows: Iterable[Tensor], values: Sequence[Tensor], examples: int
+    ) -> tuple[Tensor, ...]:
+        """Call the function on one example.
+
+        Args:
+            template: where the batch is.
+            rows: of the arguments that hold the batch, in their order.
+            values: what was computed from parameters alone, in the order of `made`.
+            examples: how many the batch has.
+
+        Returns:
+            The flattened results that have a row for each example.
+        """
+        leaves, own = list(self.leaves), iter(rows)
+        for index, place in enumerate(template.arguments):
+            if place is not None:
+                leaf = leaves[index]
+                counted = not isinstance(leaf, Tensor)
+                leaves[index] = place.entries(leaf, examples) if counted else next(own)
+        for index, value in zip(self.made, values, strict=True):
+            leaves[index] = value
+        results = pytree.tree_leaves(self.run(leaves))
+        return tuple(
+            result
+            for result, place in zip(results, template.outputs, strict=True)
+            if place is not None
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What trial runs have shown of the functions that a model calls on parameters.
+
+    Attributes:
+        templates: by `FunctionCall.key`, in the order of the calls; one if they are all alike.
+        layers: by name, those whose parameters functions meet examples with.
+        passed_by: those of them whose own rule does not hold for how they are called: examples are
+            on another axis, folded with others, or the input is the same for every example.
+    """
+
+    templates: Mapping[object, tuple[Template, ...]]
+    layers: frozenset[str] = frozenset()
+    passed_by: frozenset[str] = frozenset()
+
+
+class Followed:
+    """What is followed in the forward pass at hand.
+
+    Attributes:
+        plan: what trial runs have shown of such a pass.
+        mode: sees the functions; ``None`` if none is called on parameters.
+    """
+
+    def __init__(self) -> None:
+        self.plan = Plan({})
+        self.mode: ParameterFunctions | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy starts with, outside a forward pass."""
+        return {"plan": self.plan, "mode": None}
+
+    def passes_by(self, name: str) -> bool:
+        """Return whether functions are followed in a layer, in the place of its own rule."""
+        return name in self.plan.passed_by
+
+    def pause(self) -> None:
+        """Let a layer with a rule run as it is."""
+        if self.mode is not None:
+            self.mode.paused = True
+
+    def resume(self) -> None:
+        """End that."""
+        if self.mode is not None:
+            self.mode.paused = False
+
+
+class ParameterFunctions(TorchFunctionMode):
+    """Sees every function that a model calls on some parameters.
+
+    Args:
+        parameters: by name. A parameter with two names has the first.
+
+    Attributes:
+        paused: whether a layer with a rule runs, which uses its parameters itself.
+        grad_enabled: whether the model's code has gradients enabled.
+        leaves: what stands for the parameters on the private graph, by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.paused = False
+        self.grad_enabled = True
+        self._known: dict[int, Made] = {}
+        for name, parameter in parameters.items():
+            if id(parameter) not in self._known:
+                leaf = parameter.detach().requires_grad_()
+                self._known[id(parameter)] = Made(parameter, leaf, frozenset((name,)))
+        self.leaves = {name: m.value for m in self._known.values() for name in m.names}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            self.grad_enabled = args[0]
+        if self.paused or not self.grad_enabled or not self._meets(args, kwargs):
+            return func(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        made = {
+            index: self._known[id(leaf)]
+            for index, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and id(leaf) in self._known
+        }
+        call = FunctionCall(func, leaves, spec, made)
+        if not made or call.name in _OF_PARAMETERS:
+            return func(*args, **kwargs)
+        return self.called(call)
+
+    @abstractmethod
+    def called(self, call: FunctionCall) -> Any:
+        """Return the result of a call that has something made from parameters among its arguments.
+
+        Args:
+            call: the call.
+        """
+
+    def derive(self, call: FunctionCall) -> Any:
+        """Return the result of a call that meets no examples, and know it by sight from now on."""
+        leaves = list(call.leaves)
+        for index, made in call.made.items():
+            leaves[index] = made.value
+        with torch.enable_grad():
+            if call.is_in_place:
+                # On the model's own tensor: it is what the model looks at afterwards.
+                args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+                result = call.func(*args, **kwargs)
+            else:
+                result = call.run(leaves)
+        for value in pytree.tree_leaves(result):
+            if isinstance(value, Tensor) and value.requires_grad:
+                self._known[id(value)] = Made(value, value, call.names)
+        return result
+
+    def forget(self) -> None:
+        """Let go of what was computed from parameters."""
+        self._known.clear()
+
+    def _meets(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+        return any(map(self._is_known, args)) or any(map(self._is_known, kwargs.values()))
+
+    def _is_known(self, value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return id(value) in self._known
+        return isinstance(value, (tuple, list, dict)) and any(
+            map(self._is_known, value.values() if isinstance(value, dict) else value)
+        )

@@ -1,0 +1,156 @@
+"""Each example's gradient of what a function was called with besides the examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opacus_bpclip.model.functions import FunctionCall, Template
+
+# Returns, for some examples, their gradients of each value: ``[b, *value.shape]``.
+OwnGradients = Callable[[slice], tuple[Tensor, ...]]
+
+
+def own_gradients(
+    call: FunctionCall,
+    template: Template,
+    arguments: Sequence[Any],
+    results: Sequence[Any],
+    upstream: Sequence[Tensor],
+    examples: int,
+) -> OwnGradients:
+    """Return what makes the examples' gradients of a call, for some of them at a time.
+
+    Args:
+        call: the call.
+        template: where it has the batch, and by which method the gradients are made.
+        arguments: what the function was called on.
+        results: what it returned; with the method ``"graph"`` with the graph behind them.
+        upstream: gradients of the results that hold the batch, each ``[B, *]``, as `Place.rows`
+            has them.
+        examples: how many there are.
+    """
+    values = [arguments[index] for index in call.made]
+    if template.method == "graph":
+        return _of_graph(template, results, values, upstream)
+    given = [
+        place.rows(leaf.detach(), examples)
+        for leaf, place in zip(arguments, template.arguments, strict=True)
+        if place is not None and isinstance(leaf, Tensor)
+    ]
+    detached = [value.detach() for value in values]
+
+    def of_one(rows: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        def on_values(*own: Tensor) -> tuple[Tensor, ...]:
+            return call.of_example(template, rows, own, examples)
+
+        made, pull_back = torch.func.vjp(on_values, *detached)
+        return tuple(pull_back(tuple(g.to(y.dtype) for g, y in zip(gradients, made, strict=True))))
+
+    def alone(rows: slice) -> tuple[Tensor, ...]:
+        found = [
+            of_one([x[row] for x in given], [g[row] for g in upstream])
+            for row in range(*rows.indices(examples))
+        ]
+        return tuple(map(torch.stack, zip(*found, strict=True)))
+
+    def together(rows: slice) -> tuple[Tensor, ...]:
+        parts = [x[rows] for x in given], [g[rows] for g in upstream]
+        made: tuple[Tensor, ...] = torch.func.vmap(of_one)(*parts)
+        return made
+
+    def none(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(value.new_zeros((0, *value.shape)) for value in values)
+
+    method = together if template.method == "vmap" else alone
+    return lambda rows: method(rows) if len(upstream[0][rows]) else none(values)
+
+
+def _of_graph(
+    template: Template,
+    results: Sequence[Any],
+    values: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+) -> OwnGradients:
+    """Send the call's own graph one example's upstream gradient after the other."""
+    placed = [(x, place) for x, place in zip(results, template.outputs, strict=True) if place]
+
+    def of(rows: slice) -> tuple[Tensor, ...]:
+        found: list[tuple[Tensor, ...]] = []
+        for row in range(*rows.indices(len(upstream[0]))):
+            sent, ends = [], []
+            for (x, place), g in zip(placed, upstream, strict=True):
+                if x.requires_grad:
+                    only = torch.zeros_like(g)
+                    only[row] = g[row]
+                    sent.append(place.put_back(only))
+                    ends.append(x)
+            made = torch.autograd.grad(ends, values, sent, retain_graph=True, allow_unused=True)
+            found.append(
+                tuple(
+                    torch.zeros_like(value) if own is None else own
+                    for own, value in zip(made, values, strict=True)
+                )
+            )
+        if not found:
+            return tuple(value.new_zeros((0, *value.shape)) for value in values)
+        return tuple(map(torch.stack, zip(*found, strict=True)))
+
+    return of
+
+
+def leaves_behind(value: Tensor) -> list[Tensor]:
+    """Return the leaves that a tensor was computed from, in a fixed order."""
+    if value.grad_fn is None:
+        return [value]
+    found: dict[int, Tensor] = {}
+    queue, seen = [value.grad_fn], {value.grad_fn}
+    while queue:
+        for node, _ in queue.pop().next_functions:
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is None:
+                queue.append(node)
+            else:
+                found[id(leaf)] = leaf
+    return list(found.values())
+
+
+def sent_back(value: Tensor, own: Tensor, *, batched: bool) -> list[Tensor]:
+    """Return the examples' gradients of the leaves behind a tensor, from those of the tensor.
+
+    Args:
+        value: the tensor.
+        own: ``[b, *value.shape]``.
+        batched: whether to send them through the graph together.
+
+    Returns:
+        ``[b, *leaf.shape]`` for each leaf, in the order of `leaves_behind`.
+    """
+    if value.grad_fn is None:
+        return [own]
+    leaves = leaves_behind(value)
+
+    def back(gradient: Tensor, *, together: bool) -> list[Tensor]:
+        found = torch.autograd.grad(
+            [value],
+            leaves,
+            [gradient],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=together,
+        )
+        rows = gradient.shape[:1] if together else ()
+        return [
+            leaf.new_zeros((*rows, *leaf.shape)) if g is None else g
+            for leaf, g in zip(leaves, found, strict=True)
+        ]
+
+    if batched or not len(own):
+        return back(own, together=True)
+    return list(map(torch.stack, zip(*(back(row, together=False) for row in own), strict=True)))

@@ -1,0 +1,143 @@
+"""What follows the batch's size in every function that a model calls, and in every layer's call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from opacus_bpclip.model.places import Place
+from opacus_bpclip.probe.comparison import Companions, layouts
+
+# A tensor's shape, a number, or what is neither.
+Size = torch.Size | int | None
+
+
+class Sizes(NamedTuple):
+    """The sizes of what one call was given and returned.
+
+    Attributes:
+        name: of the function, or the layer.
+        arguments: of its flattened arguments.
+        results: of its flattened results.
+    """
+
+    name: str
+    arguments: tuple[Size, ...]
+    results: tuple[Size, ...]
+
+
+class SizesOfFunctions(TorchFunctionMode):
+    """Writes down the sizes in every call of a function of torch.
+
+    Attributes:
+        calls: in their order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Sizes] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Before the call: it may work in place.
+        arguments = sizes_of((args, kwargs))
+        result = func(*args, **kwargs)
+        name = str(getattr(func, "__name__", func))
+        changed = args[0] if name == "__setitem__" else result
+        self.calls.append(Sizes(name, arguments, sizes_of(changed)))
+        return result
+
+
+def sizes_of(value: Any) -> tuple[Size, ...]:
+    """Return the sizes of the leaves of a value."""
+    return tuple(map(_size, pytree.tree_leaves(value)))
+
+
+def _size(leaf: Any) -> Size:
+    if isinstance(leaf, Tensor):
+        return leaf.shape
+    return leaf if type(leaf) is int else None
+
+
+class LayerCall(NamedTuple):
+    """What a layer was given and returned.
+
+    Attributes:
+        name: of the layer.
+        arguments: its flattened arguments.
+        results: its flattened results.
+    """
+
+    name: str
+    arguments: list[Any]
+    results: list[Any]
+
+    @property
+    def sizes(self) -> Sizes:
+        """Return the sizes."""
+        return Sizes(self.name, sizes_of(self.arguments), sizes_of(self.results))
+
+
+def watch_layers(
+    layers: dict[str, nn.Module], calls: list[LayerCall]
+) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    """Yield the handles of hooks that write down the calls of some layers.
+
+    Not their sizes: to look at a tensor's shape is a call of a function, too.
+    """
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            leaves = pytree.tree_leaves
+            calls.append(LayerCall(name, leaves((args, kwargs)), leaves(output)))
+
+        return module.register_forward_hook(leave, with_kwargs=True)
+
+    for name, module in layers.items():
+        yield watch(name, module)
+
+
+class PairsError(Exception):
+    """A tensor holds entries for pairs of examples, or its size follows from their values."""
+
+
+def places_of(one: Size, other: Size, companions: Companions) -> list[Place]:
+    """Return where something may hold the batch, judged by its sizes in batches of two sizes.
+
+    Empty if it does not follow the batch's size at all.
+
+    Raises:
+        PairsError: it does, but not in proportion.
+    """
+    before, after = companions.before, companions.after
+    if type(one) is int and type(other) is int:
+        if one == other:
+            return []
+        if one * after != other * before or one % before:
+            raise PairsError
+        return [Place(0, folded=one != before)]
+    if not (isinstance(one, torch.Size) and isinstance(other, torch.Size)):
+        return []
+    if one == other:
+        return []
+    found = layouts(one, other, companions)
+    if not found or sum(a != b for a, b in zip(one, other, strict=True)) > 1:
+        raise PairsError
+    axis = found[0].axis
+    if one[axis] % before:
+        raise PairsError
+    return [Place(axis, one[axis] != before, layout.inner) for layout in found]
+
+
+def aligned(one: Sequence[Sizes], other: Sequence[Sizes]) -> bool:
+    """Return whether two runs made the same calls."""
+    return [(c.name, len(c.arguments), len(c.results)) for c in one] == [
+        (c.name, len(c.arguments), len(c.results)) for c in other
+    ]

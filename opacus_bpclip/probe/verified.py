@@ -1,0 +1,135 @@
+"""A function's results and gradients, one example at a time, against those of the whole batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opacus_bpclip.model.functions import Template
+from opacus_bpclip.model.own_gradients import own_gradients, sent_back
+from opacus_bpclip.probe import problems
+from opacus_bpclip.probe.comparison import distance
+from opacus_bpclip.probe.problems import Problem
+
+if TYPE_CHECKING:
+    from opacus_bpclip.probe.functions import Seen
+
+
+def verified(
+    seen: Seen, template: Template, examples: int, tolerance: float
+) -> tuple[Template, Problem | None]:
+    """Return the template with a way to make gradients that was found right, or what is wrong.
+
+    Two comparisons: the function's result on each example alone with the example's rows in the
+    batch's; and each example's gradient of the parameters, as the template's method makes it, with
+    autograd's on the whole call, sent the example's upstream gradient and zeros for the others.
+
+    Args:
+        seen: a call.
+        template: where it has the batch.
+        examples: how many there are.
+        tolerance: up to which relative difference numbers are the same.
+    """
+    told, name = ", ".join(sorted(seen.call.names)), seen.call.name
+    upstream = _upstream(seen, template, examples)
+    if not upstream:
+        return template, Problem("(root)", problems.unlike_alone(told, name, "output", torch.inf))
+    expected = _by_autograd(seen, template, upstream)
+    if template.method != "graph":
+        gap = _gap_of_results(seen, template, examples)
+        if not gap <= tolerance:
+            return template, Problem("(root)", problems.unlike_alone(told, name, "output", gap))
+    methods: dict[str, Sequence[Any]] = {"vmap": ("vmap", "loop"), "graph": ("graph",)}
+    gap = torch.inf
+    for method in methods[template.method]:
+        candidate = template._replace(method=method)
+        own = own_gradients(
+            seen.call, candidate, seen.arguments, seen.results, upstream, examples
+        )
+        try:
+            with warnings.catch_warnings():
+                # Where vmap has no rule of its own, it warns, and is no faster than a loop.
+                warnings.simplefilter("error")
+                found = own(slice(None))
+        except Exception:  # whatever the function raises under vmap
+            continue
+        gap = max(_gap(x, y) for x, y in zip(expected, found, strict=True))
+        if gap <= tolerance:
+            return candidate._replace(batched=_sends_back(seen, expected, tolerance)), None
+    return template, Problem("(root)", problems.unlike_alone(told, name, "gradient", gap))
+
+
+def _sends_back(seen: Seen, own: Sequence[Tensor], tolerance: float) -> bool:
+    """Return whether gradients get back to the parameters together as they do one by one."""
+    for made, gradients in zip(seen.call.made.values(), own, strict=True):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                found = sent_back(made.value, gradients, batched=True)
+        except Exception:  # whatever the functions raise under vmap
+            return False
+        expected = sent_back(made.value, gradients, batched=False)
+        if any(_gap(x, y) > tolerance for x, y in zip(expected, found, strict=True)):
+            return False
+    return True
+
+
+def _upstream(seen: Seen, template: Template, examples: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for x, place in zip(seen.results, template.outputs, strict=True):
+        if place is not None:
+            rows = place.rows(x.detach(), examples)
+            drawn = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+            made.append(drawn.to(rows))
+    return made
+
+
+def _by_autograd(seen: Seen, template: Template, upstream: Sequence[Tensor]) -> list[Tensor]:
+    values = [made.value for made in seen.call.made.values()]
+    graph = own_gradients(
+        seen.call,
+        template._replace(method="graph"),
+        seen.arguments,
+        seen.results,
+        upstream,
+        len(upstream[0]),
+    )
+    own = graph(slice(None))
+    assert len(own) == len(values)
+    return list(own)
+
+
+def _gap_of_results(seen: Seen, template: Template, examples: int) -> float:
+    values = [made.value for made in seen.call.made.values()]
+    given = [
+        place.rows(leaf, examples)
+        for leaf, place in zip(seen.arguments, template.arguments, strict=True)
+        if place is not None and isinstance(leaf, Tensor)
+    ]
+    whole = [
+        place.rows(x.detach(), examples)
+        for x, place in zip(seen.results, template.outputs, strict=True)
+        if place is not None
+    ]
+    worst = 0.0
+    for row in range(examples):
+        try:
+            with torch.no_grad():
+                alone = seen.call.of_example(template, [x[row] for x in given], values, examples)
+        except Exception:  # whatever the function raises on one example
+            return torch.inf
+        worst = max(worst, *(_gap(x[row], y) for x, y in zip(whole, alone, strict=True)))
+    return worst
+
+
+def _gap(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return torch.inf
+    if one.is_complex():
+        one, other = torch.view_as_real(one), torch.view_as_real(other)
+    return float(distance(one.detach().reshape(1, -1), other.detach().reshape(1, -1)).max())
