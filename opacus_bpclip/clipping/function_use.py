@@ -159,7 +159,7 @@ class FunctionUse(Use):
         for rows in self._chunks():
             few = None if keep is None else keep[rows]
             for name, own in self.own(rows).items():
-                flat = zero_rows(own.flatten(1), few)
+                flat = zero_rows(own.reshape(len(own), -1), few)
                 total = (by[rows].to(flat.dtype) @ flat).view(own.shape[1:]) * self.examples
                 sums[name] = sums[name] + total if name in sums else total
         return sums

@@ -228,7 +228,7 @@ class _FunctionNode(torch.autograd.Function):
         ctx.guard, ctx.mean, ctx.graph, ctx.uses = guard, mean, graph, uses
         ctx.tokens, ctx.spent = tokens, False
         ctx.count = len(inputs)
-        return tuple(result.detach().view_as(result) for result in results)
+        return tuple(result.detach() for result in results)
 
     @staticmethod
     @first_order

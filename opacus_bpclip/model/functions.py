@@ -208,14 +208,12 @@ class ParameterFunctions(TorchFunctionMode):
 
     Attributes:
         paused: whether a layer with a rule runs, which uses its parameters itself.
-        grad_enabled: whether the model's code has gradients enabled.
         leaves: what stands for the parameters on the private graph, by name.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.paused = False
-        self.grad_enabled = True
         self._known: dict[int, Made] = {}
         for name, parameter in parameters.items():
             if id(parameter) not in self._known:
@@ -227,9 +225,7 @@ class ParameterFunctions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch._C._set_grad_enabled:
-            self.grad_enabled = args[0]
-        if self.paused or not self.grad_enabled or not self._meets(args, kwargs):
+        if self.paused or not torch.is_grad_enabled() or not self._meets(args, kwargs):
             return func(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         made = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,7 @@ class Copy:
         inputs: bool = False,
         inside: bool = True,
         mode: AbstractContextManager[object] | None = None,
+        plain: bool = False,
     ) -> Recording:
         """Run the model.
 
@@ -111,12 +113,13 @@ class Copy:
             inputs: record the modules' inputs, too.
             inside: record what the modules inside the model return, too.
             mode: entered for the run.
+            plain: run the model with gradients, and without what clips them.
         """
         batch = batch.to(self.device, self.dtype)
         self._stand_ins.begin_run()
         recording = Recording(copied=self._copied)
         with (
-            torch.no_grad(),
+            unclipped(self.model) if plain else torch.no_grad(),
             repeatable(self.device),
             recorded(self.model, recording, inputs=inputs, inside=inside),
             steady or nullcontext(),
@@ -150,6 +153,32 @@ class Copy:
     def _cast(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if tensor.is_floating_point() else None
         return tensor.detach().to(dtype, copy=True)
+
+
+@contextmanager
+def unclipped(model: nn.Module) -> Iterator[None]:
+    """Take this package's own hooks off a model for a while.
+
+    Clipped inputs are a part of the model, and stay.
+    """
+    taken: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            if any(map(_clips, hooks.values())):
+                taken.append((hooks, dict(hooks)))
+                for key in [key for key, hook in hooks.items() if _clips(hook)]:
+                    del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in taken:
+            hooks.clear()
+            hooks.update(before)
+
+
+def _clips(hook: object) -> bool:
+    module = str(getattr(hook, "__module__", ""))
+    return module == "opacus_bpclip.hooks" or module.startswith("opacus_bpclip.clipping.")
 
 
 def _is_zero(x: Tensor) -> bool:

@@ -117,7 +117,7 @@ class Recorder(ParameterFunctions):
             self.seen[self._number] = Seen(call, leaves, results, drawn)
         change = self.disturbed.get(self._number)
         result = pytree.tree_map(
-            lambda x: x.detach() if isinstance(x, Tensor) else x,
+            lambda x: x.detach().clone() if isinstance(x, Tensor) else x,
             result if change is None else change(result),
         )
         if call.is_in_place:
@@ -178,7 +178,7 @@ class _Trials:
         with ExitStack() as stack:
             for handle in watch_layers(self.modules(), calls):
                 stack.callback(handle.remove)
-            self.copy.run(batch, self.steady, inside=False, mode=mode)
+            self.copy.run(batch, self.steady, inside=False, mode=mode, plain=True)
         return mode.calls, [call.sizes for call in calls]
 
     def record(
@@ -197,7 +197,7 @@ class _Trials:
                 if name not in passed_by:
                     for handle in _pausing(module, mode):
                         stack.callback(handle.remove)
-            run = self.copy.run(batch, self.steady, inside=False, mode=mode)
+            run = self.copy.run(batch, self.steady, inside=False, mode=mode, plain=True)
         return mode, run.outputs
 
 
