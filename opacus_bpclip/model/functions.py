@@ -168,6 +168,19 @@ class Plan:
     layers: frozenset[str] = frozenset()
     passed_by: frozenset[str] = frozenset()
 
+    def joined(self, other: Plan) -> Plan:
+        """Return what holds for passes of both kinds.
+
+        Calls that take up the batch in one way here and in another there are left out of it.
+        """
+        templates = {**other.templates, **self.templates}
+        for key, own in self.templates.items():
+            if other.templates.get(key, own) != own:
+                del templates[key]
+        return Plan(
+            templates, self.layers | other.layers, self.passed_by | other.passed_by
+        )
+
 
 class Followed:
     """What is followed in the forward pass at hand.

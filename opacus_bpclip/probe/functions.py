@@ -23,6 +23,7 @@ from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.comparison import Companions, close, partitions
 from opacus_bpclip.probe.copies import Copy
+from opacus_bpclip.probe.leaves import batch_leaves
 from opacus_bpclip.probe.problems import Problem
 from opacus_bpclip.probe.randomness import Steady, tolerated
 from opacus_bpclip.probe.shapes import (
@@ -227,16 +228,49 @@ def make_plan(copy: Copy, batch: Batch, layers: Mapping[str, Layer]) -> Plan:
         Exception: whatever the model's own code raises.
     """
     trials = _Trials(copy, batch, layers)
+    plan, functions = _plan_of(trials)
+    if not plan.templates:
+        return plan
+    # Some models look whether a mask hides anything at all, and call other functions if not.
+    for variant in _whole(batch):
+        try:
+            others, _ = trials.sizes(variant)
+            if not aligned(functions, others):
+                other, _ = _plan_of(_Trials(copy, variant, layers))
+                plan = plan.joined(other)
+        except Exception:  # noqa: S112 (the model may not take such values: they are not met then)
+            continue
+    return plan
+
+
+def _whole(batch: Batch) -> Iterator[Batch]:
+    """Yield the batch with ones in the place of each leaf of integers or flags."""
+    for leaf in batch_leaves((batch.args, batch.kwargs)):
+        if batch.holds_examples(leaf) and isinstance(leaf, Tensor) and not leaf.is_floating_point():
+
+            def ones(other: Any, chosen: Tensor = leaf) -> Any:
+                return torch.ones_like(other) if other is chosen else other
+
+            yield batch.map(ones)
+
+
+def _plan_of(trials: _Trials) -> tuple[Plan, list[Sizes]]:
+    """Return the plan for one batch, and the functions that were called in the first run."""
+    copy, batch, layers = trials.copy, trials.batch, trials.layers
     rows = next(partitions(batch.size))[0]
     among = Companions(batch.size, len(rows), rows, range(len(rows)))
     functions, calls = trials.sizes(batch)
     fewer, fewer_calls = trials.sizes(batch.select(rows))
+    if not aligned(functions, fewer):
+        # The first run may have filled caches.
+        functions, calls = trials.sizes(batch)
+        fewer, fewer_calls = trials.sizes(batch.select(rows))
     tolerance = tolerated(trials.steady, copy.device)
     passed_by = _passed_by(layers, calls, fewer_calls, among)
     needed = passed_by or needs_plan(layers)
     if not aligned(functions, fewer):
         if not needed:
-            return Plan({})
+            return Plan({}), functions
         raise RefusedError(Problem("(root)", problems.unsteady_functions()))
     following = []
     for one, other in zip(functions, fewer, strict=True):
@@ -249,7 +283,7 @@ def make_plan(copy: Copy, batch: Batch, layers: Mapping[str, Layer]) -> Plan:
     recorder, outputs = trials.record(batch, meets, passed_by)
     seen = recorder.seen
     if not seen:
-        return Plan({}, frozenset(), frozenset(passed_by))
+        return Plan({}, frozenset(), frozenset(passed_by)), functions
     found: dict[int, list[list[Place]]] = {}
     for number, one in seen.items():
         places = following[number]
@@ -276,11 +310,12 @@ def make_plan(copy: Copy, batch: Batch, layers: Mapping[str, Layer]) -> Plan:
             raise RefusedError(problem)
         plan.setdefault(one.call.key, []).append(template)
     names = frozenset[str]().union(*(one.call.names for one in seen.values()))
-    return Plan(
+    found_plan = Plan(
         {key: tuple(each[:1] if len(set(each)) == 1 else each) for key, each in plan.items()},
         frozenset(name.rpartition(".")[0] for name in names),
         frozenset(passed_by),
     )
+    return found_plan, functions
 
 
 def _passed_by(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from opacus_bpclip.model.functions import Template
 from opacus_bpclip.model.own_gradients import own_gradients, sent_back
@@ -34,6 +36,7 @@ def verified(
         examples: how many there are.
         tolerance: up to which relative difference numbers are the same.
     """
+    seen = _finite(seen, template, examples)
     told, name = ", ".join(sorted(seen.call.names)), seen.call.name
     upstream = _upstream(seen, template, examples)
     if not upstream:
@@ -61,6 +64,29 @@ def verified(
         if gap <= tolerance:
             return candidate._replace(batched=_sends_back(seen, expected, tolerance)), None
     return template, Problem("(root)", problems.unlike_alone(told, name, "gradient", gap))
+
+
+def _finite(seen: Seen, template: Template, examples: int) -> Seen:
+    """Return the call on other examples where some are not finite: those have no gradients."""
+    arguments = list(seen.arguments)
+    generator = torch.Generator().manual_seed(7)
+    changed = False
+    for index, place in enumerate(template.arguments):
+        leaf = arguments[index]
+        if place is None or not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            continue
+        rows = place.rows(leaf.detach(), examples)
+        drawn = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
+        lost = rows.isnan().flatten(1).any(dim=1)
+        if bool(lost.any()):
+            rows = torch.where(lost.view(-1, *(1,) * (rows.dim() - 1)), drawn, rows)
+            arguments[index] = place.put_back(rows).requires_grad_()
+            changed = True
+    if not changed:
+        return seen
+    with torch.enable_grad():
+        results = pytree.tree_leaves(seen.call.run(arguments))
+    return replace(seen, arguments=arguments, results=results)
 
 
 def _sends_back(seen: Seen, own: Sequence[Tensor], tolerance: float) -> bool:
