@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.clipping.factors import Factors, Measured, measured
+from opacus_bpclip.clipping.function_forms import Form, form_of, measured_inputs
 from opacus_bpclip.clipping.use import Sums, Use
 from opacus_bpclip.model.functions import FunctionCall, Made, Template
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind, own_gradients, sent_back
-from opacus_bpclip.rules.base import zero_rows
+from opacus_bpclip.rules.base import per_row, where_needed, zero_rows
 from opacus_bpclip.rules.exact_norms import chunks
 from opacus_bpclip.rules.norms import row_norms
 
@@ -128,6 +129,8 @@ class FunctionUse(Use):
             graph.examples,
         )
         self._kept: Sums | None = None
+        owned = all(None not in own and own for own in names.values())
+        self._form = form_of(graph.call, graph.template, graph.results) if owned else None
         self._versions = versions_of(upstream)
 
     @property
@@ -138,6 +141,8 @@ class FunctionUse(Use):
     def measure(self) -> Measured:
         """Return the norm of the gradients, a chunk of examples at a time."""
         self._graph.check(self._upstream)
+        if self._form is not None:
+            return self._measured_by_rule(self._form)
         norms, kept_parts = [], list[Sums]()
         keeps = self._bytes() * len(self._upstream[0]) <= _KEPT
         for rows in self._chunks():
@@ -155,6 +160,8 @@ class FunctionUse(Use):
     def sums(self, factors: Factors) -> Sums:
         """Multiply the factors with the gradients, which are what has been measured."""
         by, keep = factors
+        if self._form is not None and keep is None:
+            return self._sums_in_one(by)
         sums: dict[str, Tensor] = {}
         for rows in self._chunks():
             few = None if keep is None else keep[rows]
@@ -163,6 +170,32 @@ class FunctionUse(Use):
                 total = (by[rows].to(flat.dtype) @ flat).view(own.shape[1:]) * self.examples
                 sums[name] = sums[name] + total if name in sums else total
         return sums
+
+    def _measured_by_rule(self, form: Form) -> Measured:
+        graph = self._graph
+        given = form.inputs(graph.arguments, graph.template, graph.examples)
+        inputs, norms, finite = measured_inputs(form, given)
+        g = form.rows(self._upstream[0])
+        return measured(
+            form.rule.bound("exact", g, inputs, norms, None),
+            where_needed(finite),
+            size=lambda: form.rule.size("exact", g, norms),
+            examples=self.examples,
+        )
+
+    def _sums_in_one(self, by: Tensor) -> Sums:
+        """Send scaled upstream gradients through the call's graph."""
+        (g,) = self._upstream
+        scaled = g * per_row((by * self.examples).to(g.dtype), g)
+        graph = self._graph
+        values = [graph.arguments[index] for index in graph.made]
+        found = graph.input_gradients([scaled], values)
+        names = (self._names[index][0] for index in graph.made)
+        return {
+            name: torch.zeros_like(value) if total is None else total
+            for name, value, total in zip(names, values, found, strict=True)
+            if name is not None
+        }
 
     def input_gradients(self, factors: Factors | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of the arguments that hold the batch."""

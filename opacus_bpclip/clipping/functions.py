@@ -20,7 +20,7 @@ from opacus_bpclip.clipping.function_use import FunctionGraph, FunctionUse, vers
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.guard import function_checks
 from opacus_bpclip.guard.call_checks import ran_twice
-from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions, Plan, Template
+from opacus_bpclip.model.functions import CallKey, FunctionCall, ParameterFunctions, Plan, Template
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind
 from opacus_bpclip.rules.first_order import first_order
@@ -86,7 +86,7 @@ class _Following(ParameterFunctions):
             self._owners[id(leaf)] = layers[owner], own
             leaf.register_post_accumulate_grad_hook(self._went_around(name))
         self._scopes: dict[str, Scope] = {}
-        self._times: dict[object, int] = {}
+        self._times: dict[CallKey, int] = {}
 
     def _went_around(self, name: str) -> Any:
         def refuse(_: Tensor) -> None:

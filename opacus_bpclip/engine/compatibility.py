@@ -52,7 +52,6 @@ def try_out(
     Raises:
         CoverageError: examples are coupled, or uses are to be counted and cannot be.
     """
-    config = with_uses(config, module, data_loader, batch_first=batch_first)
     prober = Prober(
         module,
         loss_reduction=loss_reduction,
@@ -65,4 +64,6 @@ def try_out(
     )
     if problem:
         raise CoverageError(problem.text)
+    plan = next(iter(prober.passed.values()), None)
+    config = with_uses(config, module, data_loader, batch_first=batch_first, plan=plan)
     return config, prober.passed

@@ -17,13 +17,22 @@ _THROUGH_ITS_LAYER = (
 )
 
 
-def foreign_gradient(watched: WatchedParameter, *, compiled: bool) -> str | None:
+def foreign_gradient(
+    watched: WatchedParameter, *, compiled: bool, by_functions: bool = False
+) -> str | None:
     """Say why a gradient that arrives through autograd is not a layer's, ``None`` if it is.
 
     Args:
         watched: the parameter.
         compiled: whether part of the forward pass was traced, and so unseen.
+        by_functions: whether functions are called on it outside of layers with a rule.
     """
+    if compiled and by_functions:
+        return (
+            f"{watched.name} is used by functions outside of a layer with a rule, which cannot be "
+            "followed in a graph that torch.compile has traced. Train without torch.compile, or "
+            "register a rule for its module (docs/custom-layers.md)."
+        )
     if not compiled:
         return (
             f"{watched.name} got gradient from outside its layer's call, and nothing bounds it. "

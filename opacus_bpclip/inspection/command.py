@@ -39,7 +39,7 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--max-input-norm", type=_norm_or_none, default=3.0, metavar="NORM", help="a number or none"
     )
-    parser.add_argument("--bound", choices=get_args(Bound), default="weighted")
+    parser.add_argument("--bound", choices=get_args(Bound), default="exact")
     parser.add_argument("--allocation", choices=get_args(Allocation), default="dimension")
     parser.add_argument(
         "--uses",

@@ -29,6 +29,8 @@ class Row:
             ``max_grad_norm``); ``None`` while any module
             is refused.
         problem: why the model is refused, with the remedy; empty if it is not.
+        functions: the functions that are called on its parameters outside of layers with a rule,
+            each with how the examples' gradients are made; found with a batch only.
     """
 
     module: str
@@ -40,6 +42,7 @@ class Row:
     uses: int
     sensitivity: float | None
     problem: str
+    functions: tuple[str, ...] = ()
 
 
 def inspect(
@@ -69,21 +72,27 @@ def inspect(
     from opacus_bpclip.clipping.allocation import layer_fractions
     from opacus_bpclip.model.coverage import Finding, declared_uses, examine, trainable_layers
     from opacus_bpclip.model.tying import tied_groups
-    from opacus_bpclip.probe import count_uses, find_coupling
+    from opacus_bpclip.model.functions import Plan
+    from opacus_bpclip.probe import count_uses, try_model
 
     if not is_positive_number(max_grad_norm):
         raise ValueError(f"Expected max_grad_norm={max_grad_norm!r} to be a finite number > 0.")
     config = config or BackpropClipping()
     findings = {found.name: found for found in examine(model)}
     fine = bool(findings) and not any(found.problems for found in findings.values())
+    plan = Plan({})
     if fine and batch is not None:
+        problem, plan = try_model(
+            model,
+            batch,
+            loss_reduction="mean",
+            layers=trainable_layers(model),
+            # One factor for all layers belongs to an example in each of them.
+            ordered=config.allocation == "joint",
+            search=config.probe,
+        )
         if config.uses == "auto":
-            config = replace(config, uses=count_uses(model, batch))
-        # One factor for all layers belongs to an example in each of them.
-        ordered = trainable_layers(model).values() if config.allocation == "joint" else ()
-        problem = None
-        if config.probe:
-            problem = find_coupling(model, batch, loss_reduction="mean", layers=ordered)
+            config = replace(config, uses=count_uses(model, batch, plan))
         if problem is not None:
             fine = False
             module = model if problem.module == "(root)" else model.get_submodule(problem.module)
@@ -112,6 +121,7 @@ def inspect(
             uses=uses.get(found.name, 1),
             sensitivity=sensitivities.get(found.name),
             problem=" ".join(found.problems),
+            functions=plan.told(found.name),
         )
         for found in findings.values()
     ]
@@ -141,6 +151,10 @@ def render(rows: list[Row]) -> str:
         ).rstrip()
         for line in lines
     ]
+    followed = [row for row in rows if row.functions]
+    if followed:
+        table += ["", "By the functions that are called on them, and how gradients are made:"]
+        table += [f"- {row.module}: {', '.join(row.functions)}" for row in followed]
     problems = _grouped(rows)
     if problems:
         table += ["", "Refused:", *problems]

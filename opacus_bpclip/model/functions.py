@@ -105,13 +105,13 @@ class FunctionCall:
         return frozenset[str]().union(*(made.names for made in self.made.values()))
 
     @property
-    def key(self) -> object:
+    def key(self) -> CallKey:
         """Return what two calls have in common that take up the batch alike."""
         kinds = tuple(
             (leaf.dim(), leaf.is_floating_point()) if isinstance(leaf, Tensor) else type(leaf)
             for leaf in self.leaves
         )
-        return self.name, self.names, tuple(self.made), kinds
+        return CallKey(self.name, self.names, tuple(self.made), kinds)
 
     def run(self, leaves: Sequence[Any]) -> Any:
         """Call the function on other arguments; in place it works on a copy, which is returned."""
@@ -153,6 +153,22 @@ class FunctionCall:
         )
 
 
+class CallKey(NamedTuple):
+    """What calls have in common that take up the batch alike.
+
+    Attributes:
+        name: of the function.
+        parameters: the names of those behind its arguments.
+        made: the indices of the arguments that were computed from parameters alone.
+        kinds: what its flattened arguments are.
+    """
+
+    name: str
+    parameters: frozenset[str]
+    made: tuple[int, ...]
+    kinds: tuple[object, ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What trial runs have shown of the functions that a model calls on parameters.
@@ -164,9 +180,19 @@ class Plan:
             on another axis, folded with others, or the input is the same for every example.
     """
 
-    templates: Mapping[object, tuple[Template, ...]]
+    templates: Mapping[CallKey, tuple[Template, ...]]
     layers: frozenset[str] = frozenset()
     passed_by: frozenset[str] = frozenset()
+
+    def told(self, layer: str) -> tuple[str, ...]:
+        """Return which functions meet examples with a layer's parameters, and by which method."""
+        found = (
+            f"{key.name} ({template.method})"
+            for key, templates in self.templates.items()
+            for template in templates
+            if template.meets and any(n.rpartition(".")[0] == layer for n in key.parameters)
+        )
+        return tuple(sorted(set(found)))
 
     def joined(self, other: Plan) -> Plan:
         """Return what holds for passes of both kinds.

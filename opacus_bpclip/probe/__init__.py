@@ -1,7 +1,7 @@
 """Try a model out: do its examples keep apart, and how often is each layer used?"""
 
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
-from opacus_bpclip.probe.coupling import find_coupling
+from opacus_bpclip.probe.coupling import find_coupling, try_model
 from opacus_bpclip.probe.leaves import batch_leaves, batch_size
 from opacus_bpclip.probe.prober import Prober, count_uses, with_uses
 from opacus_bpclip.probe.problems import Problem, UntriedError
@@ -16,5 +16,6 @@ __all__ = [
     "batch_size",
     "count_uses",
     "find_coupling",
+    "try_model",
     "with_uses",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions, Plan, Template
+from opacus_bpclip.model.functions import CallKey, FunctionCall, ParameterFunctions, Plan, Template
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.places import Place
 from opacus_bpclip.probe import problems
@@ -87,7 +87,7 @@ class Recorder(ParameterFunctions):
     ) -> None:
         super().__init__(parameters)
         self.seen: dict[int, Seen] = {}
-        self.derived: dict[int, object] = {}
+        self.derived: dict[int, CallKey] = {}
         self._meets_examples = meets
         self._steady = steady
         self._number = -1
@@ -299,7 +299,7 @@ def _plan_of(trials: _Trials) -> tuple[Plan, list[Sizes]]:
             _narrow(seen, other.seen, found, where, tolerance)
     templates = {number: _template(seen[number], found[number]) for number in seen}
     _resolve(trials, templates, seen, found, meets, passed_by, outputs, tolerance)
-    plan: dict[object, list[Template]] = {}
+    plan: dict[CallKey, list[Template]] = {}
     for number in sorted((*seen, *recorder.derived)):
         if number in recorder.derived:
             plan.setdefault(recorder.derived[number], []).append(Template((), ()))

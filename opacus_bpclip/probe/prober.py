@@ -17,7 +17,7 @@ from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.copies import Copy, device_of
 from opacus_bpclip.probe.coupling import try_model
 from opacus_bpclip.probe.forms import made_up_batches
-from opacus_bpclip.probe.functions import needs_plan
+from opacus_bpclip.probe.functions import is_followed, needs_plan
 from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
 
@@ -138,11 +138,17 @@ class Prober:
         return self.model.training, batch.signature
 
 
-def count_uses(model: nn.Module, batch: Batch) -> dict[str, int]:
+def count_uses(model: nn.Module, batch: Batch, plan: Plan | None = None) -> dict[str, int]:
     """Return how often one forward pass over a batch uses each trainable layer.
 
     A layer inside a recurrent network counts as the network's runs do: time steps are positions.
-    A layer that this batch does not reach counts once.
+    So do all functions together that a model calls on a layer's parameters. A layer that this batch
+    does not reach counts once.
+
+    Args:
+        model: the model.
+        batch: what it is run on.
+        plan: what trial runs have shown of the functions.
 
     Raises:
         UntriedError: the model does not run on this batch.
@@ -159,15 +165,23 @@ def count_uses(model: nn.Module, batch: Batch) -> dict[str, int]:
             continue
         calls = Counter(call.name for call in run.calls)
         names = {module: name for name, module in model.named_modules()}
-        return {
-            name: max(1, calls[name if layer.recurrence is None else names[layer.recurrence]])
-            for name, layer in trainable_layers(model).items()
-        }
+        found = {}
+        for name, layer in trainable_layers(model).items():
+            own = calls[name if layer.recurrence is None else names[layer.recurrence]]
+            if is_followed(layer) or (plan is not None and name in plan.passed_by):
+                own = 0
+            found[name] = max(1, own + (plan is not None and name in plan.layers))
+        return found
     raise UntriedError(reason)
 
 
 def with_uses(
-    config: BackpropClipping, model: nn.Module, loader: object, *, batch_first: bool = True
+    config: BackpropClipping,
+    model: nn.Module,
+    loader: object,
+    *,
+    batch_first: bool = True,
+    plan: Plan | None = None,
 ) -> BackpropClipping:
     """Return the options with ``uses="auto"`` replaced by what a dry run on made-up examples finds.
 
@@ -179,7 +193,7 @@ def with_uses(
         return config
     for batch in made_up_batches(loader, model, batch_first=batch_first):
         try:
-            return replace(config, uses=count_uses(model, batch))
+            return replace(config, uses=count_uses(model, batch, plan))
         except UntriedError:
             continue
     return config

@@ -133,7 +133,7 @@ add(
     Family(
         "t5",
         lambda: hf.T5ForConditionalGeneration(
-            hf.T5Config(vocab_size=TOKENS, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+            hf.T5Config(vocab_size=TOKENS, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0)
         ),
         pairs,
         of_pairs,
@@ -144,7 +144,7 @@ add(
         "t5-gated",
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(
-                vocab_size=TOKENS, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                vocab_size=TOKENS, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
                 feed_forward_proj="gated-gelu", tie_word_embeddings=False,
             )
         ),

@@ -1,0 +1,152 @@
+"""Calls of functions that are what a layer computes: the layer's rule measures them.
+
+Only for speed and memory. ``F.linear(x, embedding.weight)`` is a linear layer without a module; its
+gradient is measured without being made for each example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.model.functions import FunctionCall, Template
+from opacus_bpclip.model.places import Place
+from opacus_bpclip.rules import Inputs, Rule, registered_kind
+
+
+class Form(NamedTuple):
+    """A call that a rule describes.
+
+    Attributes:
+        rule: the rule.
+        input: the index of the argument that holds the examples.
+        unfolded: whether the rule takes the examples' own entries for its first axis: there is one.
+    """
+
+    rule: Rule
+    input: int
+    unfolded: bool
+
+    def inputs(self, arguments: Sequence[Any], template: Template, examples: int) -> Inputs:
+        """Return the input as the rule takes it, batch first."""
+        place = template.arguments[self.input]
+        assert place is not None
+        return (self.rows(place.rows(arguments[self.input].detach(), examples)),)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return rows as the rule takes them."""
+        return x.squeeze(1) if self.unfolded else x
+
+
+_Arguments = Mapping[str, Any]
+
+
+def _linear(given: _Arguments) -> nn.Module:
+    outputs, inputs = given["weight"].shape
+    return nn.Linear(inputs, outputs, bias=given.get("bias") is not None, device="meta")
+
+
+def _embedding(given: _Arguments) -> nn.Module:
+    count, width = given["weight"].shape
+    return nn.Embedding(
+        count,
+        width,
+        given.get("padding_idx"),
+        given.get("max_norm"),
+        scale_grad_by_freq=given.get("scale_grad_by_freq", False),
+        sparse=given.get("sparse", False),
+        device="meta",
+    )
+
+
+def _convolution(kind: type[nn.Conv1d | nn.Conv2d | nn.Conv3d]) -> Callable[..., nn.Module]:
+    def make(given: _Arguments) -> nn.Module:
+        weight, groups = given["weight"], given.get("groups", 1)
+        return kind(
+            weight.shape[1] * groups,
+            weight.shape[0],
+            tuple(weight.shape[2:]),
+            stride=given.get("stride", 1),
+            padding=given.get("padding", 0),
+            dilation=given.get("dilation", 1),
+            groups=groups,
+            bias=given.get("bias") is not None,
+            device="meta",
+        )
+
+    return make
+
+
+_NAMES_OF_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_NAMES_OF_EMBEDDING = (
+    "input",
+    "weight",
+    "padding_idx",
+    "max_norm",
+    "norm_type",
+    "scale_grad_by_freq",
+    "sparse",
+)
+
+# By the function: the names of its arguments, the layer that computes it, and the fewest axes that
+# follow the examples' own.
+_FORMS: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], nn.Module], int | None]] = {
+    "linear": (("input", "weight", "bias"), _linear, 1),
+    "embedding": (_NAMES_OF_EMBEDDING, _embedding, 0),
+    "conv1d": (_NAMES_OF_CONVOLUTION, _convolution(nn.Conv1d), None),
+    "conv2d": (_NAMES_OF_CONVOLUTION, _convolution(nn.Conv2d), None),
+    "conv3d": (_NAMES_OF_CONVOLUTION, _convolution(nn.Conv3d), None),
+}
+
+
+def form_of(call: FunctionCall, template: Template, results: Sequence[Any]) -> Form | None:
+    """Return the rule that describes a call, if its parameters enter it as they are.
+
+    Args:
+        call: the call.
+        template: where it has the batch.
+        results: what the function returned.
+    """
+    names, make, behind = _FORMS.get(call.name, ((), None, None))
+    if make is None or any(made.value.grad_fn is not None for made in call.made.values()):
+        return None
+    indices, spec = list(range(len(call.leaves))), call.spec
+    args, kwargs = pytree.tree_unflatten(indices, spec)
+    where = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = pytree.tree_map(lambda index: call.leaves[index], where)
+    trained = {name for name in ("weight", "bias") if where.get(name) in call.made}
+    place, index = template.arguments[where["input"]], where["input"]
+    if len(trained) != len(call.made) or place is None or template.outputs[0] is None:
+        return None
+    if behind is None:
+        if (place, template.outputs[0]) != (Place(0), Place(0)):
+            return None
+    elif not _is_before(place, given["input"], behind) or not _is_before(
+        template.outputs[0], results[0], 1
+    ):
+        return None
+    module = make(given)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trained)
+    registered = registered_kind(type(module))
+    assert registered is not None
+    try:
+        return Form(registered[1].from_module(module), index, behind is None)
+    except CoverageError:
+        return None
+
+
+def _is_before(place: Place, x: Tensor, behind: int) -> bool:
+    return place.axis < x.dim() - behind
+
+
+def measured_inputs(form: Form, inputs: Inputs) -> tuple[Inputs, Tensor | None, Tensor]:
+    """Return what the rule's bound needs of the input: itself, its norms, and which are finite."""
+    with torch.no_grad():
+        prepared = form.rule.prepare(inputs, None)
+    return prepared.inputs, prepared.norms, prepared.finite
