@@ -17,7 +17,7 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 
 from opacus_bpclip.ab.models import build
-from opacus_bpclip.probe import EXAMPLES, Batch, search
+from opacus_bpclip.probe import EXAMPLES, Batch, randomness, search
 from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.order import rows_of_layers
 
@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 
 def least_power(model: nn.Module, batch: Batch, *, double: bool) -> int:
     for power in range(-8, 20):
-        search._UNITS = 2.0**power
+        randomness._UNITS = 2.0**power
         with Copy(model, double=double) as copy:
             if search.Search(copy, batch, "mean", rows_of_layers(model, ())).problem() is None:
                 return power

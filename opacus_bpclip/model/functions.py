@@ -44,9 +44,9 @@ class Made(NamedTuple):
     names: frozenset[str]
 
 
-# By `torch.func.vmap` over the function on one example; by autograd on one example after the other;
+# In closed form; by `torch.func.vmap` over the function on one example; by autograd on one example after the other;
 # or by autograd on the call that was made, for each example, where the function draws numbers.
-Method = Literal["vmap", "loop", "graph"]
+Method = Literal["known", "vmap", "loop", "graph"]
 
 
 class Template(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.model.functions import FunctionCall, Template
+from opacus_bpclip.model.known_gradients import known_gradients
 
 # Returns, for some examples, their gradients of each value: ``[b, *value.shape]``.
 OwnGradients = Callable[[slice], tuple[Tensor, ...]]
@@ -41,6 +42,10 @@ def own_gradients(
         for leaf, place in zip(arguments, template.arguments, strict=True)
         if place is not None and isinstance(leaf, Tensor)
     ]
+    if template.method == "known":
+        known = known_gradients(call, template)
+        assert known is not None
+        return lambda rows: known([x[rows] for x in given], upstream[0][rows])
     detached = [value.detach() for value in values]
 
     def of_one(rows: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -173,14 +173,14 @@ class _Trials:
             for own, parameter in layer.named_parameters.items()
         }
 
-    def sizes(self, batch: Batch) -> tuple[list[Sizes], list[Sizes]]:
-        """Run the model; return the sizes in the calls of functions, and of layers."""
+    def sizes(self, batch: Batch) -> tuple[list[Sizes], list[LayerCall]]:
+        """Run the model; return the sizes in the calls of functions, and the calls of layers."""
         mode, calls = SizesOfFunctions(), list[LayerCall]()
         with ExitStack() as stack:
             for handle in watch_layers(self.modules(), calls):
                 stack.callback(handle.remove)
             self.copy.run(batch, self.steady, inside=False, mode=mode, plain=True)
-        return mode.calls, [call.sizes for call in calls]
+        return mode.calls, calls
 
     def record(
         self,
@@ -320,8 +320,8 @@ def _plan_of(trials: _Trials) -> tuple[Plan, list[Sizes]]:
 
 def _passed_by(
     layers: Mapping[str, Layer],
-    calls: Sequence[Sizes],
-    fewer: Sequence[Sizes],
+    calls: Sequence[LayerCall],
+    fewer: Sequence[LayerCall],
     among: Companions,
 ) -> set[str]:
     """Return the layers whose inputs or outputs have the batch elsewhere than their rule takes it.
@@ -333,22 +333,22 @@ def _passed_by(
         layer = layers[one.name]
         if one.name != other.name or layer.recurrence is not None:
             continue
-        axis = layer.arguments.batch_axis
-        sizes = zip(
-            (*one.arguments[: len(layer.arguments.names)], *one.results),
-            (*other.arguments[: len(layer.arguments.names)], *other.results),
-            strict=False,
-        )
-        for a, b in sizes:
-            if not isinstance(a, torch.Size):
-                continue
-            try:
-                places = places_of(a, b, among)
-            except PairsError:
-                continue
-            if places != [Place(axis)]:
-                found.add(one.name)
+        counts = ((one, among.before), (other, among.after))
+        if any(_rows_of(layer, call) - {count} for call, count in counts):
+            found.add(one.name)
     return found
+
+
+def _rows_of(layer: Layer, call: LayerCall) -> set[int]:
+    """Return how many examples the inputs and the output of a call hold, as the rule sees it."""
+    try:
+        sizes = {*layer.rule.batch_sizes(layer.arguments.get(call.args, call.kwargs))}
+    except Exception:  # whatever is wrong with such a call, the guard says it better
+        return set()
+    axis = layer.arguments.batch_axis
+    if isinstance(call.output, Tensor) and call.output.dim() > axis:
+        sizes.add(call.output.shape[axis])
+    return sizes
 
 
 def _following(

@@ -71,18 +71,15 @@ class LayerCall(NamedTuple):
 
     Attributes:
         name: of the layer.
-        arguments: its flattened arguments.
-        results: its flattened results.
+        args: by position.
+        kwargs: by name.
+        output: what it returned.
     """
 
     name: str
-    arguments: list[Any]
-    results: list[Any]
-
-    @property
-    def sizes(self) -> Sizes:
-        """Return the sizes."""
-        return Sizes(self.name, sizes_of(self.arguments), sizes_of(self.results))
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
 
 
 def watch_layers(
@@ -95,8 +92,7 @@ def watch_layers(
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            leaves = pytree.tree_leaves
-            calls.append(LayerCall(name, leaves((args, kwargs)), leaves(output)))
+            calls.append(LayerCall(name, args, kwargs, output))
 
         return module.register_forward_hook(leave, with_kwargs=True)
 
