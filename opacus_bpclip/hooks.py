@@ -20,10 +20,11 @@ from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
-from opacus_bpclip.model.functions import Followed, Plan
+from opacus_bpclip.model.functions import Followed
 from opacus_bpclip.model.input_clipping import attach_input_clips, take_input_clips
+from opacus_bpclip.model.plan import Plan
 from opacus_bpclip.model.tying import tied_groups
-from opacus_bpclip.probe import Batch, Problem, Prober, UntriedError, batch_size
+from opacus_bpclip.probe import Batch, Prober, Problem, UntriedError, batch_size
 from opacus_bpclip.sampling.log import SampleLog
 
 _ATTACHED = "_backprop_clip_hooks"

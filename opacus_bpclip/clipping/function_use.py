@@ -12,9 +12,10 @@ from torch import Tensor
 from opacus_bpclip.clipping.factors import Factors, Measured, measured
 from opacus_bpclip.clipping.function_forms import Form, form_of, measured_inputs
 from opacus_bpclip.clipping.use import Sums, Use
-from opacus_bpclip.model.functions import FunctionCall, Made, Template
+from opacus_bpclip.model.functions import FunctionCall, Made
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind, own_gradients, sent_back
+from opacus_bpclip.model.plan import Template
 from opacus_bpclip.rules.base import per_row, where_needed, zero_rows
 from opacus_bpclip.rules.exact_norms import chunks
 from opacus_bpclip.rules.norms import row_norms
@@ -65,10 +66,7 @@ class FunctionGraph:
         """
         asked = [x for x in inputs if x.requires_grad]
         ends, sent = [], []
-        placed = (
-            (x, p) for x, p in zip(self.results, self.template.outputs, strict=True) if p is not None
-        )
-        for (x, place), g in zip(placed, upstream, strict=True):
+        for (x, place), g in zip(self.template.placed(self.results), upstream, strict=True):
             if x.requires_grad:
                 ends.append(x)
                 sent.append(place.put_back(g))
@@ -241,5 +239,3 @@ class FunctionUse(Use):
 def _norm(own: Sums) -> Tensor:
     norms = [row_norms(gradient) for gradient in own.values()]
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)
-
-

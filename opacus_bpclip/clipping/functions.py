@@ -20,9 +20,11 @@ from opacus_bpclip.clipping.function_use import FunctionGraph, FunctionUse, vers
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.guard import function_checks
 from opacus_bpclip.guard.call_checks import ran_twice
-from opacus_bpclip.model.functions import CallKey, FunctionCall, ParameterFunctions, Plan, Template
+from opacus_bpclip.model.coverage import unclipped_inputs
+from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind
+from opacus_bpclip.model.plan import CallKey, Plan, Template
 from opacus_bpclip.rules.first_order import first_order
 
 
@@ -46,6 +48,8 @@ class Functions:
             plan: what trial runs have shown of such a pass.
         """
         self.end()
+        max_input_norm = self.settings.config.max_input_norm
+        self.settings.guard.require(unclipped_inputs(self.layers, plan.passed_by, max_input_norm))
         self.followed.plan = plan
         self.settings.guard.by_functions = {
             parameter
@@ -167,9 +171,9 @@ class _Following(ParameterFunctions):
         names: dict[str, dict[int, list[str | None]]] = {}
         for index, made in graph.made.items():
             owners = [self._owners[id(leaf)] for leaf in leaves_behind(made.value)]
-            for layer in dict.fromkeys(layer.name for layer, _ in owners):
-                names.setdefault(layer, {i: [] for i in graph.made})[index] = [
-                    name if owner.name == layer else None for owner, name in owners
+            for own in dict.fromkeys(layer.name for layer, _ in owners):
+                names.setdefault(own, {i: [] for i in graph.made})[index] = [
+                    name if owner.name == own else None for owner, name in owners
                 ]
         layers = [self._layers[name] for name in names]
         scopes = []

@@ -8,8 +8,8 @@ from torch import nn
 
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.errors import CoverageError
-from opacus_bpclip.model.coverage import declared_uses, trainable_layers
-from opacus_bpclip.model.functions import Plan
+from opacus_bpclip.model.coverage import declared_uses, trainable_layers, unclipped_inputs
+from opacus_bpclip.model.plan import Plan
 from opacus_bpclip.probe import Prober, with_uses
 
 
@@ -64,6 +64,10 @@ def try_out(
     )
     if problem:
         raise CoverageError(problem.text)
+    for tried in prober.passed.values():
+        problem_text = unclipped_inputs(prober.layers, tried.passed_by, config.max_input_norm)
+        if problem_text is not None:
+            raise CoverageError(problem_text)
     plan = next(iter(prober.passed.values()), None)
     config = with_uses(config, module, data_loader, batch_first=batch_first, plan=plan)
     return config, prober.passed

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from opacus_bpclip.model.functions import FunctionCall, Template
+from opacus_bpclip.model.functions import FunctionCall
+from opacus_bpclip.model.plan import Template
 
 
 def _told(call: FunctionCall) -> str:
@@ -17,10 +18,10 @@ def _told(call: FunctionCall) -> str:
 def unseen(call: FunctionCall) -> str:
     """Say that trial runs have not shown such a call."""
     return (
-        f"{_told(call)}: the model calls the function {call.name} on it in a way that its trial run "
-        "on made-up examples of these shapes did not show, so nothing tells which rows belong to "
-        "which example. Compute the same way for every batch: without branches on the values of the "
-        "data, and with what is made from parameters made anew in each forward pass."
+        f"{_told(call)}: the model calls the function {call.name} on it in a way that its trial "
+        "run on made-up examples of these shapes did not show, so nothing tells which rows belong "
+        "to which example. Compute the same way for every batch: without branches on the values of "
+        "the data, and with what is made from parameters made anew in each forward pass."
     )
 
 
@@ -66,10 +67,10 @@ def wrong_results(
         for made in call.made.values():
             if made.value.dtype != x.dtype and not x.is_complex():
                 return (
-                    f"{_told(call)}: the function {call.name} computes in {x.dtype} with parameters "
-                    f"in {made.value.dtype} (autocast?): its gradient, summed over the batch, would "
-                    "be rounded by more than one example's contribution. Run the model without "
-                    "autocast."
+                    f"{_told(call)}: the function {call.name} computes in {x.dtype} with "
+                    f"parameters in {made.value.dtype} (autocast?): its gradient, summed over the "
+                    "batch, would be rounded by more than one example's contribution. Run the "
+                    "model without autocast."
                 )
     return None
 

@@ -258,9 +258,7 @@ class GradientGuard:
         """Check a gradient that autograd is about to send to its parameter."""
         self._check_loss(watched)
         by_functions = watched.parameter in self.by_functions
-        self.require(
-            foreign_gradient(watched, compiled=self._compiled, by_functions=by_functions)
-        )
+        self.require(foreign_gradient(watched, compiled=self._compiled, by_functions=by_functions))
         self.require(unusable_gradient(watched, gradient))
         self.require(self.passes.note_traced())
         self._check_mixed()

@@ -71,8 +71,8 @@ def inspect(
     """
     from opacus_bpclip.clipping.allocation import layer_fractions
     from opacus_bpclip.model.coverage import Finding, declared_uses, examine, trainable_layers
+    from opacus_bpclip.model.plan import Plan
     from opacus_bpclip.model.tying import tied_groups
-    from opacus_bpclip.model.functions import Plan
     from opacus_bpclip.probe import count_uses, try_model
 
     if not is_positive_number(max_grad_norm):

@@ -6,7 +6,7 @@ clipped it. These checks, and those that `guard` makes on every batch, make it f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +139,26 @@ def _refuse_layers_inside_layers(layers: Mapping[str, Layer]) -> None:
                 f"own, and holds {', '.join(inside)}, which would be cut off from the loss. Put "
                 "its own parameters into a module of their own, or write a BroadcastRule for them."
             )
+
+
+def unclipped_inputs(
+    layers: Mapping[str, Layer], passed_by: Iterable[str], max_input_norm: float | None
+) -> str | None:
+    """Say which layer's input cannot be clipped, since its rule does not hold for its calls.
+
+    Args:
+        layers: by name.
+        passed_by: those of them that are called with the batch elsewhere.
+        max_input_norm: the option.
+    """
+    clipped = [name for name in passed_by if layers[name].rule.clips_input]
+    if max_input_norm is None or not clipped:
+        return None
+    return (
+        f"{', '.join(sorted(clipped))}: the batch is not on the first axis of the input alone (it "
+        "is on another axis, folded with others, or the input is the same for every example), and "
+        f"max_input_norm={max_input_norm!r} clips such inputs only. Leave max_input_norm out."
+    )
 
 
 def declared_uses(config: BackpropClipping) -> Mapping[str, int]:

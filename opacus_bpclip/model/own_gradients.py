@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opacus_bpclip.model.functions import FunctionCall, Template
+from opacus_bpclip.model.functions import FunctionCall
 from opacus_bpclip.model.known_gradients import known_gradients
+from opacus_bpclip.model.plan import Template
 
 # Returns, for some examples, their gradients of each value: ``[b, *value.shape]``.
 OwnGradients = Callable[[slice], tuple[Tensor, ...]]
@@ -37,11 +38,7 @@ def own_gradients(
     values = [arguments[index] for index in call.made]
     if template.method == "graph":
         return _of_graph(template, results, values, upstream)
-    given = [
-        place.rows(leaf.detach(), examples)
-        for leaf, place in zip(arguments, template.arguments, strict=True)
-        if place is not None and isinstance(leaf, Tensor)
-    ]
+    given = template.given(arguments, examples)
     if template.method == "known":
         known = known_gradients(call, template)
         assert known is not None
@@ -52,7 +49,8 @@ def own_gradients(
         def on_values(*own: Tensor) -> tuple[Tensor, ...]:
             return call.of_example(template, rows, own, examples)
 
-        made, pull_back = torch.func.vjp(on_values, *detached)
+        pulled: Any = torch.func.vjp(on_values, *detached)
+        made, pull_back = pulled
         return tuple(pull_back(tuple(g.to(y.dtype) for g, y in zip(gradients, made, strict=True))))
 
     def alone(rows: slice) -> tuple[Tensor, ...]:
@@ -81,7 +79,7 @@ def _of_graph(
     upstream: Sequence[Tensor],
 ) -> OwnGradients:
     """Send the call's own graph one example's upstream gradient after the other."""
-    placed = [(x, place) for x, place in zip(results, template.outputs, strict=True) if place]
+    placed = template.placed(results)
 
     def of(rows: slice) -> tuple[Tensor, ...]:
         found: list[tuple[Tensor, ...]] = []

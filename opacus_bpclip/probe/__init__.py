@@ -9,8 +9,8 @@ from opacus_bpclip.probe.problems import Problem, UntriedError
 __all__ = [
     "EXAMPLES",
     "Batch",
-    "Problem",
     "Prober",
+    "Problem",
     "UntriedError",
     "batch_leaves",
     "batch_size",

@@ -13,15 +13,15 @@ from contextlib import nullcontext
 from opacus.layers.dp_rnn import DPRNNBase
 from torch import nn
 
-from opacus_bpclip.model.functions import Plan
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.plan import Plan
 from opacus_bpclip.probe import ragged
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.comparison import partitions
 from opacus_bpclip.probe.copies import Copy
-from opacus_bpclip.probe.functions import RefusedError, is_followed, make_plan
+from opacus_bpclip.probe.functions import is_followed, make_plan
 from opacus_bpclip.probe.order import Rows, rows_of_layers
-from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
+from opacus_bpclip.probe.problems import Problem, RefusedError, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.recording import ChangedLaterError, Recording
 from opacus_bpclip.probe.search import Search, same
@@ -104,9 +104,27 @@ def _planned(
         return None, Plan({})
     try:
         with Copy(model, double=double) as copy:
-            return None, make_plan(copy, batch, layers)
+            plan = make_plan(copy, batch, layers)
+            # Sequences of several lengths may be sorted, which made-up ones of one length are not.
+            for variant in _of_several_lengths(copy, batch) if plan.templates else ():
+                _check_sorted(copy, variant, layers)
+            return None, plan
     except RefusedError as error:
         return error.problem, Plan({})
+
+
+def _check_sorted(copy: Copy, variant: Batch, layers: Mapping[str, Layer]) -> None:
+    """Look whether functions have their rows in the batch's order in a batch of several lengths.
+
+    Raises:
+        RefusedError: they have not.
+    """
+    try:
+        make_plan(copy, variant, layers)
+    except RefusedError:
+        raise
+    except Exception:
+        pass
 
 
 def _searched(

@@ -10,8 +10,8 @@ from torch import nn
 
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.model.coverage import trainable_layers
-from opacus_bpclip.model.functions import Plan
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.plan import Plan
 from opacus_bpclip.probe import problems, ragged
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.copies import Copy, device_of

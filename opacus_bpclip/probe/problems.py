@@ -23,6 +23,18 @@ class UntriedError(Exception):
     """The model cannot be run on this batch or on parts of it: nothing was found out."""
 
 
+class RefusedError(Exception):
+    """A model does something that cannot be bounded.
+
+    Args:
+        problem: what is wrong.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.text)
+        self.problem = problem
+
+
 def first_line(error: Exception) -> str:
     """Return what an error says, in one line."""
     said = str(error) if isinstance(error, UntriedError) else f"{type(error).__name__}: {error}"
@@ -117,8 +129,20 @@ def unlike_alone(parameters: str, function: str, what: str, gap: float) -> str:
         "it in the batch",
     }[what]
     return (
-        f"{parameters}: the function {function} was tried on made-up examples, and {said} (relative "
-        f"difference {gap:.2g}). {_OWN_LAYER}"
+        f"{parameters}: the function {function} was tried on made-up examples, and {said} "
+        f"(relative difference {gap:.2g}). {_OWN_LAYER}"
+    )
+
+
+def routed(name: str) -> str:
+    """Say that a layer's rows do not follow the examples of the batch."""
+    return (
+        f"{name}: how many rows it is called on, or how often, does not follow the number of "
+        "examples: rows are chosen by the values of the data (a mixture of experts that routes "
+        "them), or there is a loop over the examples. Nothing shows then which rows belong to "
+        "which example. Call every layer on all examples at once, and choose afterwards: let every "
+        "expert see every row, and multiply what it returns by the gate, which is zero for the "
+        "others (dense routing)."
     )
 
 
@@ -144,7 +168,7 @@ def unsteady_functions() -> str:
     """Say that a model calls other functions on a smaller batch."""
     return (
         "The model calls other functions on a part of a batch than on the whole of it (a loop over "
-        "examples, or a branch that their values decide), and functions that it calls on parameters "
-        "outside of layers with a rule cannot be followed then. Write the forward pass for a whole "
-        "batch, without branches on values."
+        "examples, or a branch that their values decide), and functions that it calls on "
+        "parameters outside of layers with a rule cannot be followed then. Write the forward pass "
+        "for a whole batch, without branches on values."
     )

@@ -5,21 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from opacus_bpclip.model.functions import Template
 from opacus_bpclip.model.known_gradients import known_gradients
 from opacus_bpclip.model.own_gradients import own_gradients, sent_back
+from opacus_bpclip.model.plan import Template
 from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.comparison import distance
 from opacus_bpclip.probe.problems import Problem
-
-if TYPE_CHECKING:
-    from opacus_bpclip.probe.functions import Seen
+from opacus_bpclip.probe.recorder import Seen
 
 
 def verified(
@@ -54,9 +52,7 @@ def verified(
     gap = torch.inf
     for method in methods[template.method]:
         candidate = template._replace(method=method)
-        own = own_gradients(
-            own_call, candidate, seen.arguments, seen.results, upstream, examples
-        )
+        own = own_gradients(own_call, candidate, seen.arguments, seen.results, upstream, examples)
         try:
             with warnings.catch_warnings():
                 # Where vmap has no rule of its own, it warns, and is no faster than a loop.
@@ -136,16 +132,8 @@ def _by_autograd(seen: Seen, template: Template, upstream: Sequence[Tensor]) -> 
 
 def _gap_of_results(seen: Seen, template: Template, examples: int) -> float:
     values = [made.value for made in seen.call.made.values()]
-    given = [
-        place.rows(leaf, examples)
-        for leaf, place in zip(seen.arguments, template.arguments, strict=True)
-        if place is not None and isinstance(leaf, Tensor)
-    ]
-    whole = [
-        place.rows(x.detach(), examples)
-        for x, place in zip(seen.results, template.outputs, strict=True)
-        if place is not None
-    ]
+    given = template.given(seen.arguments, examples)
+    whole = [place.rows(x.detach(), examples) for x, place in template.placed(seen.results)]
     worst = 0.0
     for row in range(examples):
         try:

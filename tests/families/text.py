@@ -77,7 +77,11 @@ def _encoder(kind: str, **changes: Any) -> Callable[[], Any]:
 
 
 _add("bert", _encoder("Bert"), "class token masked")
-_add("distilbert", _encoder("DistilBert", dim=16, hidden_dim=32, n_layers=2, n_heads=2), "class token masked")
+_add(
+    "distilbert",
+    _encoder("DistilBert", dim=16, hidden_dim=32, n_layers=2, n_heads=2),
+    "class token masked",
+)
 _add("roberta", _encoder("Roberta"), "class token masked")
 _add("electra", _encoder("Electra", embedding_size=8), "class token masked")
 _add("albert", _encoder("Albert", embedding_size=8), "class token masked")
@@ -96,7 +100,11 @@ _add(
     "class token masked",
 )
 _add("xlnet", _encoder("XLNet", d_model=16, n_layer=2, n_head=2, d_inner=32), "class token causal")
-_add("modernbert", _encoder("ModernBert", global_attn_every_n_layers=2, local_attention=8), "class token masked")
+_add(
+    "modernbert",
+    _encoder("ModernBert", global_attn_every_n_layers=2, local_attention=8),
+    "class token masked",
+)
 
 _DECODER = {**_SMALL, "num_key_value_heads": 1, "head_dim": 8}
 
@@ -105,15 +113,51 @@ def _decoder(kind: str, **changes: Any) -> Callable[[], Any]:
     return lambda: getattr(hf, f"{kind}Config")(**{**_DECODER, **changes})
 
 
-_add("gpt2", lambda: hf.GPT2Config(vocab_size=TOKENS, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_labels=CLASSES, pad_token_id=0), "class causal")
+_add(
+    "gpt2",
+    lambda: hf.GPT2Config(
+        vocab_size=TOKENS,
+        n_positions=32,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        num_labels=CLASSES,
+        pad_token_id=0,
+    ),
+    "class causal",
+)
 _add("gpt-neox", _encoder("GPTNeoX"), "class causal")
 _add("opt", _encoder("OPT", ffn_dim=32, word_embed_proj_dim=16, dropout=0.0), "class causal")
 for _kind in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3", "Olmo2"):
     _changes = {"layer_types": ["full_attention"] * 2} if _kind.startswith("Gemma3") else {}
     _heads = "causal" if _kind in ("Gemma3Text", "Olmo2") else "class causal"
     _add(_kind.lower(), _decoder(_kind, **_changes), _heads)
-_add("mamba", lambda: hf.MambaConfig(vocab_size=TOKENS, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0, use_cache=False), "causal", lambda n: {"input_ids": tokens(n)["input_ids"]})
-_add("rwkv", lambda: hf.RwkvConfig(vocab_size=TOKENS, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, context_length=32, use_cache=False), "causal", lambda n: {"input_ids": tokens(n)["input_ids"]})
+_add(
+    "mamba",
+    lambda: hf.MambaConfig(
+        vocab_size=TOKENS,
+        hidden_size=16,
+        state_size=4,
+        num_hidden_layers=2,
+        pad_token_id=0,
+        use_cache=False,
+    ),
+    "causal",
+    lambda n: {"input_ids": tokens(n)["input_ids"]},
+)
+_add(
+    "rwkv",
+    lambda: hf.RwkvConfig(
+        vocab_size=TOKENS,
+        hidden_size=16,
+        num_hidden_layers=2,
+        attention_hidden_size=16,
+        context_length=32,
+        use_cache=False,
+    ),
+    "causal",
+    lambda n: {"input_ids": tokens(n)["input_ids"]},
+)
 
 
 def pairs(count: int) -> dict[str, Tensor]:
@@ -133,7 +177,15 @@ add(
     Family(
         "t5",
         lambda: hf.T5ForConditionalGeneration(
-            hf.T5Config(vocab_size=TOKENS, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0)
+            hf.T5Config(
+                vocab_size=TOKENS,
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=2,
+                num_heads=2,
+                dropout_rate=0.0,
+            )
         ),
         pairs,
         of_pairs,
@@ -144,8 +196,15 @@ add(
         "t5-gated",
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(
-                vocab_size=TOKENS, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
-                feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+                vocab_size=TOKENS,
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=2,
+                num_heads=2,
+                dropout_rate=0.0,
+                feed_forward_proj="gated-gelu",
+                tie_word_embeddings=False,
             )
         ),
         pairs,
@@ -157,9 +216,17 @@ add(
         "bart",
         lambda: hf.BartForConditionalGeneration(
             hf.BartConfig(
-                vocab_size=TOKENS, d_model=16, encoder_layers=2, decoder_layers=2,
-                encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-                decoder_ffn_dim=32, max_position_embeddings=32, pad_token_id=0, dropout=0.0,
+                vocab_size=TOKENS,
+                d_model=16,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=32,
+                decoder_ffn_dim=32,
+                max_position_embeddings=32,
+                pad_token_id=0,
+                dropout=0.0,
             )
         ),
         pairs,
@@ -171,13 +238,25 @@ add(
         "bart-class",
         lambda: hf.BartForSequenceClassification(
             hf.BartConfig(
-                vocab_size=TOKENS, d_model=16, encoder_layers=2, decoder_layers=2,
-                encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-                decoder_ffn_dim=32, max_position_embeddings=32, pad_token_id=0, eos_token_id=2, dropout=0.0,
+                vocab_size=TOKENS,
+                d_model=16,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=32,
+                decoder_ffn_dim=32,
+                max_position_embeddings=32,
+                pad_token_id=0,
+                eos_token_id=2,
+                dropout=0.0,
                 num_labels=CLASSES,
             )
         ),
-        lambda n: {**(b := tokens(n)), "input_ids": torch.cat([b["input_ids"][:, :-1], torch.full((n, 1), 2)], 1)},
+        lambda n: {
+            **(b := tokens(n)),
+            "input_ids": torch.cat([b["input_ids"][:, :-1], torch.full((n, 1), 2)], 1),
+        },
         of_class,
     )
 )

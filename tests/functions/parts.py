@@ -93,7 +93,9 @@ def tied(s: Part, x: Tensor) -> Tensor:
 
 def standardised(s: Part, x: Tensor) -> Tensor:
     weight = s.w - s.w.mean(dim=(1, 2), keepdim=True)
-    return F.conv1d(x.transpose(1, 2), weight / (weight.std() + 0.1), s.b, padding=1).transpose(1, 2)
+    return F.conv1d(x.transpose(1, 2), weight / (weight.std() + 0.1), s.b, padding=1).transpose(
+        1, 2
+    )
 
 
 def steps_of_a_cell(s: Part, x: Tensor) -> Tensor:
@@ -147,9 +149,7 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     ),
     "windows": lambda: Part(windows, {"w": drawn(2)}, inner=nn.Linear(2, 2)),
     "strided": lambda: Part(strided, {"w": drawn(T, 1)}, inner=nn.Linear(D // 2, D // 2)),
-    "sequence first": lambda: Part(
-        sequence_first, linear=nn.Linear(D, D), norm=nn.LayerNorm(D)
-    ),
+    "sequence first": lambda: Part(sequence_first, linear=nn.Linear(D, D), norm=nn.LayerNorm(D)),
     "tied": lambda: Part(tied, linear=nn.Linear(D, D)),
     "standardised": lambda: Part(standardised, {"w": drawn(D, D, 3), "b": drawn(D)}),
     "cell": lambda: Part(steps_of_a_cell, cell=nn.LSTMCell(D, D)),

@@ -3,6 +3,7 @@
 from tests.mutants import (
     bounds,
     coupling,
+    functions,
     joint,
     layers,
     losses,
@@ -19,6 +20,7 @@ __all__ = [
     "Mutant",
     "bounds",
     "coupling",
+    "functions",
     "joint",
     "layers",
     "losses",

@@ -1,0 +1,184 @@
+"""Whether functions on parameters have their rows in the order of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from opacus_bpclip.model.places import Place
+from opacus_bpclip.model.plan import Method, Template
+from opacus_bpclip.probe import problems
+from opacus_bpclip.probe.batches import Batch
+from opacus_bpclip.probe.comparison import Companions, close, partitions
+from opacus_bpclip.probe.problems import Problem, RefusedError
+from opacus_bpclip.probe.recorder import Seen
+
+# For each tensor of a call, arguments first, the places where it may hold the batch.
+Places = list[list[Place]]
+
+# By the number of a call, how to change what it returns.
+Changes = Mapping[int, Callable[[Any], Any]]
+
+
+def pairs_problem(seen: Seen) -> Problem:
+    """Say that the sizes in a call do not follow the batch's."""
+    return Problem("(root)", problems.pairs_in_function(_told(seen), seen.call.name))
+
+
+def _moved_problem(seen: Seen) -> Problem:
+    return Problem("(root)", problems.moved_in_function(_told(seen), seen.call.name))
+
+
+def _told(seen: Seen) -> str:
+    return ", ".join(sorted(seen.call.names))
+
+
+def narrow(
+    seen: Mapping[int, Seen],
+    other: Mapping[int, Seen],
+    found: Mapping[int, Places],
+    where: Companions,
+    tolerance: float,
+) -> None:
+    """Leave of the places of each tensor those at which the examples are the same in both runs.
+
+    Args:
+        seen: the calls of one run.
+        other: those of another, on some of the examples.
+        found: the places, by the number of the call; changed.
+        where: which examples the runs have in common.
+        tolerance: up to which relative difference numbers are the same.
+
+    Raises:
+        RefusedError: no place is left for a tensor.
+    """
+    for number, one in seen.items():
+        if number not in other:
+            raise RefusedError(Problem("(root)", problems.unsteady_functions()))
+        pairs = zip(
+            (*one.arguments, *one.results),
+            (*other[number].arguments, *other[number].results),
+            found[number],
+            strict=True,
+        )
+        for x, y, places in pairs:
+            if not places or not isinstance(x, Tensor):
+                continue
+            places[:] = [p for p in places if _same_rows(x, y, p, where, tolerance)]
+            if not places:
+                raise RefusedError(_moved_problem(one))
+
+
+def _same_rows(x: Tensor, y: Tensor, place: Place, where: Companions, tolerance: float) -> bool:
+    x, y = (_real(t.detach()) for t in (x, y))
+    before = place.rows(x, where.before)[list(where.rows)]
+    after = place.rows(y, where.after)[list(where.places)]
+    return before.shape == after.shape and close(before, after, tolerance)
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def in_order(
+    seen: Mapping[int, Seen],
+    found: Mapping[int, Places],
+    batch: Batch,
+    outputs: Sequence[Tensor],
+    tolerance: float,
+    rerun: Callable[[Changes], Sequence[Tensor]],
+) -> dict[int, Template]:
+    """Return the templates of the calls.
+
+    Where the results of a call are alike for every example, what becomes of them tells where the
+    examples are: they are changed for some, and the others' outputs must stay.
+
+    Args:
+        seen: the calls.
+        found: the places that are left for each.
+        batch: what the model was run on.
+        outputs: what the model returned.
+        tolerance: up to which relative difference numbers are the same.
+        rerun: runs the model again with changes, and returns its outputs.
+
+    Raises:
+        RefusedError: no place is right.
+    """
+    templates: dict[int, Template] = {}
+    for inner in (False, True):
+        made = {number: _template(one, found[number], inner=inner) for number, one in seen.items()}
+        if made == templates:
+            break
+        templates = made
+        if _outputs_stay(seen, templates, batch, outputs, tolerance, rerun):
+            return templates
+    alike = (one for number, one in seen.items() if _alike(one, templates[number], batch.size))
+    raise RefusedError(_moved_problem(next(alike)))
+
+
+def _template(seen: Seen, places: Places, *, inner: bool) -> Template:
+    """Return a template; of several places the one that agrees with those that are known.
+
+    Args:
+        seen: the call.
+        places: what is left.
+        inner: which to take where nothing is known.
+    """
+    known = {left[0].inner for left in places if len(left) == 1 and left[0].folded}
+    inner = known.pop() if len(known) == 1 else inner
+    chosen = [
+        None if not left else next((p for p in left if p.inner == inner), left[0])
+        for left in places
+    ]
+    count = len(seen.arguments)
+    method: Method = "graph" if seen.random else "vmap"
+    return Template(tuple(chosen[:count]), tuple(chosen[count:]), method)
+
+
+def _outputs_stay(
+    seen: Mapping[int, Seen],
+    templates: Mapping[int, Template],
+    batch: Batch,
+    outputs: Sequence[Tensor],
+    tolerance: float,
+    rerun: Callable[[Changes], Sequence[Tensor]],
+) -> bool:
+    size, axis = batch.size, batch.axis
+    alike = [number for number, one in seen.items() if _alike(one, templates[number], size)]
+    for kept, _ in partitions(size) if alike else ():
+        changed = rerun({number: _change(templates[number], kept, size) for number in alike})
+        # The model's own outputs are in the batch's order.
+        for x, y in zip(outputs, changed, strict=True):
+            if x.dim() > axis and x.shape[axis] == size:
+                if not close(x.movedim(axis, 0)[kept], y.movedim(axis, 0)[kept], tolerance):
+                    return False
+    return True
+
+
+def _alike(seen: Seen, template: Template, size: int) -> bool:
+    """Return whether a result of a call is the same for every example."""
+    for x, place in template.placed(seen.results):
+        rows = place.rows(x.detach(), size)
+        if x.is_floating_point() and close(rows, rows[:1].expand_as(rows), 0.0):
+            return True
+    return False
+
+
+def _change(template: Template, kept: Sequence[int], size: int) -> Callable[[Any], Any]:
+    def change(result: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(result)
+        generator = torch.Generator().manual_seed(3)
+        for index, place in enumerate(template.outputs):
+            x = leaves[index]
+            if place is not None and x.is_floating_point():
+                rows = place.rows(x.detach(), size)
+                noise = torch.randn(rows.shape, generator=generator).to(rows)
+                noise[list(kept)] = 0
+                leaves[index] = place.put_back(rows + noise)
+        return pytree.tree_unflatten(leaves, spec)
+
+    return change

@@ -1,0 +1,218 @@
+"""Runs of a copy of a model in which calls of functions on parameters are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions
+from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.plan import CallKey, Plan
+from opacus_bpclip.probe.batches import Batch
+from opacus_bpclip.probe.copies import Copy
+from opacus_bpclip.probe.randomness import Steady
+from opacus_bpclip.probe.shapes import LayerCall, Sizes, SizesOfFunctions, watch_layers
+from opacus_bpclip.rules import BroadcastRule, FunctionRule
+
+
+@dataclass
+class Seen:
+    """A call of a function that met examples, in one run.
+
+    Attributes:
+        call: the call.
+        arguments: what it was called on, the private graph's tensors included.
+        results: its flattened results.
+        random: whether it drew numbers.
+    """
+
+    call: FunctionCall
+    arguments: list[Any]
+    results: list[Any]
+    random: bool
+
+
+class Recorder(ParameterFunctions):
+    """Writes down the calls that meet examples.
+
+    Args:
+        parameters: as for `ParameterFunctions`.
+        meets: by the number of a call among all, whether it meets examples.
+        steady: what holds random numbers still.
+
+    Attributes:
+        seen: the calls that meet examples, by their number.
+        derived: by number, the keys of those that do not.
+        disturbed: by number, how to change what calls return.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], meets: Sequence[bool], steady: Steady
+    ) -> None:
+        super().__init__(parameters)
+        self.seen: dict[int, Seen] = {}
+        self.derived: dict[int, CallKey] = {}
+        self._meets_examples = meets
+        self._steady = steady
+        self._number = -1
+        self.disturbed: Mapping[int, Any] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self._number += 1
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def called(self, call: FunctionCall) -> Any:
+        """Write down a call that meets examples, and return what it does."""
+        if not self._meets_examples[self._number]:
+            key, result = call.key, self.derive(call)
+            if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(result)):
+                self.derived[self._number] = key
+            return result
+        leaves = [_cut_off(leaf) for leaf in call.leaves]
+        for index, made in call.made.items():
+            leaves[index] = made.value
+        random, self._steady.random = self._steady.random, False
+        with torch.enable_grad():
+            result = call.run(leaves)
+        drawn, self._steady.random = self._steady.random, self._steady.random or random
+        results = pytree.tree_leaves(result)
+        if _depends(results, [made.value for made in call.made.values()]):
+            self.seen[self._number] = Seen(call, leaves, results, drawn)
+        change = self.disturbed.get(self._number)
+        result = pytree.tree_map(
+            lambda x: x.detach().clone() if isinstance(x, Tensor) else x,
+            result if change is None else change(result),
+        )
+        if call.is_in_place:
+            call.leaves[0].copy_(result)
+            return call.leaves[0] if call.name != "__setitem__" else None
+        return result
+
+
+def _cut_off(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    own = leaf.detach()
+    # As it is at the call: the model may work on it in place later.
+    own = own.clone() if own.is_floating_point() or own.is_complex() else own
+    return own.requires_grad_(own.is_floating_point() or own.is_complex())
+
+
+def _depends(results: Iterable[Any], values: Sequence[Tensor]) -> bool:
+    """Return whether a gradient flows from results to what was made from parameters."""
+    outs = [x for x in results if isinstance(x, Tensor) and x.requires_grad]
+    if not outs:
+        return False
+    found = torch.autograd.grad(
+        outs, values, [torch.ones_like(x) for x in outs], retain_graph=True, allow_unused=True
+    )
+    return any(gradient is not None for gradient in found)
+
+
+class Comparing(ParameterFunctions):
+    """Looks whether a plan knows all calls."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
+        super().__init__(parameters)
+        self.unknown = False
+        self._plan = plan
+
+    def called(self, call: FunctionCall) -> Any:
+        """Let the call be what it is, and note whether the plan has it."""
+        templates = self._plan.templates.get(call.key)
+        if templates is not None and any(template.meets for template in templates):
+            args, kwargs = pytree.tree_unflatten(call.leaves, call.spec)
+            return call.func(*args, **kwargs)
+        result = self.derive(call)
+        if templates is None:
+            made = pytree.tree_leaves(result)
+            self.unknown |= any(isinstance(x, Tensor) and x.requires_grad for x in made)
+        return result
+
+
+@dataclass
+class Trials:
+    """Runs of one copy of a model."""
+
+    copy: Copy
+    batch: Batch
+    layers: Mapping[str, Layer]
+    steady: Steady = field(default_factory=Steady)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the layers that have a rule of their own, by name, without those that copy."""
+        return {
+            name: layer.module
+            for name, layer in self.layers.items()
+            if not isinstance(layer.rule, (FunctionRule, BroadcastRule))
+        }
+
+    def parameters(self, copied: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Return what stands for the trainable parameters, by the layer's name and theirs."""
+        return {
+            f"{name}.{own}": self.copy.of(parameter)
+            for name, layer in self.layers.items()
+            if name not in copied
+            for own, parameter in layer.named_parameters.items()
+        }
+
+    def sizes(self, batch: Batch) -> tuple[list[Sizes], list[LayerCall]]:
+        """Run the model; return the sizes in the calls of functions, and the calls of layers."""
+        mode, calls = SizesOfFunctions(), list[LayerCall]()
+        with ExitStack() as stack:
+            for handle in watch_layers(self.modules(), calls):
+                stack.callback(handle.remove)
+            self.copy.run(batch, self.steady, inside=False, mode=mode, plain=True)
+        return mode.calls, calls
+
+    def record(
+        self,
+        batch: Batch,
+        meets: Sequence[bool],
+        passed_by: Iterable[str],
+        disturbed: Mapping[int, Any] | None = None,
+    ) -> tuple[Recorder, list[Tensor]]:
+        """Run the model; return what was written down, and what the model returned."""
+        copied = [n for n, layer in self.layers.items() if isinstance(layer.rule, BroadcastRule)]
+        mode = Recorder(self.parameters(copied), meets, self.steady)
+        mode.disturbed = disturbed or {}
+        return mode, self._run_with(mode, batch, passed_by)
+
+    def follows(self, plan: Plan) -> bool:
+        """Return whether a run calls no functions on parameters but those that a plan knows."""
+        copied = [n for n, layer in self.layers.items() if isinstance(layer.rule, BroadcastRule)]
+        mode = Comparing(self.parameters(copied), plan)
+        self._run_with(mode, self.batch, plan.passed_by)
+        return not mode.unknown
+
+    def _run_with(
+        self, mode: ParameterFunctions, batch: Batch, passed_by: Iterable[str]
+    ) -> list[Tensor]:
+        with ExitStack() as stack:
+            for name, module in self.modules().items():
+                if name not in passed_by:
+                    for handle in _pausing(module, mode):
+                        stack.callback(handle.remove)
+            run = self.copy.run(batch, self.steady, inside=False, mode=mode, plain=True)
+        return run.outputs
+
+
+def _pausing(
+    module: nn.Module, mode: ParameterFunctions
+) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def pause(*_: Any) -> None:
+        mode.paused = True
+
+    def resume(*_: Any) -> None:
+        mode.paused = False
+
+    yield module.register_forward_pre_hook(pause)
+    yield module.register_forward_hook(resume, always_call=True)
