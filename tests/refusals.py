@@ -40,17 +40,8 @@ class Endless(IterableDataset):
         yield from zip(*dataset().tensors, strict=True)
 
 
-class Scale(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(FEATURES))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gain
-
-
-def with_scale() -> nn.Module:
-    return nn.Sequential(Scale(), *mlp())
+def with_half_precision() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, FEATURES, dtype=torch.bfloat16), *mlp())
 
 
 def with_batch_norm() -> nn.Module:
@@ -64,11 +55,6 @@ def evaluating() -> nn.Module:
 def compiled_in_place() -> nn.Module:
     model = mlp()
     model.compile(backend="eager")
-    return model
-
-
-def freeze_first(model: nn.Module) -> nn.Module:
-    model[0].requires_grad_(False)
     return model
 
 
@@ -152,12 +138,13 @@ REFUSALS = {
         {"backprop": layerwise(allocation={"0": 1.0, "head": 1.0})},
         error=CoverageError,
     ),
-    "raw parameter": Refusal(
+    "half precision": Refusal(
         "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
-        "- 0 (Scale): no rule bounds the gradient of gain.",
+        "- 0 (Linear): its parameters are torch.bfloat16: the sum over the batch would be rounded "
+        "by more than one example's contribution. Keep trainable parameters in torch.float32.",
         error=CoverageError,
-        model=with_scale,
-        repair=freeze_first,
+        model=with_half_precision,
+        repair=lambda model: model.float(),
     ),
     "batch norm": Refusal(
         "Backpropagation clipping cannot bound every trainable parameter of this model:\n"

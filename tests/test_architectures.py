@@ -12,9 +12,10 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opacus_bpclip import PrivacyEngine, PrivacyViolationError
+from opacus_bpclip import PrivacyEngine
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_sensitivity, check_training
+from tests.followed import check_followed
 from tests.strategies import BOUNDS
 
 
@@ -161,14 +162,13 @@ def test_a_head_tied_to_the_embedding_shares_its_sensitivity():
     assert "model.lm_head" not in names
 
 
-def test_positions_shared_by_the_batch_are_refused_with_the_remedy():
-    trainer = Trainer(_bert(), (8,), layerwise(), probe=True)
-    with pytest.raises(
-        PrivacyViolationError,
-        match=r"position_embeddings got an input of shape \(1, 8\) in a batch of 3 examples: .*"
-        r"Expand inputs that are shared by the batch \(such as position embeddings\)",
-    ):
-        trainer.model(torch.randint(1, 50, (3, 8)))
+def test_positions_shared_by_the_batch_count_for_each_example():
+    class AsItIs(HuggingFace):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids).logits
+
+    torch.manual_seed(0)
+    check_followed(lambda: AsItIs(_bert()), torch.randint(1, 50, (3, 8)))
 
 
 def test_a_frozen_backbone_trains_its_head_alone():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from opacus.layers import DPMultiheadAttention
 from torch import Tensor, nn
 
-from opacus_bpclip import PrivacyEngine, PrivacyViolationError
+from opacus_bpclip import CoverageError, PrivacyEngine
 from tests.budgets import layerwise
 from tests.checks import (
     Trainer,
@@ -19,6 +19,7 @@ from tests.checks import (
     joint,
     squared_loss,
 )
+from tests.followed import check_followed
 from tests.strategies import (
     BOUNDS,
     clippings,
@@ -117,29 +118,34 @@ def test_pytorchs_encoder_layer_trains_after_opacus_has_replaced_its_attention(b
     check_training(trainer, x, torch.randn(4, STEPS * WIDTH, dtype=torch.float64) * 100)
 
 
-def test_a_forward_of_ones_own_gets_no_credit_for_the_modules_layout():
+@pytest.mark.parametrize("count", [STEPS, 5])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_with_a_forward_of_ones_own_the_examples_are_found_in_either_layout(batch_first, count):
     class Own(DPMultiheadAttention):
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs)
 
-    trainer = Trainer(Attends(Own), (STEPS, WIDTH), layerwise())
-    x = torch.randn(5, STEPS, WIDTH, dtype=torch.float64)
-    with pytest.raises(
-        PrivacyViolationError,
-        match=r"attention\.qlinear got an input of shape \(3, 5, 4\) in a batch of 5 examples: "
-        "its first axis must be the batch",
-    ):
-        trainer.model(x)
+    torch.manual_seed(0)
+    x = torch.randn(count, STEPS, WIDTH, dtype=torch.float64)
+    check_followed(lambda: Attends(Own, batch_first=batch_first, add_bias_kv=True), x)
 
 
-def test_a_sequence_in_the_wrong_layout_is_refused():
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        (True, r"^attention \(DPMultiheadAttention\) couples examples: .* Compute from each"),
+        (False, r"^attention\.out_proj\.bias, attention\.out_proj\.weight: the function linear "),
+    ],
+    ids=["searched", "not searched"],
+)
+@pytest.mark.parametrize("steps", [STEPS, 4])
+def test_a_sequence_in_the_wrong_layout_is_refused(steps, probe, reason):
     class Wrong(Attends):
         def forward(self, x: Tensor) -> Tensor:
             return self.attention(x, x, x)[0]
 
-    trainer = Trainer(Wrong(batch_first=False), (STEPS, WIDTH), layerwise())
-    with pytest.raises(PrivacyViolationError, match="its second axis must be the batch"):
-        trainer.model(torch.randn(5, STEPS, WIDTH, dtype=torch.float64))
+    with pytest.raises(CoverageError, match=reason):
+        Trainer(Wrong(batch_first=False), (steps, WIDTH), layerwise(), probe=probe)
 
 
 def test_one_example_reaches_every_layers_bound():

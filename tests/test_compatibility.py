@@ -42,7 +42,7 @@ class Sequence(nn.Module):
 
 
 class Scale(nn.Module):
-    """A raw parameter: fine in Opacus until training, and nobody bounds it here."""
+    """A raw parameter: fine in Opacus until training, and bounded here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,10 +56,20 @@ def with_scale() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 8), Scale(), nn.Linear(8, 3))
 
 
+def rewritten() -> nn.Module:
+    """Fine in Opacus, but the embedding's own forward pass changes its weight."""
+    return nn.Sequential(nn.Flatten(), nn.Embedding(8, 3, max_norm=1.0))
+
+
 @pytest.mark.parametrize(
     ("model", "loader", "reason"),
     [
-        pytest.param(with_scale(), None, r"- 1 \(Scale\): no rule bounds", id="no rule"),
+        pytest.param(
+            rewritten(),
+            None,
+            r"- 1 \(Embedding\): max_norm rewrites .* Leave max_norm out\.",
+            id="an option",
+        ),
         pytest.param(nn.BatchNorm1d(4), None, "normalises over the batch", id="batch norm"),
         pytest.param(
             nn.LSTM(4, 4),
@@ -81,8 +91,9 @@ def test_what_would_be_refused_is_incompatible_and_says_why(
     assert snapshot(model) == before
 
 
-def test_what_would_train_is_compatible() -> None:
-    arguments = {"module": mlp(), "optimizer": None, "data_loader": LOADER, "clipping": "backprop"}
+@pytest.mark.parametrize("model", [mlp(), with_scale()], ids=["layers", "raw parameter"])
+def test_what_would_train_is_compatible(model: nn.Module) -> None:
+    arguments = {"module": model, "optimizer": None, "data_loader": LOADER, "clipping": "backprop"}
     PrivacyEngine().validate(**arguments)
     assert PrivacyEngine().is_compatible(**arguments)
 
@@ -131,6 +142,11 @@ def test_what_opacus_replaces_trains() -> None:
 
 
 def test_what_nobody_replaces_is_refused_by_name() -> None:
-    with pytest.raises(CoverageError, match=r"- 1 \(Scale\): no rule bounds"):
-        PrivacyEngine.get_compatible_module(with_scale(), clipping="backprop")
-    assert isinstance(PrivacyEngine.get_compatible_module(with_scale())[1], Scale)
+    with pytest.raises(CoverageError, match=r"- 1 \(Embedding\): max_norm rewrites"):
+        PrivacyEngine.get_compatible_module(rewritten(), clipping="backprop")
+    assert isinstance(PrivacyEngine.get_compatible_module(rewritten())[1], nn.Embedding)
+
+
+def test_what_needs_no_replacement_stays() -> None:
+    made = PrivacyEngine.get_compatible_module(with_scale(), clipping="backprop")
+    assert isinstance(made[1], Scale)

@@ -1,4 +1,4 @@
-"""Before training, whatever nobody bounds is refused: by its path, with the reason and a remedy."""
+"""Before training, what cannot be bounded is refused: by its path, with reason and remedy."""
 
 import warnings
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from opacus_bpclip import CoverageError
 from opacus_bpclip.model.coverage import trainable_layers
 from opacus_bpclip.model.tying import tied_groups
-from opacus_bpclip.rules import RULES, supported_layers
+from opacus_bpclip.rules import RULES, FunctionRule
+from tests.followed import check_followed
 from tests.helpers import make_private, mlp, train_step
 
 HEADER = "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
-SUPPORTED = ", ".join(supported_layers())
 
 
 class Scale(nn.Module):
@@ -27,22 +27,21 @@ class Scale(nn.Module):
         return x * self.gain
 
 
-class Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
 class OddConv(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias)
 
 
 class WithExtra(nn.Linear):
-    """Inherits forward, which never reads ``extra``; something else might."""
+    """Inherits forward, but its bias is made of another parameter."""
 
     def __init__(self) -> None:
-        super().__init__(4, 4)
-        self.extra = nn.Parameter(torch.ones(1))
+        super().__init__(4, 4, bias=False)
+        self.extra = nn.Parameter(torch.ones(4))
+
+    @property
+    def bias(self) -> Tensor:
+        return self.extra.square()
 
 
 class Renamed(nn.Linear):
@@ -51,7 +50,7 @@ class Renamed(nn.Linear):
 
 def patched_forward() -> nn.Module:
     layer = nn.Linear(4, 4)
-    layer.forward = lambda x: x  # type: ignore[method-assign]
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)  # type: ignore[method-assign]
     return layer
 
 
@@ -62,28 +61,8 @@ def lazy(kind: Callable[..., nn.Module], *arguments: int) -> nn.Module:
         return kind(*arguments)
 
 
-def no_rule(parameters: str) -> str:
-    return (
-        f"no rule bounds the gradient of {parameters}. Freeze it (requires_grad=False), build "
-        f"the model from supported layers ({SUPPORTED}), or write a rule for it and register that "
-        "with opacus_bpclip.register_rule."
-    )
-
-
-def overridden(method: str) -> str:
-    kind = method.split(".")[0]
-    return (
-        f"overrides {method}, so the rule for {kind} says nothing about it. Use {kind} itself and "
-        "put the extra work in a module around it."
-    )
-
-
-def foreign(parameters: str, kind: str = "Linear") -> str:
-    return (
-        f"its parameters {parameters} are not {kind}'s own; a reparametrization (weight_norm, "
-        "spectral_norm, pruning) rewrites the weight in the forward pass, outside what the rule "
-        "bounds. Remove it."
-    )
+def half() -> nn.Module:
+    return nn.Linear(4, 4, dtype=torch.bfloat16)
 
 
 def rounded(dtype: str) -> str:
@@ -99,29 +78,11 @@ NOT_YET = "is not initialised yet. Run one batch through the model first."
 @pytest.mark.parametrize(
     ("make", "where", "problem"),
     [
-        pytest.param(
-            patched_forward,
-            "0 (Linear)",
-            overridden("Linear.forward"),
-            id="forward replaced on the instance",
-        ),
-        pytest.param(
-            lambda: OddConv(4, 4, 3),
-            "0 (OddConv)",
-            overridden("Conv2d._conv_forward"),
-            id="overridden _conv_forward",
-        ),
-        pytest.param(WithExtra, "0 (WithExtra)", foreign("extra"), id="extra parameter"),
         pytest.param(lambda: lazy(nn.LazyLinear, 4), "0 (LazyLinear)", NOT_YET, id="lazy linear"),
         pytest.param(
             lambda: lazy(nn.LazyConv2d, 4, 3), "0 (LazyConv2d)", NOT_YET, id="lazy convolution"
         ),
-        pytest.param(
-            lambda: nn.Linear(4, 4, dtype=torch.bfloat16),
-            "0 (Linear)",
-            rounded("bfloat16"),
-            id="bfloat16",
-        ),
+        pytest.param(half, "0 (Linear)", rounded("bfloat16"), id="bfloat16"),
         pytest.param(
             lambda: nn.Linear(4, 4, dtype=torch.float16),
             "0 (Linear)",
@@ -136,7 +97,7 @@ NOT_YET = "is not initialised yet. Run one batch through the model first."
         ),
     ],
 )
-def test_what_no_rule_bounds_is_refused(
+def test_what_cannot_be_bounded_is_refused(
     make: Callable[[], nn.Module], where: str, problem: str
 ) -> None:
     with pytest.raises(CoverageError) as refusal:
@@ -144,21 +105,39 @@ def test_what_no_rule_bounds_is_refused(
     assert str(refusal.value) == f"{HEADER}- {where}: {problem}"
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        pytest.param(Scale, (4,), id="raw parameter"),
+        pytest.param(patched_forward, (4,), id="forward replaced on the instance"),
+        pytest.param(lambda: OddConv(4, 4, 3), (4, 3, 3), id="overridden _conv_forward"),
+        pytest.param(WithExtra, (4,), id="extra parameter"),
+    ],
+)
+def test_what_no_rule_describes_is_bounded_by_the_functions_that_it_calls(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    layers = trainable_layers(nn.Sequential(make(), nn.Linear(4, 4)))
+    assert [isinstance(layer.rule, FunctionRule) for layer in layers.values()] == [True, False]
+    check_followed(make, torch.randn(4, *shape).double())
+
+
 def test_a_parameter_of_the_model_itself_is_named_root() -> None:
     with pytest.raises(CoverageError) as refusal:
-        trainable_layers(Scale())
-    assert str(refusal.value) == f"{HEADER}- (root) (Scale): {no_rule('gain')}"
+        trainable_layers(half())
+    assert str(refusal.value) == f"{HEADER}- (root) (Linear): {rounded('bfloat16')}"
 
 
 def test_every_problem_is_listed_at_once() -> None:
-    model = nn.Sequential(Scale(), nn.Linear(4, 4), nn.Sequential(Scale(), Doubled(4, 4)))
+    uninitialised = lazy(nn.LazyLinear, 4)
+    model = nn.Sequential(half(), nn.Linear(4, 4), nn.Sequential(uninitialised, half()))
     with pytest.raises(CoverageError) as refusal:
         trainable_layers(model)
     assert str(refusal.value) == HEADER + "\n".join(
         [
-            f"- 0 (Scale): {no_rule('gain')}",
-            f"- 2.0 (Scale): {no_rule('gain')}",
-            f"- 2.1 (Doubled): {overridden('Linear.forward')}",
+            f"- 0 (Linear): {rounded('bfloat16')}",
+            f"- 2.0 (LazyLinear): {NOT_YET}",
+            f"- 2.1 (Linear): {rounded('bfloat16')}",
         ]
     )
 

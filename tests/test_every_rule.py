@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
-from opacus_bpclip.rules import RULES, registered_kind
+from opacus_bpclip.model.coverage import examine
+from opacus_bpclip.rules import RULES, FunctionRule, registered_kind
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_sensitivity, check_silent, joint
+from tests.followed import check_followed
 from tests.strategies import (
     BOUNDS,
     CASES,
@@ -173,18 +175,23 @@ def test_an_empty_batch_contributes_nothing(kind, bound):
 
 
 @KINDS
-def test_a_subclass_with_a_forward_of_its_own_has_no_rule(kind):
-    from opacus_bpclip.model.coverage import examine
+def test_a_subclass_with_a_forward_of_its_own_is_followed_in_place_of_the_rule(kind):
+    def forward(self, *args, **kwargs):
+        return 2 * kind.forward(self, *args, **kwargs)
 
-    layer = next(m for m in WORST_CASES[kind].make().modules() if isinstance(m, kind))
-    own = type("Own", (kind,), {"forward": lambda self, *args, **kwargs: None})
-    layer.__class__ = own
-    (found,) = examine(layer)
-    assert found.rule is None
-    assert "overrides" in found.problems[0]
-    layer.__class__ = type("Same", (kind,), {})
-    (found,) = examine(layer)
-    assert found.rule is not None
+    def made(own: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
+        model = WORST_CASES[kind].make()
+        layer = next(module for module in model.modules() if isinstance(module, kind))
+        layer.__class__ = own
+        return model, layer
+
+    own, same = type("Own", (kind,), {"forward": forward}), type("Same", (kind,), {})
+    for subclass, followed in ((own, True), (same, False)):
+        (found,) = examine(made(subclass)[1])
+        assert isinstance(found.rule, FunctionRule) == followed
+        assert not found.problems
+    torch.manual_seed(0)
+    check_followed(lambda: made(own)[0], torch.randn(4, *WORST_CASES[kind].shape).double())
 
 
 @KINDS

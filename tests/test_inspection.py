@@ -12,6 +12,7 @@ from opacus_bpclip.inspection.inspection import inspect
 from tests.budgets import layerwise
 
 MODELS = """
+import torch
 from torch import nn
 
 def good():
@@ -38,6 +39,17 @@ class Loop(nn.Module):
 
 def coupled():
     return nn.Sequential(Loop(centre=True))
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.gain * x
+
+def scaled():
+    return nn.Sequential(Scale(), nn.Linear(4, 2))
 
 def tokens():
     return nn.Sequential(nn.Embedding(2, 4), nn.Linear(4, 2))
@@ -83,7 +95,8 @@ def test_a_model_that_would_be_refused_says_where_why_and_what_to_do(capsys):
     assert "1       BatchNorm1d           8  REFUSED" in out
     assert "- 1 normalises over the batch: each example's value depends on its companions." in out
     assert "- 2 (LSTM): no rule bounds the gradient of weight_ih_l0" in out
-    assert "register_rule" in out
+    assert "get_compatible_module" in out
+    assert "Or freeze it (requires_grad=False)." in out
 
 
 @pytest.mark.usefixtures("models")
@@ -97,12 +110,26 @@ def test_the_same_facts_as_data(tmp_path):
             "parameters": 6,
             "rule": "LinearRule",
             "max_input_norm": 3.0,
-            "bound": "weighted",
+            "bound": "exact",
             "uses": 1,
             "sensitivity": 1.0,
             "problem": "",
+            "functions": [],
         }
     ]
+
+
+@pytest.mark.usefixtures("models")
+def test_the_functions_that_a_model_calls_on_its_parameters_are_named(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    arguments = ["inspect", "my_models:scaled", "--input-shape", "4", "--json", str(path)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[3] for line in out.splitlines()[1:3]] == ["FunctionRule", "LinearRule"]
+    rows = json.loads(path.read_text())
+    assert [len(row["functions"]) for row in rows] == [1, 0]
+    assert rows[0]["functions"][0].startswith("mul ")
+    assert f"- 0: {rows[0]['functions'][0]}" in out.splitlines()
 
 
 @pytest.mark.usefixtures("models")

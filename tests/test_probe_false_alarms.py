@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from opacus_bpclip import PrivacyEngine
-from opacus_bpclip.probe import Batch, search
+from opacus_bpclip.probe import Batch, randomness
 from tests.helpers import FEATURES
 from tests.probing import Middle, Recurrent, Returning, found, made_up
 from tests.strategies import LayerCase, architectures
@@ -71,7 +71,7 @@ def test_a_deep_residual_network_is_far_from_the_tolerance(
     margin: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(search, "_UNITS", search._UNITS / margin)
+    monkeypatch.setattr(randomness, "_UNITS", randomness._UNITS / margin)
     model = PrivacyEngine.get_compatible_module(torchvision.models.resnet18(num_classes=3))
     assert found(model, made_up(torch.zeros(2, 3, 16, 16))) is None
 

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip import BackpropClipping, CoverageError, register_rule
-from opacus_bpclip.rules import RULES, Inputs, Keep, LinearRule, Prepared, Rule
+from opacus_bpclip.model.coverage import examine
+from opacus_bpclip.rules import RULES, FunctionRule, Inputs, Keep, LinearRule, Prepared, Rule
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
+from tests.followed import check_followed
+from tests.helpers import FEATURES
 from tests.strategies import BOUNDS
 
 
@@ -75,9 +78,10 @@ def test_a_registered_rule_attains_its_limit():
     assert 0.999 * 0.7 <= reached <= 0.7
 
 
-def test_without_a_rule_the_layer_is_refused():
-    with pytest.raises(CoverageError, match=r"\(root\) \(Shift\): no rule bounds .* of shift"):
-        Trainer(Shift(3), (3,), layerwise())
+def test_without_a_rule_the_functions_that_the_layer_calls_are_followed():
+    (found,) = examine(Shift(FEATURES))
+    assert isinstance(found.rule, FunctionRule)
+    check_followed(lambda: Shift(FEATURES))
 
 
 def test_a_rule_is_not_replaced_silently():

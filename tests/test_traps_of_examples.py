@@ -1,4 +1,7 @@
-"""Traps that make examples meet: each is refused by name, with the reason and the remedy."""
+"""Traps that make examples meet: each is refused by name, with the reason and the remedy.
+
+Only positions that the whole batch shares train: each example's part of their gradient is its own.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_bpclip import PrivacyViolationError
+from tests.followed import check_followed
 from tests.helpers import (
     CLASSES,
     FEATURES,
     assert_refused_until_zero_grad,
-    backward,
     batch,
     loss_of,
     make_private,
@@ -67,20 +70,15 @@ class Table(nn.Module):
         self.share = share
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = torch.eye(2)[None] if self.share else torch.eye(2).expand(len(x), 2, 2)
+        tokens = torch.eye(2, dtype=x.dtype)[None]
+        if not self.share:
+            tokens = tokens.expand(len(x), 2, 2)
         return self.head(x[:, None] + self.positions(tokens)).mean(dim=1)
 
 
-def test_broadcast_position_embedding() -> None:
-    shared = make_private(Table(share=True))
-    with pytest.raises(PrivacyViolationError) as refusal:
-        backward(shared)
-    assert str(refusal.value) == (
-        "positions got an input of shape (1, 2, 2) in a batch of 6 examples: its first axis must "
-        "be the batch, or one factor would scale a mix of examples. Expand inputs that are shared "
-        "by the batch (such as position embeddings) and keep the batch axis first."
-    )
-    train_step(make_private(Table(share=False)))
+@pytest.mark.parametrize("share", [True, False])
+def test_position_embedding_of_the_whole_batch_counts_for_each_example(share: bool) -> None:
+    check_followed(lambda: Table(share))
 
 
 def test_batch_mean() -> None:

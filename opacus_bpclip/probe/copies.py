@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.problems import UntriedError
+from opacus_bpclip.probe.progress import note_run
 from opacus_bpclip.probe.randomness import Steady, repeatable
 from opacus_bpclip.probe.recording import Recording, alike, recorded
 from opacus_bpclip.probe.stand_ins import StandIns, lazy_parameter
@@ -115,6 +116,7 @@ class Copy:
             mode: entered for the run.
             plain: run the model with gradients, and without what clips them.
         """
+        note_run()
         batch = batch.to(self.device, self.dtype)
         self._stand_ins.begin_run()
         recording = Recording(copied=self._copied)

@@ -8,7 +8,7 @@ proves nothing; ``docs/guarantee.md`` says what it finds and how weak that may b
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from opacus.layers.dp_rnn import DPRNNBase
 from torch import nn
@@ -202,7 +202,11 @@ def _problem_when_ragged(
 def _problem_of_numbers(
     copy: Copy, batch: Batch, loss_reduction: str, rows: Rows | None = None
 ) -> Problem | None:
-    for spread, ordered in ((nullcontext(), rows or {}), (copy.spread(), {})):
+    variants: list[tuple[AbstractContextManager[None], Rows]] = [(nullcontext(), rows or {})]
+    if copy.dtype is not None:
+        # In single precision large parameters would make too much of rounding errors.
+        variants.append((copy.spread(), {}))
+    for spread, ordered in variants:
         try:
             with spread:
                 problem = Search(copy, batch, loss_reduction, ordered).problem_of_numbers()

@@ -19,6 +19,7 @@ from opacus_bpclip.probe.coupling import try_model
 from opacus_bpclip.probe.forms import made_up_batches
 from opacus_bpclip.probe.functions import is_followed, needs_plan
 from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
+from opacus_bpclip.probe.progress import shown
 from opacus_bpclip.probe.randomness import Steady
 
 
@@ -120,14 +121,15 @@ class Prober:
     def _search(self, *batches: Batch) -> Problem | None:
         plans = []
         for batch in batches:
-            problem, plan = try_model(
-                self.model,
-                batch,
-                loss_reduction=self.loss_reduction,
-                layers=self.layers,
-                ordered=self.ordered,
-                search=self.search,
-            )
+            with shown():
+                problem, plan = try_model(
+                    self.model,
+                    batch,
+                    loss_reduction=self.loss_reduction,
+                    layers=self.layers,
+                    ordered=self.ordered,
+                    search=self.search,
+                )
             if problem is not None:
                 return problem
             plans.append(plan)

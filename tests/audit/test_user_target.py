@@ -99,14 +99,15 @@ def test_errors_on_batches_that_are_not_empty_are_the_users_to_see():
 
 
 def test_a_refusal_on_an_empty_batch_is_not_taken_for_a_layers_weakness():
-    class Bypassed(nn.Module):
+    class Autocast(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(2, 2)
 
         def forward(self, x):
-            return F.linear(self.layer(x), self.layer.weight)
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.layer(x)
 
-    trainer = EngineTrainer(Bypassed(), linear_loss("sum"), noise_multiplier=0.0)
-    with pytest.raises(PrivacyViolationError):
+    trainer = EngineTrainer(Autocast(), linear_loss("sum"), noise_multiplier=0.0)
+    with pytest.raises(PrivacyViolationError, match=r"layer computes in torch\.bfloat16"):
         trainer.on((torch.zeros(0, 2), torch.zeros(0, 2)))

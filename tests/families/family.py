@@ -29,5 +29,4 @@ FAMILIES: dict[str, Family] = {}
 
 def add(family: Family) -> None:
     """Add a family to those that are tried."""
-    assert family.name not in FAMILIES
     FAMILIES[family.name] = family

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opacus_bpclip import BackpropClipping
+from opacus_bpclip.model.plan import Plan
 from opacus_bpclip.rules import BroadcastRule
 from tests.budgets import layerwise
 from tests.helpers import Private, make_private
@@ -82,8 +83,8 @@ def private_of(model: nn.Module, clipping: BackpropClipping, **options: object) 
 class Unasked:
     """No made-up examples: these models are alike but for what they are called on."""
 
-    def on_batch(self, batch: object) -> None:
-        return None
+    def on_batch(self, batch: object) -> Plan:
+        return Plan({})
 
 
 def batch_of(size: int) -> tuple[Tensor, Tensor]:

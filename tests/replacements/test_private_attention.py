@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from opacus_bpclip import PrivacyViolationError
+from opacus_bpclip import CoverageError
 from opacus_bpclip.replacements import compatible_copy
 from opacus_bpclip.replacements.attention import MultiheadAttention
 from tests.budgets import layerwise
@@ -69,18 +69,26 @@ def test_one_example_reaches_every_layers_bound():
     assert 0.999 * 0.7 <= joint(trainer.released(x, target)).norm() <= 0.7
 
 
-def test_attention_across_the_batch_is_refused():
-    """Two axes passed for three, or in the other's layout: examples would attend to each other."""
-
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        (True, r"^attention \(MultiheadAttention\) couples examples: .* Compute from each"),
+        (False, r"^attention\.out_proj\.bias, attention\.out_proj\.weight: the function linear "),
+    ],
+    ids=["searched", "not searched"],
+)
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [({"batch_first": False}, (STEPS, WIDTH)), ({}, (WIDTH,))],
+    ids=["the other's layout", "two axes for three"],
+)
+def test_attention_across_the_batch_is_refused(layout, shape, probe, reason):
     class Across(Attends):
         def forward(self, x: Tensor) -> Tensor:
             return self.attention(x, x, x)[0]
 
-    for layout, shape in (({"batch_first": False}, (STEPS, WIDTH)), ({}, (WIDTH,))):
-        trainer = Trainer(compatible_copy(Across(**layout)), shape, layerwise())
-        x = torch.randn(5, *shape, dtype=torch.float64)
-        with pytest.raises(PrivacyViolationError, match="its first axis must be the batch"):
-            trainer.model(x)
+    with pytest.raises(CoverageError, match=reason):
+        Trainer(compatible_copy(Across(**layout)), shape, layerwise(), probe=probe)
 
 
 def test_a_forward_of_ones_own_gets_no_credit_for_the_modules_layout():

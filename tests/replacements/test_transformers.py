@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip import CoverageError, PrivacyEngine, PrivacyViolationError
+from opacus_bpclip import CoverageError, PrivacyEngine
 from opacus_bpclip.replacements import compatible_copy
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_training, joint, squared_loss
+from tests.followed import check_followed
 from tests.helpers import make_private
 from tests.replacements.masks import causal, padding
 from tests.strategies import BOUNDS
@@ -161,13 +162,16 @@ def test_attention_that_was_not_replaced_is_refused_with_the_remedy_which_works(
     assert private.steps == 1
 
 
-def test_a_block_of_ones_own_gets_no_credit_for_the_layout():
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_in_a_block_of_ones_own_the_examples_are_found_in_either_layout(batch_first):
     class Own(nn.TransformerEncoderLayer):
         def _ff_block(self, x: Tensor) -> Tensor:
             return super()._ff_block(x)
 
-    model = Encodes(batch_first=False)
-    model.body.layers[0] = Own(WIDTH, HEADS, 8, 0.0)
-    trainer = Trainer(compatible_copy(model), (STEPS, WIDTH), layerwise())
-    with pytest.raises(PrivacyViolationError, match=r"layers\.0\.norm1 got an input of shape"):
-        trainer.model(torch.randn(5, STEPS, WIDTH, dtype=torch.float64))
+    def made() -> nn.Module:
+        model = Encodes(batch_first=batch_first)
+        model.body.layers[0] = Own(WIDTH, HEADS, 8, 0.0, batch_first=batch_first)
+        return compatible_copy(model)
+
+    torch.manual_seed(0)
+    check_followed(made, torch.randn(5, STEPS, WIDTH, dtype=torch.float64))
