@@ -240,7 +240,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._budget.open_forward()
         if self._loss is not None:
             self._loss.enter_forward(size)
-        self._functions.begin(plan)
+        self._functions.begin(plan, batch.without_examples if plan.layers else ())
 
     def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._functions.end()

@@ -7,7 +7,7 @@ and hands each layer's part of the parameters' gradients to the layer's scope.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from opacus_bpclip.clipping.base import Settings
 from opacus_bpclip.clipping.function_use import FunctionGraph, FunctionUse, versions_of
 from opacus_bpclip.clipping.scope import Scope
-from opacus_bpclip.guard import function_checks
+from opacus_bpclip.model import function_checks
 from opacus_bpclip.guard.call_checks import ran_twice
 from opacus_bpclip.model.coverage import unclipped_inputs
 from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions
@@ -41,11 +41,12 @@ class Functions:
         self.settings = settings
         self.followed = settings.followed
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: Plan, without_examples: Iterable[Tensor] = ()) -> None:
         """Begin a forward pass.
 
         Args:
             plan: what trial runs have shown of such a pass.
+            without_examples: those of the model's arguments that hold no examples.
         """
         self.end()
         max_input_norm = self.settings.config.max_input_norm
@@ -58,6 +59,7 @@ class Functions:
         }
         if plan.layers:
             self.followed.mode = _Following(self, plan)
+            self.followed.mode.note_arguments(without_examples)
             self.followed.mode.__enter__()
 
     def end(self) -> None:
@@ -115,6 +117,8 @@ class _Following(ParameterFunctions):
                 self._guard.fail(function_checks.unseen(call))
             return result
         if not template.meets:
+            if self.is_of_shared(call):
+                self._guard.fail(function_checks.shared_argument(call))
             return self.derive(call)
         examples = self._guard.examples
         self._guard.require(function_checks.wrong_places(call, template, examples))

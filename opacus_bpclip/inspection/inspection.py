@@ -10,6 +10,8 @@ from opacus_bpclip.config import BackpropClipping, is_positive_number
 if TYPE_CHECKING:
     from torch import nn
 
+    from opacus_bpclip.model.coverage import Finding
+    from opacus_bpclip.model.plan import Plan
     from opacus_bpclip.probe import Batch
 
 
@@ -70,10 +72,16 @@ def inspect(
         [('(root)', 'LinearRule', 1.0)]
     """
     from opacus_bpclip.clipping.allocation import layer_fractions
-    from opacus_bpclip.model.coverage import Finding, declared_uses, examine, trainable_layers
+    from opacus_bpclip.model.coverage import (
+        Finding,
+        declared_uses,
+        examine,
+        trainable_layers,
+        unclipped_inputs,
+    )
     from opacus_bpclip.model.plan import Plan
     from opacus_bpclip.model.tying import tied_groups
-    from opacus_bpclip.probe import count_uses, try_model
+    from opacus_bpclip.probe import Problem, count_uses, try_model
 
     if not is_positive_number(max_grad_norm):
         raise ValueError(f"Expected max_grad_norm={max_grad_norm!r} to be a finite number > 0.")
@@ -93,6 +101,10 @@ def inspect(
         )
         if config.uses == "auto":
             config = replace(config, uses=count_uses(model, batch, plan))
+        layers = trainable_layers(model)
+        text = unclipped_inputs(layers, plan.passed_by, config.max_input_norm)
+        if problem is None and text is not None:
+            problem = Problem(min(plan.passed_by), text)
         if problem is not None:
             fine = False
             module = model if problem.module == "(root)" else model.get_submodule(problem.module)
@@ -113,11 +125,11 @@ def inspect(
             module=found.name,
             type=type(found.module).__name__,
             parameters=sum(parameter.numel() for parameter in found.parameters.values()),
-            rule=None if found.rule is None else type(found.rule).__name__,
+            rule=_rule_of(found, plan),
             max_input_norm=(
                 config.max_input_norm if found.rule is not None and found.rule.clips_input else None
             ),
-            bound=config.bound,
+            bound="exact" if _rule_of(found, plan) == "FunctionRule" else config.bound,
             uses=uses.get(found.name, 1),
             sensitivity=sensitivities.get(found.name),
             problem=" ".join(found.problems),
@@ -125,6 +137,13 @@ def inspect(
         )
         for found in findings.values()
     ]
+
+
+def _rule_of(found: Finding, plan: Plan) -> str | None:
+    """Return the name of what bounds a module's gradients."""
+    if found.rule is None:
+        return None
+    return "FunctionRule" if found.name in plan.passed_by else type(found.rule).__name__
 
 
 def render(rows: list[Row]) -> str:

@@ -97,7 +97,9 @@ def trainable_layers(
     for found in findings:
         if found.rule is None:
             continue
-        recurrence = recurrences.get(found.module)
+        # Functions are followed one by one, in a recurrent network, too.
+        followed = isinstance(found.rule, FunctionRule)
+        recurrence = None if followed else recurrences.get(found.module)
         default = axes.get(found.module, 0 if batch_first else 1)
         layers[found.name] = Layer.of(
             found.name,

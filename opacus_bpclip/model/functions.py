@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from opacus_bpclip.model.plan import CallKey, Plan, Template
 
@@ -170,6 +171,7 @@ class ParameterFunctions(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.paused = False
+        self._shared: WeakIdKeyDictionary | None = None
         self._known: dict[int, Made] = {}
         for name, parameter in parameters.items():
             if id(parameter) not in self._known:
@@ -181,6 +183,41 @@ class ParameterFunctions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._shared is not None:
+            return self._note_shared(func, types, args, kwargs)
+        return self._follow(func, args, kwargs)
+
+    def note_arguments(self, without_examples: Iterable[Tensor]) -> None:
+        """Note which of the model's arguments hold no examples.
+
+        What is computed from them may be data, of nobody in particular: it must not be all that a
+        function meets a parameter with.
+        """
+        tensors = tuple(without_examples)
+        if tensors:
+            self._shared = WeakIdKeyDictionary(dict.fromkeys(tensors, True))
+
+    def _note_shared(
+        self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        shared = self._shared
+        assert shared is not None
+        result = self._follow(func, args, kwargs)
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, Tensor) and leaf in shared for leaf in leaves):
+            for value in pytree.tree_leaves(result):
+                if isinstance(value, Tensor):
+                    shared[value] = True
+        return result
+
+    def is_of_shared(self, call: FunctionCall) -> bool:
+        """Return whether an argument was computed from what `note_arguments` has noted."""
+        shared = self._shared
+        return shared is not None and any(
+            isinstance(leaf, Tensor) and leaf in shared for leaf in call.leaves
+        )
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.paused or not torch.is_grad_enabled() or not self._meets(args, kwargs):
             return func(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))

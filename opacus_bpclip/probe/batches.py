@@ -29,15 +29,19 @@ class Batch(NamedTuple):
         kwargs: by name.
         size: how many examples they hold.
         axis: which axis of a tensor is the batch.
+        shared: the tensors that are known to hold no examples; ``None`` if shapes are to tell.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     size: int
     axis: int
+    shared: tuple[Tensor, ...] | None = None
 
     def holds_examples(self, leaf: object) -> bool:
         """Return whether a leaf of the arguments has one row for each example."""
+        if self.shared is not None and any(leaf is known for known in self.shared):
+            return False
         if is_packed(leaf):
             return len(leaf.batch_sizes) > 0 and int(leaf.batch_sizes[0]) == self.size
         return (
@@ -56,7 +60,16 @@ class Batch(NamedTuple):
             return change(leaf) if self.holds_examples(leaf) else leaf
 
         args, kwargs = map_leaves((self.args, self.kwargs), visit)
-        return self._replace(args=args, kwargs=kwargs)
+        return self._replace(args=args, kwargs=kwargs, shared=self.without_examples)
+
+    @property
+    def without_examples(self) -> tuple[Tensor, ...]:
+        """Return the tensors that hold no examples."""
+        return tuple(
+            leaf
+            for leaf in batch_leaves((self.args, self.kwargs))
+            if isinstance(leaf, Tensor) and not self.holds_examples(leaf)
+        )
 
     def select(self, rows: Sequence[int]) -> Batch:
         """Return the batch of these examples."""
@@ -100,15 +113,20 @@ class Batch(NamedTuple):
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """Return the batch on another device, real floats in another dtype."""
 
+        shared, known = [], self.without_examples
+
         def move(leaf: Any) -> Any:
             if not isinstance(leaf, (Tensor, PackedSequence)):
                 return leaf
             moved: Any = leaf.to(device)  # type: ignore[arg-type]
-            floating = leaf.data.is_floating_point()
-            return moved.to(dtype) if floating and dtype is not None else moved
+            if leaf.data.is_floating_point() and dtype is not None:
+                moved = moved.to(dtype)
+            if any(leaf is own for own in known):
+                shared.append(moved)
+            return moved
 
         args, kwargs = map_leaves((self.args, self.kwargs), move)
-        return self._replace(args=args, kwargs=kwargs)
+        return self._replace(args=args, kwargs=kwargs, shared=tuple(shared))
 
     @property
     def signature(self) -> object:

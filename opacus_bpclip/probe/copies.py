@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip.model.functions import ParameterFunctions
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.problems import UntriedError
 from opacus_bpclip.probe.progress import note_run
@@ -119,6 +120,8 @@ class Copy:
         note_run()
         batch = batch.to(self.device, self.dtype)
         self._stand_ins.begin_run()
+        if isinstance(mode, ParameterFunctions):
+            mode.note_arguments(batch.without_examples)
         recording = Recording(copied=self._copied)
         with (
             unclipped(self.model) if plain else torch.no_grad(),

@@ -20,6 +20,7 @@ from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.comparison import partitions
 from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.functions import is_followed, make_plan
+from opacus_bpclip.probe.leaves import batch_leaves
 from opacus_bpclip.probe.order import Rows, rows_of_layers
 from opacus_bpclip.probe.problems import Problem, RefusedError, UntriedError, first_line
 from opacus_bpclip.probe.randomness import Steady
@@ -75,6 +76,8 @@ def try_model(
     Raises:
         UntriedError: the model does not run on this batch or on parts of it.
     """
+    if not any(map(batch.holds_examples, batch_leaves((batch.args, batch.kwargs)))):
+        raise UntriedError("none of its arguments has a row for each example")
     reason = ""
     batch = batch.select(range(min(batch.size, EXAMPLES)))
     for double in (True, False):

@@ -92,7 +92,7 @@ def _plan_of(trials: Trials) -> Plan:
     recorder, outputs = trials.record(batch, meets, passed_by)
     seen = recorder.seen
     if not seen:
-        return Plan({}, frozenset(), frozenset(passed_by))
+        return Plan({})
     found: dict[int, Places] = {}
     for number, one in seen.items():
         places = following[number]
@@ -124,10 +124,12 @@ def _plan_of(trials: Trials) -> Plan:
             raise RefusedError(problem)
         plan.setdefault(one.call.key, []).append(template)
     names = frozenset[str]().union(*(one.call.names for one in seen.values()))
+    met = frozenset(name.rpartition(".")[0] for name in names)
     return Plan(
         {key: tuple(each[:1] if len(set(each)) == 1 else each) for key, each in plan.items()},
-        frozenset(name.rpartition(".")[0] for name in names),
-        frozenset(passed_by),
+        met,
+        # Of a layer that no function meets examples with, its own rule says what is wrong.
+        met & passed_by,
     )
 
 

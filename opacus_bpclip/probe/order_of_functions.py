@@ -153,9 +153,10 @@ def _outputs_stay(
         changed = rerun({number: _change(templates[number], kept, size) for number in alike})
         # The model's own outputs are in the batch's order.
         for x, y in zip(outputs, changed, strict=True):
-            if x.dim() > axis and x.shape[axis] == size:
-                if not close(x.movedim(axis, 0)[kept], y.movedim(axis, 0)[kept], tolerance):
-                    return False
+            if x.dim() <= axis or x.shape[axis] != size:
+                continue
+            if not close(x.movedim(axis, 0)[kept], y.movedim(axis, 0)[kept], tolerance):
+                return False
     return True
 
 

@@ -156,11 +156,13 @@ def pairs_in_function(parameters: str, function: str) -> str:
 
 
 def moved_in_function(parameters: str, function: str) -> str:
-    """Say that a function has its rows in another order than the batch."""
+    """Say that a function does not have the examples' rows where they are in the batch."""
     return (
-        f"{parameters}: the function {function} has its rows in another order than the examples of "
-        "the batch, and one factor for each example of the batch would scale a mix of them. Keep "
-        f"the batch's order inside the model. {_OWN_LAYER}"
+        f"{parameters}: the rows that the function {function} meets are not those of the examples "
+        "at these places of the batch: the model puts them in another order, or mixes examples "
+        "(attention or a mean across the batch). One factor for each example of the batch would "
+        "scale a mix of them. Keep the batch's order, and each example to itself, inside the "
+        f"model. {_OWN_LAYER}"
     )
 
 

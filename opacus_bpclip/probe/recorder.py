@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from opacus_bpclip.model.function_checks import shared_argument
 from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.plan import CallKey, Plan
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.copies import Copy
+from opacus_bpclip.probe.problems import Problem, RefusedError
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.shapes import LayerCall, Sizes, SizesOfFunctions, watch_layers
 from opacus_bpclip.rules import BroadcastRule, FunctionRule
@@ -74,6 +76,8 @@ class Recorder(ParameterFunctions):
         if not self._meets_examples[self._number]:
             key, result = call.key, self.derive(call)
             if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(result)):
+                if self.is_of_shared(call):
+                    raise RefusedError(Problem("(root)", shared_argument(call)))
                 self.derived[self._number] = key
             return result
         leaves = [_cut_off(leaf) for leaf in call.leaves]

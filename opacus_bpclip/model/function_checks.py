@@ -25,6 +25,16 @@ def unseen(call: FunctionCall) -> str:
     )
 
 
+def shared_argument(call: FunctionCall) -> str:
+    """Say that a call meets a parameter with data that belongs to no example."""
+    return (
+        f"{_told(call)}: the function {call.name} meets it with something computed from an "
+        "argument of the model that has no row for each example. If that is data, nothing shows "
+        "whose it is; if it is public (positions, an index table), compute it inside the forward "
+        "pass, register it as a buffer, or expand it to one row for each example."
+    )
+
+
 def went_around(name: str) -> str:
     """Say that a gradient reaches a parameter by a way that was not followed."""
     return (

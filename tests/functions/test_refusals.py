@@ -1,0 +1,110 @@
+"""What functions on parameters cannot be followed: refused, with the reason."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip import BackpropClipping, CoverageError, PrivacyViolationError
+from tests.checks import Trainer, linear_loss
+
+
+class Made(nn.Module):
+    """A model made from its forward."""
+
+    def __init__(self, forward, **parameters: Tensor) -> None:
+        super().__init__()
+        self.compute = forward
+        for name, value in parameters.items():
+            setattr(self, name, nn.Parameter(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+
+def _step(model: nn.Module, x: Tensor) -> None:
+    trainer = Trainer(model, tuple(x.shape[1:]), BackpropClipping(), probe=True)
+    trainer.step(x, torch.ones_like(trainer.plain(x)).detach())
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w * w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g * w * w, (2 * g * x * w).sum(0)
+
+
+W = torch.arange(1.0, 5.0)
+REFUSED = {
+    "rows of the parameter by the place in the batch": (
+        lambda s, x: x + s.w[: len(x)],
+        {"w": torch.randn(16, 4)},
+        "couples examples",
+    ),
+    "rows in another order": (lambda s, x: (x.flip(0) * s.w).flip(0), {"w": W}, "these places"),
+    "half the batch after the other": (
+        lambda s, x: (x.roll(len(x) // 2, 0) * s.w).roll(-(len(x) // 2), 0),
+        {"w": W},
+        "these places",
+    ),
+    "copies in another order": (
+        lambda s, x: x * s.w.expand(len(x), -1).flip(0),
+        {"w": W},
+        "these places",
+    ),
+    "a function of somebody's own": (lambda s, x: Squared.apply(x, s.w), {"w": W}, "s.w|w got"),
+    "a loop over the examples": (
+        lambda s, x: torch.stack([row * s.w for row in x]),
+        {"w": W},
+        "other functions on a part of a batch",
+    ),
+    "a branch on the values of a batch": (
+        lambda s, x: x * s.w if bool((x < 100).all()) else x - s.w,
+        {"w": W},
+        "did not show",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_followed_is_refused(name):
+    forward, parameters, says = REFUSED[name]
+    x = torch.randn(6, 4).double()
+    if "values" in name:
+        x[0] = 200
+    with pytest.raises((CoverageError, PrivacyViolationError), match=says):
+        _step(Made(forward, **parameters), x)
+
+
+class Flat(nn.Module):
+    """Takes the tokens of all examples in one flat argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(9, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.linear(x) + self.table(ids).mean(0)
+
+
+def test_data_that_belongs_to_no_example_is_refused():
+    trainer = Trainer(Flat(), (4,), BackpropClipping(), probe=True)
+    with pytest.raises(PrivacyViolationError, match="no row for each example"):
+        trainer.model(torch.randn(3, 4).double(), torch.arange(7))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_compiled_graph_trains_them_unclipped(whole):
+    model = Made(lambda s, x: x * s.w, w=W.clone())
+    trainer = Trainer(model, (4,), BackpropClipping(), probe=True)
+    x = torch.randn(3, 4).double()
+    trainer.step(x, torch.ones(3, 4).double())
+    torch._dynamo.reset()
+    compiled = torch.compile(trainer.model if whole else trainer.plain, backend="eager")
+    with pytest.raises(PrivacyViolationError):
+        linear_loss(compiled(x), torch.ones(3, 4).double(), "mean").backward()
+        trainer.optimizer.step()
