@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from opacus_bpclip.clipping.base import Settings
 from opacus_bpclip.clipping.function_use import FunctionGraph, FunctionUse, versions_of
 from opacus_bpclip.clipping.scope import Scope
-from opacus_bpclip.model import function_checks
 from opacus_bpclip.guard.call_checks import ran_twice
+from opacus_bpclip.model import function_checks
 from opacus_bpclip.model.coverage import unclipped_inputs
 from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions
 from opacus_bpclip.model.layer import Layer

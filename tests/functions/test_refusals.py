@@ -97,6 +97,11 @@ def test_data_that_belongs_to_no_example_is_refused():
         trainer.model(torch.randn(3, 4).double(), torch.arange(7))
 
 
+def _train(model: nn.Module, trainer: Trainer, x: Tensor) -> None:
+    linear_loss(model(x), torch.ones_like(x), "mean").backward()
+    trainer.optimizer.step()
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_no_compiled_graph_trains_them_unclipped(whole):
     model = Made(lambda s, x: x * s.w, w=W.clone())
@@ -106,5 +111,4 @@ def test_no_compiled_graph_trains_them_unclipped(whole):
     torch._dynamo.reset()
     compiled = torch.compile(trainer.model if whole else trainer.plain, backend="eager")
     with pytest.raises(PrivacyViolationError):
-        linear_loss(compiled(x), torch.ones(3, 4).double(), "mean").backward()
-        trainer.optimizer.step()
+        _train(compiled, trainer, x)
