@@ -1,9 +1,9 @@
 """What following functions on parameters costs: ``python benchmarks/functions.py``.
 
-A small ViT of timm and a two-block Llama, a whole training step. Arms: without privacy; this package as
-it is; this package with every rule and closed form taken away, so that each parameter is followed by its
-functions and measured by ``torch.func.vmap``; Opacus's functorch mode. Times are medians of paired
-ratios, in one process; memory is the growth of a process of its own while it steps.
+A small ViT of timm and a two-block Llama, a whole training step. Arms: without privacy; this
+package as it is; this package with every rule and closed form taken away, so that each parameter is
+followed by its functions and measured by ``torch.func.vmap``; Opacus's functorch mode. Times are
+medians of paired ratios, in one process; memory is the peak of a step in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
 
 import opacus
 import timm
@@ -80,56 +83,56 @@ def step_of(name: str, arm: str) -> Callable[[], None]:
         "max_grad_norm": 1.0,
         "poisson_sampling": False,
     }
-    if arm == "functions alone":
-        kept = dict(RULES), dict(known_gradients._FORMS), function_use.form_of
-        RULES.clear()
-        known_gradients._FORMS.clear()
-        function_use.form_of = lambda *_: None
-    if arm == "functorch":
-        model, optimizer, _ = opacus.PrivacyEngine().make_private(
-            grad_sample_mode="functorch", **options
-        )
-    elif arm != "non-private":
-        model, optimizer, _ = PrivacyEngine().make_private(clipping="backprop", **options)
+    around = nothing_known if arm == "functions alone" else nullcontext
+    with around():
+        if arm == "functorch":
+            model, optimizer, _ = opacus.PrivacyEngine().make_private(
+                grad_sample_mode="functorch", **options
+            )
+        elif arm != "non-private":
+            model, optimizer, _ = PrivacyEngine().make_private(clipping="backprop", **options)
     model.train()
 
     def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(call(model, x), y).backward()
-        optimizer.step()
+        with around():
+            optimizer.zero_grad()
+            F.cross_entropy(call(model, x), y).backward()
+            optimizer.step()
 
     for _ in range(2):
         step()
-    if arm == "functions alone":
-        RULES.update(kept[0])
-        known_gradients._FORMS.update(kept[1])
-        # The closed form is chosen at each call.
-        real, function_use.form_of = step, kept[2]
-
-        def alone() -> None:
-            function_use.form_of = lambda *_: None
-            real()
-            function_use.form_of = kept[2]
-
-        return alone
     return step
 
 
+@contextmanager
+def nothing_known() -> Iterator[None]:
+    """Take all rules and closed forms away for a while."""
+    with (
+        patch.dict(RULES, clear=True),
+        patch.dict(known_gradients._FORMS, clear=True),
+        patch.object(function_use, "form_of", lambda *_: None),
+    ):
+        yield
+
+
 def memory_of(name: str, arm: str) -> int:
-    """Return by how many KiB a process grows beyond what it takes before its first step."""
+    """Return the peak of a step, in bytes, in a process of its own."""
     code = (
-        "import functions, resource, torch; torch.set_num_threads(1); "
-        f"model, x, call = functions.MODELS[{name!r}](); "
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-        f"step = functions.step_of({name!r}, {arm!r}); step(); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "import functions, torch\n"
+        "from opacus_bpclip.bench.measure import tensor_bytes\n"
+        "from opacus_bpclip.jobs.memory import PeakMemory\n"
+        "torch.set_num_threads(1)\n"
+        f"step = functions.step_of({name!r}, {arm!r})\n"
+        "held, memory = tensor_bytes(), PeakMemory(torch.device('cpu'))\n"
+        "with memory.watch(): step()\n"
+        "print(held + memory.bytes)"
     )
     made = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
         text=True,
         check=True,
-        cwd=os.path.dirname(os.path.abspath(__file__)),
+        cwd=Path(__file__).parent,
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     return int(made.stdout.split()[-1])

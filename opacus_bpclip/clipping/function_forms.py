@@ -105,13 +105,13 @@ _FORMS: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], nn.Module], int 
 }
 
 
-def form_of(call: FunctionCall, template: Template, results: Sequence[Any]) -> Form | None:
+def form_of(call: FunctionCall, template: Template, upstream: Sequence[Tensor]) -> Form | None:
     """Return the rule that describes a call, if its parameters enter it as they are.
 
     Args:
         call: the call.
         template: where it has the batch.
-        results: what the function returned.
+        upstream: gradients of the results, as `Place.rows` has them.
     """
     names, make, behind = _FORMS.get(call.name, ((), None, None))
     if make is None or any(made.value.grad_fn is not None for made in call.made.values()):
@@ -128,7 +128,7 @@ def form_of(call: FunctionCall, template: Template, results: Sequence[Any]) -> F
         if (place, template.outputs[0]) != (Place(0), Place(0)):
             return None
     elif not _is_before(place, given["input"], behind) or not _is_before(
-        template.outputs[0], results[0], 1
+        template.outputs[0], upstream[0][0], 1
     ):
         return None
     module = make(given)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from opacus_bpclip.clipping.factors import Factors, Measured, measured
 from opacus_bpclip.clipping.function_forms import Form, form_of, measured_inputs
@@ -22,7 +23,7 @@ from opacus_bpclip.rules.norms import row_norms
 
 # An upper limit for the gradients of a chunk of examples, in bytes, and for those that are kept
 # until their factors are known.
-_CHUNK = 16 * 2**20
+_CHUNK = 4 * 2**20
 _KEPT = 2**20
 
 
@@ -34,7 +35,8 @@ class FunctionGraph:
         call: the call.
         template: where it has the batch.
         arguments: what the function was called on: tensors cut off from all others.
-        results: its flattened results.
+        results: where the graphs of its flattened results begin: edges, so that no tensor is kept
+            for them; ``None`` for those without a gradient.
         made: what was computed from parameters alone, by the arguments' index.
         versions: of the arguments, at the call.
         examples: how many examples it was over.
@@ -43,7 +45,7 @@ class FunctionGraph:
     call: FunctionCall
     template: Template
     arguments: list[Any]
-    results: list[Any]
+    results: list[GradientEdge | None]
     made: Mapping[int, Made]
     versions: tuple[int, ...]
     examples: int
@@ -66,10 +68,9 @@ class FunctionGraph:
         """
         asked = [x for x in inputs if x.requires_grad]
         ends, sent = [], []
-        for (x, place), g in zip(self.template.placed(self.results), upstream, strict=True):
-            if x.requires_grad:
-                ends.append(x)
-                sent.append(place.put_back(g))
+        for (edge, place), g in zip(self.template.placed(self.results), upstream, strict=True):
+            ends.append(edge)
+            sent.append(place.put_back(g))
         found = iter(
             torch.autograd.grad(ends, asked, sent, retain_graph=True, allow_unused=True)
             if asked
@@ -128,7 +129,7 @@ class FunctionUse(Use):
         )
         self._kept: Sums | None = None
         owned = all(None not in own and own for own in names.values())
-        self._form = form_of(graph.call, graph.template, graph.results) if owned else None
+        self._form = form_of(graph.call, graph.template, upstream) if owned else None
         self._versions = versions_of(upstream)
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from opacus_bpclip.clipping.base import Settings
@@ -161,7 +162,7 @@ class _Following(ParameterFunctions):
             own,
             template,
             arguments,
-            pytree.tree_leaves(result),
+            [_edge(x) for x in pytree.tree_leaves(result)],
             call.made,
             versions_of(arguments),
             examples,
@@ -215,6 +216,10 @@ def _has_gradient(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
+def _edge(x: Any) -> GradientEdge | None:
+    return get_gradient_edge(x) if _has_gradient(x) else None
+
+
 def _cut_off(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
@@ -247,10 +252,10 @@ class _FunctionNode(torch.autograd.Function):
         ctx.spent = True
         arrived = iter(gradients)
         upstream = []
-        for x, place in zip(graph.results, graph.template.outputs, strict=True):
-            g = next(arrived) if _has_gradient(x) else None
-            if place is not None:
-                upstream.append(place.rows(torch.zeros_like(x) if g is None else g, graph.examples))
+        for edge, place in zip(graph.results, graph.template.outputs, strict=True):
+            if edge is not None:
+                assert place is not None
+                upstream.append(place.rows(next(arrived), graph.examples))
         inputs = tuple(graph.input_gradients(upstream, graph.inputs))
         examples = graph.examples if ctx.mean else 1
         for layer, names, scope in ctx.uses:

@@ -30,7 +30,7 @@ def own_gradients(
         call: the call.
         template: where it has the batch, and by which method the gradients are made.
         arguments: what the function was called on.
-        results: what it returned; with the method ``"graph"`` with the graph behind them.
+        results: what it returned, or where the graphs of that begin; for the method ``"graph"``.
         upstream: gradients of the results that hold the batch, each ``[B, *]``, as `Place.rows`
             has them.
         examples: how many there are.
@@ -86,11 +86,10 @@ def _of_graph(
         for row in range(*rows.indices(len(upstream[0]))):
             sent, ends = [], []
             for (x, place), g in zip(placed, upstream, strict=True):
-                if x.requires_grad:
-                    only = torch.zeros_like(g)
-                    only[row] = g[row]
-                    sent.append(place.put_back(only))
-                    ends.append(x)
+                only = torch.zeros_like(g)
+                only[row] = g[row]
+                sent.append(place.put_back(only))
+                ends.append(x)
             made = torch.autograd.grad(ends, values, sent, retain_graph=True, allow_unused=True)
             found.append(
                 tuple(

@@ -32,7 +32,7 @@ class Template(NamedTuple):
     method: Method = "vmap"
     batched: bool = True
 
-    def placed(self, results: Sequence[Any]) -> list[tuple[Tensor, Place]]:
+    def placed(self, results: Sequence[Any]) -> list[tuple[Any, Place]]:
         """Return the results that hold the batch, each with where it is."""
         pairs = zip(results, self.outputs, strict=True)
         return [(x, place) for x, place in pairs if place is not None]

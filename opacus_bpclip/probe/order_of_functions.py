@@ -135,6 +135,9 @@ def _template(seen: Seen, places: Places, *, inner: bool) -> Template:
         for left in places
     ]
     count = len(seen.arguments)
+    for index, result in enumerate(seen.results, start=count):
+        if not (isinstance(result, Tensor) and result.requires_grad):
+            chosen[index] = None  # Indices, beside what they were found for.
     method: Method = "graph" if seen.random else "vmap"
     return Template(tuple(chosen[:count]), tuple(chosen[count:]), method)
 
