@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opacus_bpclip.model.function_checks import shared_argument
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.plan import CallKey, Plan, Template
 from opacus_bpclip.probe import problems
@@ -23,7 +24,7 @@ from opacus_bpclip.probe.leaves import batch_leaves
 from opacus_bpclip.probe.order_of_functions import Places, in_order, narrow, pairs_problem
 from opacus_bpclip.probe.problems import Problem, RefusedError
 from opacus_bpclip.probe.randomness import tolerated
-from opacus_bpclip.probe.recorder import Trials
+from opacus_bpclip.probe.recorder import Recorder, Trials
 from opacus_bpclip.probe.shapes import LayerCall, PairsError, Sizes, aligned, places_of
 from opacus_bpclip.probe.verified import verified
 from opacus_bpclip.rules import FunctionRule
@@ -89,7 +90,7 @@ def _plan_of(trials: Trials) -> Plan:
     ]
     # What follows the batch's size but not in proportion is refused if a parameter meets it.
     meets = [where is None or any(where[0]) or any(where[1]) for where in following]
-    recorder, outputs = trials.record(batch, meets, passed_by)
+    recorder, outputs = _recorded(trials, meets, passed_by)
     seen = recorder.seen
     if not seen:
         return Plan({})
@@ -131,6 +132,32 @@ def _plan_of(trials: Trials) -> Plan:
         # Of a layer that no function meets examples with, its own rule says what is wrong.
         met & passed_by,
     )
+
+
+def _recorded(
+    trials: Trials, meets: Sequence[bool], passed_by: set[str]
+) -> tuple[Recorder, list[Tensor]]:
+    """Run the model; leave layers to their rule that get arguments without examples.
+
+    Args:
+        trials: the runs.
+        meets: by the number of a call, whether it meets examples.
+        passed_by: the layers; those that are left to their rule are taken out.
+
+    Raises:
+        RefusedError: a parameter without a rule meets such an argument.
+    """
+    while True:
+        recorder, outputs = trials.record(trials.batch, meets, passed_by)
+        if not recorder.of_shared:
+            return recorder, outputs
+        left = set[str]()
+        for call in recorder.of_shared:
+            layers = {name.rpartition(".")[0] for name in call.names}
+            if not layers <= passed_by:
+                raise RefusedError(Problem("(root)", shared_argument(call)))
+            left |= layers
+        passed_by -= left
 
 
 def _passed_by(

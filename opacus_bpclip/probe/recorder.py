@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from opacus_bpclip.model.function_checks import shared_argument
 from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.plan import CallKey, Plan
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.copies import Copy
-from opacus_bpclip.probe.problems import Problem, RefusedError
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.shapes import LayerCall, Sizes, SizesOfFunctions, watch_layers
 from opacus_bpclip.rules import BroadcastRule, FunctionRule
@@ -51,6 +49,7 @@ class Recorder(ParameterFunctions):
     Attributes:
         seen: the calls that meet examples, by their number.
         derived: by number, the keys of those that do not.
+        of_shared: those of them that meet what was computed from arguments without examples.
         disturbed: by number, how to change what calls return.
     """
 
@@ -60,6 +59,7 @@ class Recorder(ParameterFunctions):
         super().__init__(parameters)
         self.seen: dict[int, Seen] = {}
         self.derived: dict[int, CallKey] = {}
+        self.of_shared: list[FunctionCall] = []
         self._meets_examples = meets
         self._steady = steady
         self._number = -1
@@ -77,7 +77,7 @@ class Recorder(ParameterFunctions):
             key, result = call.key, self.derive(call)
             if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(result)):
                 if self.is_of_shared(call):
-                    raise RefusedError(Problem("(root)", shared_argument(call)))
+                    self.of_shared.append(call)
                 self.derived[self._number] = key
             return result
         leaves = [_cut_off(leaf) for leaf in call.leaves]

@@ -86,15 +86,25 @@ class Flat(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table, self.linear = nn.Embedding(9, 2), nn.Linear(4, 2)
+        self.raw = nn.Parameter(torch.ones(2))
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.linear(x) + self.table(ids).mean(0)
+        y = self.linear(x)
+        if ids.is_floating_point():
+            return y + (ids.sum() * 2) * self.raw
+        return y + self.table(ids).mean(0)
 
 
-def test_data_that_belongs_to_no_example_is_refused():
+def test_data_that_belongs_to_no_example_is_refused_where_a_layer_meets_it():
     trainer = Trainer(Flat(), (4,), BackpropClipping(), probe=True)
-    with pytest.raises(PrivacyViolationError, match="no row for each example"):
+    with pytest.raises(PrivacyViolationError, match="table got an input of shape"):
         trainer.model(torch.randn(3, 4).double(), torch.arange(7))
+
+
+def test_data_that_belongs_to_no_example_is_refused_where_a_parameter_meets_it():
+    trainer = Trainer(Flat(), (4,), BackpropClipping(), probe=True)
+    with pytest.raises(PrivacyViolationError, match=r"raw.*no row for each example"):
+        trainer.model(torch.randn(3, 4).double(), torch.ones(7).double())
 
 
 def _train(model: nn.Module, trainer: Trainer, x: Tensor) -> None:

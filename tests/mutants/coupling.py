@@ -173,7 +173,7 @@ def foreign_gradients_taken_for_a_compiled_graphs(patch: pytest.MonkeyPatch) -> 
     through in eager mode, too."""
     foreign = guard.foreign_gradient
 
-    def as_compiled(watched: WatchedParameter, *, compiled: bool) -> str | None:
+    def as_compiled(watched: WatchedParameter, **options: bool) -> str | None:
         return foreign(watched, compiled=True)
 
     patch.setattr(guard, "foreign_gradient", as_compiled)

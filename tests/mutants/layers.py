@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.model import coverage
+from opacus_bpclip.probe import functions
 from opacus_bpclip.rules import (
     BilinearRule,
     ConvTransposeRule,
@@ -224,9 +225,11 @@ def first_token_taken_for_the_added_one(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.added_token, says=REFUSED.format(layer="layer"))
 def added_token_with_the_batch_first(patch: pytest.MonkeyPatch) -> None:
-    """The layer is taken to have the batch where the model has it: one factor would scale a mix of
-    examples. The guard sees it, in batches that have not as many examples as steps."""
+    """The layer is taken to have the batch where the model has it, and no trial shows where it is:
+    one factor would scale a mix of examples. The guard sees it, in batches that have not as many
+    examples as steps."""
     patch.setattr(SequenceBiasRule, "batch_axis", lambda self, default: default)
+    patch.setattr(functions, "_passed_by", lambda *args: set())
 
 
 @mutant(killed_by=killers.transposed_linear, says=MOVED)
@@ -245,6 +248,7 @@ def bias_of_a_transposed_linear_layer_uncovered(patch: pytest.MonkeyPatch) -> No
 )
 def attention_taken_for_layers_of_the_model(patch: pytest.MonkeyPatch) -> None:
     """The layers inside an attention, and a transformer's, are taken to have the batch where the
-    model has it: one factor would scale one time step of all examples. The guard sees it, as soon
-    as sizes differ."""
+    model has it, and no trial shows where it is: one factor would scale one time step of all
+    examples. The guard sees it, as soon as sizes differ."""
     patch.setattr(coverage, "attention_axes", lambda model: {})
+    patch.setattr(functions, "_passed_by", lambda *args: set())

@@ -73,7 +73,10 @@ def test_one_example_reaches_every_layers_bound():
     ("probe", "reason"),
     [
         (True, r"^attention \(MultiheadAttention\) couples examples: .* Compute from each"),
-        (False, r"^attention\.out_proj\.bias, attention\.out_proj\.weight: the function linear "),
+        (
+            False,
+            r"^attention\.out_proj\.bias, attention\.out_proj\.weight: the rows that ",
+        ),
     ],
     ids=["searched", "not searched"],
 )
