@@ -23,7 +23,7 @@ from opacus_bpclip.rules.norms import row_norms
 
 # An upper limit for the gradients of a chunk of examples, in bytes, and for those that are kept
 # until their factors are known.
-_CHUNK = 4 * 2**20
+_CHUNK = 32 * 2**20
 _KEPT = 2**20
 
 
