@@ -243,8 +243,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._functions.begin(plan, batch.without_examples if plan.layers else ())
 
     def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._functions.end()
         if torch.is_grad_enabled():
+            self._functions.end()
             self._budget.close_forward()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._guard.leave_forward()

@@ -122,13 +122,18 @@ def form_of(call: FunctionCall, template: Template, upstream: Sequence[Tensor]) 
     given = pytree.tree_map(lambda index: call.leaves[index], where)
     trained = {name for name in ("weight", "bias") if where.get(name) in call.made}
     place, index = template.arguments[where["input"]], where["input"]
-    if len(trained) != len(call.made) or place is None or template.outputs[0] is None:
+    if (
+        given["weight"].dim() < 2
+        or len(trained) != len(call.made)
+        or place is None
+        or template.outputs[0] is None
+    ):
         return None
     if behind is None:
         if (place, template.outputs[0]) != (Place(0), Place(0)):
             return None
-    elif not _is_before(place, given["input"], behind) or not _is_before(
-        template.outputs[0], upstream[0][0], 1
+    elif not _is_before(place, given["input"].dim(), behind) or not _is_before(
+        template.outputs[0], upstream[0].dim() - 1, 1
     ):
         return None
     module = make(given)
@@ -142,8 +147,8 @@ def form_of(call: FunctionCall, template: Template, upstream: Sequence[Tensor]) 
         return None
 
 
-def _is_before(place: Place, x: Tensor, behind: int) -> bool:
-    return place.axis < x.dim() - behind
+def _is_before(place: Place, dims: int, behind: int) -> bool:
+    return place.axis < dims - behind
 
 
 def measured_inputs(form: Form, inputs: Inputs) -> tuple[Inputs, Tensor | None, Tensor]:

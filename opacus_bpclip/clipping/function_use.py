@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch.autograd.graph import GradientEdge
 from opacus_bpclip.clipping.factors import Factors, Measured, measured
 from opacus_bpclip.clipping.function_forms import Form, form_of, measured_inputs
 from opacus_bpclip.clipping.use import Sums, Use
+from opacus_bpclip.model.function_checks import changed_argument
 from opacus_bpclip.model.functions import FunctionCall, Made
+from opacus_bpclip.model.known_gradients import SUMS_AND_COPIES
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind, own_gradients, sent_back
 from opacus_bpclip.model.plan import Template
@@ -78,15 +80,11 @@ class FunctionGraph:
         )
         return [next(found) if x.requires_grad else None for x in inputs]
 
-    def check(self, upstream: Sequence[Tensor]) -> None:
-        """Let autograd look whether somebody has changed what a gradient needs.
-
-        Raises:
-            RuntimeError: that is so.
-        """
-        if self.versions != versions_of(self.arguments):
-            values = [self.arguments[index] for index in self.made]
-            self.input_gradients(upstream, values)
+    @property
+    def has_changed(self) -> bool:
+        """Return whether somebody has changed an argument in place that gradients are made from."""
+        unread = self.template.method == "known" and self.call.name in SUMS_AND_COPIES
+        return not unread and self.versions != versions_of(self.arguments)
 
 
 def versions_of(leaves: Sequence[Any]) -> tuple[int, ...]:
@@ -105,6 +103,7 @@ class FunctionUse(Use):
         names: by the index of an argument, for each leaf behind it the parameter's name in the
             layer; ``None`` where it is another layer's.
         inputs: the gradients of the arguments that hold the batch.
+        fail: called with what is wrong; raises.
     """
 
     def __init__(
@@ -115,7 +114,9 @@ class FunctionUse(Use):
         upstream: Sequence[Tensor],
         names: Mapping[int, Sequence[str | None]],
         inputs: tuple[Tensor | None, ...],
+        fail: Callable[[str], NoReturn],
     ) -> None:
+        self._fail = fail
         self.layer, self.examples = layer, examples
         self._graph, self._upstream, self._names = graph, upstream, names
         self._inputs = inputs
@@ -139,7 +140,8 @@ class FunctionUse(Use):
 
     def measure(self) -> Measured:
         """Return the norm of the gradients, a chunk of examples at a time."""
-        self._graph.check(self._upstream)
+        if self._graph.has_changed:
+            self._fail(changed_argument(self._graph.call))
         if self._form is not None:
             return self._measured_by_rule(self._form)
         norms, kept_parts = [], list[Sums]()
@@ -165,7 +167,7 @@ class FunctionUse(Use):
         for rows in self._chunks():
             few = None if keep is None else keep[rows]
             for name, own in self.own(rows).items():
-                flat = zero_rows(own.reshape(len(own), -1), few)
+                flat = zero_rows(own.reshape(len(own), own.shape[1:].numel()), few)
                 total = (by[rows].to(flat.dtype) @ flat).view(own.shape[1:]) * self.examples
                 sums[name] = sums[name] + total if name in sums else total
         return sums
@@ -223,7 +225,8 @@ class FunctionUse(Use):
 
     def has_changed(self) -> bool:
         """Return whether somebody has changed the upstream gradients in place."""
-        return self._kept is None and versions_of(self._upstream) != self._versions
+        changed = self._graph.has_changed or versions_of(self._upstream) != self._versions
+        return self._kept is None and changed
 
     def _chunks(self) -> Any:
         return chunks(len(self._upstream[0]), max(1, _CHUNK // max(1, self._bytes())))

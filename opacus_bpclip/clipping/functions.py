@@ -53,7 +53,8 @@ class Functions:
         max_input_norm = self.settings.config.max_input_norm
         self.settings.guard.require(unclipped_inputs(self.layers, plan.passed_by, max_input_norm))
         self.followed.plan = plan
-        self.settings.guard.by_functions = {
+        # All that was ever followed: a compiled graph may be of another form than this batch.
+        self.settings.guard.by_functions |= {
             parameter
             for name in plan.layers | plan.passed_by
             for parameter in self.layers[name].parameters
@@ -158,11 +159,14 @@ class _Following(ParameterFunctions):
         with torch.enable_grad():
             result = call.run(arguments)
         own = replace(call, leaves=arguments, made=call.made)
+        edges = [_edge(x) for x in pytree.tree_leaves(result)]
+        # Without a gradient on this batch: nothing comes back for it.
+        outputs = (None if e is None else p for e, p in zip(edges, template.outputs, strict=True))
         graph = FunctionGraph(
             own,
-            template,
+            template._replace(outputs=tuple(outputs)),
             arguments,
-            [_edge(x) for x in pytree.tree_leaves(result)],
+            edges,
             call.made,
             versions_of(arguments),
             examples,
@@ -175,7 +179,10 @@ class _Following(ParameterFunctions):
         """Return the results with the node behind them."""
         names: dict[str, dict[int, list[str | None]]] = {}
         for index, made in graph.made.items():
-            owners = [self._owners[id(leaf)] for leaf in leaves_behind(made.value)]
+            behind = leaves_behind(made.value)
+            if any(id(leaf) not in self._owners for leaf in behind):
+                self._guard.fail(function_checks.lost_argument(call))
+            owners = [self._owners[id(leaf)] for leaf in behind]
             for own in dict.fromkeys(layer.name for layer, _ in owners):
                 names.setdefault(own, {i: [] for i in graph.made})[index] = [
                     name if owner.name == own else None for owner, name in owners
@@ -259,7 +266,7 @@ class _FunctionNode(torch.autograd.Function):
         inputs = tuple(graph.input_gradients(upstream, graph.inputs))
         examples = graph.examples if ctx.mean else 1
         for layer, names, scope in ctx.uses:
-            use = FunctionUse(layer, examples, graph, upstream, names, inputs)
+            use = FunctionUse(layer, examples, graph, upstream, names, inputs, ctx.guard.fail)
             scope.arrive(use)
         ctx.graph = None
         return (None,) * (6 + ctx.tokens) + inputs

@@ -12,7 +12,7 @@ only once an eager batch has passed every check.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NoReturn
 
@@ -79,7 +79,7 @@ class GradientGuard:
         self.undoes_mean = False
         self.joint = False
         self.forget: Callable[[], None] = _nothing
-        self.by_functions: Collection[nn.Parameter] = ()
+        self.by_functions: set[nn.Parameter] = set()
         self._compiled = False
         self._in_forward = False
         self._batch_size = 0

@@ -35,6 +35,35 @@ def shared_argument(call: FunctionCall) -> str:
     )
 
 
+def data_argument(call: FunctionCall) -> str:
+    """Say that a call meets a parameter with data that has lost the examples' number."""
+    return (
+        f"{_told(call)}: the function {call.name} meets it with something computed from the "
+        "examples that has no row for each of them: a selection by their values, or a number taken "
+        "over the batch. Nothing shows which rows belong to which example. Keep one row for each example, "
+        "and multiply by a mask in the place of a selection."
+    )
+
+
+def lost_argument(call: FunctionCall) -> str:
+    """Say that an argument would get no gradient."""
+    return (
+        f"{_told(call)}: the function {call.name} also has an argument of shape without examples "
+        "that needs a gradient, and nothing follows how it was computed (an autograd function of "
+        "somebody's own, a scripted function, a value kept from elsewhere): its gradient would be "
+        "lost. Compute it from the parameters with functions of torch, in the same forward pass."
+    )
+
+
+def changed_argument(call: FunctionCall) -> str:
+    """Say that an argument was changed after the call."""
+    return (
+        f"{_told(call)}: an argument of the function {call.name} was changed in place after the "
+        "call, and the examples' gradients are made from it. Do not work in place on it "
+        "(inplace=False), or pass a copy."
+    )
+
+
 def went_around(name: str) -> str:
     """Say that a gradient reaches a parameter by a way that was not followed."""
     return (
@@ -47,13 +76,15 @@ def went_around(name: str) -> str:
 
 def wrong_places(call: FunctionCall, template: Template, examples: int) -> str | None:
     """Say that a call's arguments do not hold the batch where they should."""
-    for leaf, place in zip(call.leaves, template.arguments, strict=True):
+    for index, (leaf, place) in enumerate(zip(call.leaves, template.arguments, strict=True)):
         if place is None:
+            if isinstance(leaf, Tensor) and leaf.requires_grad and index not in call.made:
+                return lost_argument(call)
             continue
         if isinstance(leaf, Tensor):
             if not place.fits(leaf, examples):
                 return _wrong(call, tuple(leaf.shape), examples, place.axis)
-        elif place.entries(leaf, examples) is None:
+        elif leaf != place.entries * examples:
             return (
                 f"{_told(call)}: the function {call.name} was called with {leaf} where the number "
                 f"of examples should be, which is {examples}. Compute from the batch's own size."

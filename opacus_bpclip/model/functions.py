@@ -9,9 +9,11 @@ meets the examples, a subclass says what happens (`meet`).
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,9 @@ _IN_PLACE = frozenset(
     {"__setitem__"}
     | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
 )
+# Calls come through these.
+_OWN_FILES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+
 # Attributes are set on the parameter itself.
 _OF_PARAMETERS = frozenset({"__set__", "__delete__", "requires_grad_", "register_hook"})
 
@@ -54,12 +59,14 @@ class FunctionCall:
         leaves: its flattened arguments.
         spec: how to put them together.
         made: by index, those that were computed from parameters alone.
+        site: the file and the line that calls it.
     """
 
     func: Callable[..., Any]
     leaves: list[Any]
     spec: pytree.TreeSpec
     made: Mapping[int, Made]
+    site: tuple[str, int] = ("", 0)
 
     @property
     def name(self) -> str:
@@ -84,7 +91,7 @@ class FunctionCall:
             (leaf.dim(), leaf.is_floating_point()) if isinstance(leaf, Tensor) else type(leaf)
             for leaf in self.leaves
         )
-        return CallKey(self.name, self.names, tuple(self.made), kinds)
+        return CallKey(self.name, self.names, tuple(self.made), kinds, self.site)
 
     def run(self, leaves: Sequence[Any]) -> Any:
         """Call the function on other arguments; in place it works on a copy, which is returned."""
@@ -97,7 +104,7 @@ class FunctionCall:
         return own
 
     def of_example(
-        self, template: Template, rows: Iterable[Tensor], values: Sequence[Tensor], examples: int
+        self, template: Template, rows: Iterable[Tensor], values: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """Call the function on one example.
 
@@ -105,7 +112,6 @@ class FunctionCall:
             template: where the batch is.
             rows: of the arguments that hold the batch, in their order.
             values: what was computed from parameters alone, in the order of `made`.
-            examples: how many the batch has.
 
         Returns:
             The flattened results that have a row for each example.
@@ -115,7 +121,7 @@ class FunctionCall:
             if place is not None:
                 leaf = leaves[index]
                 counted = not isinstance(leaf, Tensor)
-                leaves[index] = place.entries(leaf, examples) if counted else next(own)
+                leaves[index] = place.entries if counted else next(own)
         for index, value in zip(self.made, values, strict=True):
             leaves[index] = value
         results = pytree.tree_leaves(self.run(leaves))
@@ -157,6 +163,14 @@ class Followed:
             self.mode.paused = False
 
 
+def _site() -> tuple[str, int]:
+    """Return the file and the line of the model's code that calls a function."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FILES):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
 class ParameterFunctions(TorchFunctionMode):
     """Sees every function that a model calls on some parameters.
 
@@ -187,15 +201,18 @@ class ParameterFunctions(TorchFunctionMode):
             return self._note_shared(func, types, args, kwargs)
         return self._follow(func, args, kwargs)
 
-    def note_arguments(self, without_examples: Iterable[Tensor]) -> None:
-        """Note which of the model's arguments hold no examples.
+    def note_arguments(
+        self, without_examples: Iterable[Tensor], examples: Iterable[Tensor] = ()
+    ) -> None:
+        """Note which of the model's arguments hold no examples, and which do.
 
-        What is computed from them may be data, of nobody in particular: it must not be all that a
-        function meets a parameter with.
+        What is computed from those without may be data, of nobody in particular: it must not be all
+        that a function meets a parameter with. Nor must what is computed from examples, but has
+        lost their number.
         """
-        tensors = tuple(without_examples)
-        if tensors:
-            self._shared = WeakIdKeyDictionary(dict.fromkeys(tensors, True))
+        noted = {**dict.fromkeys(examples, False), **dict.fromkeys(without_examples, True)}
+        if noted:
+            self._shared = WeakIdKeyDictionary(noted)
 
     def _note_shared(
         self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -203,19 +220,30 @@ class ParameterFunctions(TorchFunctionMode):
         shared = self._shared
         assert shared is not None
         result = self._follow(func, args, kwargs)
+        name = str(getattr(func, "__name__", func))
+        if name.startswith("new_") or name.endswith("_like"):
+            return result  # Of the sizes alone.
         leaves = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, Tensor) and leaf in shared for leaf in leaves):
+        of = [shared[leaf] for leaf in leaves if isinstance(leaf, Tensor) and leaf in shared]
+        if of:
             for value in pytree.tree_leaves(result):
                 if isinstance(value, Tensor):
-                    shared[value] = True
+                    shared[value] = any(of)
         return result
 
     def is_of_shared(self, call: FunctionCall) -> bool:
-        """Return whether an argument was computed from what `note_arguments` has noted."""
+        """Return whether an argument was computed from the model's arguments without examples."""
+        return any(self._noted(call))
+
+    def is_of_examples(self, call: FunctionCall) -> bool:
+        """Return whether an argument was computed from examples, where these are noted."""
+        return False in self._noted(call)
+
+    def _noted(self, call: FunctionCall) -> list[bool]:
         shared = self._shared
-        return shared is not None and any(
-            isinstance(leaf, Tensor) and leaf in shared for leaf in call.leaves
-        )
+        if shared is None:
+            return []
+        return [shared[leaf] for leaf in call.leaves if isinstance(leaf, Tensor) and leaf in shared]
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.paused or not torch.is_grad_enabled() or not self._meets(args, kwargs):
@@ -226,7 +254,7 @@ class ParameterFunctions(TorchFunctionMode):
             for index, leaf in enumerate(leaves)
             if isinstance(leaf, Tensor) and id(leaf) in self._known
         }
-        call = FunctionCall(func, leaves, spec, made)
+        call = FunctionCall(func, leaves, spec, made, _site())
         if not made or call.name in _OF_PARAMETERS:
             return func(*args, **kwargs)
         return self.called(call)
@@ -251,7 +279,8 @@ class ParameterFunctions(TorchFunctionMode):
                 result = call.func(*args, **kwargs)
             else:
                 result = call.run(leaves)
-        for value in pytree.tree_leaves(result):
+        changed = call.leaves[:1] if call.is_in_place else []
+        for value in (*pytree.tree_leaves(result), *changed):
             if isinstance(value, Tensor) and value.requires_grad:
                 self._known[id(value)] = Made(value, value, call.names)
         return result

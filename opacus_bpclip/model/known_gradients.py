@@ -127,10 +127,15 @@ def _rms_norm(x: Tensor, shape: Any, eps: float | None) -> Tensor:
     return F.rms_norm(x, shape, eps=eps)
 
 
+_SUMS = ("add", "__add__", "__radd__", "add_", "__iadd__")
+_COPIES = ("expand", "expand_as", "broadcast_to")
+# Whose gradients do not depend on what they are called on.
+SUMS_AND_COPIES = frozenset((*_SUMS, *_COPIES))
+
 _FORMS: dict[str, Callable[[FunctionCall, Template], Known | None]] = {
-    **dict.fromkeys(("add", "__add__", "__radd__", "add_", "__iadd__"), _sum),
+    **dict.fromkeys(_SUMS, _sum),
     **dict.fromkeys(("mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"), _product),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _copies),
+    **dict.fromkeys(_COPIES, _copies),
     "layer_norm": _normalization(
         ("input", "normalized_shape", "weight", "bias", "eps"), "normalized_shape", _layer_norm
     ),

@@ -47,7 +47,7 @@ def own_gradients(
 
     def of_one(rows: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         def on_values(*own: Tensor) -> tuple[Tensor, ...]:
-            return call.of_example(template, rows, own, examples)
+            return call.of_example(template, rows, own)
 
         pulled: Any = torch.func.vjp(on_values, *detached)
         made, pull_back = pulled
@@ -137,6 +137,8 @@ def sent_back(value: Tensor, own: Tensor, *, batched: bool) -> list[Tensor]:
     if value.grad_fn is None:
         return [own]
     leaves = leaves_behind(value)
+    if not len(own):
+        return [leaf.new_zeros((0, *leaf.shape)) for leaf in leaves]
 
     def back(gradient: Tensor, *, together: bool) -> list[Tensor]:
         found = torch.autograd.grad(
@@ -153,6 +155,6 @@ def sent_back(value: Tensor, own: Tensor, *, batched: bool) -> list[Tensor]:
             for leaf, g in zip(leaves, found, strict=True)
         ]
 
-    if batched or not len(own):
+    if batched:
         return back(own, together=True)
     return list(map(torch.stack, zip(*(back(row, together=False) for row in own), strict=True)))

@@ -12,30 +12,17 @@ class Place(NamedTuple):
 
     Attributes:
         axis: which one.
-        folded: whether it holds several entries of each example, as windows of an image do.
+        entries: how many entries of each example it holds, as windows of an image.
         inner: whether an example's entries are a stride apart, not side by side.
     """
 
     axis: int = 0
-    folded: bool = False
+    entries: int = 1
     inner: bool = False
-
-    def entries(self, size: int, examples: int) -> int | None:
-        """Return how many entries each example has on an axis of this size, ``None`` if none fit.
-
-        Args:
-            size: of the axis.
-            examples: how many there are.
-        """
-        if not self.folded:
-            return 1 if size == examples else None
-        if not examples:
-            return 1 if size == 0 else None
-        return size // examples if size and size % examples == 0 else None
 
     def fits(self, x: Tensor, examples: int) -> bool:
         """Return whether a tensor may hold so many examples at this place."""
-        return x.dim() > self.axis and self.entries(x.shape[self.axis], examples) is not None
+        return x.dim() > self.axis and x.shape[self.axis] == self.entries * examples
 
     def rows(self, x: Tensor, examples: int) -> Tensor:
         """Return a tensor with one row for each example, ``[B, *]``.
@@ -44,14 +31,12 @@ class Place(NamedTuple):
 
         Example:
             >>> import torch
-            >>> Place(0, folded=True).rows(torch.arange(6), 3).tolist()
+            >>> Place(0, entries=2).rows(torch.arange(6), 3).tolist()
             [[0, 1], [2, 3], [4, 5]]
-            >>> Place(0, folded=True, inner=True).rows(torch.arange(6), 3).tolist()
+            >>> Place(0, entries=2, inner=True).rows(torch.arange(6), 3).tolist()
             [[0, 3], [1, 4], [2, 5]]
         """
-        entries = self.entries(x.shape[self.axis], examples)
-        assert entries is not None
-        sizes = (entries, examples) if self.inner else (examples, entries)
+        sizes = (self.entries, examples) if self.inner else (examples, self.entries)
         return x.unflatten(self.axis, sizes).movedim(self.axis + self.inner, 0)
 
     def put_back(self, rows: Tensor) -> Tensor:

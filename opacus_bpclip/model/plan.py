@@ -59,12 +59,14 @@ class CallKey(NamedTuple):
         parameters: the names of those behind its arguments.
         made: the indices of the arguments that were computed from parameters alone.
         kinds: what its flattened arguments are.
+        site: the file and the line that calls it.
     """
 
     name: str
     parameters: frozenset[str]
     made: tuple[int, ...]
     kinds: tuple[object, ...]
+    site: tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,16 @@ class Plan:
     templates: Mapping[CallKey, tuple[Template, ...]]
     layers: frozenset[str] = frozenset()
     passed_by: frozenset[str] = frozenset()
+
+    @property
+    def is_folded(self) -> bool:
+        """Return whether some tensor holds several entries of each example: as lengths have it."""
+        return any(
+            place is not None and place.entries > 1
+            for templates in self.templates.values()
+            for template in templates
+            for place in (*template.arguments, *template.outputs)
+        )
 
     def told(self, layer: str) -> tuple[str, ...]:
         """Return which functions meet examples with a layer's parameters, and by which method."""

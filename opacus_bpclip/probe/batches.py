@@ -71,6 +71,21 @@ class Batch(NamedTuple):
             if isinstance(leaf, Tensor) and not self.holds_examples(leaf)
         )
 
+    @property
+    def with_examples(self) -> tuple[Tensor, ...]:
+        """Return the tensors that hold examples."""
+        return tuple(
+            leaf
+            for leaf in batch_leaves((self.args, self.kwargs))
+            if isinstance(leaf, Tensor) and self.holds_examples(leaf)
+        )
+
+    @property
+    def shapes(self) -> object:
+        """Return the shapes of what holds examples, without the batch."""
+        axis = self.axis
+        return tuple((*x.shape[:axis], *x.shape[axis + 1 :]) for x in self.with_examples)
+
     def select(self, rows: Sequence[int]) -> Batch:
         """Return the batch of these examples."""
         return self.map(lambda leaf: rows_of(leaf, rows, self.axis))._replace(size=len(rows))

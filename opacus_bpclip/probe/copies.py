@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from opacus_bpclip.model.functions import ParameterFunctions
 from opacus_bpclip.probe.batches import Batch
@@ -121,7 +122,7 @@ class Copy:
         batch = batch.to(self.device, self.dtype)
         self._stand_ins.begin_run()
         if isinstance(mode, ParameterFunctions):
-            mode.note_arguments(batch.without_examples)
+            mode.note_arguments(batch.without_examples, batch.with_examples)
         recording = Recording(copied=self._copied)
         with (
             unclipped(self.model) if plain else torch.no_grad(),
@@ -173,9 +174,13 @@ def unclipped(model: nn.Module) -> Iterator[None]:
                 taken.append((hooks, dict(hooks)))
                 for key in [key for key, hook in hooks.items() if _clips(hook)]:
                     del hooks[key]
+    cache, kept = parametrize._cache, dict(parametrize._cache)
+    cache.clear()
     try:
         yield
     finally:
+        cache.clear()
+        cache.update(kept)
         for hooks, before in taken:
             hooks.clear()
             hooks.update(before)

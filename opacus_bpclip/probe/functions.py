@@ -16,12 +16,19 @@ from torch import Tensor
 from opacus_bpclip.model.function_checks import shared_argument
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.plan import CallKey, Plan, Template
-from opacus_bpclip.probe import problems
+from opacus_bpclip.model.recurrence import is_packed
+from opacus_bpclip.probe import problems, ragged
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.comparison import Companions, partitions
 from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.leaves import batch_leaves
-from opacus_bpclip.probe.order_of_functions import Places, in_order, narrow, pairs_problem
+from opacus_bpclip.probe.order_of_functions import (
+    Places,
+    check_replayed,
+    in_order,
+    narrow,
+    pairs_problem,
+)
 from opacus_bpclip.probe.problems import Problem, RefusedError
 from opacus_bpclip.probe.randomness import tolerated
 from opacus_bpclip.probe.recorder import Recorder, Trials
@@ -45,6 +52,9 @@ def make_plan(copy: Copy, batch: Batch, layers: Mapping[str, Layer]) -> Plan:
     plan = _plan_of(Trials(copy, batch, layers))
     if not plan.templates:
         return plan
+    if plan.is_folded and any(map(is_packed, batch_leaves((batch.args, batch.kwargs)))):
+        raise RefusedError(Problem("(root)", problems.packed_functions()))
+    _check_order(Trials(copy, batch, layers), plan)
     # Some models look whether a mask hides anything at all, and call other functions if not.
     half = next(partitions(batch.size))[0]
     for variant in _whole(batch):
@@ -54,6 +64,33 @@ def make_plan(copy: Copy, batch: Batch, layers: Mapping[str, Layer]) -> Plan:
         except Exception:
             continue
     return plan
+
+
+def _check_order(trials: Trials, plan: Plan) -> None:
+    """Look whether examples keep their places among other companions, drawn numbers and lengths.
+
+    Raises:
+        RefusedError: they do not.
+    """
+    batch, size = trials.batch, trials.batch.size
+    for seeded in (False, True):
+        if seeded and not trials.steady.random:
+            break
+        base = trials.replay(plan, batch, seeded=seeded)
+        for kept, _ in partitions(size):
+            run = trials.replay(plan, batch.swapped(kept, seed=2), seeded=seeded)
+            among = Companions(size, size, kept, kept)
+            check_replayed(base, run, among, tolerated(trials.steady, trials.copy.device))
+    padded = ragged.padded(batch)
+    if padded is None:
+        return
+    part = next(partitions(size))[0]
+    try:
+        runs = trials.replay(plan, padded), trials.replay(plan, padded.select(part))
+    except Exception:  # the model may not take such values: they are not met then
+        return
+    among = Companions(size, len(part), part, range(len(part)))
+    check_replayed(*runs, among, tolerated(trials.steady, trials.copy.device))
 
 
 def _whole(batch: Batch) -> Iterator[Batch]:

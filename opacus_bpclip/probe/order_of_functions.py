@@ -15,7 +15,7 @@ from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.comparison import Companions, close, partitions
 from opacus_bpclip.probe.problems import Problem, RefusedError
-from opacus_bpclip.probe.recorder import Seen
+from opacus_bpclip.probe.recorder import Replaying, Seen
 
 # For each tensor of a call, arguments first, the places where it may hold the batch.
 Places = list[list[Place]]
@@ -73,6 +73,33 @@ def narrow(
                 raise RefusedError(_moved_problem(one))
 
 
+def check_replayed(one: Replaying, other: Replaying, where: Companions, tolerance: float) -> None:
+    """Check that the examples that two runs have in common are at their places in every call.
+
+    Args:
+        one: a run.
+        other: another.
+        where: which examples the runs have in common.
+        tolerance: up to which relative difference numbers are the same.
+
+    Raises:
+        RefusedError: they are not.
+    """
+    if [call.key for call, *_ in one.calls] != [call.key for call, *_ in other.calls]:
+        raise RefusedError(Problem("(root)", problems.unsteady_functions()))
+    for (call, template, *tensors), (_, _, *others) in zip(one.calls, other.calls, strict=True):
+        places = (*template.arguments, *template.outputs)
+        pairs = zip((*tensors[0], *tensors[1]), (*others[0], *others[1]), places, strict=True)
+        for x, y, place in pairs:
+            if place is None or not isinstance(x, Tensor):
+                continue
+            fits = place.fits(x, where.before) and place.fits(y, where.after)
+            if not fits or not _same_rows(x, y, place, where, tolerance):
+                told = ", ".join(sorted(call.names))
+                problem = problems.moved_in_function(told, call.name)
+                raise RefusedError(Problem("(root)", problem))
+
+
 def _same_rows(x: Tensor, y: Tensor, place: Place, where: Companions, tolerance: float) -> bool:
     x, y = (_real(t.detach()) for t in (x, y))
     before = place.rows(x, where.before)[list(where.rows)]
@@ -128,7 +155,12 @@ def _template(seen: Seen, places: Places, *, inner: bool) -> Template:
         places: what is left.
         inner: which to take where nothing is known.
     """
-    known = {left[0].inner for left in places if len(left) == 1 and left[0].folded}
+    tensors = zip((*seen.arguments, *seen.results), places, strict=True)
+    known = {
+        left[0].inner
+        for x, left in tensors
+        if isinstance(x, Tensor) and len(left) == 1 and left[0].entries > 1
+    }
     inner = known.pop() if len(known) == 1 else inner
     chosen = [
         None if not left else next((p for p in left if p.inner == inner), left[0])
@@ -152,6 +184,8 @@ def _outputs_stay(
 ) -> bool:
     size, axis = batch.size, batch.axis
     alike = [number for number, one in seen.items() if _alike(one, templates[number], size)]
+    if alike and not any(x.dim() > axis and x.shape[axis] == size for x in outputs):
+        return False  # Nothing shows which example a copy goes to.
     for kept, _ in partitions(size) if alike else ():
         changed = rerun({number: _change(templates[number], kept, size) for number in alike})
         # The model's own outputs are in the batch's order.

@@ -88,9 +88,9 @@ class Prober:
         Raises:
             UntriedError: neither can be tried; the message is for the user.
         """
-        key = self._key(batch)
-        if key in self.passed:
-            return self.passed[key]
+        key, known = self._key(batch), self._known(batch)
+        if known is not None:
+            return known
         try:
             return self._search_made_up(batch.invent(EXAMPLES)) or self.passed[key]
         except UntriedError:
@@ -120,6 +120,8 @@ class Prober:
 
     def _search(self, *batches: Batch) -> Problem | None:
         plans = []
+        # Of another length: where the batch is, is to be seen anew; the rest has been searched.
+        search = self.search and self._key(batches[0]) not in self.passed
         for batch in batches:
             with shown():
                 problem, plan = try_model(
@@ -128,13 +130,21 @@ class Prober:
                     loss_reduction=self.loss_reduction,
                     layers=self.layers,
                     ordered=self.ordered,
-                    search=self.search,
+                    search=search,
                 )
             if problem is not None:
                 return problem
             plans.append(plan)
         self.passed[self._key(batches[0])] = plans[0]
+        self.passed[self._key(batches[0]), batches[0].shapes] = plans[0]
         return None
+
+    def _known(self, batch: Batch) -> Plan | None:
+        """Return what was found of such a batch; where examples are folded, of the same lengths."""
+        plan = self.passed.get(self._key(batch))
+        if plan is None or not plan.is_folded:
+            return plan
+        return self.passed.get((self._key(batch), batch.shapes))
 
     def _key(self, batch: Batch) -> object:
         return self.model.training, batch.signature

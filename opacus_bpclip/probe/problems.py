@@ -155,6 +155,15 @@ def pairs_in_function(parameters: str, function: str) -> str:
     )
 
 
+def packed_functions() -> str:
+    """Say that functions meet the rows of packed sequences."""
+    return (
+        "The model takes packed sequences, and calls functions or layers on their rows, which are "
+        "those of all examples, step by step: how many each has is its own. Unpack the sequences "
+        "first (pad_packed_sequence), so that each example has its row."
+    )
+
+
 def moved_in_function(parameters: str, function: str) -> str:
     """Say that a function does not have the examples' rows where they are in the batch."""
     return (

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from opacus_bpclip.model.function_checks import data_argument
 from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions
 from opacus_bpclip.model.layer import Layer
-from opacus_bpclip.model.plan import CallKey, Plan
+from opacus_bpclip.model.plan import CallKey, Plan, Template
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.copies import Copy
+from opacus_bpclip.probe.problems import Problem, RefusedError
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.shapes import LayerCall, Sizes, SizesOfFunctions, watch_layers
 from opacus_bpclip.rules import BroadcastRule, FunctionRule
@@ -76,19 +79,23 @@ class Recorder(ParameterFunctions):
         if not self._meets_examples[self._number]:
             key, result = call.key, self.derive(call)
             if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(result)):
+                if self.is_of_examples(call):
+                    raise RefusedError(Problem("(root)", data_argument(call)))
                 if self.is_of_shared(call):
                     self.of_shared.append(call)
                 self.derived[self._number] = key
             return result
         leaves = [_cut_off(leaf) for leaf in call.leaves]
         for index, made in call.made.items():
-            leaves[index] = made.value
+            # One leaf for each: a parameter may be two arguments.
+            leaves[index] = made.value.detach().requires_grad_()
         random, self._steady.random = self._steady.random, False
-        with torch.enable_grad():
+        # Not the hooks of activation checkpointing, which would run the model again.
+        with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
             result = call.run(leaves)
         drawn, self._steady.random = self._steady.random, self._steady.random or random
         results = pytree.tree_leaves(result)
-        if _depends(results, [made.value for made in call.made.values()]):
+        if _depends(results, [leaves[index] for index in call.made]):
             self.seen[self._number] = Seen(call, leaves, results, drawn)
         change = self.disturbed.get(self._number)
         result = pytree.tree_map(
@@ -99,6 +106,10 @@ class Recorder(ParameterFunctions):
             call.leaves[0].copy_(result)
             return call.leaves[0] if call.name != "__setitem__" else None
         return result
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _cut_off(leaf: Any) -> Any:
@@ -119,6 +130,41 @@ def _depends(results: Iterable[Any], values: Sequence[Tensor]) -> bool:
         outs, values, [torch.ones_like(x) for x in outs], retain_graph=True, allow_unused=True
     )
     return any(gradient is not None for gradient in found)
+
+
+class Replaying(ParameterFunctions):
+    """Writes down the calls that meet examples, by a plan.
+
+    Attributes:
+        calls: each with where the batch is, its arguments and its flattened results.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
+        super().__init__(parameters)
+        self.calls: list[tuple[FunctionCall, Template, list[Any], list[Any]]] = []
+        self._plan = plan
+        self._times: dict[CallKey, int] = {}
+
+    def called(self, call: FunctionCall) -> Any:
+        """Write down a call that meets examples, and return what it does."""
+        templates = self._plan.templates.get(call.key, ())
+        time = self._times.get(call.key, 0)
+        self._times[call.key] = time + 1
+        template = templates[min(time, len(templates) - 1)] if templates else None
+        if template is None or not template.meets:
+            return self.derive(call)
+        arguments = [_copied(leaf) for leaf in call.leaves]
+        with torch.no_grad():
+            args, kwargs = pytree.tree_unflatten(call.leaves, call.spec)
+            result = call.func(*args, **kwargs)
+        shown = call.leaves[0] if call.is_in_place else result
+        results = [_copied(value) for value in pytree.tree_leaves(shown)]
+        self.calls.append((call, template, arguments, results))
+        return result
+
+
+def _copied(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x
 
 
 class Comparing(ParameterFunctions):
@@ -197,15 +243,34 @@ class Trials:
         self._run_with(mode, self.batch, plan.passed_by)
         return not mode.unknown
 
+    def replay(self, plan: Plan, batch: Batch, *, seeded: bool = False) -> Replaying:
+        """Run the model; return the calls that meet examples by a plan.
+
+        Args:
+            plan: the plan.
+            batch: on what.
+            seeded: draw random numbers, the same in each run, and do not hold them still.
+        """
+        copied = [n for n, layer in self.layers.items() if isinstance(layer.rule, BroadcastRule)]
+        mode = Replaying(self.parameters(copied), plan)
+        self._run_with(mode, batch, plan.passed_by, seeded=seeded)
+        return mode
+
     def _run_with(
-        self, mode: ParameterFunctions, batch: Batch, passed_by: Iterable[str]
+        self,
+        mode: ParameterFunctions,
+        batch: Batch,
+        passed_by: Iterable[str],
+        *,
+        seeded: bool = False,
     ) -> list[Tensor]:
         with ExitStack() as stack:
             for name, module in self.modules().items():
                 if name not in passed_by:
                     for handle in _pausing(module, mode):
                         stack.callback(handle.remove)
-            run = self.copy.run(batch, self.steady, inside=False, mode=mode, plain=True)
+            steady = None if seeded else self.steady
+            run = self.copy.run(batch, steady, inside=False, mode=mode, plain=True)
         return run.outputs
 
 

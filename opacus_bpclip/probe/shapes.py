@@ -118,7 +118,7 @@ def places_of(one: Size, other: Size, companions: Companions) -> list[Place]:
             return []
         if one * after != other * before or one % before:
             raise PairsError
-        return [Place(0, folded=one != before)]
+        return [Place(0, one // before)]
     if not (isinstance(one, torch.Size) and isinstance(other, torch.Size)):
         return []
     if one == other:
@@ -129,7 +129,7 @@ def places_of(one: Size, other: Size, companions: Companions) -> list[Place]:
     axis = found[0].axis
     if one[axis] % before:
         raise PairsError
-    return [Place(axis, one[axis] != before, layout.inner) for layout in found]
+    return [Place(axis, one[axis] // before, layout.inner) for layout in found]
 
 
 def aligned(one: Sequence[Sizes], other: Sequence[Sizes]) -> bool:

@@ -116,7 +116,6 @@ def _upstream(seen: Seen, template: Template, examples: int) -> list[Tensor]:
 
 
 def _by_autograd(seen: Seen, template: Template, upstream: Sequence[Tensor]) -> list[Tensor]:
-    values = [made.value for made in seen.call.made.values()]
     graph = own_gradients(
         seen.call,
         template._replace(method="graph"),
@@ -125,20 +124,18 @@ def _by_autograd(seen: Seen, template: Template, upstream: Sequence[Tensor]) -> 
         upstream,
         len(upstream[0]),
     )
-    own = graph(slice(None))
-    assert len(own) == len(values)
-    return list(own)
+    return list(graph(slice(None)))
 
 
 def _gap_of_results(seen: Seen, template: Template, examples: int) -> float:
-    values = [made.value for made in seen.call.made.values()]
+    values = [seen.arguments[index] for index in seen.call.made]
     given = template.given(seen.arguments, examples)
     whole = [place.rows(x.detach(), examples) for x, place in template.placed(seen.results)]
     worst = 0.0
     for row in range(examples):
         try:
             with torch.no_grad():
-                alone = seen.call.of_example(template, [x[row] for x in given], values, examples)
+                alone = seen.call.of_example(template, [x[row] for x in given], values)
         except Exception:  # whatever the function raises on one example
             return torch.inf
         worst = max(worst, *(_gap(x[row], y) for x, y in zip(whole, alone, strict=True)))
