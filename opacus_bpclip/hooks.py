@@ -17,7 +17,7 @@ from opacus_bpclip.clipping.functions import Functions
 from opacus_bpclip.clipping.shared import SharedMeasurement
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
-from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.guard.guard import GradientGuard, form_of
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.functions import Followed
@@ -222,7 +222,9 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             if self._loss is not None:
                 self._loss.enter_forward(None)
             self._budget.close_forward()
+            self._guard.traced_form = form_of(args, kwargs)
             return
+        self._guard.forms.add(form_of(args, kwargs))
         size = self._batch_size(args, kwargs)
         self._untried = None
         batch = Batch(args, kwargs, size, 0 if self.batch_first else 1)

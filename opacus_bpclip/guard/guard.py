@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,24 @@ _MIXED = (
 )
 
 
+_OTHER_FORM = (
+    "The compiled model was called in a way in which no batch has run before torch.compile (other "
+    "arguments, flags or numbers of axes): what it does then with its parameters was never "
+    "checked. Run one batch of each way of calling it first."
+)
+
+
+def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """Return what tells ways of calling a model apart: as simple as a compiler can trace it."""
+    return tuple(map(_kind_of, args)), tuple((name, _kind_of(kwargs[name])) for name in kwargs)
+
+
+def _kind_of(value: Any) -> object:
+    if isinstance(value, Tensor):
+        return value.dim()
+    return value if isinstance(value, (bool, str)) else None
+
+
 class GradientGuard:
     """Watch the trainable layers of one model.
 
@@ -66,6 +84,8 @@ class GradientGuard:
         forget: called when the gradients at hand are thrown away.
         joint: whether all layers share a budget, and a layer may be used any number of times.
         by_functions: the parameters that functions outside of layers with a rule are called on.
+        forms: how the model was called in eager mode, `form_of` each call.
+        traced_form: how it was called last in a compiled graph.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
@@ -80,6 +100,8 @@ class GradientGuard:
         self.joint = False
         self.forget: Callable[[], None] = _nothing
         self.by_functions: set[nn.Parameter] = set()
+        self.forms: set[object] = set()
+        self.traced_form: object = None
         self._compiled = False
         self._in_forward = False
         self._batch_size = 0
@@ -257,6 +279,8 @@ class GradientGuard:
     def _check_arrival(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that autograd is about to send to its parameter."""
         self._check_loss(watched)
+        if self._compiled and self.traced_form is not None and self.traced_form not in self.forms:
+            self.fail(_OTHER_FORM)
         by_functions = watched.parameter in self.by_functions
         self.require(foreign_gradient(watched, compiled=self._compiled, by_functions=by_functions))
         self.require(unusable_gradient(watched, gradient))

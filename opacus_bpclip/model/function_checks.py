@@ -40,8 +40,8 @@ def data_argument(call: FunctionCall) -> str:
     return (
         f"{_told(call)}: the function {call.name} meets it with something computed from the "
         "examples that has no row for each of them: a selection by their values, or a number taken "
-        "over the batch. Nothing shows which rows belong to which example. Keep one row for each example, "
-        "and multiply by a mask in the place of a selection."
+        "over the batch. Nothing shows which rows belong to which example. Keep one row for each "
+        "example, and multiply by a mask in the place of a selection."
     )
 
 

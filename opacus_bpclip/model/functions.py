@@ -9,6 +9,7 @@ meets the examples, a subclass says what happens (`meet`).
 
 from __future__ import annotations
 
+import os
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +31,11 @@ _IN_PLACE = frozenset(
     | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
 )
 # Calls come through these.
-_OWN_FILES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+_THROUGH = ("overrides.py", "functional.py", "_tensor.py", "nn/functional.py", "utils")
+_OWN_FILES = (
+    f"{Path(__file__).parents[1]}{os.sep}",
+    *(str(Path(torch.__file__).parent / file) for file in _THROUGH),
+)
 
 # Attributes are set on the parameter itself.
 _OF_PARAMETERS = frozenset({"__set__", "__delete__", "requires_grad_", "register_hook"})

@@ -81,12 +81,21 @@ def _check_order(trials: Trials, plan: Plan) -> None:
             run = trials.replay(plan, batch.swapped(kept, seed=2), seeded=seeded)
             among = Companions(size, size, kept, kept)
             check_replayed(base, run, among, tolerated(trials.steady, trials.copy.device))
-    padded = ragged.padded(batch)
-    if padded is None:
-        return
+    for variant in (ragged.padded(batch), ragged.ended(batch)):
+        if variant is not None:
+            _check_lengths(trials, plan, variant)
+
+
+def _check_lengths(trials: Trials, plan: Plan, variant: Batch) -> None:
+    """Look whether examples keep their places where less of some of them counts.
+
+    Raises:
+        RefusedError: they do not.
+    """
+    size = variant.size
     part = next(partitions(size))[0]
     try:
-        runs = trials.replay(plan, padded), trials.replay(plan, padded.select(part))
+        runs = trials.replay(plan, variant), trials.replay(plan, variant.select(part))
     except Exception:  # the model may not take such values: they are not met then
         return
     among = Companions(size, len(part), part, range(len(part)))

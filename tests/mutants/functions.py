@@ -12,7 +12,6 @@ from torch import Tensor
 from opacus_bpclip.clipping import function_forms, function_use, functions
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.model.layer import Layer
-from opacus_bpclip.model.places import Place
 from opacus_bpclip.model.plan import Template
 from opacus_bpclip.probe import functions as trials
 from opacus_bpclip.probe import order_of_functions
@@ -41,7 +40,7 @@ def _with_other_places(patch: pytest.MonkeyPatch, change: Any) -> None:
 @mutant(killed_by=killers.batch_on_the_second_axis, says=APART)
 def batch_taken_for_the_first_axis(patch: pytest.MonkeyPatch) -> None:
     """The examples are looked for on the first axis, where there are time steps."""
-    _with_other_places(patch, lambda place: place and Place(0, place.folded, place.inner))
+    _with_other_places(patch, lambda place: place and place._replace(axis=0))
 
 
 @mutant(killed_by=killers.rows_folded_with_other_axes, says=APART)
@@ -106,6 +105,7 @@ def weight_measured_before_it_is_sent_back(patch: pytest.MonkeyPatch) -> None:
 def order_of_functions_not_looked_at(patch: pytest.MonkeyPatch) -> None:
     """Nobody compares the rows that a function meets with the examples."""
     patch.setattr(trials, "narrow", lambda *args: None)
+    patch.setattr(trials, "check_replayed", lambda *args: None)
 
 
 @mutant(killed_by=killers.copies_turned_round, says=FOUND)
