@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from opacus_bpclip import BackpropClipping, CoverageError, register_rule
 from opacus_bpclip.model.coverage import examine
-from opacus_bpclip.rules import RULES, FunctionRule, Inputs, Keep, LinearRule, Prepared, Rule
+from opacus_bpclip.rules import RULES, FunctionRule, Inputs, LinearRule, Prepared, Rule, bound_of
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
 from tests.followed import check_followed
@@ -45,10 +45,7 @@ class ShiftRule(Rule):
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
         return Prepared(inputs, None, inputs[0].detach().flatten(1).isfinite().all(dim=1))
 
-    def keeps(self, kind: str) -> Keep:
-        return Keep(inputs=False, norms=False)
-
-    def bound(self, kind, g, inputs, input_norms, max_norm) -> Tensor:
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
         return g.flatten(1).norm(dim=1)
 
 
@@ -76,6 +73,30 @@ def test_a_registered_rule_attains_its_limit():
     target = torch.full((1, 3), 1e4, dtype=torch.float64)
     reached = joint(trainer.released(torch.ones(1, 3, dtype=torch.float64), target)).norm()
     assert 0.999 * 0.7 <= reached <= 0.7
+
+
+class WeightedShiftRule(ShiftRule):
+    def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        return 2 * self.exact(g, inputs, input_norms)
+
+    def size(self, g: Tensor, input_norms: Tensor | None) -> Tensor:
+        return 3 * self.exact(g, (), input_norms)
+
+
+@pytest.mark.parametrize(
+    ("rule", "times"),
+    [
+        (ShiftRule, {"product": 1, "weighted": 1}),
+        (WeightedShiftRule, {"product": 2, "weighted": 2}),
+    ],
+    ids=["exact alone", "exact and weighted"],
+)
+def test_a_bound_left_out_is_the_next_tighter_one_and_as_large_in_size(rule, times):
+    own, g = rule(weight=True, bias=False), torch.ones(2, 4)
+    for name, factor in {**times, "exact": 1}.items():
+        bound = bound_of(name)
+        assert bound.of(own, g, (), None, 3.0).tolist() == [2 * factor] * 2
+        torch.testing.assert_close(bound.size(own, g, None), own.size(g, None))
 
 
 def test_without_a_rule_the_functions_that_the_layer_calls_are_followed():

@@ -1,8 +1,9 @@
 """One rule a layer family: which norm of the input, which bound of the gradient, which proof."""
 
 from opacus_bpclip.rules.affine import AffineRule
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 from opacus_bpclip.rules.bilinear import BilinearRule
+from opacus_bpclip.rules.bounds import Bound, bound_of
 from opacus_bpclip.rules.broadcast import BroadcastRule
 from opacus_bpclip.rules.conv import ConvRule
 from opacus_bpclip.rules.conv_transpose import ConvTransposeRule
@@ -23,6 +24,7 @@ __all__ = [
     "RULES",
     "AffineRule",
     "BilinearRule",
+    "Bound",
     "BroadcastRule",
     "ConvRule",
     "ConvTransposeRule",
@@ -32,7 +34,6 @@ __all__ = [
     "FusedRule",
     "GroupNormRule",
     "Inputs",
-    "Keep",
     "LayerNormRule",
     "LinearRule",
     "MatrixRule",
@@ -42,6 +43,7 @@ __all__ = [
     "Rule",
     "SequenceBiasRule",
     "TransposedLinearRule",
+    "bound_of",
     "register_rule",
     "registered_kind",
     "supported_layers",

@@ -129,11 +129,9 @@ class ConvRule(FusedRule):
         """Return whether the kernel pads by itself: with zeros, alike on both sides of an axis."""
         return self.padding_mode == "constant" and self.padding[::2] == self.padding[1::2]
 
-    def least_bound(self, kind: str, dtype: torch.dtype, max_norm: float | None) -> float:
-        """Return 0 for the exact bound of several groups: one's input may meet another's size."""
-        if kind == "exact" and self.groups > 1:
-            return 0.0
-        return super().least_bound(kind, dtype, max_norm)
+    def least_exact(self, dtype: torch.dtype) -> float:
+        """Return 0 for several groups: one's input may meet another's size."""
+        return 0.0 if self.groups > 1 else super().least_exact(dtype)
 
     def over_output(self, factor: Tensor, y: Tensor) -> Tensor:
         """Give each example its factor."""

@@ -16,7 +16,6 @@ from typing_extensions import Self
 from opacus_bpclip.rules import norms
 from opacus_bpclip.rules.base import (
     Inputs,
-    Keep,
     Prepared,
     Rule,
     trainable,
@@ -100,19 +99,8 @@ class EmbeddingBagRule(Rule):
         keep = where_needed(prepared.finite[self._bags(prepared.inputs).bag])
         return ids, offsets, zero_rows(weights.flatten(), keep).view_as(weights)
 
-    def keeps(self, kind: str) -> Keep:
-        """Keep the ids and weights, as the layer does."""
-        return Keep(inputs=True, norms=False)
-
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
-    ) -> Tensor:
-        """Return the norm of the gradient: a bag is one position, so every kind has the same."""
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Return the norm of the gradient: a bag is one position, so every bound has the same."""
         dtype = norms.norm_dtype(g.dtype)
         if self.mode == "max":
             columns = torch.ones(len(g), dtype=dtype, device=g.device)

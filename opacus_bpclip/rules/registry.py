@@ -70,7 +70,7 @@ def register_rule(
 ) -> Callable[[RuleClass], RuleClass]:
     """Register the decorated rule for layers of these classes.
 
-    The guarantee then rests on the rule as well: its ``bound`` must never be below the norm of an
+    The guarantee then rests on the rule as well: no bound of it may be below the norm of an
     example's gradient, and nothing it does to one example may depend on another.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip.rules import norms
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, trainable
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule, trainable
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,11 @@ class SequenceBiasRule(Rule):
         assert x is not None
         return Prepared(inputs, None, x.isfinite().flatten(1).all(dim=1))
 
-    def keeps(self, kind: str) -> Keep:
-        """Keep nothing."""
-        return Keep(inputs=False, norms=False)
-
     def by_example(self, g: Tensor, inputs: Inputs) -> Mapping[str, Tensor]:
         """Return the last token's gradient."""
         return {"bias": g[:, -1]}
 
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
-    ) -> Tensor:
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
         """Return the norm of the last token's gradient, which is the bias's own."""
         # The other tokens' columns vanish: without them the factor would know no limit.
         others = norms.smallest_column(norms.norm_dtype(g.dtype)) * norms.row_norms(g)
