@@ -1,5 +1,7 @@
 """Rules for layers that the package does not know."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +12,16 @@ from typing_extensions import Self
 
 from opacus_bpclip import BackpropClipping, CoverageError, register_rule
 from opacus_bpclip.model.coverage import examine
-from opacus_bpclip.rules import RULES, FunctionRule, Inputs, LinearRule, Prepared, Rule, bound_of
+from opacus_bpclip.rules import (
+    RULES,
+    FunctionRule,
+    Inputs,
+    LinearRule,
+    Prepared,
+    Rule,
+    bound_of,
+    registered_kind,
+)
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
 from tests.followed import check_followed
@@ -132,15 +143,71 @@ def test_several_kinds_are_registered_together_or_not_at_all():
     assert New not in RULES
 
 
+SHIFT = f"{Shift.__module__}.{Shift.__qualname__}"
+
+
+@pytest.mark.parametrize("budget", [BackpropClipping(), layerwise()], ids=["joint", "layerwise"])
+def test_a_class_may_be_named_by_its_dotted_path(budget):
+    register_rule(SHIFT)(ShiftRule)
+    try:
+        assert registered_kind(Shift) == (Shift, ShiftRule)
+        trainer = Trainer(nn.Sequential(nn.Linear(3, 4), Shift(4)), (3,), budget)
+        target = torch.randn(5, 4, dtype=torch.float64) * 1e3
+        check_sensitivity(trainer, torch.randn(5, 3, dtype=torch.float64), target)
+    finally:
+        del RULES[SHIFT]
+
+
+@pytest.mark.parametrize(("first", "second"), [(Shift, SHIFT), (SHIFT, Shift), (SHIFT, SHIFT)])
+def test_a_class_and_its_path_are_one_kind(first, second):
+    class Other(ShiftRule):
+        pass
+
+    register_rule(first)(ShiftRule)
+    try:
+        with pytest.raises(ValueError, match=rf"^{SHIFT} has a rule already, ShiftRule\. Pass"):
+            register_rule(second)(Other)
+        assert registered_kind(Shift) == (Shift, ShiftRule)
+        register_rule(second, replace=True)(Other)
+        assert registered_kind(Shift) == (Shift, Other)
+        assert {Shift, SHIFT} & set(RULES) == {second}
+    finally:
+        RULES.pop(second, None)
+        RULES.pop(first, None)
+
+
+def test_a_class_of_the_same_name_is_another_kind():
+    """As where the cell of a notebook is run again."""
+    kinds = [type("Again", (Shift,), {}) for _ in range(2)]
+    try:
+        for kind in kinds:
+            register_rule(kind)(ShiftRule)
+    finally:
+        for kind in kinds:
+            RULES.pop(kind, None)
+
+
+def test_a_fresh_import_has_every_rule_and_no_package_that_need_not_be_installed():
+    code = (
+        "import sys, opacus_bpclip, opacus_bpclip.rules.registry as registry; "
+        "print(*(rule.__name__ for rule in registry.RULES.values())); "
+        "assert not {'torchvision', 'transformers'} & set(sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"LinearRule", "LayerScaleRule", "TransposedLinearRule"} <= set(out.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("kind", "rule", "message"),
     [
         (Shift, object, "to be a subclass of Rule"),
         (Shift, lambda: None, "to be a subclass of Rule"),
         (int, ShiftRule, "to be a class of modules"),
-        ("Linear", ShiftRule, "to be a class of modules"),
+        ("Linear", ShiftRule, "to be a class of modules, or the dotted path of one"),
+        ("package.<locals>.Linear", ShiftRule, "to be a class of modules, or the dotted path"),
+        (".Linear", ShiftRule, "to be a class of modules, or the dotted path"),
     ],
-    ids=["no rule", "function", "no module", "a name"],
+    ids=["no rule", "function", "no module", "a name", "a local class", "no package"],
 )
 def test_only_rules_for_module_classes_are_registered(kind, rule, message):
     before = dict(RULES)

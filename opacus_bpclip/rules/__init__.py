@@ -1,5 +1,8 @@
 """One rule a layer family: which norm of the input, which bound of the gradient, which proof."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from opacus_bpclip.rules.affine import AffineRule
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 from opacus_bpclip.rules.bilinear import BilinearRule
@@ -16,9 +19,13 @@ from opacus_bpclip.rules.linear import LinearRule
 from opacus_bpclip.rules.matrix import MatrixRule
 from opacus_bpclip.rules.normalization import LayerNormRule, RMSNormRule
 from opacus_bpclip.rules.prelu import PReLURule
-from opacus_bpclip.rules.registry import RULES, register_rule, registered_kind, supported_layers
+from opacus_bpclip.rules.registry import RULES, register_rule, registered_kind
 from opacus_bpclip.rules.sequence_bias import SequenceBiasRule
 from opacus_bpclip.rules.transformers import TransposedLinearRule
+
+# A file registers its rules when it is imported, so that a new rule needs no entry elsewhere.
+for _file in iter_modules(__path__, f"{__name__}."):
+    import_module(_file.name)
 
 __all__ = [
     "RULES",
@@ -46,5 +53,4 @@ __all__ = [
     "bound_of",
     "register_rule",
     "registered_kind",
-    "supported_layers",
 ]

@@ -16,8 +16,10 @@ from opacus_bpclip.rules import exact_norms
 from opacus_bpclip.rules import norms as bounds
 from opacus_bpclip.rules.base import Inputs, Prepared, trainable
 from opacus_bpclip.rules.linear import LinearRule
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule(nn.Bilinear)
 @dataclass(frozen=True)
 class BilinearRule(LinearRule):
     """``nn.Bilinear``: inputs ``[B, *, D1]`` and ``[B, *, D2]``, output ``[B, *, C]``.

@@ -20,11 +20,13 @@ from opacus_bpclip.rules import norms as bounds
 from opacus_bpclip.rules.base import per_row, trainable
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.matrix import Measured
+from opacus_bpclip.rules.registry import register_rule
 
 # A processor's kernels work on blocks of at least so many channels within a group.
 _BLOCK = 8
 
 
+@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 @dataclass(frozen=True)
 class ConvRule(FusedRule):
     """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``: input ``[B, R * D', *spatial]``."""

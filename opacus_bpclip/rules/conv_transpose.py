@@ -22,8 +22,10 @@ from opacus_bpclip.rules import exact_norms
 from opacus_bpclip.rules import norms as bounds
 from opacus_bpclip.rules.base import Inputs, trainable
 from opacus_bpclip.rules.matrix import MatrixRule, Measured
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 @dataclass(frozen=True)
 class ConvTransposeRule(MatrixRule):
     """``nn.ConvTranspose1d``, ``2d``, ``3d``: input ``[B, R * D, *spatial]``.

@@ -16,8 +16,10 @@ from typing_extensions import Self
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.rules import exact_norms, norms
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule, per_row, trainable
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule(nn.Embedding)
 @dataclass(frozen=True)
 class EmbeddingRule(Rule):
     """``nn.Embedding``: input ``[B, *]`` of token ids, output ``[B, *, C]``."""

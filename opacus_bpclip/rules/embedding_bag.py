@@ -23,6 +23,7 @@ from opacus_bpclip.rules.base import (
     zero_rows,
 )
 from opacus_bpclip.rules.embedding import refuse_coupling_options
+from opacus_bpclip.rules.registry import register_rule
 
 
 class _Bags(NamedTuple):
@@ -34,6 +35,7 @@ class _Bags(NamedTuple):
     number: int  # B
 
 
+@register_rule(nn.EmbeddingBag)
 @dataclass(frozen=True)
 class EmbeddingBagRule(Rule):
     """``nn.EmbeddingBag``: ids ``[B, N]``, or ``[N]`` with offsets ``[B]``; output ``[B, C]``.

@@ -16,8 +16,10 @@ from typing_extensions import Self
 
 from opacus_bpclip.rules import norms
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule, trainable
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule(nn.PReLU)
 @dataclass(frozen=True)
 class PReLURule(Rule):
     """``nn.PReLU``: input ``[B, *]`` with one slope, ``[B, C, *]`` with ``C`` of them."""

@@ -14,8 +14,10 @@ from typing_extensions import Self
 
 from opacus_bpclip.rules import norms
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule, trainable
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule("opacus.layers.dp_multihead_attention.SequenceBias")
 @dataclass(frozen=True)
 class SequenceBiasRule(Rule):
     """``SequenceBias``: input ``[B, L, E]`` or ``[L, B, E]``, output one token longer.
