@@ -157,7 +157,7 @@ class ConvTransposeRule(MatrixRule):
             aligned = self._aligned(g, x)
             positions = x.shape[2:].numel()
             entries = g.shape[1] // self.groups * math.prod(self.kernel)
-            # A chunk of examples at a time: patches hold each gradient prod(kernel) times.
+            # A chunk of examples at a time: patches hold each gradient up to prod(kernel) times.
             needed = exact_norms.exact_bytes(
                 positions, self.groups, entries, self.group_channels, g.dtype
             )

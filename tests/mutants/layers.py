@@ -126,7 +126,8 @@ def patches_not_added_up(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.transposed_convolution_with_bias, says=MOVED)
 def output_bias_uncovered(patch: pytest.MonkeyPatch) -> None:
     """The bias of a transposed convolution is left out of its bound."""
-    patch.setattr(ConvTransposeRule, "_sum_of_bias", lambda self, g: g.new_zeros(len(g)))
+    for name in ("_sum_of_bias", "_norm_of_bias"):
+        patch.setattr(ConvTransposeRule, name, lambda self, g: g.new_zeros(len(g)))
 
 
 @mutant(killed_by=killers.transposed_convolution_with_bias, says=MOVED)
@@ -137,7 +138,8 @@ def output_bias_taken_for_a_part_of_the_columns(patch: pytest.MonkeyPatch) -> No
     def one_patch(self: ConvTransposeRule, g: Tensor) -> Tensor:
         return norms.weighted_bound(self.upstream(g)[..., :1], torch.ones(len(g), self.groups, 1))
 
-    patch.setattr(ConvTransposeRule, "_sum_of_bias", one_patch)
+    for name in ("_sum_of_bias", "_norm_of_bias"):
+        patch.setattr(ConvTransposeRule, name, one_patch)
 
 
 @mutant(killed_by=killers.transposed_convolution_with_padding, says=MOVED)
