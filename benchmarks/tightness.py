@@ -14,7 +14,7 @@ import torch
 from opacus.layers.dp_multihead_attention import SequenceBias
 from torch import Tensor, nn
 
-from opacus_bpclip.rules import Inputs, registered_kind
+from opacus_bpclip.rules import Inputs, bound_of, registered_kind
 from opacus_bpclip.rules.scaling import prepare_inputs
 
 MAX_NORM = 3.0
@@ -82,7 +82,7 @@ def tightness(layer: nn.Module, draws: tuple[Draw, ...]) -> tuple[str, dict[str,
     clipped = prepare_inputs(inputs, rule, MAX_NORM)
     g = torch.randn_like(layer(*clipped.inputs))
     norms = {
-        kind: rule.bound(kind, g, clipped.inputs, clipped.norms, MAX_NORM)
+        kind: bound_of(kind).of(rule, g, clipped.inputs, clipped.norms, MAX_NORM)
         for kind in ("product", "weighted", "exact")
     }
     return found[1].__name__, {kind: float((norms["exact"] / norms[kind]).mean()) for kind in norms}

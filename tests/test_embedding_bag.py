@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from opacus_bpclip import CoverageError
-from opacus_bpclip.rules import RULES
+from opacus_bpclip.rules import RULES, bound_of
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
 from tests.layers import Bags
@@ -92,7 +92,9 @@ def test_the_column_is_the_count_of_each_token(mode, ids, norm, bound):
     rule = RULES[nn.EmbeddingBag].from_module(layer)
     g = torch.full((1, 1), 2.0, dtype=torch.float64)
     inputs = (torch.tensor([ids]), None, None)
-    assert float(rule.bound(bound, g, inputs, None, None)) == pytest.approx(2 * norm, rel=1e-9)
+    assert float(bound_of(bound).of(rule, g, inputs, None, None)) == pytest.approx(
+        2 * norm, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip.rules import ConvRule, FusedRule, LinearRule, conv, exact_norms
+from opacus_bpclip.rules import ConvRule, FusedRule, LinearRule, bound_of, conv, exact_norms
 from tests.budgets import layerwise
 from tests.checks import HUGE, Trainer, check_independence, joint
 from tests.strategies import product_cases, seeds
@@ -61,7 +61,7 @@ def test_they_add_up_to_what_pairs_of_positions_give(
     found = []
     for own in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FusedRule, "sums_own", lambda self, kind, g, own=own: own and self.weight)
+            patch.setattr(FusedRule, "sums_own", lambda self, _, g, own=own: own and self.weight)
             patch.setattr(conv, "_BLOCK", block)
             patch.setattr(exact_norms, "EXACT_MEMORY_CAP", 2 * layer.weight.numel() * x.itemsize)
             trainer = Trainer(copy.deepcopy(layer), case.shape, clipping, max_grad_norm=0.7)
@@ -102,4 +102,4 @@ def test_in_lower_precision_they_are_added_up_in_float32(dtype):
 )
 def test_they_are_made_where_they_are_worth_it(kind, shape, weight, own):
     rule = LinearRule(weight=weight, bias=True, in_features=2)
-    assert rule.sums_own(kind, torch.zeros(shape)) is own
+    assert rule.sums_own(bound_of(kind), torch.zeros(shape)) is own

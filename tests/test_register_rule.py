@@ -1,5 +1,7 @@
 """Rules for layers that the package does not know."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +12,16 @@ from typing_extensions import Self
 
 from opacus_bpclip import BackpropClipping, CoverageError, register_rule
 from opacus_bpclip.model.coverage import examine
-from opacus_bpclip.rules import RULES, FunctionRule, Inputs, Keep, LinearRule, Prepared, Rule
+from opacus_bpclip.rules import (
+    RULES,
+    FunctionRule,
+    Inputs,
+    LinearRule,
+    Prepared,
+    Rule,
+    bound_of,
+    registered_kind,
+)
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_sensitivity, joint
 from tests.followed import check_followed
@@ -45,10 +56,7 @@ class ShiftRule(Rule):
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
         return Prepared(inputs, None, inputs[0].detach().flatten(1).isfinite().all(dim=1))
 
-    def keeps(self, kind: str) -> Keep:
-        return Keep(inputs=False, norms=False)
-
-    def bound(self, kind, g, inputs, input_norms, max_norm) -> Tensor:
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
         return g.flatten(1).norm(dim=1)
 
 
@@ -76,6 +84,30 @@ def test_a_registered_rule_attains_its_limit():
     target = torch.full((1, 3), 1e4, dtype=torch.float64)
     reached = joint(trainer.released(torch.ones(1, 3, dtype=torch.float64), target)).norm()
     assert 0.999 * 0.7 <= reached <= 0.7
+
+
+class WeightedShiftRule(ShiftRule):
+    def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        return 2 * self.exact(g, inputs, input_norms)
+
+    def size(self, g: Tensor, input_norms: Tensor | None) -> Tensor:
+        return 3 * self.exact(g, (), input_norms)
+
+
+@pytest.mark.parametrize(
+    ("rule", "times"),
+    [
+        (ShiftRule, {"product": 1, "weighted": 1}),
+        (WeightedShiftRule, {"product": 2, "weighted": 2}),
+    ],
+    ids=["exact alone", "exact and weighted"],
+)
+def test_a_bound_left_out_is_the_next_tighter_one_and_as_large_in_size(rule, times):
+    own, g = rule(weight=True, bias=False), torch.ones(2, 4)
+    for name, factor in {**times, "exact": 1}.items():
+        bound = bound_of(name)
+        assert bound.of(own, g, (), None, 3.0).tolist() == [2 * factor] * 2
+        torch.testing.assert_close(bound.size(own, g, None), own.size(g, None))
 
 
 def test_without_a_rule_the_functions_that_the_layer_calls_are_followed():
@@ -111,15 +143,71 @@ def test_several_kinds_are_registered_together_or_not_at_all():
     assert New not in RULES
 
 
+SHIFT = f"{Shift.__module__}.{Shift.__qualname__}"
+
+
+@pytest.mark.parametrize("budget", [BackpropClipping(), layerwise()], ids=["joint", "layerwise"])
+def test_a_class_may_be_named_by_its_dotted_path(budget):
+    register_rule(SHIFT)(ShiftRule)
+    try:
+        assert registered_kind(Shift) == (Shift, ShiftRule)
+        trainer = Trainer(nn.Sequential(nn.Linear(3, 4), Shift(4)), (3,), budget)
+        target = torch.randn(5, 4, dtype=torch.float64) * 1e3
+        check_sensitivity(trainer, torch.randn(5, 3, dtype=torch.float64), target)
+    finally:
+        del RULES[SHIFT]
+
+
+@pytest.mark.parametrize(("first", "second"), [(Shift, SHIFT), (SHIFT, Shift), (SHIFT, SHIFT)])
+def test_a_class_and_its_path_are_one_kind(first, second):
+    class Other(ShiftRule):
+        pass
+
+    register_rule(first)(ShiftRule)
+    try:
+        with pytest.raises(ValueError, match=rf"^{SHIFT} has a rule already, ShiftRule\. Pass"):
+            register_rule(second)(Other)
+        assert registered_kind(Shift) == (Shift, ShiftRule)
+        register_rule(second, replace=True)(Other)
+        assert registered_kind(Shift) == (Shift, Other)
+        assert {Shift, SHIFT} & set(RULES) == {second}
+    finally:
+        RULES.pop(second, None)
+        RULES.pop(first, None)
+
+
+def test_a_class_of_the_same_name_is_another_kind():
+    """As where the cell of a notebook is run again."""
+    kinds = [type("Again", (Shift,), {}) for _ in range(2)]
+    try:
+        for kind in kinds:
+            register_rule(kind)(ShiftRule)
+    finally:
+        for kind in kinds:
+            RULES.pop(kind, None)
+
+
+def test_a_fresh_import_has_every_rule_and_no_package_that_need_not_be_installed():
+    code = (
+        "import sys, opacus_bpclip, opacus_bpclip.rules.registry as registry; "
+        "print(*(rule.__name__ for rule in registry.RULES.values())); "
+        "assert not {'torchvision', 'transformers'} & set(sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"LinearRule", "LayerScaleRule", "TransposedLinearRule"} <= set(out.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("kind", "rule", "message"),
     [
         (Shift, object, "to be a subclass of Rule"),
         (Shift, lambda: None, "to be a subclass of Rule"),
         (int, ShiftRule, "to be a class of modules"),
-        ("Linear", ShiftRule, "to be a class of modules"),
+        ("Linear", ShiftRule, "to be a class of modules, or the dotted path of one"),
+        ("package.<locals>.Linear", ShiftRule, "to be a class of modules, or the dotted path"),
+        (".Linear", ShiftRule, "to be a class of modules, or the dotted path"),
     ],
-    ids=["no rule", "function", "no module", "a name"],
+    ids=["no rule", "function", "no module", "a name", "a local class", "no package"],
 )
 def test_only_rules_for_module_classes_are_registered(kind, rule, message):
     before = dict(RULES)

@@ -50,7 +50,7 @@ def test_a_broadcast_rule_leaves_the_input_alone_and_skips_parameters_that_are_n
     prepared = rule.prepare((x,), max_norm=1.0)
     assert prepared.inputs[0] is x
     assert prepared.finite.all()
-    assert rule.keeps("exact") == (False, False)
+    assert prepared.norms is None
 
 
 def test_a_layer_that_only_some_physical_batches_use_keeps_what_it_has() -> None:

@@ -84,19 +84,34 @@ def test_prelu_keeps_its_promises():
     )
 
 
-class HalfTheBound(LinearRule):
-    def bound(self, *args):
-        return super().bound(*args) / 2
+class Altered(LinearRule):
+    """Makes something else of each of the three bounds."""
+
+    def altered(self, own):
+        raise NotImplementedError
+
+    def product(self, *args):
+        return self.altered(super().product(*args))
+
+    def weighted(self, *args):
+        return self.altered(super().weighted(*args))
+
+    def exact(self, *args):
+        return self.altered(super().exact(*args))
 
 
-class TwiceTheBound(LinearRule):
-    def bound(self, *args):
-        return super().bound(*args) * 2
+class HalfTheBound(Altered):
+    def altered(self, own):
+        return own / 2
 
 
-class ByTheBatch(LinearRule):
-    def bound(self, *args):
-        own = super().bound(*args)
+class TwiceTheBound(Altered):
+    def altered(self, own):
+        return own * 2
+
+
+class ByTheBatch(Altered):
+    def altered(self, own):
         return own.amax().expand_as(own) if len(own) else own
 
 
@@ -114,16 +129,20 @@ class NotFinite(LinearRule):
 class BiasUncovered(LinearRule):
     """Reports the bias's gradient as covered, and is not."""
 
-    def bound(self, *args):
-        return LinearRule(self.weight, False, self.in_features).bound(*args)
+    def product(self, *args):
+        return LinearRule(self.weight, False, self.in_features).product(*args)
+
+    def weighted(self, *args):
+        return LinearRule(self.weight, False, self.in_features).weighted(*args)
+
+    def exact(self, *args):
+        return LinearRule(self.weight, False, self.in_features).exact(*args)
 
 
 class PositionsInSquares(LinearRule):
     """As if positions could not point the same way."""
 
-    def bound(self, kind, g, inputs, input_norms, max_norm):
-        if kind != "weighted":
-            return super().bound(kind, g, inputs, input_norms, max_norm)
+    def weighted(self, g, inputs, input_norms):
         columns = (input_norms.square() + 1).sqrt()
         return torch.linalg.vector_norm(self.upstream(g) * columns[:, :, None], dim=(1, 2, 3))
 
@@ -137,11 +156,10 @@ class LastEntryOnly(LinearRule):
         return prepared._replace(finite=x.flatten(1)[:, -1].isfinite())
 
 
-class Remembers(LinearRule):
+class Remembers(Altered):
     """One factor for all, by the largest example of all batches so far."""
 
-    def bound(self, *args):
-        own = super().bound(*args)
+    def altered(self, own):
         self.__dict__["seen"] = max(self.__dict__.get("seen", 0.0), *own.tolist(), 0.0)
         return torch.full_like(own, self.__dict__["seen"])
 
@@ -178,11 +196,11 @@ class Reflected(ConvRule):
         return F.pad(x, self.padding) if any(self.padding) else x
 
 
-class BiasAloneForgotten(LinearRule):
+class BiasAloneForgotten(Altered):
     """Right for the weight, and wrong where only the bias is trained."""
 
-    def bound(self, *args):
-        return super().bound(*args) * (1.0 if self.weight else 0.1)
+    def altered(self, own):
+        return own * (1.0 if self.weight else 0.1)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ def clip_at_once(use: FusedUse, factors_of: FactorsOf) -> Clipped:
     """
     if not torch.compiler.is_compiling():
         use._room = torch.empty_like(use.g)
-    if use.rule.weight and use.rule.sums_own(use.config.bound, use.g):
+    if use.rule.sums_own(use.bound, use.g):
         return _clip_own(use, factors_of)
-    factors = factors_of(use._measured(use._bound(), use.g, use.columns, use.finite))
+    factors = factors_of(use._measured(use._bounds(), use.g, use.columns, use.finite))
     g = zero_rows(use.g, factors.keep)
     sums = {}
     # Before the products, which drive the gradient out of the processor's cache.

@@ -16,6 +16,7 @@ from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.rules import bound_of
 
 _NEEDS_ONE_GRAPH = (
     'allocation="joint" measures all layers before it clips any, so that a compiled model must be '
@@ -42,6 +43,7 @@ class Budget:
         key: by which a traced graph, which holds strings and tensors only, finds this object.
         joint: whether all layers share one factor for each example.
         target: what it scales to, with a joint budget.
+        bound: how gradients are bounded.
         parameters: all that the layers train.
         clips: what clips the layers; a traced graph finds them by their index.
         token: the token of the forward pass that is being traced, with a joint budget.
@@ -57,7 +59,7 @@ class Budget:
         self.clips: list[Any] = []
         self.token: Tensor | None = None
         self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
-        self._bound = config.bound
+        self.bound = bound_of(config.bound)
         self._guard = guard
         guard.forget = self.forget
         self._scope: Scope | None = None  # of the eager forward pass
@@ -109,7 +111,7 @@ class Budget:
         return self._scope
 
     def _new(self, target: Target, *, at_once: bool) -> Scope:
-        return Scope(target, self._bound, at_once=at_once)
+        return Scope(target, self.bound, at_once=at_once)
 
     def _watched(self, scope: Scope) -> Scope:
         scope.begin = self._guard.begin_backward()

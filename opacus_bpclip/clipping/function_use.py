@@ -178,9 +178,9 @@ class FunctionUse(Use):
         inputs, norms, finite = measured_inputs(form, given)
         g = form.rows(self._upstream[0])
         return measured(
-            form.rule.bound("exact", g, inputs, norms, None),
+            form.rule.exact(g, inputs, norms),
             where_needed(finite),
-            size=lambda: form.rule.size("exact", g, norms),
+            size=lambda: form.rule.size(g, norms),
             examples=self.examples,
         )
 

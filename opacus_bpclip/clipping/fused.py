@@ -30,7 +30,6 @@ class FusedClip(NodeClip):
         super().__init__(layer, settings)
         assert isinstance(layer.rule, FusedRule)
         self.rule = layer.rule
-        self.keeps = layer.rule.keeps(self.config.bound)
         self.shared: SharedMeasurement[Measurement] = settings.shared
         self.changes_output = self.config.max_input_norm is not None
 
@@ -71,7 +70,7 @@ class FusedClip(NodeClip):
             largest = self.config.max_input_norm * (1 - rounding_margin(x.dtype, x.device))
             factor = zero_rows(self.rule.clip_factor(norms, largest), finite)
             norms = norms * factor
-        columns = self.rule.with_one(zero_rows(norms, finite)) if self.keeps.norms else None
+        columns = self.rule.with_one(zero_rows(norms, finite)) if self.bound.needs_norms else None
         return Measurement(factor, columns, finite)
 
     def use(
@@ -83,7 +82,8 @@ class FusedClip(NodeClip):
         assert weight is not None
         return FusedUse(
             self.layer,
-            self.config,
+            self.bound,
+            self.config.max_input_norm,
             target,
             self.examples_of(g, graph),
             g,

@@ -12,12 +12,12 @@ from torch import Tensor
 from opacus_bpclip.clipping.at_once import clip_at_once
 from opacus_bpclip.clipping.factors import Factors, Measured, Target, joined, measured, padded
 from opacus_bpclip.clipping.use import Clipped, FactorsOf, Sums, Use
-from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.model.layer import Layer
-from opacus_bpclip.rules import FusedRule
+from opacus_bpclip.rules import Bound, FusedRule
 from opacus_bpclip.rules.base import zero_rows
 from opacus_bpclip.rules.cancellation import kept
 from opacus_bpclip.rules.exact_norms import chunks, exact_chunk, gram_is_cheaper
+from opacus_bpclip.rules.fused import Scaled
 from opacus_bpclip.rules.norms import row_norms
 
 # Examples' own gradients are kept until their factors are known, if they have at most so many times
@@ -44,7 +44,8 @@ class FusedUse(Use):
 
     Args:
         layer: the layer; its rule is a `FusedRule`.
-        config: how to clip.
+        bound: how gradients are bounded.
+        max_input_norm: what the input's columns are scaled down to, if they are.
         target: what gradients are scaled to.
         examples: by what a mean loss has divided the upstream gradient.
         g: upstream gradient, batch first.
@@ -57,7 +58,8 @@ class FusedUse(Use):
     def __init__(
         self,
         layer: Layer,
-        config: BackpropClipping,
+        bound: Bound,
+        max_input_norm: float | None,
         target: Target,
         examples: int,
         g: Tensor,
@@ -67,7 +69,8 @@ class FusedUse(Use):
         wants_input: bool,
     ) -> None:
         assert isinstance(layer.rule, FusedRule)
-        self.layer, self.rule, self.config = layer, layer.rule, config
+        self.layer, self.rule = layer, layer.rule
+        self.bound, self.max_input_norm = bound, max_input_norm
         self.target, self.examples = target, examples
         self.g, self.x, self.weight = g, x, weight
         self.factor, self.columns, self.finite = measurement
@@ -90,7 +93,7 @@ class FusedUse(Use):
         rule = self.rule
         keeps = self.weight.numel() <= _OWN_KEPT * (self.x[:1].numel() + self.g[:1].numel())
         if not self._makes_own(keeps=keeps):
-            return self._measured(self._bound(), self.g, self.columns, self.finite)
+            return self._measured(self._bounds(), self.g, self.columns, self.finite)
         found: list[Measured] = []
         parts, gradients = [], []
         scaled = self._scaled(self.g)
@@ -112,7 +115,7 @@ class FusedUse(Use):
     def _makes_own(self, *, keeps: bool) -> bool:
         """Return whether to make the examples' own gradients in order to measure them."""
         rule = self.rule
-        if not rule.sums_own(self.config.bound, self.g):
+        if not rule.sums_own(self.bound, self.g):
             return False
         channels, positions = rule.upstream(self.g).shape[2:]
         return keeps or not gram_is_cheaper(positions, channels, rule.column_size())
@@ -132,25 +135,17 @@ class FusedUse(Use):
     def _measured(
         self, bound: Tensor, g: Tensor, columns: Tensor | None, finite: Tensor | None
     ) -> Measured:
-        kind = self.config.bound
         return measured(
             bound,
             finite,
-            size=partial(self.rule.size_of, kind, g, columns),
-            least=self.rule.least_bound(kind, g.dtype, self.config.max_input_norm),
+            size=partial(self.bound.size_of_scaled, self.rule, g, columns),
+            least=self.bound.least(self.rule, g.dtype, self.max_input_norm),
             examples=self.examples,
         )
 
-    def _bound(self) -> Tensor:
-        return self.rule.bound_of_scaled(
-            self.config.bound,
-            self.g,
-            self.x,
-            self.columns,
-            self.factor,
-            self.config.max_input_norm,
-            self._room,
-        )
+    def _bounds(self) -> Tensor:
+        scaled = Scaled(self.x, self.columns, self.factor, self.max_input_norm)
+        return self.bound.of_scaled(self.rule, self.g, scaled, self._room)
 
     def _scaled(self, g: Tensor) -> Tensor:
         """Return an upstream gradient times the factors of the input's columns."""
@@ -233,7 +228,8 @@ class FusedUse(Use):
         measurement = Measurement(put(self.factor), put(self.columns), put(self.finite, fill=True))
         return FusedUse(
             self.layer,
-            self.config,
+            self.bound,
+            self.max_input_norm,
             self.target,
             self.examples,
             padded(self.g, rows)[order],

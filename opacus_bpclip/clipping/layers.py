@@ -41,7 +41,6 @@ class LayerClip(NodeClip):
 
     def __init__(self, layer: Layer, settings: Settings) -> None:
         super().__init__(layer, settings)
-        self.keeps = layer.rule.keeps(self.config.bound)
         self.changes_output = self.config.max_input_norm is not None and layer.rule.clips_input
         # What stands for the parameters while the layer runs, so that its graph ends there: a hook
         # on a parameter could change what the graph sends it.
@@ -164,9 +163,8 @@ class LayerUse(Use):
         scales: list[Tensor | None],
         inputs: Inputs,
     ) -> None:
-        self.layer, self.config = clip.layer, clip.config
-        self.examples = examples
-        self._keeps = clip.keeps
+        self.layer, self.examples = clip.layer, examples
+        self._bound, self._max_norm = clip.bound, clip.config.max_input_norm
         self._g, self._graph, self._norms, self._finite = g, graph, norms, finite
         self._scales, self._inputs = scales, inputs
         self._version = g._version
@@ -178,14 +176,11 @@ class LayerUse(Use):
 
     def measure(self) -> Measured:
         """Bound the gradients as the rule does."""
-        rule, kind = self.layer.rule, self.config.bound
-        norms = self._norms if self._keeps.norms else None
-        inputs = self._inputs if self._keeps.inputs else ()
-        bound = rule.bound(kind, self._g, inputs, norms, self.config.max_input_norm)
+        rule, g, norms = self.layer.rule, self._g, self._norms
         return measured(
-            bound,
+            self._bound.of(rule, g, self._inputs, norms, self._max_norm),
             where_needed(self._finite),
-            size=lambda: rule.size(kind, self._g, norms),
+            size=lambda: self._bound.size(rule, g, norms),
             examples=self.examples,
         )
 

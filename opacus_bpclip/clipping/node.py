@@ -61,7 +61,7 @@ class NodeClip(Clip):
         self.config, self.guard, self.mean = settings.config, settings.guard, settings.mean
         self.target = settings.targets[layer.name]
         self.group = settings.groups[layer.name]
-        self.budget = settings.budget
+        self.budget, self.bound = settings.budget, settings.budget.bound
         self.functions = settings.followed
         self.passed_by = False
         self.index = len(self.budget.clips)

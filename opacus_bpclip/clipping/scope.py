@@ -21,6 +21,7 @@ from opacus_bpclip.clipping.use import Sums, Use
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.call_checks import changed_since
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.rules import Bound
 from opacus_bpclip.rules.first_order import first_order
 
 _ENDED_BEFORE = (
@@ -36,7 +37,7 @@ class Scope:
 
     Args:
         target: what an example's joint gradient is scaled to.
-        bound: how it is measured: ``"product"``, ``"weighted"`` or ``"exact"``.
+        bound: how it is measured.
         at_once: whether a use is clipped when its gradient arrives, since there is no other. What
             flows on to the layers below is then clipped, too.
 
@@ -49,7 +50,7 @@ class Scope:
 
     token: Tensor | None = None
 
-    def __init__(self, target: Target, bound: str, *, at_once: bool) -> None:
+    def __init__(self, target: Target, bound: Bound, *, at_once: bool) -> None:
         self.target = target
         self.bound = bound
         self.at_once = at_once

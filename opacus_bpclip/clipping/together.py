@@ -16,7 +16,7 @@ from torch import Tensor
 from opacus_bpclip.clipping.factors import Measured, both, measured, padded
 from opacus_bpclip.clipping.fused_use import FusedUse, Measurement
 from opacus_bpclip.clipping.use import OwnUse, Use
-from opacus_bpclip.rules import LinearRule
+from opacus_bpclip.rules import Bound, LinearRule
 from opacus_bpclip.rules.exact_norms import chunks, exact_bound, exact_chunk
 from opacus_bpclip.rules.norms import (
     accumulation,
@@ -62,7 +62,8 @@ def _positions_of_all(uses: Sequence[FusedUse]) -> FusedUse:
     )
     return FusedUse(
         first.layer,
-        first.config,
+        first.bound,
+        first.max_input_norm,
         first.target,
         first.examples,
         g,
@@ -73,24 +74,22 @@ def _positions_of_all(uses: Sequence[FusedUse]) -> FusedUse:
     )
 
 
-def measure_together(uses: Sequence[Use], kind: str) -> Measured:
+def measure_together(uses: Sequence[Use], bound: Bound) -> Measured:
     """Bound the norm of each example's gradient, summed over some uses of the same parameters.
 
     Args:
         uses: of one layer, or of layers that share parameters; `merged`.
-        kind: ``"product"``, ``"weighted"`` or ``"exact"``.
+        bound: how each of them is bounded.
     """
     each = [use.measure() for use in uses]
     if len(each) == 1:
         return each[0]
     usable = reduce(both, (found.usable for found in each))
     own = all(isinstance(use, OwnUse) and use.layer is uses[0].layer for use in uses)
-    if kind == "exact" or own:
-        bound = _summed(uses, [found.bound for found in each])
-    else:
-        bound = reduce(torch.add, (found.bound for found in each))
-    total = measured(bound, None, examples=uses[0].examples)
-    return Measured(bound, both(usable, total.usable))
+    bounds = [found.bound for found in each]
+    joint = _summed(uses, bounds) if bound.is_norm or own else reduce(torch.add, bounds)
+    total = measured(joint, None, examples=uses[0].examples)
+    return Measured(joint, both(usable, total.usable))
 
 
 def _summed(uses: Sequence[Use], bounds: Sequence[Tensor]) -> Tensor:

@@ -1,8 +1,12 @@
 """One rule a layer family: which norm of the input, which bound of the gradient, which proof."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from opacus_bpclip.rules.affine import AffineRule
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 from opacus_bpclip.rules.bilinear import BilinearRule
+from opacus_bpclip.rules.bounds import Bound, bound_of
 from opacus_bpclip.rules.broadcast import BroadcastRule
 from opacus_bpclip.rules.conv import ConvRule
 from opacus_bpclip.rules.conv_transpose import ConvTransposeRule
@@ -15,14 +19,19 @@ from opacus_bpclip.rules.linear import LinearRule
 from opacus_bpclip.rules.matrix import MatrixRule
 from opacus_bpclip.rules.normalization import LayerNormRule, RMSNormRule
 from opacus_bpclip.rules.prelu import PReLURule
-from opacus_bpclip.rules.registry import RULES, register_rule, registered_kind, supported_layers
+from opacus_bpclip.rules.registry import RULES, register_rule, registered_kind
 from opacus_bpclip.rules.sequence_bias import SequenceBiasRule
 from opacus_bpclip.rules.transformers import TransposedLinearRule
+
+# A file registers its rules when it is imported, so that a new rule needs no entry elsewhere.
+for _file in iter_modules(__path__, f"{__name__}."):
+    import_module(_file.name)
 
 __all__ = [
     "RULES",
     "AffineRule",
     "BilinearRule",
+    "Bound",
     "BroadcastRule",
     "ConvRule",
     "ConvTransposeRule",
@@ -32,7 +41,6 @@ __all__ = [
     "FusedRule",
     "GroupNormRule",
     "Inputs",
-    "Keep",
     "LayerNormRule",
     "LinearRule",
     "MatrixRule",
@@ -42,7 +50,7 @@ __all__ = [
     "Rule",
     "SequenceBiasRule",
     "TransposedLinearRule",
+    "bound_of",
     "register_rule",
     "registered_kind",
-    "supported_layers",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.rules import norms
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 from opacus_bpclip.rules.cancellation import kept
 
 
@@ -107,33 +107,25 @@ class AffineRule(Rule):
         finite = largest < math.sqrt(torch.finfo(x.dtype).max / (4 * max(flat.shape[1], 1)))
         return Prepared((centred,), None, finite)
 
-    def keeps(self, kind: str) -> Keep:
-        """Keep the input, as the layer does, but for the product bound."""
-        return Keep(inputs=kind != "product", norms=False)
-
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
+    def product(
+        self, g: Tensor, inputs: Inputs, input_norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Return the bound of this kind."""
-        dtype = norms.norm_dtype(g.dtype)
-        upstream = self.channels_first(g).to(dtype)
-        slack = norms.underflow(upstream.shape[1] * upstream.shape[2], dtype)
-        rounded = norms.accumulation(upstream.shape[2], dtype)
-        if kind == "product":
-            largest = norms.max_column_norm(self.largest(g), weight=self.weight, bias=self.bias)
-            return norms.product_bound(upstream[:, None], largest) * rounded
-        (x,) = inputs
-        assert x is not None
-        value = self.channels_first(self.normalized(x)).to(dtype)
-        columns = norms.column_norms(value.abs(), weight=self.weight, bias=self.bias)
-        if kind == "weighted":
-            per_channel = (upstream.abs() * columns).sum(dim=2)
-            return (torch.linalg.vector_norm(per_channel, dim=1) + slack) * rounded
+        """Take the largest value that normalisation can give for every one."""
+        upstream, _, rounded = self._upstream(g)
+        largest = norms.max_column_norm(self.largest(g), weight=self.weight, bias=self.bias)
+        return norms.product_bound(upstream[:, None], largest) * rounded
+
+    def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Weight each entry by its column's norm."""
+        upstream, slack, rounded = self._upstream(g)
+        _, columns = self._columns(inputs, upstream.dtype)
+        per_channel = (upstream.abs() * columns).sum(dim=2)
+        return (torch.linalg.vector_norm(per_channel, dim=1) + slack) * rounded
+
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Make the gradient, and add what rounding may add to it."""
+        upstream, slack, rounded = self._upstream(g)
+        value, columns = self._columns(inputs, upstream.dtype)
         parts = []
         if self.weight:
             parts.append((upstream * value).sum(dim=2))
@@ -144,3 +136,17 @@ class AffineRule(Rule):
             columns, dim=(1, 2)
         )
         return (exact + norms.rounding_margin(g.dtype, g.device) * frobenius + slack) * rounded
+
+    def _upstream(self, g: Tensor) -> tuple[Tensor, float, float]:
+        """Return ``[B, C, P]``, what a norm of it may lose, and by what its sums may be too low."""
+        dtype = norms.norm_dtype(g.dtype)
+        upstream = self.channels_first(g).to(dtype)
+        slack = norms.underflow(upstream.shape[1] * upstream.shape[2], dtype)
+        return upstream, slack, norms.accumulation(upstream.shape[2], dtype)
+
+    def _columns(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the normalised input and its columns' norms, ``[B, C, P]``."""
+        (x,) = inputs
+        assert x is not None
+        value = self.channels_first(self.normalized(x)).to(dtype)
+        return value, norms.column_norms(value.abs(), weight=self.weight, bias=self.bias)

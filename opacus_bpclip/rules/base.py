@@ -36,13 +36,6 @@ class Prepared(NamedTuple):
     scales: Inputs = ()
 
 
-class Keep(NamedTuple):
-    """What a bound needs in the backward pass: the prepared inputs, their norms."""
-
-    inputs: bool
-    norms: bool
-
-
 @dataclass(frozen=True)
 class Rule(ABC):
     """How the gradient of one layer's weight and bias is bounded.
@@ -112,27 +105,37 @@ class Rule(ABC):
         )
 
     @abstractmethod
-    def keeps(self, kind: str) -> Keep:
-        """Return what `bound` of this kind needs of the prepared input."""
-
-    @abstractmethod
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
-    ) -> Tensor:
-        """Return an upper bound on the norm of each example's gradient, ``[B]``.
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Return the norm of each example's gradient, ``[B]``, or an upper bound on it.
 
         Args:
-            kind: ``"product"``, ``"weighted"`` or ``"exact"``.
             g: gradient of the layer's output, batch first.
-            inputs: the prepared inputs; empty if not kept.
-            input_norms: their norms, if kept.
+            inputs: the prepared inputs.
+            input_norms: their norms, as `prepare` has measured them.
+        """
+
+    def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Return an upper bound on the same that is cheaper; by default, the exact one.
+
+        Args:
+            g: as for `exact`.
+            inputs: as for `exact`.
+            input_norms: as for `exact`.
+        """
+        return self.exact(g, inputs, input_norms)
+
+    def product(
+        self, g: Tensor, inputs: Inputs, input_norms: Tensor | None, max_norm: float | None
+    ) -> Tensor:
+        """Return an upper bound that is cheaper still; by default, the weighted one.
+
+        Args:
+            g: as for `exact`.
+            inputs: as for `exact`.
+            input_norms: as for `exact`.
             max_norm: what the inputs' norms were clipped to.
         """
+        return self.weighted(g, inputs, input_norms)
 
     def products(self, g: Tensor, inputs: Inputs) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Return the parameters whose gradient is a product over positions, by name.
@@ -159,15 +162,23 @@ class Rule(ABC):
         """
         return {}
 
-    def size(self, kind: str, g: Tensor, input_norms: Tensor | None) -> Tensor:
-        """Return what must be in the range of squares for `bound` to be right, ``[B]``.
+    def size(self, g: Tensor, input_norms: Tensor | None) -> Tensor:
+        """Return what must be in the range of squares for `exact` to be right, ``[B]``.
 
         Args:
-            kind: as for `bound`.
-            g: as for `bound`.
-            input_norms: as for `bound`.
+            g: as for `exact`.
+            input_norms: as for `exact`.
         """
         return row_norms(g)
+
+    def cheap_size(self, g: Tensor, input_norms: Tensor | None) -> Tensor:
+        """Return the same for `product` and `weighted`, which may have fallen back on `exact`.
+
+        Args:
+            g: as for `exact`.
+            input_norms: as for `exact`.
+        """
+        return self.size(g, input_norms)
 
 
 def trainable(module: nn.Module, name: str) -> bool:

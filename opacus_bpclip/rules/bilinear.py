@@ -16,8 +16,10 @@ from opacus_bpclip.rules import exact_norms
 from opacus_bpclip.rules import norms as bounds
 from opacus_bpclip.rules.base import Inputs, Prepared, trainable
 from opacus_bpclip.rules.linear import LinearRule
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule(nn.Bilinear)
 @dataclass(frozen=True)
 class BilinearRule(LinearRule):
     """``nn.Bilinear``: inputs ``[B, *, D1]`` and ``[B, *, D2]``, output ``[B, *, C]``.
@@ -53,29 +55,21 @@ class BilinearRule(LinearRule):
         scales = first.scales + second.scales
         return Prepared(first.inputs + second.inputs, norms, finite, scales)
 
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
-    ) -> Tensor:
-        """Return the bound of this kind; outer products are made for a chunk of examples."""
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Make outer products, for a chunk of examples at a time."""
         positions = g.shape[1:-1].numel()
-        if kind != "exact" or positions == 1:
-            kind = "weighted" if kind == "exact" else kind
-            return super().bound(kind, g, (), input_norms, max_norm)
+        if positions == 1:
+            return self.weighted(g, inputs, input_norms)
         one, other = inputs
         assert one is not None
         assert other is not None
         assert input_norms is not None
         needed = exact_norms.exact_bytes(positions, 1, g.shape[-1], self.in_features, g.dtype)
         chunk = exact_norms.exact_chunk(needed, g.device)
-        exact = super().bound
+        exact = super().exact
 
         def of(rows: slice) -> Tensor:
             outer = (one[rows].unsqueeze(-1) * other[rows].unsqueeze(-2)).flatten(-2)
-            return exact("exact", g[rows], (outer,), input_norms[rows], max_norm)
+            return exact(g[rows], (outer,), input_norms[rows])
 
         return exact_norms.in_chunks(len(g), chunk, of)

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.rules import norms
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,6 @@ class BroadcastRule(Rule):
         assert x is not None
         return Prepared(inputs, None, torch.ones(len(x), dtype=torch.bool, device=x.device))
 
-    def keeps(self, kind: str) -> Keep:
-        """Keep nothing."""
-        return Keep(inputs=False, norms=False)
-
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
-    ) -> Tensor:
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
         """Return the norm of ``g``, ``[B, ...]``, which is the example's own gradient."""
         return norms.row_norms(g)

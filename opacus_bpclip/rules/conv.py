@@ -20,11 +20,13 @@ from opacus_bpclip.rules import norms as bounds
 from opacus_bpclip.rules.base import per_row, trainable
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.matrix import Measured
+from opacus_bpclip.rules.registry import register_rule
 
 # A processor's kernels work on blocks of at least so many channels within a group.
 _BLOCK = 8
 
 
+@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 @dataclass(frozen=True)
 class ConvRule(FusedRule):
     """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``: input ``[B, R * D', *spatial]``."""
@@ -129,11 +131,9 @@ class ConvRule(FusedRule):
         """Return whether the kernel pads by itself: with zeros, alike on both sides of an axis."""
         return self.padding_mode == "constant" and self.padding[::2] == self.padding[1::2]
 
-    def least_bound(self, kind: str, dtype: torch.dtype, max_norm: float | None) -> float:
-        """Return 0 for the exact bound of several groups: one's input may meet another's size."""
-        if kind == "exact" and self.groups > 1:
-            return 0.0
-        return super().least_bound(kind, dtype, max_norm)
+    def least_exact(self, dtype: torch.dtype) -> float:
+        """Return 0 for several groups: one's input may meet another's size."""
+        return 0.0 if self.groups > 1 else super().least_exact(dtype)
 
     def over_output(self, factor: Tensor, y: Tensor) -> Tensor:
         """Give each example its factor."""

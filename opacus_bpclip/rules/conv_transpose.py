@@ -9,6 +9,7 @@ the output's gradient. The bias meets the output's own positions. Proof:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,10 +20,12 @@ from typing_extensions import Self
 
 from opacus_bpclip.rules import exact_norms
 from opacus_bpclip.rules import norms as bounds
-from opacus_bpclip.rules.base import Inputs, Keep, trainable
+from opacus_bpclip.rules.base import Inputs, trainable
 from opacus_bpclip.rules.matrix import MatrixRule, Measured
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 @dataclass(frozen=True)
 class ConvTransposeRule(MatrixRule):
     """``nn.ConvTranspose1d``, ``2d``, ``3d``: input ``[B, R * D, *spatial]``.
@@ -106,62 +109,81 @@ class ConvTransposeRule(MatrixRule):
         """Return the number of inputs of one pixel of one group."""
         return self.group_channels
 
-    def keeps(self, kind: str) -> Keep:
-        """Keep the input, as the layer does: it tells how far the windows reach."""
-        return super().keeps(kind)._replace(inputs=self.weight)
+    def product(
+        self, g: Tensor, inputs: Inputs, input_norms: Tensor | None, max_norm: float | None
+    ) -> Tensor:
+        """Join the product bounds of weight and bias."""
+        of = super().product
+        return self._joined(
+            g, inputs, lambda g, rows: of(g, inputs, None, max_norm), self._sum_of_bias
+        )
 
-    def bound(
+    def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Join the weighted bounds of weight and bias."""
+        of, columns = super().weighted, input_norms
+        assert columns is not None
+        return self._joined(
+            g, inputs, lambda g, rows: of(g, inputs, columns[rows]), self._sum_of_bias
+        )
+
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Join the norms of weight and bias."""
+        of, columns, (x,) = super().exact, input_norms, inputs
+        assert x is not None
+        assert columns is not None
+        return self._joined(
+            g, inputs, lambda g, rows: of(g, (x[rows],), columns[rows]), self._norm_of_bias
+        )
+
+    def _joined(
         self,
-        kind: str,
         g: Tensor,
         inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
+        of_weight: Callable[[Tensor, slice], Tensor],
+        of_bias: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Return the bound of this kind: weight and bias are orthogonal, so the squares add up."""
+        """Return the bound of both: weight and bias are orthogonal, so the squares add up.
+
+        Args:
+            g: as for `exact`.
+            inputs: as for `exact`.
+            of_weight: called with `_aligned` gradients, and which examples' they are.
+            of_bias: called with ``g``.
+        """
         parts = []
         if self.weight:
-            parts.append(self._weight_bound(kind, g, inputs, input_norms, max_norm))
+            (x,) = inputs
+            assert x is not None
+            aligned = self._aligned(g, x)
+            positions = x.shape[2:].numel()
+            entries = g.shape[1] // self.groups * math.prod(self.kernel)
+            # A chunk of examples at a time: patches hold each gradient up to prod(kernel) times.
+            needed = exact_norms.exact_bytes(
+                positions, self.groups, entries, self.group_channels, g.dtype
+            )
+            chunk = exact_norms.exact_chunk(needed, g.device)
+            parts.append(
+                exact_norms.in_chunks(len(g), chunk, lambda rows: of_weight(aligned[rows], rows))
+            )
         if self.output_bias:
-            parts.append(self._bias_bound(kind, g))
+            parts.append(of_bias(g))
         return parts[0] if len(parts) == 1 else torch.hypot(*parts)
 
-    def _weight_bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
-    ) -> Tensor:
-        # A chunk of examples at a time: patches hold each gradient up to prod(kernel) times.
-        (x,) = inputs
-        assert x is not None
-        g = self._aligned(g, x)
-        positions = x.shape[2:].numel()
-        entries = g.shape[1] // self.groups * math.prod(self.kernel)
-        needed = exact_norms.exact_bytes(
-            positions, self.groups, entries, self.group_channels, g.dtype
-        )
-        chunk = exact_norms.exact_chunk(needed, g.device)
-        bound = super().bound
+    def _sum_of_bias(self, g: Tensor) -> Tensor:
+        """Return the bias's product bound, its columns being 1."""
+        channels = g.flatten(2)
+        rounded = bounds.accumulation(channels.shape[2], bounds.norm_dtype(g.dtype))
+        return bounds.product_bound(channels.unsqueeze(1), 1.0) * rounded
 
-        def of(rows: slice) -> Tensor:
-            norms = None if input_norms is None else input_norms[rows]
-            return bound(kind, g[rows], (x[rows],), norms, max_norm)
-
-        return exact_norms.in_chunks(len(g), chunk, of)
-
-    def _bias_bound(self, kind: str, g: Tensor) -> Tensor:
+    def _norm_of_bias(self, g: Tensor) -> Tensor:
+        """Return the norm of the bias's gradient."""
         dtype = bounds.norm_dtype(g.dtype)
         channels = g.flatten(2)
-        rounded = bounds.accumulation(channels.shape[2], dtype)
-        if kind != "exact":
-            return bounds.product_bound(channels.unsqueeze(1), 1.0) * rounded
         # The sums may cancel, but not their rounding errors.
         frobenius = torch.linalg.vector_norm(channels, dim=(1, 2), dtype=dtype)
         slack = bounds.rounding_margin(g.dtype, g.device) * math.sqrt(channels.shape[2])
-        return (bounds.row_norms(channels.to(dtype).sum(dim=2)) + slack * frobenius) * rounded
+        norm = bounds.row_norms(channels.to(dtype).sum(dim=2)) + slack * frobenius
+        return norm * bounds.accumulation(channels.shape[2], dtype)
 
     def _aligned(self, g: Tensor, x: Tensor) -> Tensor:
         """Pad or cut the output's gradient to what the windows of the input's positions span."""

@@ -15,9 +15,11 @@ from typing_extensions import Self
 
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.rules import exact_norms, norms
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, per_row, trainable
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule, per_row, trainable
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule(nn.Embedding)
 @dataclass(frozen=True)
 class EmbeddingRule(Rule):
     """``nn.Embedding``: input ``[B, *]`` of token ids, output ``[B, *, C]``."""
@@ -56,24 +58,30 @@ class EmbeddingRule(Rule):
         finite = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
         return Prepared((x,), weights.unsqueeze(1), finite)
 
-    def keeps(self, kind: str) -> Keep:
-        """Keep the map of weights, and for the exact bound the ids that the layer keeps anyway."""
-        return Keep(inputs=kind == "exact", norms=kind != "product")
-
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
+    def product(
+        self, g: Tensor, inputs: Inputs, input_norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Return the bound of this kind; the product bound knows that columns have norm 1."""
-        positions = g.shape[1:-1].numel()
-        upstream = g.reshape(g.shape[0], 1, positions, g.shape[-1]).transpose(2, 3)
-        # A row of the weight takes its positions one after another.
-        own = self._sum_bound(kind, upstream, inputs, input_norms)
-        return own * norms.accumulation(positions, g.dtype)
+        """Return the product bound: columns have norm 1."""
+        upstream, rounded = self._upstream(g)
+        return norms.product_bound(upstream, 1.0) * rounded
+
+    def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Return the weighted bound: padding weighs nothing."""
+        upstream, rounded = self._upstream(g)
+        assert input_norms is not None
+        columns = norms.column_norms(input_norms, weight=True, bias=False)
+        return norms.weighted_bound(upstream, columns) * rounded
+
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Return the norm; one position's is the weighted bound."""
+        upstream, rounded = self._upstream(g)
+        if upstream.shape[3] == 1:
+            return self.weighted(g, inputs, input_norms)
+        (x,) = inputs
+        assert x is not None
+        assert input_norms is not None
+        own = self._exact_bound(upstream[:, 0], self._positions(x), input_norms[:, 0])
+        return own * rounded
 
     def products(self, g: Tensor, inputs: Inputs) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Return one-hot vectors and the upstream gradient: the weight's rows are tokens."""
@@ -87,19 +95,12 @@ class EmbeddingRule(Rule):
         upstream = g.reshape(*ids.shape, g.shape[-1]).transpose(1, 2)
         return {"weight": (hot.to(g.dtype).unsqueeze(1), upstream.unsqueeze(1))}
 
-    def _sum_bound(
-        self, kind: str, upstream: Tensor, inputs: Inputs, input_norms: Tensor | None
-    ) -> Tensor:
-        positions = upstream.shape[3]
-        if kind == "product":
-            return norms.product_bound(upstream, 1.0)
-        assert input_norms is not None
-        if kind == "weighted" or positions == 1:
-            columns = norms.column_norms(input_norms, weight=True, bias=False)
-            return norms.weighted_bound(upstream, columns)
-        (x,) = inputs
-        assert x is not None
-        return self._exact_bound(upstream[:, 0], self._positions(x), input_norms[:, 0])
+    def _upstream(self, g: Tensor) -> tuple[Tensor, float]:
+        """Return ``[B, 1, C, P]``, and by what sums over positions may be too low."""
+        positions = g.shape[1:-1].numel()
+        upstream = g.reshape(g.shape[0], 1, positions, g.shape[-1]).transpose(2, 3)
+        # A row of the weight takes its positions one after another.
+        return upstream, norms.accumulation(positions, g.dtype)
 
     def _exact_bound(self, g: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         # Row v of the gradient is the sum over the positions that hold token v, so the squared

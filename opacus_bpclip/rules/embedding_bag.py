@@ -16,7 +16,6 @@ from typing_extensions import Self
 from opacus_bpclip.rules import norms
 from opacus_bpclip.rules.base import (
     Inputs,
-    Keep,
     Prepared,
     Rule,
     trainable,
@@ -24,6 +23,7 @@ from opacus_bpclip.rules.base import (
     zero_rows,
 )
 from opacus_bpclip.rules.embedding import refuse_coupling_options
+from opacus_bpclip.rules.registry import register_rule
 
 
 class _Bags(NamedTuple):
@@ -35,6 +35,7 @@ class _Bags(NamedTuple):
     number: int  # B
 
 
+@register_rule(nn.EmbeddingBag)
 @dataclass(frozen=True)
 class EmbeddingBagRule(Rule):
     """``nn.EmbeddingBag``: ids ``[B, N]``, or ``[N]`` with offsets ``[B]``; output ``[B, C]``.
@@ -100,19 +101,8 @@ class EmbeddingBagRule(Rule):
         keep = where_needed(prepared.finite[self._bags(prepared.inputs).bag])
         return ids, offsets, zero_rows(weights.flatten(), keep).view_as(weights)
 
-    def keeps(self, kind: str) -> Keep:
-        """Keep the ids and weights, as the layer does."""
-        return Keep(inputs=True, norms=False)
-
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
-    ) -> Tensor:
-        """Return the norm of the gradient: a bag is one position, so every kind has the same."""
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Return the norm of the gradient: a bag is one position, so every bound has the same."""
         dtype = norms.norm_dtype(g.dtype)
         if self.mode == "max":
             columns = torch.ones(len(g), dtype=dtype, device=g.device)

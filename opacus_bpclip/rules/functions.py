@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,6 @@ class FunctionRule(Rule):
         """Raise: a module is never called through this rule."""
         raise NotImplementedError
 
-    def keeps(self, kind: str) -> Keep:
-        """Keep nothing."""
-        return Keep(inputs=False, norms=False)
-
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
-    ) -> Tensor:
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
         """Raise: a module is never called through this rule."""
         raise NotImplementedError

@@ -12,19 +12,36 @@ and one product ``(f s_p) g_p`` serves weight and input.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from opacus_bpclip.rules.bounds import Bound
 from opacus_bpclip.rules.exact_norms import own_bound, own_is_cheaper
 from opacus_bpclip.rules.matrix import MatrixRule
 from opacus_bpclip.rules.norms import (
     accumulation,
-    max_column_norm,
     norm_dtype,
     rounding_margin,
     smallest_column_norm,
 )
+
+
+class Scaled(NamedTuple):
+    """An input that is scaled, and never made as a whole.
+
+    Attributes:
+        x: the input, not scaled.
+        columns: norms from `with_one`, of the scaled columns; ``None`` if the bound needs none.
+        factor: from `clip_factor`, by which to scale; ``None`` for 1.
+        max_norm: what the columns' norms are clipped to.
+    """
+
+    x: Tensor
+    columns: Tensor | None
+    factor: Tensor | None
+    max_norm: float | None
 
 
 class FusedRule(MatrixRule):
@@ -90,40 +107,14 @@ class FusedRule(MatrixRule):
             factor: ``[B]``, of each example.
         """
 
-    def bound_of_scaled(
-        self,
-        kind: str,
-        g: Tensor,
-        x: Tensor,
-        columns: Tensor | None,
-        factor: Tensor | None,
-        max_norm: float | None,
-        room: Tensor | None,
-    ) -> Tensor:
-        """Return `bound` for the input ``x`` scaled by ``factor``, which is never made as a whole.
-
-        Args:
-            kind: as for `bound`.
-            g: as for `bound`.
-            x: the input, not scaled.
-            columns: norms from `with_one`, of the scaled columns.
-            factor: from `clip_factor`, ``None`` for 1.
-            max_norm: as for `bound`.
-            room: as ``g``, overwritten; saves fresh memory.
-        """
-        if kind != "exact":
-            return self.cheap_bound(kind, g, columns, max_norm, room)
-        assert columns is not None
-        return self.exact_bound(self.upstream(g), x, columns, factor)
-
-    def sums_own(self, kind: str, g: Tensor) -> bool:
+    def sums_own(self, bound: Bound, g: Tensor) -> bool:
         """Return whether to make each example's own gradient, measure it and add it up.
 
         Args:
-            kind: as for `bound`.
-            g: as for `bound`.
+            bound: how it is to be bounded.
+            g: as for `exact`.
         """
-        if kind != "exact" or not self.weight or not len(g):
+        if not bound.is_norm or not self.weight or not len(g):
             return False
         channels, positions = self.upstream(g).shape[2:]
         # One position's gradient is an outer product, whose norm is known without it.
@@ -134,7 +125,7 @@ class FusedRule(MatrixRule):
 
         Args:
             own: from `own_gradients`.
-            g: as for `bound`.
+            g: as for `exact`.
             columns: norms from `with_one`, of the scaled columns.
         """
         upstream = self.upstream(g)
@@ -147,25 +138,13 @@ class FusedRule(MatrixRule):
         bound = own_bound(norm, upstream, columns, inputs=self.column_size(), slack=slack)
         return bound * accumulation(positions, g.dtype)
 
-    def least_bound(self, kind: str, dtype: torch.dtype, max_norm: float | None) -> float:
-        """Return what part of `size` a bound is at least; 0 where that is not known.
+    def shortest_column(self, dtype: torch.dtype) -> float:
+        """Return what no norm from `with_one` is below, for upstream gradients of this dtype."""
+        return smallest_column_norm(norm_dtype(dtype), weight=self.weight, bias=self.bias)
 
-        A bound of some positions' sum is at least the shortest column's norm times the upstream
-        gradient's; an exact one is at least what it adds for rounding. With 1 or more, the bound
-        alone tells whether it is in range.
-
-        Args:
-            kind: as for `bound`.
-            dtype: of the upstream gradient.
-            max_norm: as for `bound`.
-        """
-        if kind == "product":
-            assert max_norm is not None
-            return max_column_norm(max_norm, weight=self.weight, bias=self.bias)
-        shortest = smallest_column_norm(norm_dtype(dtype), weight=self.weight, bias=self.bias)
-        if kind == "weighted":
-            return shortest
-        return shortest * rounding_margin(dtype, torch.device("cpu"))
+    def least_exact(self, dtype: torch.dtype) -> float:
+        """Return `Bound.least` for the exact bound: what it adds for rounding."""
+        return self.shortest_column(dtype) * rounding_margin(dtype, torch.device("cpu"))
 
     def rescaled(self, y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``b + s (y - b)``, in place outside of a traced graph.

@@ -14,8 +14,10 @@ from typing_extensions import Self
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.rules.affine import AffineRule
 from opacus_bpclip.rules.base import trainable
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule(nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 @dataclass(frozen=True)
 class GroupNormRule(AffineRule):
     """``nn.GroupNorm`` and ``nn.InstanceNorm1d/2d/3d``: input ``[B, C, *]``.

@@ -17,8 +17,10 @@ from opacus_bpclip.rules import norms as bounds
 from opacus_bpclip.rules.base import per_row, trainable
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.matrix import Measured
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule(nn.Linear)
 @dataclass(frozen=True)
 class LinearRule(FusedRule):
     """``nn.Linear``: input ``[B, *, D]``, output ``[B, *, C]``, one group."""

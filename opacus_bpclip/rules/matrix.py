@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from opacus_bpclip.rules import exact_norms, norms
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 
 
 class Measured(NamedTuple):
@@ -72,22 +72,19 @@ class MatrixRule(Rule):
         scale = self.spread(factor.to(x.dtype), x)
         return Prepared((x * scale,), column_norms * factor, finite, (scale,))
 
-    def keeps(self, kind: str) -> Keep:
-        """Keep the map of norms, and for the exact bound the input that the layer keeps anyway."""
-        return Keep(inputs=kind == "exact", norms=kind != "product")
-
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
+    def product(
+        self, g: Tensor, inputs: Inputs, input_norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Return the bound of this kind. Source: design section 3, proofs in docs/guarantee.md."""
-        if kind != "exact":
-            columns = None if input_norms is None else self.with_one(input_norms)
-            return self.cheap_bound(kind, g, columns, max_norm)
+        """Return `product_bound`. Source: design section 3, proofs in docs/guarantee.md."""
+        return self.product_bound(g, max_norm)
+
+    def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Return `weighted_bound`."""
+        assert input_norms is not None
+        return self.weighted_bound(g, self.with_one(input_norms))
+
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Return `exact_bound`."""
         (x,) = inputs
         assert x is not None
         assert input_norms is not None
@@ -97,32 +94,36 @@ class MatrixRule(Rule):
         """Return the norms of the columns with the bias's entry, from those without."""
         return norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
 
-    def cheap_bound(
-        self,
-        kind: str,
-        g: Tensor,
-        columns: Tensor | None,
-        max_norm: float | None,
-        room: Tensor | None = None,
+    def largest_column(self, max_norm: float | None) -> float:
+        """Return the largest norm of a column with the bias's entry."""
+        assert max_norm is not None
+        return norms.max_column_norm(max_norm, weight=self.weight, bias=self.bias)
+
+    def product_bound(
+        self, g: Tensor, max_norm: float | None, room: Tensor | None = None
     ) -> Tensor:
-        """Return the product or the weighted bound, for which norms are enough.
+        """Return the product bound.
 
         Args:
-            kind: as for `bound`.
-            g: as for `bound`.
-            columns: norms from `with_one`; not needed for the product bound.
-            max_norm: as for `bound`.
+            g: as for `product`.
+            max_norm: as for `product`.
             room: as ``g``, overwritten; saves fresh memory.
         """
-        upstream = self.upstream(g)
-        room = room if room is None else self.upstream(room)
-        rounded = norms.accumulation(upstream.shape[3], g.dtype)
-        if kind == "product":
-            assert max_norm is not None
-            largest = norms.max_column_norm(max_norm, weight=self.weight, bias=self.bias)
-            return norms.product_bound(upstream, largest, room) * rounded
-        assert columns is not None
-        return norms.weighted_bound(upstream, columns, room) * rounded
+        upstream, room = self.upstream(g), room if room is None else self.upstream(room)
+        bound = norms.product_bound(upstream, self.largest_column(max_norm), room)
+        return bound * norms.accumulation(upstream.shape[3], g.dtype)
+
+    def weighted_bound(self, g: Tensor, columns: Tensor, room: Tensor | None = None) -> Tensor:
+        """Return the weighted bound.
+
+        Args:
+            g: as for `weighted`.
+            columns: norms from `with_one`.
+            room: as ``g``, overwritten; saves fresh memory.
+        """
+        upstream, room = self.upstream(g), room if room is None else self.upstream(room)
+        bound = norms.weighted_bound(upstream, columns, room)
+        return bound * norms.accumulation(upstream.shape[3], g.dtype)
 
     def exact_bound(
         self, upstream: Tensor, x: Tensor, columns: Tensor, factor: Tensor | None = None
@@ -155,17 +156,18 @@ class MatrixRule(Rule):
 
         return exact_norms.in_chunks(batch, chunk, of) * norms.accumulation(positions, dtype)
 
-    def size(self, kind: str, g: Tensor, input_norms: Tensor | None) -> Tensor:
-        """Return the upstream gradient's norm, in the exact bound times the columns' if above 1."""
-        return self.size_of(kind, g, None if input_norms is None else self.with_one(input_norms))
+    def size(self, g: Tensor, input_norms: Tensor | None) -> Tensor:
+        """Return the upstream gradient's norm times the columns', if that is above 1."""
+        assert input_norms is not None
+        return self.size_of(g, self.with_one(input_norms))
 
-    def size_of(self, kind: str, g: Tensor, columns: Tensor | None) -> Tensor:
+    def size_of(self, g: Tensor, columns: Tensor) -> Tensor:
         """Return `size` for columns of these norms, from `with_one`.
 
         What cancels in the exact bound may overflow before it does.
         """
-        size = norms.row_norms(g)
-        if kind != "exact":
-            return size
-        assert columns is not None
-        return size * norms.row_norms(columns).clamp(min=1)
+        return norms.row_norms(g) * norms.row_norms(columns).clamp(min=1)
+
+    def cheap_size(self, g: Tensor, input_norms: Tensor | None) -> Tensor:
+        """Return the upstream gradient's norm: nothing cancels in the other bounds."""
+        return norms.row_norms(g)

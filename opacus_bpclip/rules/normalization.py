@@ -13,8 +13,10 @@ from typing_extensions import Self
 
 from opacus_bpclip.rules.affine import AffineRule
 from opacus_bpclip.rules.base import trainable
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule(nn.LayerNorm)
 @dataclass(frozen=True)
 class LayerNormRule(AffineRule):
     """``nn.LayerNorm``: input ``[B, *, *shape]``, normalised over ``shape``."""
@@ -113,6 +115,7 @@ class LayerNormRule(AffineRule):
         return tuple(range(-len(self.shape), 0))
 
 
+@register_rule(nn.RMSNorm)
 @dataclass(frozen=True)
 class RMSNormRule(LayerNormRule):
     """``nn.RMSNorm``: as LayerNorm, without the mean and without a bias."""

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip.rules import norms
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, trainable
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule, trainable
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule(nn.PReLU)
 @dataclass(frozen=True)
 class PReLURule(Rule):
     """``nn.PReLU``: input ``[B, *]`` with one slope, ``[B, C, *]`` with ``C`` of them."""
@@ -48,39 +50,29 @@ class PReLURule(Rule):
         # Comparing with nan gives False.
         return Prepared(inputs, None, largest < math.sqrt(torch.finfo(x.dtype).max))
 
-    def keeps(self, kind: str) -> Keep:
-        """Keep the input, as the layer does."""
-        return Keep(inputs=True, norms=False)
-
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
+    def product(
+        self, g: Tensor, inputs: Inputs, input_norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Return the bound of this kind; the product's largest column is the example's own."""
-        (x,) = inputs
-        assert x is not None
-        dtype = norms.norm_dtype(g.dtype)
-        upstream = self._by_slope(g).to(dtype)
-        value = self._by_slope(x).to(dtype).clamp(max=0)
-        columns = norms.column_norms(value.abs(), weight=True, bias=False)
-        if kind == "product":
-            sums = norms.product_bound(upstream.unsqueeze(1), 1.0)
-            sums = sums * norms.accumulation(upstream.shape[2], dtype)
-            return sums * columns.flatten(1).amax(dim=1) + norms.underflow(1, dtype)
-        per_slope = (upstream.abs() * columns).sum(dim=2)
-        slack = norms.underflow(self.slopes * upstream.shape[2], dtype)
-        weighted = torch.linalg.vector_norm(per_slope, dim=1)
-        if kind == "weighted":
-            return weighted + slack
+        """Return the product bound, whose largest column is the example's own."""
+        upstream, _, columns = self._parts(g, inputs)
+        sums = norms.product_bound(upstream.unsqueeze(1), 1.0)
+        sums = sums * norms.accumulation(upstream.shape[2], upstream.dtype)
+        return sums * columns.flatten(1).amax(dim=1) + norms.underflow(1, upstream.dtype)
+
+    def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Return the weighted bound."""
+        upstream, _, columns = self._parts(g, inputs)
+        return _weighted(upstream, columns) + self._slack(upstream)
+
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
+        """Return the norm."""
+        upstream, value, columns = self._parts(g, inputs)
         exact = torch.linalg.vector_norm((upstream * value).sum(dim=2), dim=1)
         # Positions may cancel, but not their rounding errors. A vanishing column counts as one.
+        rounding = norms.rounding_margin(g.dtype, g.device) * _weighted(upstream, columns)
         frobenius = torch.linalg.vector_norm(upstream, dim=(1, 2))
-        vanishing = norms.smallest_column(dtype) * frobenius
-        return exact + norms.rounding_margin(g.dtype, g.device) * weighted + vanishing + slack
+        vanishing = norms.smallest_column(upstream.dtype) * frobenius
+        return exact + rounding + vanishing + self._slack(upstream)
 
     def by_example(self, g: Tensor, inputs: Inputs) -> Mapping[str, Tensor]:
         """Add up each slope's positions."""
@@ -89,6 +81,22 @@ class PReLURule(Rule):
         value = self._by_slope(x).clamp(max=0)
         return {"weight": (self._by_slope(g) * value).sum(dim=2)}
 
+    def _parts(self, g: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Return upstream gradient, negative inputs and columns' norms, each ``[B, C, P]``."""
+        (x,) = inputs
+        assert x is not None
+        dtype = norms.norm_dtype(g.dtype)
+        value = self._by_slope(x).to(dtype).clamp(max=0)
+        columns = norms.column_norms(value.abs(), weight=True, bias=False)
+        return self._by_slope(g).to(dtype), value, columns
+
+    def _slack(self, upstream: Tensor) -> float:
+        return norms.underflow(self.slopes * upstream.shape[2], upstream.dtype)
+
     def _by_slope(self, x: Tensor) -> Tensor:
         """View ``[B, ...]`` as ``[B, C, P]``, a channel for each slope."""
         return x.reshape(len(x), self.slopes, x.shape[1:].numel() // self.slopes)
+
+
+def _weighted(upstream: Tensor, columns: Tensor) -> Tensor:
+    return torch.linalg.vector_norm((upstream.abs() * columns).sum(dim=2), dim=1)

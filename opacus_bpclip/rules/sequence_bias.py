@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip.rules import norms
-from opacus_bpclip.rules.base import Inputs, Keep, Prepared, Rule, trainable
+from opacus_bpclip.rules.base import Inputs, Prepared, Rule, trainable
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule("opacus.layers.dp_multihead_attention.SequenceBias")
 @dataclass(frozen=True)
 class SequenceBiasRule(Rule):
     """``SequenceBias``: input ``[B, L, E]`` or ``[L, B, E]``, output one token longer.
@@ -48,22 +50,11 @@ class SequenceBiasRule(Rule):
         assert x is not None
         return Prepared(inputs, None, x.isfinite().flatten(1).all(dim=1))
 
-    def keeps(self, kind: str) -> Keep:
-        """Keep nothing."""
-        return Keep(inputs=False, norms=False)
-
     def by_example(self, g: Tensor, inputs: Inputs) -> Mapping[str, Tensor]:
         """Return the last token's gradient."""
         return {"bias": g[:, -1]}
 
-    def bound(
-        self,
-        kind: str,
-        g: Tensor,
-        inputs: Inputs,
-        input_norms: Tensor | None,
-        max_norm: float | None,
-    ) -> Tensor:
+    def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
         """Return the norm of the last token's gradient, which is the bias's own."""
         # The other tokens' columns vanish: without them the factor would know no limit.
         others = norms.smallest_column(norms.norm_dtype(g.dtype)) * norms.row_norms(g)

@@ -10,8 +10,10 @@ from typing_extensions import Self
 
 from opacus_bpclip.rules.base import trainable
 from opacus_bpclip.rules.linear import LinearRule
+from opacus_bpclip.rules.registry import register_rule
 
 
+@register_rule("transformers.pytorch_utils.Conv1D")
 @dataclass(frozen=True)
 class TransposedLinearRule(LinearRule):
     """``pytorch_utils.Conv1D``, of GPT-2: a linear layer whose weight is ``[in, out]``.

@@ -15,6 +15,7 @@ from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import Use
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.rules import Bound
 from tests.mutants import joint_killers as killers
 from tests.mutants.registry import MOVED, mutant
 
@@ -69,7 +70,7 @@ def factor_applied_twice(patch: pytest.MonkeyPatch) -> None:
 def first_use_taken_for_all(patch: pytest.MonkeyPatch) -> None:
     """Of a layer that is used twice, one use is measured, and both are added up."""
 
-    def first(uses: Sequence[Use], kind: str) -> Measured:
+    def first(uses: Sequence[Use], bound: Bound) -> Measured:
         return uses[0].measure()
 
     patch.setattr(scope, "merged", lambda uses: uses)

@@ -127,7 +127,8 @@ def patches_not_added_up(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.transposed_convolution_with_bias, says=MOVED)
 def output_bias_uncovered(patch: pytest.MonkeyPatch) -> None:
     """The bias of a transposed convolution is left out of its bound."""
-    patch.setattr(ConvTransposeRule, "_bias_bound", lambda self, kind, g: g.new_zeros(len(g)))
+    for name in ("_sum_of_bias", "_norm_of_bias"):
+        patch.setattr(ConvTransposeRule, name, lambda self, g: g.new_zeros(len(g)))
 
 
 @mutant(killed_by=killers.transposed_convolution_with_bias, says=MOVED)
@@ -135,10 +136,11 @@ def output_bias_taken_for_a_part_of_the_columns(patch: pytest.MonkeyPatch) -> No
     """The bias is counted once a patch, as in a convolution; here it meets every position of the
     output."""
 
-    def one_patch(self: ConvTransposeRule, kind: str, g: Tensor) -> Tensor:
+    def one_patch(self: ConvTransposeRule, g: Tensor) -> Tensor:
         return norms.weighted_bound(self.upstream(g)[..., :1], torch.ones(len(g), self.groups, 1))
 
-    patch.setattr(ConvTransposeRule, "_bias_bound", one_patch)
+    for name in ("_sum_of_bias", "_norm_of_bias"):
+        patch.setattr(ConvTransposeRule, name, one_patch)
 
 
 @mutant(killed_by=killers.transposed_convolution_with_padding, says=MOVED)
@@ -196,13 +198,13 @@ def one_input_measured(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.negative_inputs_by_weighted, says=MOVED)
 def positive_inputs_taken_for_negative(patch: pytest.MonkeyPatch) -> None:
     """A slope is bounded by the inputs that it does not multiply."""
-    bound = PReLURule.bound
+    parts = PReLURule._parts
 
-    def mirrored(self: PReLURule, kind: str, g: Tensor, inputs: Inputs, *args: Any) -> Tensor:
+    def mirrored(self: PReLURule, g: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         (x,) = inputs
-        return bound(self, kind, g, (-x,), *args)
+        return parts(self, g, (-x,))
 
-    patch.setattr(PReLURule, "bound", mirrored)
+    patch.setattr(PReLURule, "_parts", mirrored)
 
 
 @mutant(killed_by=killers.negative_inputs_by_exact, says=MOVED)
@@ -220,7 +222,7 @@ def positions_of_a_slope_not_added_up(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.added_token, says="layer" + MOVED)
 def first_token_taken_for_the_added_one(patch: pytest.MonkeyPatch) -> None:
     """The bias that is one more token is bounded by the first token's gradient; it stands last."""
-    patch.setattr(SequenceBiasRule, "bound", lambda self, kind, g, *_: norms.row_norms(g[:, 0]))
+    patch.setattr(SequenceBiasRule, "exact", lambda self, g, *_: norms.row_norms(g[:, 0]))
 
 
 @mutant(killed_by=killers.added_token, says=REFUSED.format(layer="layer"))
