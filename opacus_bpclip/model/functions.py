@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from opacus_bpclip.model.plan import CallKey, Plan, Template
+from opacus_bpclip.model.plan import CallKey, Plan, Site, Template
 
 # Whose names do not end in an underscore, though they work on their first argument.
 _IN_PLACE = frozenset(
@@ -36,6 +36,8 @@ _OWN_FILES = (
     f"{Path(__file__).parents[1]}{os.sep}",
     *(str(Path(torch.__file__).parent / file) for file in _THROUGH),
 )
+
+_MODULE_CALL = str(Path(torch.nn.Module.__init__.__code__.co_filename))
 
 # Attributes are set on the parameter itself.
 _OF_PARAMETERS = frozenset({"__set__", "__delete__", "requires_grad_", "register_hook"})
@@ -64,14 +66,14 @@ class FunctionCall:
         leaves: its flattened arguments.
         spec: how to put them together.
         made: by index, those that were computed from parameters alone.
-        site: the file and the line that calls it.
+        site: the files and the lines that call it, up to the module's forward.
     """
 
     func: Callable[..., Any]
     leaves: list[Any]
     spec: pytree.TreeSpec
     made: Mapping[int, Made]
-    site: tuple[str, int] = ("", 0)
+    site: Site = ()
 
     @property
     def name(self) -> str:
@@ -168,12 +170,18 @@ class Followed:
             self.mode.paused = False
 
 
-def _site() -> tuple[str, int]:
-    """Return the file and the line of the model's code that calls a function."""
+def _site() -> Site:
+    """Return the lines of the code that calls a function, from the module's forward to the call."""
+    found = []
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FILES):
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if file == _MODULE_CALL:
+            break
+        if not file.startswith(_OWN_FILES):
+            found.append((file, frame.f_lineno))
         frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
+    return tuple(found)
 
 
 class ParameterFunctions(TorchFunctionMode):

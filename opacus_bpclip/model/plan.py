@@ -10,6 +10,9 @@ from torch import Tensor
 
 from opacus_bpclip.model.places import Place
 
+# Files and lines, the innermost first.
+Site = tuple[tuple[str, int], ...]
+
 # In closed form; by `torch.func.vmap` over the function on one example; by autograd on one example
 # after the other; or, where the function draws numbers, by autograd on the call that was made.
 Method = Literal["known", "vmap", "loop", "graph"]
@@ -59,14 +62,14 @@ class CallKey(NamedTuple):
         parameters: the names of those behind its arguments.
         made: the indices of the arguments that were computed from parameters alone.
         kinds: what its flattened arguments are.
-        site: the file and the line that calls it.
+        site: the files and the lines that call it, up to the module's forward.
     """
 
     name: str
     parameters: frozenset[str]
     made: tuple[int, ...]
     kinds: tuple[object, ...]
-    site: tuple[str, int]
+    site: Site
 
 
 @dataclass(frozen=True)

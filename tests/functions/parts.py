@@ -127,6 +127,30 @@ def unbound(s: Part, x: Tensor) -> Tensor:
     return torch.addcmul(shift, x, scale)
 
 
+def memory(s: Part, x: Tensor) -> Tensor:
+    # One parameter, two arguments.
+    kept = s.w.expand(len(x), -1, -1)
+    return F.scaled_dot_product_attention(x, kept, kept) + torch.addcmul(s.b, x, s.b)
+
+
+def broadcast(s: Part, x: Tensor) -> Tensor:
+    one, other = torch.broadcast_tensors(x, s.w)
+    return one * other
+
+
+def filled(s: Part, x: Tensor) -> Tensor:
+    weight = torch.zeros(D, D, dtype=x.dtype)
+    weight[:2] = s.w
+    return F.linear(x, weight, s.b)
+
+
+def two_views(s: Part, x: Tensor) -> Tensor:
+    both = torch.cat([x, x.flip(1)])
+    both = torch.cat([s.token.expand(len(both), -1, -1), both], dim=1)
+    one, other = torch.tanh(both)[:, 1:].chunk(2)
+    return one * other + torch.tanh(both[: len(x), :1])
+
+
 def _list(*shapes: int) -> nn.ParameterList:
     return nn.ParameterList([drawn(size) for size in shapes])
 
@@ -157,6 +181,10 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "contracted": lambda: Part(contracted, {"w": drawn(2, D, D)}),
     "listed": lambda: Part(listed, ones=_list(D, D), others=_list(D, 1)),
     "unbound": lambda: Part(unbound, {"w": drawn(2, 1, D), "b": drawn(2, T, 1)}),
+    "memory": lambda: Part(memory, {"w": drawn(1, 2, D), "b": drawn(D)}),
+    "broadcast": lambda: Part(broadcast, {"w": drawn(D)}),
+    "filled": lambda: Part(filled, {"w": drawn(2, D), "b": drawn(D)}),
+    "two views": lambda: Part(two_views, {"token": drawn(1, 1, D)}),
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(D, D)),
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(D, D)).eval(),
     "orthogonal": _orthogonal,

@@ -38,6 +38,33 @@ class Squared(torch.autograd.Function):
         return g * w * w, (2 * g * x * w).sum(0)
 
 
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w):
+        return w.round()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def _changed_later(s: nn.Module, x: Tensor) -> Tensor:
+    h = torch.tanh(x)
+    y = torch.einsum("bi,i->bi", h, s.w)
+    h.detach().zero_()
+    return y + h
+
+
+def _selected(s: nn.Module, x: Tensor) -> Tensor:
+    chosen = x[:, 0] > 1e6
+    return x.masked_scatter(chosen[:, None], x[chosen] * s.w)
+
+
+def _sorted_by_a_draw(s: nn.Module, x: Tensor) -> Tensor:
+    order = torch.rand(len(x)).argsort()
+    return (x[order] * s.w)[order.argsort()]
+
+
 W = torch.arange(1.0, 5.0)
 REFUSED = {
     "rows of the parameter by the place in the batch": (
@@ -57,6 +84,14 @@ REFUSED = {
         "these places",
     ),
     "a function of somebody's own": (lambda s, x: Squared.apply(x, s.w), {"w": W}, "s.w|w got"),
+    "an argument that is changed after the call": (_changed_later, {"w": W}, "changed in place"),
+    "an argument that would lose its gradient": (
+        lambda s, x: torch.addcmul(s.b, x, Rounded.apply(s.w)),
+        {"w": W, "b": W},
+        "would be lost|got gradient|got a gradient",
+    ),
+    "a selection by values": (_selected, {"w": W}, "no row for each of them"),
+    "rows sorted by a random number": (_sorted_by_a_draw, {"w": W}, "these places"),
     "a loop over the examples": (
         lambda s, x: torch.stack([row * s.w for row in x]),
         {"w": W},
@@ -122,3 +157,25 @@ def test_no_compiled_graph_trains_them_unclipped(whole):
     compiled = torch.compile(trainer.model if whole else trainer.plain, backend="eager")
     with pytest.raises(PrivacyViolationError):
         _train(compiled, trainer, x)
+
+
+class Forms(nn.Module):
+    """Uses its embedding's weight by a function in one of two ways of calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+
+    def forward(self, ids: Tensor, tied: bool = False) -> Tensor:
+        y = self.table(ids).sum(1)
+        return torch.nn.functional.linear(y, self.table.weight) if tied else y
+
+
+def test_a_compiled_graph_of_another_form_than_was_run_is_refused():
+    trainer = Trainer(Forms(), (4,), BackpropClipping(), probe=True)
+    ids = torch.ones(3, 4, dtype=torch.long)
+    trainer.step(ids, torch.ones(3, 3).double())
+    torch._dynamo.reset()
+    compiled = torch.compile(trainer.model, backend="aot_eager")
+    with pytest.raises(PrivacyViolationError, match="in which no batch has run"):
+        compiled(ids, tied=True).sum(1).mean().backward()

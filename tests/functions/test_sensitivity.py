@@ -82,3 +82,12 @@ def test_an_example_that_is_not_finite_contributes_nothing(name):
     x = torch.randn(3, T, D).double()
     x[-1, 0, 0] = torch.nan
     check_silent(trainer, x, torch.randn(3, 2).double())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_batch_makes_a_sum_of_zeros(name):
+    torch.manual_seed(0)
+    trainer = Trainer(Stack([name]), (T, D), BackpropClipping())
+    x, target = torch.randn(3, T, D).double(), torch.randn(3, 2).double()
+    trainer.step(x, target)
+    assert not joint(trainer.released(x[:0], target[:0])).any()
