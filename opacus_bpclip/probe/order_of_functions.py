@@ -214,7 +214,8 @@ def _change(template: Template, kept: Sequence[int], size: int) -> Callable[[Any
             x = leaves[index]
             if place is not None and x.is_floating_point():
                 rows = place.rows(x.detach(), size)
-                noise = torch.randn(rows.shape, generator=generator).to(rows)
+                # Positive: a scale stays one.
+                noise = torch.rand(rows.shape, generator=generator).to(rows)
                 noise[list(kept)] = 0
                 leaves[index] = place.put_back(rows + noise)
         return pytree.tree_unflatten(leaves, spec)
