@@ -279,10 +279,10 @@ class GradientGuard:
     def _check_arrival(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that autograd is about to send to its parameter."""
         self._check_loss(watched)
-        if self._compiled and self.traced_form is not None and self.traced_form not in self.forms:
-            self.fail(_OTHER_FORM)
         by_functions = watched.parameter in self.by_functions
         self.require(foreign_gradient(watched, compiled=self._compiled, by_functions=by_functions))
+        if self._compiled and self.traced_form is not None and self.traced_form not in self.forms:
+            self.fail(_OTHER_FORM)
         self.require(unusable_gradient(watched, gradient))
         self.require(self.passes.note_traced())
         self._check_mixed()
