@@ -17,7 +17,8 @@ from opacus_bpclip.clipping.functions import Functions
 from opacus_bpclip.clipping.shared import SharedMeasurement
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
-from opacus_bpclip.guard.guard import GradientGuard, form_of
+from opacus_bpclip.guard.forms import form_of
+from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.functions import Followed

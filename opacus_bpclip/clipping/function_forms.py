@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from opacus_bpclip.errors import CoverageError
-from opacus_bpclip.model.functions import FunctionCall
+from opacus_bpclip.model.function_call import FunctionCall
 from opacus_bpclip.model.places import Place
 from opacus_bpclip.model.plan import Template
 from opacus_bpclip.rules import Inputs, Rule, registered_kind

@@ -13,8 +13,8 @@ from torch.autograd.graph import GradientEdge
 from opacus_bpclip.clipping.factors import Factors, Measured, measured
 from opacus_bpclip.clipping.function_forms import Form, form_of, measured_inputs
 from opacus_bpclip.clipping.use import Sums, Use
+from opacus_bpclip.model.function_call import FunctionCall
 from opacus_bpclip.model.function_checks import changed_argument
-from opacus_bpclip.model.functions import FunctionCall, Made
 from opacus_bpclip.model.known_gradients import SUMS_AND_COPIES
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind, own_gradients, sent_back
@@ -34,21 +34,17 @@ class FunctionGraph:
     """A call that was made on a private graph.
 
     Attributes:
-        call: the call.
+        call: the call, on tensors that are cut off from all others.
         template: where it has the batch.
-        arguments: what the function was called on: tensors cut off from all others.
         results: where the graphs of its flattened results begin: edges, so that no tensor is kept
             for them; ``None`` for those without a gradient.
-        made: what was computed from parameters alone, by the arguments' index.
         versions: of the arguments, at the call.
         examples: how many examples it was over.
     """
 
     call: FunctionCall
     template: Template
-    arguments: list[Any]
     results: list[GradientEdge | None]
-    made: Mapping[int, Made]
     versions: tuple[int, ...]
     examples: int
 
@@ -57,7 +53,7 @@ class FunctionGraph:
         """Return the arguments that hold the batch."""
         return [
             x
-            for x, place in zip(self.arguments, self.template.arguments, strict=True)
+            for x, place in zip(self.call.leaves, self.template.arguments, strict=True)
             if place is not None and isinstance(x, Tensor)
         ]
 
@@ -84,7 +80,7 @@ class FunctionGraph:
     def has_changed(self) -> bool:
         """Return whether somebody has changed an argument in place that gradients are made from."""
         unread = self.template.method == "known" and self.call.name in SUMS_AND_COPIES
-        return not unread and self.versions != versions_of(self.arguments)
+        return not unread and self.versions != versions_of(self.call.leaves)
 
 
 def versions_of(leaves: Sequence[Any]) -> tuple[int, ...]:
@@ -123,7 +119,6 @@ class FunctionUse(Use):
         self._own_of_values = own_gradients(
             graph.call,
             graph.template,
-            graph.arguments,
             graph.results,
             upstream,
             graph.examples,
@@ -174,7 +169,7 @@ class FunctionUse(Use):
 
     def _measured_by_rule(self, form: Form) -> Measured:
         graph = self._graph
-        given = form.inputs(graph.arguments, graph.template, graph.examples)
+        given = form.inputs(graph.call.leaves, graph.template, graph.examples)
         inputs, norms, finite = measured_inputs(form, given)
         g = form.rows(self._upstream[0])
         return measured(
@@ -189,9 +184,9 @@ class FunctionUse(Use):
         (g,) = self._upstream
         scaled = g * per_row((by * self.examples).to(g.dtype), g)
         graph = self._graph
-        values = [graph.arguments[index] for index in graph.made]
+        values = [graph.call.leaves[index] for index in graph.call.made]
         found = graph.input_gradients([scaled], values)
-        names = (self._names[index][0] for index in graph.made)
+        names = (self._names[index][0] for index in graph.call.made)
         return {
             name: torch.zeros_like(value) if total is None else total
             for name, value, total in zip(names, values, found, strict=True)
@@ -209,7 +204,7 @@ class FunctionUse(Use):
             return {name: own[rows] for name, own in self._kept.items()}
         found: dict[str, Tensor] = {}
         graph = self._graph
-        values = zip(graph.made.items(), self._own_of_values(rows), strict=True)
+        values = zip(graph.call.made.items(), self._own_of_values(rows), strict=True)
         for (index, made), gradient in values:
             names = self._names[index]
             if not any(names):
@@ -233,7 +228,7 @@ class FunctionUse(Use):
 
     def _bytes(self) -> int:
         """Return how many bytes an example takes."""
-        values = [made.value for made in self._graph.made.values()]
+        values = [made.value for made in self._graph.call.made.values()]
         behind = [leaf for value in values for leaf in leaves_behind(value)]
         sizes = sum(x.numel() for x in (*values, *behind))
         given = (*self._upstream, *self._graph.inputs)

@@ -22,7 +22,8 @@ from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.guard.call_checks import ran_twice
 from opacus_bpclip.model import function_checks
 from opacus_bpclip.model.coverage import unclipped_inputs
-from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions
+from opacus_bpclip.model.function_call import FunctionCall
+from opacus_bpclip.model.functions import ParameterFunctions
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind
 from opacus_bpclip.model.plan import CallKey, Plan, Template
@@ -158,16 +159,13 @@ class _Following(ParameterFunctions):
             arguments[index] = made.value.detach().requires_grad_()
         with torch.enable_grad():
             result = call.run(arguments)
-        own = replace(call, leaves=arguments, made=call.made)
         edges = [_edge(x) for x in pytree.tree_leaves(result)]
         # Without a gradient on this batch: nothing comes back for it.
         outputs = (None if e is None else p for e, p in zip(edges, template.outputs, strict=True))
         graph = FunctionGraph(
-            own,
+            replace(call, leaves=arguments),
             template._replace(outputs=tuple(outputs)),
-            arguments,
             edges,
-            call.made,
             versions_of(arguments),
             examples,
         )
@@ -178,13 +176,13 @@ class _Following(ParameterFunctions):
     ) -> tuple[Tensor, ...]:
         """Return the results with the node behind them."""
         names: dict[str, dict[int, list[str | None]]] = {}
-        for index, made in graph.made.items():
+        for index, made in graph.call.made.items():
             behind = leaves_behind(made.value)
             if any(id(leaf) not in self._owners for leaf in behind):
                 self._guard.fail(function_checks.lost_argument(call))
             owners = [self._owners[id(leaf)] for leaf in behind]
             for own in dict.fromkeys(layer.name for layer, _ in owners):
-                names.setdefault(own, {i: [] for i in graph.made})[index] = [
+                names.setdefault(own, {i: [] for i in graph.call.made})[index] = [
                     name if owner.name == own else None for owner, name in owners
                 ]
         layers = [self._layers[name] for name in names]
@@ -247,7 +245,6 @@ class _FunctionNode(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.guard, ctx.mean, ctx.graph, ctx.uses = guard, mean, graph, uses
         ctx.tokens, ctx.spent = tokens, False
-        ctx.count = len(inputs)
         return tuple(result.detach() for result in results)
 
     @staticmethod

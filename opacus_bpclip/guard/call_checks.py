@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opacus_bpclip.guard.watched import leaves_of
+from opacus_bpclip.model.graphs import leaves_of
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Inputs
 

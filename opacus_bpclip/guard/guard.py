@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from opacus_bpclip.guard.call_checks import (
     replaced_parameter,
     used_too_often,
 )
+from opacus_bpclip.guard.forms import OTHER_FORM
 from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
 from opacus_bpclip.guard.passes import BackwardPasses
 from opacus_bpclip.guard.ranks import several_ranks
@@ -47,24 +48,6 @@ _MIXED = (
     "rest is not. Compile the whole model, or none of it, or use "
     'BackpropClipping(allocation="dimension").'
 )
-
-
-_OTHER_FORM = (
-    "The compiled model was called in a way in which no batch has run before torch.compile (other "
-    "arguments, flags or numbers of axes): what it does then with its parameters was never "
-    "checked. Run one batch of each way of calling it first."
-)
-
-
-def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """Return what tells ways of calling a model apart: as simple as a compiler can trace it."""
-    return tuple(map(_kind_of, args)), tuple((name, _kind_of(kwargs[name])) for name in kwargs)
-
-
-def _kind_of(value: Any) -> object:
-    if isinstance(value, Tensor):
-        return value.dim()
-    return value if isinstance(value, (bool, str)) else None
 
 
 class GradientGuard:
@@ -282,7 +265,7 @@ class GradientGuard:
         by_functions = watched.parameter in self.by_functions
         self.require(foreign_gradient(watched, compiled=self._compiled, by_functions=by_functions))
         if self._compiled and self.traced_form is not None and self.traced_form not in self.forms:
-            self.fail(_OTHER_FORM)
+            self.fail(OTHER_FORM)
         self.require(unusable_gradient(watched, gradient))
         self.require(self.passes.note_traced())
         self._check_mixed()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
-import torch
 from torch import Tensor, nn
 
 Fail = Callable[[str], NoReturn]
@@ -128,25 +127,3 @@ class WatchedParameter:
         self.add(gradient)
         self.arrivals += 1
         parameter.grad = None
-
-
-def leaves_of(y: Tensor, stop: Collection[torch.autograd.graph.Node | None]) -> Iterator[Tensor]:
-    """Yield the leaf tensors behind ``y``.
-
-    Args:
-        y: a layer's output.
-        stop: the nodes that made the layer's inputs, which are not crossed.
-    """
-    if y.grad_fn is None:
-        return
-    queue, seen = [y.grad_fn], {*stop, y.grad_fn}
-    while queue:
-        for following, _ in queue.pop().next_functions:
-            if following is None or following in seen:
-                continue
-            seen.add(following)
-            leaf = getattr(following, "variable", None)
-            if leaf is None:
-                queue.append(following)
-            else:
-                yield leaf

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from opacus_bpclip.model.functions import FunctionCall
+from opacus_bpclip.model.function_call import FunctionCall
 from opacus_bpclip.model.plan import Template
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from opacus_bpclip.model.functions import FunctionCall
+from opacus_bpclip.model.function_call import FunctionCall
 from opacus_bpclip.model.plan import Template
 
 # Takes the rows of the arguments and the upstream gradient of some examples; returns their

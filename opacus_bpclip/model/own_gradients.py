@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opacus_bpclip.model.functions import FunctionCall
+from opacus_bpclip.model.function_call import FunctionCall
+from opacus_bpclip.model.graphs import leaves_of
 from opacus_bpclip.model.known_gradients import known_gradients
 from opacus_bpclip.model.plan import Template
 
@@ -19,7 +20,6 @@ OwnGradients = Callable[[slice], tuple[Tensor, ...]]
 def own_gradients(
     call: FunctionCall,
     template: Template,
-    arguments: Sequence[Any],
     results: Sequence[Any],
     upstream: Sequence[Tensor],
     examples: int,
@@ -27,18 +27,17 @@ def own_gradients(
     """Return what makes the examples' gradients of a call, for some of them at a time.
 
     Args:
-        call: the call.
+        call: the call, on tensors that are cut off from all others.
         template: where it has the batch, and by which method the gradients are made.
-        arguments: what the function was called on.
         results: what it returned, or where the graphs of that begin; for the method ``"graph"``.
         upstream: gradients of the results that hold the batch, each ``[B, *]``, as `Place.rows`
             has them.
         examples: how many there are.
     """
-    values = [arguments[index] for index in call.made]
+    values = [call.leaves[index] for index in call.made]
     if template.method == "graph":
         return _of_graph(template, results, values, upstream)
-    given = template.given(arguments, examples)
+    given = template.given(call.leaves, examples)
     if template.method == "known":
         known = known_gradients(call, template)
         assert known is not None
@@ -105,22 +104,8 @@ def _of_graph(
 
 
 def leaves_behind(value: Tensor) -> list[Tensor]:
-    """Return the leaves that a tensor was computed from, in a fixed order."""
-    if value.grad_fn is None:
-        return [value]
-    found: dict[int, Tensor] = {}
-    queue, seen = [value.grad_fn], {value.grad_fn}
-    while queue:
-        for node, _ in queue.pop().next_functions:
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is None:
-                queue.append(node)
-            else:
-                found[id(leaf)] = leaf
-    return list(found.values())
+    """Return the leaves that a tensor was computed from, in a fixed order; of a leaf itself."""
+    return [value] if value.grad_fn is None else list(leaves_of(value))
 
 
 def sent_back(value: Tensor, own: Tensor, *, batched: bool) -> list[Tensor]:

@@ -60,8 +60,8 @@ def narrow(
         if number not in other:
             raise RefusedError(Problem("(root)", problems.unsteady_functions()))
         pairs = zip(
-            (*one.arguments, *one.results),
-            (*other[number].arguments, *other[number].results),
+            (*one.call.leaves, *one.results),
+            (*other[number].call.leaves, *other[number].results),
             found[number],
             strict=True,
         )
@@ -155,7 +155,7 @@ def _template(seen: Seen, places: Places, *, inner: bool) -> Template:
         places: what is left.
         inner: which to take where nothing is known.
     """
-    tensors = zip((*seen.arguments, *seen.results), places, strict=True)
+    tensors = zip((*seen.call.leaves, *seen.results), places, strict=True)
     known = {
         left[0].inner
         for x, left in tensors
@@ -166,7 +166,7 @@ def _template(seen: Seen, places: Places, *, inner: bool) -> Template:
         None if not left else next((p for p in left if p.inner == inner), left[0])
         for left in places
     ]
-    count = len(seen.arguments)
+    count = len(seen.call.leaves)
     for index, result in enumerate(seen.results, start=count):
         if not (isinstance(result, Tensor) and result.requires_grad):
             chosen[index] = None  # Indices, beside what they were found for.

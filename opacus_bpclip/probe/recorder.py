@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from opacus_bpclip.model.function_call import FunctionCall
 from opacus_bpclip.model.function_checks import data_argument
-from opacus_bpclip.model.functions import FunctionCall, ParameterFunctions
+from opacus_bpclip.model.functions import ParameterFunctions
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.plan import CallKey, Plan, Template
 from opacus_bpclip.probe.batches import Batch
@@ -29,14 +30,12 @@ class Seen:
     """A call of a function that met examples, in one run.
 
     Attributes:
-        call: the call.
-        arguments: what it was called on, the private graph's tensors included.
+        call: the call, on tensors that are cut off from all others.
         results: its flattened results.
         random: whether it drew numbers.
     """
 
     call: FunctionCall
-    arguments: list[Any]
     results: list[Any]
     random: bool
 
@@ -96,7 +95,7 @@ class Recorder(ParameterFunctions):
         drawn, self._steady.random = self._steady.random, self._steady.random or random
         results = pytree.tree_leaves(result)
         if _depends(results, [leaves[index] for index in call.made]):
-            self.seen[self._number] = Seen(call, leaves, results, drawn)
+            self.seen[self._number] = Seen(replace(call, leaves=leaves), results, drawn)
         change = self.disturbed.get(self._number)
         result = pytree.tree_map(
             lambda x: x.detach().clone() if isinstance(x, Tensor) else x,

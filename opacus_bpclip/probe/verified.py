@@ -36,7 +36,6 @@ def verified(
         tolerance: up to which relative difference numbers are the same.
     """
     seen = _finite(seen, template, examples)
-    own_call = replace(seen.call, leaves=seen.arguments)
     told, name = ", ".join(sorted(seen.call.names)), seen.call.name
     upstream = _upstream(seen, template, examples)
     if not upstream:
@@ -47,12 +46,12 @@ def verified(
         if not gap <= tolerance:
             return template, Problem("(root)", problems.unlike_alone(told, name, "output", gap))
     methods: dict[str, Sequence[Any]] = {"vmap": ("vmap", "loop"), "graph": ("graph",)}
-    if template.method == "vmap" and known_gradients(own_call, template) is not None:
+    if template.method == "vmap" and known_gradients(seen.call, template) is not None:
         methods["vmap"] = ("known", "vmap", "loop")
     gap = torch.inf
     for method in methods[template.method]:
         candidate = template._replace(method=method)
-        own = own_gradients(own_call, candidate, seen.arguments, seen.results, upstream, examples)
+        own = own_gradients(seen.call, candidate, seen.results, upstream, examples)
         try:
             with warnings.catch_warnings():
                 # Where vmap has no rule of its own, it warns, and is no faster than a loop.
@@ -68,7 +67,7 @@ def verified(
 
 def _finite(seen: Seen, template: Template, examples: int) -> Seen:
     """Return the call on other examples where some are not finite: those have no gradients."""
-    arguments = list(seen.arguments)
+    arguments = list(seen.call.leaves)
     generator = torch.Generator().manual_seed(7)
     changed = False
     for index, place in enumerate(template.arguments):
@@ -86,7 +85,7 @@ def _finite(seen: Seen, template: Template, examples: int) -> Seen:
         return seen
     with torch.enable_grad():
         results = pytree.tree_leaves(seen.call.run(arguments))
-    return replace(seen, arguments=arguments, results=results)
+    return replace(seen, call=replace(seen.call, leaves=arguments), results=results)
 
 
 def _sends_back(seen: Seen, own: Sequence[Tensor], tolerance: float) -> bool:
@@ -119,7 +118,6 @@ def _by_autograd(seen: Seen, template: Template, upstream: Sequence[Tensor]) -> 
     graph = own_gradients(
         seen.call,
         template._replace(method="graph"),
-        seen.arguments,
         seen.results,
         upstream,
         len(upstream[0]),
@@ -128,8 +126,8 @@ def _by_autograd(seen: Seen, template: Template, upstream: Sequence[Tensor]) -> 
 
 
 def _gap_of_results(seen: Seen, template: Template, examples: int) -> float:
-    values = [seen.arguments[index] for index in seen.call.made]
-    given = template.given(seen.arguments, examples)
+    values = [seen.call.leaves[index] for index in seen.call.made]
+    given = template.given(seen.call.leaves, examples)
     whole = [place.rows(x.detach(), examples) for x, place in template.placed(seen.results)]
     worst = 0.0
     for row in range(examples):

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import peft
-import torch
 import transformers as hf
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tests.families.family import Family, add
-from tests.families.text import CLASSES, TOKENS, of_class, of_next, tokens
+from tests.families.family import (
+    CLASSES,
+    SIZES,
+    TOKENS,
+    WORDS,
+    add,
+    floats,
+    of_class,
+    of_next,
+    tokens,
+)
 
 _KIND = {"class": peft.TaskType.SEQ_CLS, "causal": peft.TaskType.CAUSAL_LM}
 
 
 def _bert() -> nn.Module:
-    config = hf.BertConfig(
-        vocab_size=TOKENS,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=CLASSES,
-        pad_token_id=0,
-    )
+    config = hf.BertConfig(**WORDS, **SIZES, num_labels=CLASSES)
     return hf.BertForSequenceClassification(config)
 
 
@@ -36,15 +36,7 @@ def _gpt2() -> nn.Module:
 
 
 def _llama() -> nn.Module:
-    config = hf.LlamaConfig(
-        vocab_size=TOKENS,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        pad_token_id=0,
-    )
-    return hf.LlamaForCausalLM(config)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**WORDS, **SIZES))
 
 
 def _with(base: Callable[[], nn.Module], config: Callable[[], Any]) -> Callable[[], nn.Module]:
@@ -77,7 +69,7 @@ for _name, _build in {
     "adalora": _bert_with("AdaLoraConfig", init_r=3, target_r=2, total_step=10, **_ATTENTION),
     "modules-to-save": _bert_with("LoraConfig", r=2, modules_to_save=["pooler"], **_ATTENTION),
 }.items():
-    add(Family(f"bert-{_name}", _build, tokens, of_class))
+    add(f"bert-{_name}", _build, tokens, of_class)
 
 for _name, _build in {
     "lora": _llama_with("LoraConfig", r=2, **_PROJECTIONS),
@@ -89,62 +81,51 @@ for _name, _build in {
     ),
     "p-tuning": _llama_with("PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
 }.items():
-
-    def _of_last(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        logits = model(**batch).logits[:, -10:-1]
-        labels = batch["input_ids"][:, 1:]
-        return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
-
-    add(Family(f"llama-{_name}", _build, tokens, _of_last))
+    add(f"llama-{_name}", _build, tokens, of_next)
 
 add(
-    Family(
-        "gpt2-lora",
-        _with(
-            _gpt2,
-            lambda: peft.LoraConfig(
-                task_type=_KIND["causal"], r=2, target_modules=["c_attn"], fan_in_fan_out=True
-            ),
+    "gpt2-lora",
+    _with(
+        _gpt2,
+        lambda: peft.LoraConfig(
+            task_type=_KIND["causal"], r=2, target_modules=["c_attn"], fan_in_fan_out=True
         ),
-        tokens,
-        of_next,
-    )
+    ),
+    tokens,
+    of_next,
 )
 
 
 def _two_adapters() -> nn.Module:
-    model = peft.get_peft_model(
-        _bert(), peft.LoraConfig(task_type=_KIND["class"], r=2, **_ATTENTION)
+    one, other = (
+        peft.LoraConfig(task_type=_KIND["class"], r=rank, **_ATTENTION) for rank in (2, 3)
     )
-    model.add_adapter("other", peft.LoraConfig(task_type=_KIND["class"], r=3, **_ATTENTION))
+    model = peft.get_peft_model(_bert(), one)
+    model.add_adapter("other", other)
     model.set_adapter("other")
     return model
 
 
-add(Family("bert-two-adapters", _two_adapters, tokens, of_class))
+add("bert-two-adapters", _two_adapters, tokens, of_class)
 
 
 class _Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 6, 3, padding=1)
-        self.head = nn.Linear(6, 3)
+        self.head = nn.Linear(6, CLASSES)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.head(torch.relu(self.conv(pixel_values)).mean(dim=(2, 3)))
+    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+        y = self.conv(pixel_values).relu().mean(dim=(2, 3))
+        return SimpleNamespace(logits=self.head(y))
 
 
 add(
-    Family(
-        "conv-lora",
-        lambda: peft.get_peft_model(
-            _Convolutions(), peft.LoraConfig(r=2, target_modules=["conv"], modules_to_save=["head"])
-        ),
-        lambda n: {
-            "pixel_values": torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(n))
-        },
-        lambda m, b: F.cross_entropy(
-            m(**b), (b["pixel_values"][:, 0, 0, 0] > 0).long(), reduction="none"
-        ),
-    )
+    "conv-lora",
+    _with(
+        _Convolutions,
+        lambda: peft.LoraConfig(r=2, target_modules=["conv"], modules_to_save=["head"]),
+    ),
+    lambda count: {"pixel_values": floats(count, 3, 8, 8)},
+    of_class,
 )

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from opacus_bpclip import BackpropClipping, PrivacyEngine
-from tests.families import adapters, pictures, text
+from tests.families import adapters, diffusion, pictures, text
 from tests.families.family import FAMILIES, Family
 
-assert FAMILIES, (adapters, pictures, text)
+assert FAMILIES, (adapters, diffusion, pictures, text)
 
 # One of each kind: plain, root mean square norms, relative positions and two inputs, pictures with
 # tokens, windows, adapters.
