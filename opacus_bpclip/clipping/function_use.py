@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from opacus_bpclip.clipping.factors import Factors, Measured, measured
+from opacus_bpclip.clipping.factors import Factors, Measured, Target, measured
 from opacus_bpclip.clipping.function_forms import Form, form_of, measured_inputs
 from opacus_bpclip.clipping.use import Sums, Use
 from opacus_bpclip.model.function_call import FunctionCall
@@ -20,6 +20,7 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind, own_gradients, sent_back
 from opacus_bpclip.model.plan import Template
 from opacus_bpclip.rules.base import per_row, where_needed, zero_rows
+from opacus_bpclip.rules.cancellation import kept
 from opacus_bpclip.rules.exact_norms import chunks
 from opacus_bpclip.rules.norms import row_norms
 
@@ -79,8 +80,12 @@ class FunctionGraph:
     @property
     def has_changed(self) -> bool:
         """Return whether somebody has changed an argument in place that gradients are made from."""
-        unread = self.template.method == "known" and self.call.name in SUMS_AND_COPIES
-        return not unread and self.versions != versions_of(self.call.leaves)
+        return self.reads_arguments and self.versions != versions_of(self.call.leaves)
+
+    @property
+    def reads_arguments(self) -> bool:
+        """Return whether gradients are made from the arguments at all."""
+        return self.template.method != "known" or self.call.name not in SUMS_AND_COPIES
 
 
 def versions_of(leaves: Sequence[Any]) -> tuple[int, ...]:
@@ -99,6 +104,7 @@ class FunctionUse(Use):
         names: by the index of an argument, for each leaf behind it the parameter's name in the
             layer; ``None`` where it is another layer's.
         inputs: the gradients of the arguments that hold the batch.
+        target: what gradients are scaled to.
         fail: called with what is wrong; raises.
     """
 
@@ -110,9 +116,10 @@ class FunctionUse(Use):
         upstream: Sequence[Tensor],
         names: Mapping[int, Sequence[str | None]],
         inputs: tuple[Tensor | None, ...],
+        target: Target,
         fail: Callable[[str], NoReturn],
     ) -> None:
-        self._fail = fail
+        self._target, self._fail = target, fail
         self.layer, self.examples = layer, examples
         self._graph, self._upstream, self._names = graph, upstream, names
         self._inputs = inputs
@@ -124,6 +131,7 @@ class FunctionUse(Use):
             graph.examples,
         )
         self._kept: Sums | None = None
+        self._part: Tensor | None = None
         owned = all(None not in own and own for own in names.values())
         self._form = form_of(graph.call, graph.template, upstream) if owned else None
         self._versions = versions_of(upstream)
@@ -139,25 +147,34 @@ class FunctionUse(Use):
             self._fail(changed_argument(self._graph.call))
         if self._form is not None:
             return self._measured_by_rule(self._form)
-        norms, kept_parts = [], list[Sums]()
+        norms, made = [], list[Sums]()
         keeps = self._bytes() * len(self._upstream[0]) <= _KEPT
         for rows in self._chunks():
-            own = self.own(rows)
+            own = self._made(rows)
             norms.append(_norm(own))
             if keeps:
-                kept_parts.append(own)
+                made.append(own)
         if keeps:
-            self._kept = {
-                name: torch.cat([part[name] for part in kept_parts]) for name in kept_parts[0]
-            }
+            self._kept = {name: torch.cat([own[name] for own in made]) for name in made[0]}
         bound = torch.cat(norms)
-        return measured(bound, None, examples=self.examples)
+        self._part = self._part_of(bound)
+        return measured(bound * self._part, None, examples=self.examples)
+
+    def _part_of(self, bound: Tensor) -> Tensor:
+        """Return what part of each example's gradient to keep, where it may be rounding alone."""
+        of = torch.stack([row_norms(g) for g in self._upstream]).sum(dim=0)
+        if self._graph.reads_arguments:
+            given = self._graph.template.given(self._graph.call.leaves, self._graph.examples)
+            floats = [row_norms(x).square() for x in given if x.is_floating_point()]
+            of = of * torch.stack([torch.ones_like(of), *floats]).sum(dim=0).sqrt()
+        limit = self._target.unscaled() / max(self.examples, 1)
+        return kept(bound, of, self._upstream[0].dtype, limit)
 
     def sums(self, factors: Factors) -> Sums:
         """Multiply the factors with the gradients, which are what has been measured."""
         by, keep = factors
         if self._form is not None and keep is None:
-            return self._sums_in_one(by)
+            return self._sums_in_one(by if self._part is None else by * self._part.to(by.dtype))
         sums: dict[str, Tensor] = {}
         for rows in self._chunks():
             few = None if keep is None else keep[rows]
@@ -172,8 +189,10 @@ class FunctionUse(Use):
         given = form.inputs(graph.call.leaves, graph.template, graph.examples)
         inputs, norms, finite = measured_inputs(form, given)
         g = form.rows(self._upstream[0])
+        bound = form.rule.exact(g, inputs, norms)
+        self._part = self._part_of(bound)
         return measured(
-            form.rule.exact(g, inputs, norms),
+            bound,
             where_needed(finite),
             size=lambda: form.rule.size(g, norms),
             examples=self.examples,
@@ -199,6 +218,14 @@ class FunctionUse(Use):
         return self._inputs
 
     def own(self, rows: slice) -> Sums:
+        """Return the gradients of some examples, as far as they are kept."""
+        made = self._made(rows)
+        if self._part is None:
+            return made
+        part = self._part[rows]
+        return {name: own * per_row(part.to(own.dtype), own) for name, own in made.items()}
+
+    def _made(self, rows: slice) -> Sums:
         """Make the gradients of some examples, and send them back to the parameters."""
         if self._kept is not None:
             return {name: own[rows] for name, own in self._kept.items()}

@@ -263,7 +263,17 @@ class _FunctionNode(torch.autograd.Function):
         inputs = tuple(graph.input_gradients(upstream, graph.inputs))
         examples = graph.examples if ctx.mean else 1
         for layer, names, scope in ctx.uses:
-            use = FunctionUse(layer, examples, graph, upstream, names, inputs, ctx.guard.fail)
-            scope.arrive(use)
+            scope.arrive(
+                FunctionUse(
+                    layer,
+                    examples,
+                    graph,
+                    upstream,
+                    names,
+                    inputs,
+                    scope.target,
+                    ctx.guard.fail,
+                )
+            )
         ctx.graph = None
         return (None,) * (6 + ctx.tokens) + inputs

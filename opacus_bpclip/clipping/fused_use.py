@@ -14,7 +14,7 @@ from opacus_bpclip.clipping.factors import Factors, Measured, Target, joined, me
 from opacus_bpclip.clipping.use import Clipped, FactorsOf, Sums, Use
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Bound, FusedRule
-from opacus_bpclip.rules.base import zero_rows
+from opacus_bpclip.rules.base import per_row, zero_rows
 from opacus_bpclip.rules.cancellation import kept
 from opacus_bpclip.rules.exact_norms import chunks, exact_chunk, gram_is_cheaper
 from opacus_bpclip.rules.fused import Scaled
@@ -255,8 +255,8 @@ class FusedUse(Use):
         return (dx,)
 
     def own(self, rows: slice) -> Sums:
-        """Make the gradients of some examples."""
-        g, x = self.g[rows], self.x[rows]
+        """Make the gradients of some examples, as far as they are kept."""
+        g, x = self._kept_of(rows), self.x[rows]
         sums = {}
         if self.rule.weight:
             scaled = g
@@ -267,6 +267,11 @@ class FusedUse(Use):
         if self.rule.bias:
             sums["bias"] = self.rule.upstream(g).sum(dim=3).flatten(1)
         return sums
+
+    def _kept_of(self, rows: slice) -> Tensor:
+        """Return some examples' upstream gradients times what part of their gradients is kept."""
+        g = self.g[rows]
+        return g if self._part is None else g * per_row(self._part[rows].to(g.dtype), g)
 
     def matrix_columns(self, rows: slice) -> Tensor:
         """Return the columns of some examples' scaled inputs, ``[b, R, D, P]``."""
@@ -279,7 +284,7 @@ class FusedUse(Use):
         """Return the weight's gradient as a product."""
         if not self.rule.weight:
             return {}
-        pair = self.rule.upstream(self.g[rows]), self.matrix_columns(rows)
+        pair = self.rule.upstream(self._kept_of(rows)), self.matrix_columns(rows)
         return {"weight": self.rule.oriented(*pair)}
 
     def clip(self, factors_of: FactorsOf) -> Clipped:
