@@ -107,6 +107,7 @@ class Copy:
         inside: bool = True,
         mode: AbstractContextManager[object] | None = None,
         plain: bool = False,
+        seed: int = 0,
     ) -> Recording:
         """Run the model.
 
@@ -117,6 +118,7 @@ class Copy:
             inside: record what the modules inside the model return, too.
             mode: entered for the run.
             plain: run the model with gradients, and without what clips them.
+            seed: of the random number generators.
         """
         note_run()
         batch = batch.to(self.device, self.dtype)
@@ -126,7 +128,7 @@ class Copy:
         recording = Recording(copied=self._copied)
         with (
             unclipped(self.model) if plain else torch.no_grad(),
-            repeatable(self.device),
+            repeatable(self.device, seed),
             recorded(self.model, recording, inputs=inputs, inside=inside),
             steady or nullcontext(),
             mode or nullcontext(),

@@ -85,19 +85,43 @@ def check_replayed(one: Replaying, other: Replaying, where: Companions, toleranc
     Raises:
         RefusedError: they are not.
     """
-    if [call.key for call, *_ in one.calls] != [call.key for call, *_ in other.calls]:
+    if [seen.call.key for seen in one.seen.values()] != [
+        seen.call.key for seen in other.seen.values()
+    ]:
         raise RefusedError(Problem("(root)", problems.unsteady_functions()))
-    for (call, template, *tensors), (_, _, *others) in zip(one.calls, other.calls, strict=True):
+    for number, template in one.templates.items():
+        seen, again = one.seen[number], other.seen[number]
         places = (*template.arguments, *template.outputs)
-        pairs = zip((*tensors[0], *tensors[1]), (*others[0], *others[1]), places, strict=True)
-        for x, y, place in pairs:
+        tensors = (*seen.call.leaves, *seen.results), (*again.call.leaves, *again.results)
+        for x, y, place in zip(*tensors, places, strict=True):
             if place is None or not isinstance(x, Tensor):
                 continue
             fits = place.fits(x, where.before) and place.fits(y, where.after)
             if not fits or not _same_rows(x, y, place, where, tolerance):
-                told = ", ".join(sorted(call.names))
-                problem = problems.moved_in_function(told, call.name)
-                raise RefusedError(Problem("(root)", problem))
+                raise RefusedError(_moved_problem(seen))
+
+
+def check_copies(
+    run: Replaying, batch: Batch, tolerance: float, rerun: Callable[[Changes], Sequence[Tensor]]
+) -> None:
+    """Check where results go that are alike for every example, as `in_order` does.
+
+    Args:
+        run: a run.
+        batch: what it was on.
+        tolerance: up to which relative difference numbers are the same.
+        rerun: runs the model again with changes, and returns its outputs.
+
+    Raises:
+        RefusedError: they go to other examples than those at their places.
+    """
+    if not _outputs_stay(run.seen, run.templates, batch, run.outputs, tolerance, rerun):
+        raise RefusedError(_first_moved(run.seen, run.templates, batch.size))
+
+
+def _first_moved(seen: Mapping[int, Seen], templates: Mapping[int, Template], size: int) -> Problem:
+    alike = (one for number, one in seen.items() if _alike(one, templates[number], size))
+    return _moved_problem(next(alike))
 
 
 def _same_rows(x: Tensor, y: Tensor, place: Place, where: Companions, tolerance: float) -> bool:
@@ -143,8 +167,7 @@ def in_order(
         templates = made
         if _outputs_stay(seen, templates, batch, outputs, tolerance, rerun):
             return templates
-    alike = (one for number, one in seen.items() if _alike(one, templates[number], batch.size))
-    raise RefusedError(_moved_problem(next(alike)))
+    raise RefusedError(_first_moved(seen, templates, batch.size))
 
 
 def _template(seen: Seen, places: Places, *, inner: bool) -> Template:

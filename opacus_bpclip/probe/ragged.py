@@ -100,6 +100,36 @@ def ended(batch: Batch) -> Batch:
     return batch.map(end)
 
 
+def hidden(batch: Batch) -> Batch | None:
+    """Return the batch with all integers and flags of every other example 0: masks hide all of it.
+
+    ``None`` if there is no such tensor with several positions for each example.
+    """
+    if not any(_has_positions(leaf, batch) for _, leaf in _leaves(batch)):
+        return None
+
+    def hide(leaf: Any) -> Any:
+        if not _has_positions(leaf, batch):
+            return leaf
+        shape = [1] * leaf.dim()
+        shape[batch.axis] = batch.size
+        shown = torch.arange(batch.size, device=leaf.device) % 2
+        return leaf * shown.view(shape).to(leaf.dtype)
+
+    return batch.map(hide)
+
+
+def variants(batch: Batch) -> Iterator[Batch]:
+    """Yield the batch with less of some examples, in each way that there is something to change."""
+    ended_batch = ended(batch)
+    pairs = zip(batch.with_examples, ended_batch.with_examples, strict=True)
+    if any(x is not y for x, y in pairs):
+        yield ended_batch
+    for variant in (padded(batch), hidden(batch)):
+        if variant is not None:
+            yield variant
+
+
 def ignoring(batch: Batch, labels: Tensor, value: int) -> Batch:
     """Return the batch with some positions of one tensor ignored, of each example another number.
 

@@ -28,7 +28,7 @@ _COARSEST = 2.0**-4
 
 
 @contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
+def repeatable(device: torch.device, seed: int = 0) -> Iterator[None]:
     """Seed every global random number generator, and put each back as it was."""
     python, numpy = random.getstate(), np.random.get_state()
     generators = [torch.default_generator]
@@ -38,10 +38,10 @@ def repeatable(device: torch.device) -> Iterator[None]:
         generators.append(torch.cuda.default_generators[index])
     states = [generator.get_state() for generator in generators]
     try:
-        random.seed(0)
-        np.random.seed(0)
+        random.seed(seed)
+        np.random.seed(seed)
         for generator in generators:
-            generator.manual_seed(0)
+            generator.manual_seed(seed)
         yield
     finally:
         random.setstate(python)

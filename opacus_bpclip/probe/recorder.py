@@ -20,7 +20,7 @@ from opacus_bpclip.model.plan import CallKey, Plan, Template
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.problems import Problem, RefusedError
-from opacus_bpclip.probe.randomness import Steady
+from opacus_bpclip.probe.randomness import Steady, tolerated
 from opacus_bpclip.probe.shapes import LayerCall, Sizes, SizesOfFunctions, watch_layers
 from opacus_bpclip.rules import BroadcastRule, FunctionRule
 
@@ -134,57 +134,62 @@ def _depends(results: Iterable[Any], values: Sequence[Tensor]) -> bool:
 class Replaying(ParameterFunctions):
     """Writes down the calls that meet examples, by a plan.
 
+    Args:
+        parameters: as for `ParameterFunctions`.
+        plan: the plan.
+        changes: by the number of a call among those that meet examples, how to change its results.
+
     Attributes:
-        calls: each with where the batch is, its arguments and its flattened results.
+        seen: the calls that meet examples, by their number.
+        templates: where they have the batch.
+        unknown: whether a call was none that the plan has.
+        outputs: what the model returned.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], plan: Plan, changes: Mapping[int, Any]
+    ) -> None:
         super().__init__(parameters)
-        self.calls: list[tuple[FunctionCall, Template, list[Any], list[Any]]] = []
-        self._plan = plan
+        self.seen: dict[int, Seen] = {}
+        self.templates: dict[int, Template] = {}
+        self.unknown = False
+        self.outputs: list[Tensor] = []
+        self._plan, self._changes = plan, changes
         self._times: dict[CallKey, int] = {}
 
     def called(self, call: FunctionCall) -> Any:
         """Write down a call that meets examples, and return what it does."""
-        templates = self._plan.templates.get(call.key, ())
-        time = self._times.get(call.key, 0)
-        self._times[call.key] = time + 1
-        template = templates[min(time, len(templates) - 1)] if templates else None
+        template = self._template(call)
         if template is None or not template.meets:
-            return self.derive(call)
+            result = self.derive(call)
+            made = pytree.tree_leaves(result)
+            grows = any(isinstance(x, Tensor) and x.requires_grad for x in made)
+            self.unknown |= grows and template is None
+            return result
+        number = len(self.seen)
         arguments = [_copied(leaf) for leaf in call.leaves]
         with torch.no_grad():
             args, kwargs = pytree.tree_unflatten(call.leaves, call.spec)
             result = call.func(*args, **kwargs)
+            if number in self._changes and not call.is_in_place:
+                result = self._changes[number](result)
         shown = call.leaves[0] if call.is_in_place else result
         results = [_copied(value) for value in pytree.tree_leaves(shown)]
-        self.calls.append((call, template, arguments, results))
+        self.seen[number] = Seen(replace(call, leaves=arguments), results, random=False)
+        self.templates[number] = template
         return result
+
+    def _template(self, call: FunctionCall) -> Template | None:
+        templates = self._plan.templates.get(call.key)
+        if templates is None:
+            return None
+        time = self._times.get(call.key, 0)
+        self._times[call.key] = time + 1
+        return templates[min(time, len(templates) - 1)]
 
 
 def _copied(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, Tensor) else x
-
-
-class Comparing(ParameterFunctions):
-    """Looks whether a plan knows all calls."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
-        super().__init__(parameters)
-        self.unknown = False
-        self._plan = plan
-
-    def called(self, call: FunctionCall) -> Any:
-        """Let the call be what it is, and note whether the plan has it."""
-        templates = self._plan.templates.get(call.key)
-        if templates is not None and any(template.meets for template in templates):
-            args, kwargs = pytree.tree_unflatten(call.leaves, call.spec)
-            return call.func(*args, **kwargs)
-        result = self.derive(call)
-        if templates is None:
-            made = pytree.tree_leaves(result)
-            self.unknown |= any(isinstance(x, Tensor) and x.requires_grad for x in made)
-        return result
 
 
 @dataclass
@@ -196,6 +201,11 @@ class Trials:
     layers: Mapping[str, Layer]
     steady: Steady = field(default_factory=Steady)
 
+    @property
+    def tolerance(self) -> float:
+        """Return up to which relative difference numbers of two runs are the same."""
+        return tolerated(self.steady, self.copy.device)
+
     def modules(self) -> dict[str, nn.Module]:
         """Return the layers that have a rule of their own, by name, without those that copy."""
         return {
@@ -204,12 +214,12 @@ class Trials:
             if not isinstance(layer.rule, (FunctionRule, BroadcastRule))
         }
 
-    def parameters(self, copied: Iterable[str]) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, nn.Parameter]:
         """Return what stands for the trainable parameters, by the layer's name and theirs."""
         return {
             f"{name}.{own}": self.copy.of(parameter)
             for name, layer in self.layers.items()
-            if name not in copied
+            if not isinstance(layer.rule, BroadcastRule)  # These are given copies of them.
             for own, parameter in layer.named_parameters.items()
         }
 
@@ -230,29 +240,28 @@ class Trials:
         disturbed: Mapping[int, Any] | None = None,
     ) -> tuple[Recorder, list[Tensor]]:
         """Run the model; return what was written down, and what the model returned."""
-        copied = [n for n, layer in self.layers.items() if isinstance(layer.rule, BroadcastRule)]
-        mode = Recorder(self.parameters(copied), meets, self.steady)
+        mode = Recorder(self.parameters(), meets, self.steady)
         mode.disturbed = disturbed or {}
         return mode, self._run_with(mode, batch, passed_by)
 
-    def follows(self, plan: Plan) -> bool:
-        """Return whether a run calls no functions on parameters but those that a plan knows."""
-        copied = [n for n, layer in self.layers.items() if isinstance(layer.rule, BroadcastRule)]
-        mode = Comparing(self.parameters(copied), plan)
-        self._run_with(mode, self.batch, plan.passed_by)
-        return not mode.unknown
-
-    def replay(self, plan: Plan, batch: Batch, *, seeded: bool = False) -> Replaying:
+    def replay(
+        self,
+        plan: Plan,
+        batch: Batch,
+        *,
+        seed: int | None = None,
+        changes: Mapping[int, Any] | None = None,
+    ) -> Replaying:
         """Run the model; return the calls that meet examples by a plan.
 
         Args:
             plan: the plan.
             batch: on what.
-            seeded: draw random numbers, the same in each run, and do not hold them still.
+            seed: of random numbers, the same in each run; ``None`` holds them still.
+            changes: by the number of a call that meets examples, how to change its results.
         """
-        copied = [n for n, layer in self.layers.items() if isinstance(layer.rule, BroadcastRule)]
-        mode = Replaying(self.parameters(copied), plan)
-        self._run_with(mode, batch, plan.passed_by, seeded=seeded)
+        mode = Replaying(self.parameters(), plan, changes or {})
+        mode.outputs = self._run_with(mode, batch, plan.passed_by, seed=seed)
         return mode
 
     def _run_with(
@@ -261,15 +270,15 @@ class Trials:
         batch: Batch,
         passed_by: Iterable[str],
         *,
-        seeded: bool = False,
+        seed: int | None = None,
     ) -> list[Tensor]:
         with ExitStack() as stack:
             for name, module in self.modules().items():
                 if name not in passed_by:
                     for handle in _pausing(module, mode):
                         stack.callback(handle.remove)
-            steady = None if seeded else self.steady
-            run = self.copy.run(batch, steady, inside=False, mode=mode, plain=True)
+            steady = self.steady if seed is None else None
+            run = self.copy.run(batch, steady, inside=False, mode=mode, plain=True, seed=seed or 0)
         return run.outputs
 
 

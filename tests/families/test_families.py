@@ -5,8 +5,6 @@ All of them with both budgets: ``pytest -m slow tests/families``. A few run alwa
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,21 +34,34 @@ class _Rows(Dataset[dict[str, Tensor]]):
         return {name: values[index] for name, values in self.batch.items()}
 
 
-class _Private:
-    """A family's model behind the real engine, without noise."""
+def _built(family: Family) -> nn.Module:
+    torch.manual_seed(0)
+    model = PrivacyEngine.get_compatible_module(family.build(), clipping="backprop").train()
+    for module in model.modules():
+        # What draws numbers: runs are compared.
+        for name in ("p", "drop_prob", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
 
-    def __init__(self, family: Family, allocation: str, limit: float, lr: float) -> None:
-        torch.manual_seed(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # The libraries' own.
-            model = PrivacyEngine.get_compatible_module(family.build(), clipping="backprop")
-        _without_dropout(model)
-        self.family, self.trained = family, [p for p in model.parameters() if p.requires_grad]
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+class _Private:
+    """A family's model behind the real engine."""
+
+    def __init__(
+        self, family: Family, allocation: str, limit: float, lr: float = 0.0, noise: float = 0.0
+    ) -> None:
+        model = _built(family)
+        self.family, self.trained = family, _trained(model)
         self.model, self.optimizer, _ = PrivacyEngine(accountant="rdp").make_private(
-            module=model.train(),
+            module=model,
             optimizer=torch.optim.SGD(self.trained, lr=lr),
             data_loader=DataLoader(_Rows(family.data(16)), batch_size=8),
-            noise_multiplier=0.0,
+            noise_multiplier=noise,
             max_grad_norm=limit,
             poisson_sampling=False,
             clipping="backprop",
@@ -66,29 +77,36 @@ class _Private:
         return torch.cat([p.summed_grad.detach().double().flatten() for p in self.trained])
 
 
-def _without_dropout(model: nn.Module) -> None:
-    """Turn off what draws numbers: two runs are compared."""
-    for module in model.modules():
-        for name in ("p", "drop_prob", "dropout_prob"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
 def _check(family: Family, allocation: str) -> None:
+    batch = family.data(4)
     for limit in (1.0, 30.0):
-        private = _Private(family, allocation, limit, lr=0.0)
-        batch = family.data(4)
+        private = _Private(family, allocation, limit)
         whole = private.summed(batch)
         for left_out in (0, 3):
             kept = [row for row in range(4) if row != left_out]
             rest = private.summed({name: values[kept] for name, values in batch.items()})
             assert (whole - rest).norm() <= limit * 1.0001
-    private = _Private(family, allocation, 1.0, lr=0.1)
+    _check_whole_gradient(family, allocation, batch)
+    private = _Private(family, allocation, 1.0, lr=0.1, noise=1.0)
     before = [p.detach().clone() for p in private.trained]
     private.summed(family.data(8))
-    moved = [not torch.equal(a, b) for a, b in zip(before, private.trained, strict=True)]
-    assert sum(moved) > len(moved) / 2
+    assert not any(torch.equal(a, b) for a, b in zip(before, private.trained, strict=True))
     assert all(p.isfinite().all() for p in private.trained)
+
+
+def _check_whole_gradient(family: Family, allocation: str, batch: dict[str, Tensor]) -> None:
+    """With a limit that no example reaches, each parameter has autograd's gradient."""
+    plain = _built(family)
+    trained = _trained(plain)
+    loss = 20 * family.losses(plain, batch).sum()
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    private = _Private(family, allocation, 1e6)
+    private.summed(batch)
+    largest = max(float(g.norm()) for g in gradients if g is not None)
+    for own, parameter in zip(gradients, private.trained, strict=True):
+        expected = torch.zeros_like(parameter) if own is None else own
+        gap = float((parameter.summed_grad - expected).norm())
+        assert gap <= 1e-4 * largest + 1e-3 * float(expected.norm())
 
 
 @pytest.mark.parametrize("name", ALWAYS)

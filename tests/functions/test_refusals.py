@@ -21,6 +21,10 @@ class Made(nn.Module):
         return self.compute(self, x)
 
 
+def _run(model: nn.Module, x: Tensor) -> None:
+    Trainer(model, tuple(x.shape[1:]), BackpropClipping(), probe=True).model(x)
+
+
 def _step(model: nn.Module, x: Tensor) -> None:
     trainer = Trainer(model, tuple(x.shape[1:]), BackpropClipping(), probe=True)
     trainer.step(x, torch.ones_like(trainer.plain(x)).detach())
@@ -63,6 +67,29 @@ def _selected(s: nn.Module, x: Tensor) -> Tensor:
 def _sorted_by_a_draw(s: nn.Module, x: Tensor) -> Tensor:
     order = torch.rand(len(x)).argsort()
     return (x[order] * s.w)[order.argsort()]
+
+
+def _copies_in(order: Tensor, s: nn.Module, x: Tensor) -> Tensor:
+    """Meet the sorted examples with copies of a parameter, and put them back in order."""
+    copies = s.w.expand(len(x), -1)
+    return (x[order] * copies.view(len(x), *[1] * (x.dim() - 2), -1))[order.argsort()]
+
+
+def _sorted_by_length(s: nn.Module, x: Tensor) -> Tensor:
+    lengths = (x.abs().sum(-1) > 0).sum(-1)
+    return _copies_in(lengths.argsort(descending=s.descending, stable=True), s, x).flatten(1)
+
+
+def _sorted_by_a_mask(s: nn.Module, x: Tensor) -> Tensor:
+    shown = (x > 0).any(-1).long()
+    order = shown.argsort(descending=s.descending, stable=True)
+    y = x[..., :1].to(s.w.dtype) * 0 + torch.ones_like(s.w)
+    return _copies_in(order, s, y)
+
+
+def _rolled(s: nn.Module, x: Tensor) -> Tensor:
+    by = int(torch.randint(len(x), ()))
+    return _copies_in(torch.arange(len(x)).roll(by), s, x)
 
 
 W = torch.arange(1.0, 5.0)
@@ -113,6 +140,22 @@ def test_what_cannot_be_followed_is_refused(name):
         x[0] = 200
     with pytest.raises((CoverageError, PrivacyViolationError), match=says):
         _step(Made(forward, **parameters), x)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("compute", [_sorted_by_length, _sorted_by_a_mask, _rolled])
+def test_copies_that_meet_sorted_examples_are_refused(compute, descending):
+    model = Made(compute, w=W)
+    model.descending = descending
+    x = (
+        torch.randn(6, 3, 4).double()
+        if compute is _sorted_by_length
+        else torch.randn(6, 4).double()
+    )
+    if compute is _sorted_by_a_mask:
+        x = torch.randint(2, (6, 4))
+    with pytest.raises((CoverageError, PrivacyViolationError), match="these places"):
+        _run(model, x)
 
 
 class Flat(nn.Module):
