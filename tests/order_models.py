@@ -36,6 +36,9 @@ ORDERS = {
     "flipped": lambda x: torch.arange(len(x)).flip(0),
     "rolled": lambda x: torch.arange(len(x)).roll(1),
     "rolled by half": lambda x: torch.arange(len(x)).roll(len(x) // 2),
+    "rolled by a random number": lambda x: torch.arange(len(x)).roll(
+        int(torch.randint(len(x), ()))
+    ),
     "last two changed": lambda x: torch.cat(
         [torch.arange(len(x) - 2), torch.tensor([len(x) - 1, len(x) - 2])]
     ),
@@ -45,6 +48,13 @@ ORDERS = {
     "shuffled": lambda x: torch.randperm(len(x)),
     "shuffled by numbers": lambda x: torch.rand(len(x)).argsort(),
     "shuffled by numbers backwards": lambda x: torch.rand(len(x)).argsort(descending=True),
+}
+
+
+ORDERS_OF_SEQUENCES = {
+    "where zeros end": lambda x, mask: (x != 0).any(dim=2).sum(dim=1),
+    "how much is masked": lambda x, mask: mask.sum(dim=1),
+    "whether all is masked": lambda x, mask: mask.any(dim=1).long(),
 }
 
 

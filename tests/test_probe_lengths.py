@@ -17,7 +17,7 @@ from opacus_bpclip.probe import Batch
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence
 from tests.helpers import CLASSES, FEATURES
-from tests.order_models import ORDERS, STEPS, Moved, refusal, turned
+from tests.order_models import ORDERS, ORDERS_OF_SEQUENCES, STEPS, Moved, refusal, turned
 from tests.probing import Middle, made_up
 
 
@@ -70,6 +70,23 @@ def test_sorting_by_length_is_found_and_packing_does_not_need_it(
     if text:
         assert text.startswith("first (Linear)" if before else f"rnn ({kind.__name__})")
         assert "pack_padded_sequence(..., enforce_sorted=False)" in text
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("by", ORDERS_OF_SEQUENCES)
+def test_layers_on_sequences_that_somebody_has_sorted_are_found(by: str, descending: bool) -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(FEATURES, 5), nn.Linear(5, CLASSES)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            key = ORDERS_OF_SEQUENCES[by](x, mask)
+            order = key.argsort(descending=descending, stable=True)
+            return self.head(self.body(x[order])[order.argsort()])
+
+    batch = made_up(torch.zeros(2, STEPS, FEATURES), torch.zeros(2, STEPS, dtype=torch.long))
+    assert (refusal(Sorted(), batch) or "").startswith("body (Linear)")
 
 
 @pytest.mark.parametrize("flipped", [False, True])

@@ -7,10 +7,9 @@ proves nothing; ``docs/guarantee.md`` says what it finds and how weak that may b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
-from opacus.layers.dp_rnn import DPRNNBase
 from torch import nn
 
 from opacus_bpclip.model.layer import Layer
@@ -107,27 +106,9 @@ def _planned(
         return None, Plan({})
     try:
         with Copy(model, double=double) as copy:
-            plan = make_plan(copy, batch, layers)
-            # Sequences of several lengths may be sorted, which made-up ones of one length are not.
-            for variant in _of_several_lengths(copy, batch) if plan.templates else ():
-                _check_sorted(copy, variant, layers)
-            return None, plan
+            return None, make_plan(copy, batch, layers)
     except RefusedError as error:
         return error.problem, Plan({})
-
-
-def _check_sorted(copy: Copy, variant: Batch, layers: Mapping[str, Layer]) -> None:
-    """Look whether functions have their rows in the batch's order in a batch of several lengths.
-
-    Raises:
-        RefusedError: they have not.
-    """
-    try:
-        make_plan(copy, variant, layers)
-    except RefusedError:
-        raise
-    except Exception:
-        pass
 
 
 def _searched(
@@ -148,7 +129,9 @@ def _searched(
 
 def _problem_when_sorted(copy: Copy, batch: Batch, rows: Rows) -> Problem | None:
     """Return which layer has another order where the examples are of several lengths."""
-    for variant in _of_several_lengths(copy, batch) if rows else ():
+    accelerated = copy.device.type != "cpu"
+    variants = ragged.of_several_lengths(batch, copy.model, accelerated=accelerated)
+    for variant in variants if rows else ():
         try:
             problem = Search(copy, variant, "mean", rows).problem_of_order()
         except ChangedLaterError:
@@ -158,15 +141,6 @@ def _problem_when_sorted(copy: Copy, batch: Batch, rows: Rows) -> Problem | None
         if problem is not None:
             return problem
     return None
-
-
-def _of_several_lengths(copy: Copy, batch: Batch) -> Iterator[Batch]:
-    counted = ragged.counted(batch, copy.model, accelerated=copy.device.type != "cpu")
-    if counted is not None:
-        yield counted
-    # Others have no reason to sort by where a sequence ends.
-    if any(isinstance(part, (nn.RNNBase, DPRNNBase)) for part in copy.model.modules()):
-        yield ragged.ended(batch)
 
 
 def _problem_when_ragged(

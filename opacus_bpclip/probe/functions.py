@@ -32,6 +32,7 @@ from opacus_bpclip.probe.order_of_functions import (
     pairs_problem,
 )
 from opacus_bpclip.probe.problems import Problem, RefusedError
+from opacus_bpclip.probe.randomness import SEEDS
 from opacus_bpclip.probe.recorder import Recorder, Trials
 from opacus_bpclip.probe.shapes import LayerCall, PairsError, Sizes, aligned, places_of
 from opacus_bpclip.probe.verified import verified
@@ -68,10 +69,6 @@ def make_plan(copy: Copy, batch: Batch, layers: Mapping[str, Layer]) -> Plan:
     return plan
 
 
-# Of random numbers, whose order one seed may leave as it is.
-_SEEDS = (0, 1)
-
-
 def _check_order(trials: Trials, plan: Plan) -> None:
     """Look whether examples keep their places among other companions, drawn numbers and lengths.
 
@@ -80,11 +77,14 @@ def _check_order(trials: Trials, plan: Plan) -> None:
     """
     batch, size = trials.batch, trials.batch.size
     _check_companions(trials, plan, None)
-    for seed in _SEEDS if trials.steady.random else ():
+    for seed in SEEDS if trials.steady.random else ():
         _check_companions(trials, plan, seed)
     part = next(partitions(size))[0]
     among = Companions(size, len(part), part, range(len(part)))
-    for variant in ragged.variants(batch):
+    copy, padded = trials.copy, ragged.padded(batch)
+    accelerated = copy.device.type != "cpu"
+    variants = ragged.of_several_lengths(batch, copy.model, accelerated=accelerated)
+    for variant in (*variants, *(() if padded is None else (padded,))):
         # Lengths that fall in the batch's order do not show where they are sorted by.
         for turned in (variant, variant.select(range(size)[::-1])):
             try:

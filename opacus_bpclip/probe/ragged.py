@@ -119,15 +119,21 @@ def hidden(batch: Batch) -> Batch | None:
     return batch.map(hide)
 
 
-def variants(batch: Batch) -> Iterator[Batch]:
-    """Yield the batch with less of some examples, in each way that there is something to change."""
+def of_several_lengths(batch: Batch, model: nn.Module, *, accelerated: bool) -> Iterator[Batch]:
+    """Yield the batch with less of some examples, in each way that there is something to change.
+
+    But for `padded`, which more is tried on.
+    """
+    counted_batch = counted(batch, model, accelerated=accelerated)
+    if counted_batch is not None:
+        yield counted_batch
     ended_batch = ended(batch)
     pairs = zip(batch.with_examples, ended_batch.with_examples, strict=True)
     if any(x is not y for x, y in pairs):
         yield ended_batch
-    for variant in (padded(batch), hidden(batch)):
-        if variant is not None:
-            yield variant
+    hidden_batch = hidden(batch)
+    if hidden_batch is not None:
+        yield hidden_batch
 
 
 def ignoring(batch: Batch, labels: Tensor, value: int) -> Batch:

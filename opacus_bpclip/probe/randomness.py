@@ -27,6 +27,10 @@ _UNITS = 2.0**10
 _COARSEST = 2.0**-4
 
 
+# From which numbers are drawn where a model's own order of rows may depend on them.
+SEEDS = (0, 1)
+
+
 @contextmanager
 def repeatable(device: torch.device, seed: int = 0) -> Iterator[None]:
     """Seed every global random number generator, and put each back as it was."""

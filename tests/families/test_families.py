@@ -100,7 +100,7 @@ def _check_whole_gradient(family: Family, allocation: str, batch: dict[str, Tens
     trained = _trained(plain)
     loss = 20 * family.losses(plain, batch).sum()
     gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-    private = _Private(family, allocation, 1e6)
+    private = _Private(family, allocation, 1e9)
     private.summed(batch)
     largest = max(float(g.norm()) for g in gradients if g is not None)
     for own, parameter in zip(gradients, private.trained, strict=True):
