@@ -110,7 +110,7 @@ def nothing_known() -> Iterator[None]:
     with (
         patch.dict(RULES, clear=True),
         patch.dict(known_gradients._FORMS, clear=True),
-        patch.object(function_use, "form_of", lambda *_: None),
+        patch.object(function_use, "rule_of_call", lambda *_: None),
     ):
         yield
 

@@ -78,7 +78,7 @@ class BackpropClipping:
             are measured together.
         probe: whether the model is run on made-up examples to see that none influences another.
             What it would find breaks the guarantee; without it, that there is nothing to be found
-            is your promise.
+            is your promise. How functions and layers take up the batch is looked at in any case.
 
     Raises:
         ValueError: an option outside these values; the message names it and what is accepted.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from opacus_bpclip.clipping.factors import Factors, Measured, Target, measured
-from opacus_bpclip.clipping.function_forms import Form, form_of, measured_inputs
+from opacus_bpclip.clipping.function_rules import RuledCall, rule_of_call
 from opacus_bpclip.clipping.use import Sums, Use
 from opacus_bpclip.model.function_call import FunctionCall
 from opacus_bpclip.model.function_checks import changed_argument
@@ -133,7 +133,7 @@ class FunctionUse(Use):
         self._kept: Sums | None = None
         self._part: Tensor | None = None
         owned = all(None not in own and own for own in names.values())
-        self._form = form_of(graph.call, graph.template, upstream) if owned else None
+        self._ruled = rule_of_call(graph.call, graph.template, upstream) if owned else None
         self._versions = versions_of(upstream)
 
     @property
@@ -145,8 +145,8 @@ class FunctionUse(Use):
         """Return the norm of the gradients, a chunk of examples at a time."""
         if self._graph.has_changed:
             self._fail(changed_argument(self._graph.call))
-        if self._form is not None:
-            return self._measured_by_rule(self._form)
+        if self._ruled is not None:
+            return self._measured_by_rule(self._ruled)
         norms, made = [], list[Sums]()
         keeps = self._bytes() * len(self._upstream[0]) <= _KEPT
         for rows in self._chunks():
@@ -173,7 +173,7 @@ class FunctionUse(Use):
     def sums(self, factors: Factors) -> Sums:
         """Multiply the factors with the gradients, which are what has been measured."""
         by, keep = factors
-        if self._form is not None and keep is None:
+        if self._ruled is not None and keep is None:
             return self._sums_in_one(by if self._part is None else by * self._part.to(by.dtype))
         sums: dict[str, Tensor] = {}
         for rows in self._chunks():
@@ -184,17 +184,16 @@ class FunctionUse(Use):
                 sums[name] = sums[name] + total if name in sums else total
         return sums
 
-    def _measured_by_rule(self, form: Form) -> Measured:
+    def _measured_by_rule(self, ruled: RuledCall) -> Measured:
         graph = self._graph
-        given = form.inputs(graph.call.leaves, graph.template, graph.examples)
-        inputs, norms, finite = measured_inputs(form, given)
-        g = form.rows(self._upstream[0])
-        bound = form.rule.exact(g, inputs, norms)
+        prepared = ruled.prepared(graph.call.leaves, graph.template, graph.examples)
+        g = ruled.rows(self._upstream[0])
+        bound = ruled.rule.exact(g, prepared.inputs, prepared.norms)
         self._part = self._part_of(bound)
         return measured(
             bound,
-            where_needed(finite),
-            size=lambda: form.rule.size(g, norms),
+            where_needed(prepared.finite),
+            size=lambda: ruled.rule.size(g, prepared.norms),
             examples=self.examples,
         )
 

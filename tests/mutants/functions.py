@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from opacus_bpclip.clipping import function_forms, function_use, functions
+from opacus_bpclip.clipping import function_rules, function_use, functions
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.plan import Template
@@ -68,15 +68,15 @@ def copy_shared_by_two_examples(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.linear_function_with_bias, says="joint" + MOVED)
 def bias_of_a_function_not_measured(patch: pytest.MonkeyPatch) -> None:
     """Of a linear function the weight's gradient is measured, and the bias's is added up, too."""
-    form_of = function_forms.form_of
+    rule_of_call = function_rules.rule_of_call
 
     def without(*args: Any) -> Any:
-        form = form_of(*args)
-        if form is None:
+        ruled = rule_of_call(*args)
+        if ruled is None:
             return None
-        return form._replace(rule=replace(form.rule, bias=False))
+        return ruled._replace(rule=replace(ruled.rule, bias=False))
 
-    patch.setattr(function_use, "form_of", without)
+    patch.setattr(function_use, "rule_of_call", without)
 
 
 @mutant(killed_by=killers.parameter_used_by_two_functions, says=APART)

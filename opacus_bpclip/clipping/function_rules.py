@@ -17,10 +17,10 @@ from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.model.function_call import FunctionCall
 from opacus_bpclip.model.places import Place
 from opacus_bpclip.model.plan import Template
-from opacus_bpclip.rules import Inputs, Rule, registered_kind
+from opacus_bpclip.rules import Prepared, Rule, registered_kind
 
 
-class Form(NamedTuple):
+class RuledCall(NamedTuple):
     """A call that a rule describes.
 
     Attributes:
@@ -33,11 +33,13 @@ class Form(NamedTuple):
     input: int
     unfolded: bool
 
-    def inputs(self, arguments: Sequence[Any], template: Template, examples: int) -> Inputs:
-        """Return the input as the rule takes it, batch first."""
+    def prepared(self, arguments: Sequence[Any], template: Template, examples: int) -> Prepared:
+        """Return the input as the rule takes it, with its norms, and which examples are finite."""
         place = template.arguments[self.input]
         assert place is not None
-        return (self.rows(place.rows(arguments[self.input].detach(), examples)),)
+        x = self.rows(place.rows(arguments[self.input].detach(), examples))
+        with torch.no_grad():
+            return self.rule.prepare((x,), None)
 
     def rows(self, x: Tensor) -> Tensor:
         """Return rows as the rule takes them."""
@@ -96,7 +98,7 @@ _NAMES_OF_EMBEDDING = (
 
 # By the function: the names of its arguments, the layer that computes it, and the fewest axes that
 # follow the examples' own.
-_FORMS: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], nn.Module], int | None]] = {
+_LAYERS: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], nn.Module], int | None]] = {
     "linear": (("input", "weight", "bias"), _linear, 1),
     "embedding": (_NAMES_OF_EMBEDDING, _embedding, 0),
     "conv1d": (_NAMES_OF_CONVOLUTION, _convolution(nn.Conv1d), None),
@@ -105,7 +107,9 @@ _FORMS: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], nn.Module], int 
 }
 
 
-def form_of(call: FunctionCall, template: Template, upstream: Sequence[Tensor]) -> Form | None:
+def rule_of_call(
+    call: FunctionCall, template: Template, upstream: Sequence[Tensor]
+) -> RuledCall | None:
     """Return the rule that describes a call, if its parameters enter it as they are.
 
     Args:
@@ -113,7 +117,7 @@ def form_of(call: FunctionCall, template: Template, upstream: Sequence[Tensor]) 
         template: where it has the batch.
         upstream: gradients of the results, as `Place.rows` has them.
     """
-    names, make, behind = _FORMS.get(call.name, ((), None, None))
+    names, make, behind = _LAYERS.get(call.name, ((), None, None))
     if make is None or any(made.value.grad_fn is not None for made in call.made.values()):
         return None
     indices, spec = list(range(len(call.leaves))), call.spec
@@ -142,17 +146,10 @@ def form_of(call: FunctionCall, template: Template, upstream: Sequence[Tensor]) 
     registered = registered_kind(type(module))
     assert registered is not None
     try:
-        return Form(registered[1].from_module(module), index, behind is None)
+        return RuledCall(registered[1].from_module(module), index, behind is None)
     except CoverageError:
         return None
 
 
 def _is_before(place: Place, dims: int, behind: int) -> bool:
     return place.axis < dims - behind
-
-
-def measured_inputs(form: Form, inputs: Inputs) -> tuple[Inputs, Tensor | None, Tensor]:
-    """Return what the rule's bound needs of the input: itself, its norms, and which are finite."""
-    with torch.no_grad():
-        prepared = form.rule.prepare(inputs, None)
-    return prepared.inputs, prepared.norms, prepared.finite
