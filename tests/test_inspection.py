@@ -76,7 +76,8 @@ def models(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("models")
 def test_a_model_that_would_train_is_shown_layer_by_layer(capsys):
-    assert main(["inspect", "my_models:good", "--max-grad-norm", "2", "--bound", "exact"]) == 0
+    layerwise_options = ["--allocation", "dimension", "--max-input-norm", "3"]
+    assert main(["inspect", "my_models:good", "--max-grad-norm", "2", *layerwise_options]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     heads = ["module", "type", "parameters", "rule", "input", "norm", "bound", "uses"]
     assert table[0] == [*heads, "sensitivity"]
@@ -86,6 +87,16 @@ def test_a_model_that_would_train_is_shown_layer_by_layer(capsys):
         ["3", "Linear", "34", "LinearRule", "3", "exact", "1"],
     ]
     assert sum(float(row[7]) ** 2 for row in table[1:]) == pytest.approx(4.0, abs=1e-3)
+
+
+@pytest.mark.usefixtures("models")
+def test_the_defaults_are_the_librarys(tmp_path):
+    path = tmp_path / "rows.json"
+    assert main(["inspect", "my_models:good", "--max-grad-norm", "2", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert [row["sensitivity"] for row in rows] == [2.0, 2.0, 2.0]
+    assert [row["max_input_norm"] for row in rows] == [None, None, None]
+    assert {row["bound"] for row in rows} == {"exact"}
 
 
 @pytest.mark.usefixtures("models")
@@ -102,7 +113,8 @@ def test_a_model_that_would_be_refused_says_where_why_and_what_to_do(capsys):
 @pytest.mark.usefixtures("models")
 def test_the_same_facts_as_data(tmp_path):
     path = tmp_path / "rows.json"
-    assert main(["inspect", "my_models:INSTANCE", "--json", str(path)]) == 0
+    arguments = ["my_models:INSTANCE", "--max-input-norm", "3", "--json", str(path)]
+    assert main(["inspect", *arguments]) == 0
     assert json.loads(path.read_text()) == [
         {
             "module": "(root)",

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from opacus_bpclip.probe import Batch
 
 
+_DEFAULT = BackpropClipping()
+
+
 def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     """Add the subcommand to the command line."""
     parser = subparsers.add_parser(
@@ -37,10 +40,14 @@ def add_parser(subparsers: _SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--max-grad-norm", type=float, default=1.0, metavar="C")
     parser.add_argument(
-        "--max-input-norm", type=_norm_or_none, default=3.0, metavar="NORM", help="a number or none"
+        "--max-input-norm",
+        type=_norm_or_none,
+        default=_DEFAULT.max_input_norm,
+        metavar="NORM",
+        help="a number or none",
     )
-    parser.add_argument("--bound", choices=get_args(Bound), default="exact")
-    parser.add_argument("--allocation", choices=get_args(Allocation), default="dimension")
+    parser.add_argument("--bound", choices=get_args(Bound), default=_DEFAULT.bound)
+    parser.add_argument("--allocation", choices=get_args(Allocation), default=_DEFAULT.allocation)
     parser.add_argument(
         "--uses",
         action="append",
