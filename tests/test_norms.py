@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opacus_bpclip.rules import ConvRule, exact_norms, norms
+from opacus_bpclip.rules import ConvRule, exact_norms, norms, precision
 from tests.strategies import seeds
 
 EVERY_KIND = [(True, True), (True, False), (False, True)]
@@ -45,7 +45,7 @@ def _truth(g, u, *, weight, bias):
 
 
 def _input_norms(u):
-    dtype = norms.norm_dtype(u.dtype)
+    dtype = precision.norm_dtype(u.dtype)
     length = torch.linalg.vector_norm(u, dim=2, dtype=dtype)
     return length + norms.underflow(u.shape[2], dtype)
 
@@ -96,7 +96,7 @@ def test_a_finite_bound_covers_the_gradient_in_lower_precision(data, dtype, weig
     exponents = st.integers(-4, 3) if dtype == torch.float16 else st.integers(-30, 30)
     g, u = data.draw(products(dtype, exponents))
     truth = _truth(g, u, weight=weight, bias=bias)
-    margin = norms.rounding_margin(dtype, g.device)
+    margin = precision.rounding_margin(dtype, g.device)
     for name, bound in _all_bounds(g, u, weight=weight, bias=bias).items():
         bound = bound.double()
         assert (~bound.isfinite() | (bound * (1 + margin) >= truth)).all(), name

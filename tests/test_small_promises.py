@@ -10,7 +10,7 @@ from torch import nn
 from opacus_bpclip import CoverageError, clip_inputs
 from opacus_bpclip.model.calls import CallArguments
 from opacus_bpclip.rules import BroadcastRule
-from opacus_bpclip.rules.norms import rounding_margin
+from opacus_bpclip.rules.precision import rounding_margin
 from tests.budgets import layerwise
 from tests.helpers import FEATURES, make_private, one_layer, switchable, train_step, tricked
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.rules.base import where_needed, zero_rows
-from opacus_bpclip.rules.norms import rounding_margin
+from opacus_bpclip.rules.precision import rounding_margin
 
 
 class Measured(NamedTuple):

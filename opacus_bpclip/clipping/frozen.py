@@ -20,7 +20,7 @@ from opacus_bpclip.clipping.base import Clip
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.rules import AffineRule, GroupNormRule, LayerNormRule
 from opacus_bpclip.rules.first_order import first_order
-from opacus_bpclip.rules.norms import norm_dtype
+from opacus_bpclip.rules.precision import norm_dtype
 
 # By the very forward that the rule's closed form belongs to. RMSNorm has no mean.
 _RULES: dict[Any, type[LayerNormRule | GroupNormRule]] = {

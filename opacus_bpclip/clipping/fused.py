@@ -20,7 +20,7 @@ from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import FusedRule, Inputs
 from opacus_bpclip.rules.base import per_row, where_finite, zero_rows
-from opacus_bpclip.rules.norms import rounding_margin
+from opacus_bpclip.rules.precision import rounding_margin
 
 
 class FusedClip(NodeClip):

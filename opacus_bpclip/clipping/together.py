@@ -18,13 +18,8 @@ from opacus_bpclip.clipping.fused_use import FusedUse, Measurement
 from opacus_bpclip.clipping.use import OwnUse, Use
 from opacus_bpclip.rules import Bound, LinearRule
 from opacus_bpclip.rules.exact_norms import chunks, exact_bound, exact_chunk
-from opacus_bpclip.rules.norms import (
-    accumulation,
-    norm_dtype,
-    rounding_margin,
-    row_norms,
-    underflow,
-)
+from opacus_bpclip.rules.norms import accumulation, row_norms, underflow
+from opacus_bpclip.rules.precision import norm_dtype, rounding_margin
 
 
 def merged(uses: Sequence[Use]) -> Sequence[Use]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opacus_bpclip.rules import norms
+from opacus_bpclip.rules import norms, precision
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 from opacus_bpclip.rules.cancellation import kept
 
@@ -135,11 +135,11 @@ class AffineRule(Rule):
         frobenius = torch.linalg.vector_norm(upstream, dim=(1, 2)) * torch.linalg.vector_norm(
             columns, dim=(1, 2)
         )
-        return (exact + norms.rounding_margin(g.dtype, g.device) * frobenius + slack) * rounded
+        return (exact + precision.rounding_margin(g.dtype, g.device) * frobenius + slack) * rounded
 
     def _upstream(self, g: Tensor) -> tuple[Tensor, float, float]:
         """Return ``[B, C, P]``, what a norm of it may lose, and by what its sums may be too low."""
-        dtype = norms.norm_dtype(g.dtype)
+        dtype = precision.norm_dtype(g.dtype)
         upstream = self.channels_first(g).to(dtype)
         slack = norms.underflow(upstream.shape[1] * upstream.shape[2], dtype)
         return upstream, slack, norms.accumulation(upstream.shape[2], dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip.rules import norms as bounds
+from opacus_bpclip.rules import precision
 from opacus_bpclip.rules.base import per_row, trainable
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.matrix import Measured
@@ -71,7 +72,7 @@ class ConvRule(FusedRule):
 
         Along each axis the filter is a product with a matrix of zeros and ones.
         """
-        dtype = bounds.norm_dtype(x.dtype)
+        dtype = precision.norm_dtype(x.dtype)
         channels = x.unflatten(1, (self.groups, self.group_channels)).to(dtype)
         squared = channels.square()
         squared = squared[:, :, 0] if self.group_channels == 1 else squared.sum(dim=2)
@@ -156,7 +157,7 @@ class ConvRule(FusedRule):
 
         The layer's kernel then has no other example to add up.
         """
-        dtype = bounds.norm_dtype(g.dtype)
+        dtype = precision.norm_dtype(g.dtype)
         batch = len(g)
         g, x = g.to(dtype), x.to(dtype)
         if not self._groups_are_fast(g):
@@ -199,7 +200,7 @@ class ConvRule(FusedRule):
         if self._groups_are_fast(g):
             return own
         columns = self.groups * self.column_size() * g.shape[2:].numel()
-        return own + columns * bounds.norm_dtype(g.dtype).itemsize
+        return own + columns * precision.norm_dtype(g.dtype).itemsize
 
     def _groups_are_fast(self, g: Tensor) -> bool:
         # An accelerator's kernels are slow with many groups; unfolding that a compiler has fused

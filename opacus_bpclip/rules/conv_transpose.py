@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip.rules import exact_norms
+from opacus_bpclip.rules import exact_norms, precision
 from opacus_bpclip.rules import norms as bounds
 from opacus_bpclip.rules.base import Inputs, trainable
 from opacus_bpclip.rules.matrix import MatrixRule, Measured
@@ -70,7 +70,7 @@ class ConvTransposeRule(MatrixRule):
 
     def measure(self, x: Tensor) -> Measured:
         """Measure each pixel's vector, for each group."""
-        dtype = bounds.norm_dtype(x.dtype)
+        dtype = precision.norm_dtype(x.dtype)
         norms = torch.linalg.vector_norm(self.columns(x), dim=2, dtype=dtype)
         norms = norms + bounds.underflow(self.group_channels, dtype)
         return Measured(norms, norms.sum(dim=(1, 2)))
@@ -172,16 +172,16 @@ class ConvTransposeRule(MatrixRule):
     def _sum_of_bias(self, g: Tensor) -> Tensor:
         """Return the bias's product bound, its columns being 1."""
         channels = g.flatten(2)
-        rounded = bounds.accumulation(channels.shape[2], bounds.norm_dtype(g.dtype))
+        rounded = bounds.accumulation(channels.shape[2], precision.norm_dtype(g.dtype))
         return bounds.product_bound(channels.unsqueeze(1), 1.0) * rounded
 
     def _norm_of_bias(self, g: Tensor) -> Tensor:
         """Return the norm of the bias's gradient."""
-        dtype = bounds.norm_dtype(g.dtype)
+        dtype = precision.norm_dtype(g.dtype)
         channels = g.flatten(2)
         # The sums may cancel, but not their rounding errors.
         frobenius = torch.linalg.vector_norm(channels, dim=(1, 2), dtype=dtype)
-        slack = bounds.rounding_margin(g.dtype, g.device) * math.sqrt(channels.shape[2])
+        slack = precision.rounding_margin(g.dtype, g.device) * math.sqrt(channels.shape[2])
         norm = bounds.row_norms(channels.to(dtype).sum(dim=2)) + slack * frobenius
         return norm * bounds.accumulation(channels.shape[2], dtype)
 

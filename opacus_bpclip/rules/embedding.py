@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip.errors import CoverageError
-from opacus_bpclip.rules import exact_norms, norms
+from opacus_bpclip.rules import exact_norms, norms, precision
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule, per_row, trainable
 from opacus_bpclip.rules.registry import register_rule
 
@@ -105,7 +105,7 @@ class EmbeddingRule(Rule):
     def _exact_bound(self, g: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         # Row v of the gradient is the sum over the positions that hold token v, so the squared
         # norm is the sum of g_p . g_q over pairs of positions with the same token.
-        dtype = norms.norm_dtype(g.dtype)
+        dtype = precision.norm_dtype(g.dtype)
         batch, channels, positions = g.shape
         g_norm = torch.linalg.vector_norm(g, dim=(1, 2), dtype=dtype)
         g_norm = g_norm + norms.underflow(channels * positions, dtype)
@@ -120,7 +120,7 @@ class EmbeddingRule(Rule):
             return torch.where(same, gram, 0.0).sum(dim=(1, 2))
 
         square = exact_norms.in_chunks(batch, chunk, square_of).clamp(min=0)
-        return g_norm * torch.sqrt(square + norms.rounding_margin(g.dtype, g.device))
+        return g_norm * torch.sqrt(square + precision.rounding_margin(g.dtype, g.device))
 
     def _positions(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], x.shape[1:].numel())

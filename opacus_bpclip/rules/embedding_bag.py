@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip.rules import norms
+from opacus_bpclip.rules import norms, precision
 from opacus_bpclip.rules.base import (
     Inputs,
     Prepared,
@@ -89,7 +89,7 @@ class EmbeddingBagRule(Rule):
         if weights is None:
             return Prepared(inputs, None, torch.ones(count, dtype=torch.bool, device=ids.device))
         # No column's norm is above the sum of its weights, so its square is in range as well.
-        total = torch.zeros(count, dtype=norms.norm_dtype(weights.dtype), device=ids.device)
+        total = torch.zeros(count, dtype=precision.norm_dtype(weights.dtype), device=ids.device)
         total = total.index_add(0, self._bags(inputs).bag, weights.flatten().abs().to(total.dtype))
         return Prepared(inputs, None, total.square().isfinite())
 
@@ -103,7 +103,7 @@ class EmbeddingBagRule(Rule):
 
     def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
         """Return the norm of the gradient: a bag is one position, so every bound has the same."""
-        dtype = norms.norm_dtype(g.dtype)
+        dtype = precision.norm_dtype(g.dtype)
         if self.mode == "max":
             columns = torch.ones(len(g), dtype=dtype, device=g.device)
         else:
@@ -137,7 +137,7 @@ class EmbeddingBagRule(Rule):
             return zeros.index_add(0, bag_of_segment, rows.square()).sqrt()
 
         # Weights of one token may cancel, but not their rounding errors, one for each summand.
-        slack = norms.rounding_margin(dtype, zeros.device) + torch.finfo(dtype).eps * sizes
+        slack = precision.rounding_margin(dtype, zeros.device) + torch.finfo(dtype).eps * sizes
         vanished = norms.underflow(1, dtype) * sizes.sqrt()
         return norm(weights) + slack * norm(weights.abs()) + vanished
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from opacus_bpclip.rules.norms import norm_dtype, underflow
+from opacus_bpclip.rules.norms import underflow
+from opacus_bpclip.rules.precision import norm_dtype
 
 # An upper limit for the temporary columns or gradients of an exact bound, in bytes. A processor
 # works in its cache, and gets small blocks of memory without asking the system. A traced graph has

@@ -20,12 +20,8 @@ from torch import Tensor
 from opacus_bpclip.rules.bounds import Bound
 from opacus_bpclip.rules.exact_norms import own_bound, own_is_cheaper
 from opacus_bpclip.rules.matrix import MatrixRule
-from opacus_bpclip.rules.norms import (
-    accumulation,
-    norm_dtype,
-    rounding_margin,
-    smallest_column_norm,
-)
+from opacus_bpclip.rules.norms import accumulation, smallest_column_norm
+from opacus_bpclip.rules.precision import norm_dtype, rounding_margin
 
 
 class Scaled(NamedTuple):

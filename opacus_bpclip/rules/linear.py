@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip.rules import norms as bounds
+from opacus_bpclip.rules import precision
 from opacus_bpclip.rules.base import per_row, trainable
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.matrix import Measured
@@ -43,7 +44,7 @@ class LinearRule(FusedRule):
 
     def measure(self, x: Tensor) -> Measured:
         """Measure each position's vector."""
-        dtype = bounds.norm_dtype(x.dtype)
+        dtype = precision.norm_dtype(x.dtype)
         norms = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
         norms = norms + bounds.underflow(self.in_features, dtype)
         norms = norms.reshape(x.shape[0], 1, x.shape[1:-1].numel())
@@ -93,7 +94,7 @@ class LinearRule(FusedRule):
 
     def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply ``g`` with the input, for each example."""
-        dtype = bounds.norm_dtype(g.dtype)
+        dtype = precision.norm_dtype(g.dtype)
         positions = g.shape[1:-1].numel()
         rows, columns = (t.reshape(len(t), positions, t.shape[-1]).to(dtype) for t in (g, x))
         return torch.matmul(rows.transpose(1, 2), columns)

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from opacus_bpclip.rules import exact_norms, norms
+from opacus_bpclip.rules import exact_norms, norms, precision
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 
 
@@ -151,7 +151,7 @@ class MatrixRule(Rule):
                 columns[rows],
                 weight=self.weight,
                 bias=self.bias,
-                slack=norms.rounding_margin(upstream.dtype, upstream.device),
+                slack=precision.rounding_margin(upstream.dtype, upstream.device),
             )
 
         return exact_norms.in_chunks(batch, chunk, of) * norms.accumulation(positions, dtype)

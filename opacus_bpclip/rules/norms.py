@@ -17,8 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-# How many units of the last place the sums and products of one bound may lose together.
-_ULPS = 64
+from opacus_bpclip.rules.precision import norm_dtype
 
 
 def accumulation(positions: int, dtype: torch.dtype) -> float:
@@ -28,25 +27,6 @@ def accumulation(positions: int, dtype: torch.dtype) -> float:
     may fall as much too short.
     """
     return 1 + positions * torch.finfo(norm_dtype(dtype)).eps
-
-
-def norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which norms are computed: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def rounding_margin(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the relative error that rounding may add to a gradient of this dtype.
-
-    Covers the norm's own arithmetic, the rounding of the scaled gradient to ``dtype``, and
-    TensorFloat-32 products where the device may use them.
-    """
-    margin = _ULPS * torch.finfo(norm_dtype(dtype)).eps
-    if dtype not in (torch.float64, torch.float32):
-        margin += torch.finfo(dtype).eps
-    elif dtype == torch.float32 and device.type == "cuda":
-        margin += 2.0**-9
-    return margin
 
 
 def column_norms(input_norms: Tensor, *, weight: bool, bias: bool) -> Tensor:

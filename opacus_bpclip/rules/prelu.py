@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip.rules import norms
+from opacus_bpclip.rules import norms, precision
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule, trainable
 from opacus_bpclip.rules.registry import register_rule
 
@@ -69,7 +69,7 @@ class PReLURule(Rule):
         upstream, value, columns = self._parts(g, inputs)
         exact = torch.linalg.vector_norm((upstream * value).sum(dim=2), dim=1)
         # Positions may cancel, but not their rounding errors. A vanishing column counts as one.
-        rounding = norms.rounding_margin(g.dtype, g.device) * _weighted(upstream, columns)
+        rounding = precision.rounding_margin(g.dtype, g.device) * _weighted(upstream, columns)
         frobenius = torch.linalg.vector_norm(upstream, dim=(1, 2))
         vanishing = norms.smallest_column(upstream.dtype) * frobenius
         return exact + rounding + vanishing + self._slack(upstream)
@@ -85,7 +85,7 @@ class PReLURule(Rule):
         """Return upstream gradient, negative inputs and columns' norms, each ``[B, C, P]``."""
         (x,) = inputs
         assert x is not None
-        dtype = norms.norm_dtype(g.dtype)
+        dtype = precision.norm_dtype(g.dtype)
         value = self._by_slope(x).to(dtype).clamp(max=0)
         columns = norms.column_norms(value.abs(), weight=True, bias=False)
         return self._by_slope(g).to(dtype), value, columns

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule
-from opacus_bpclip.rules.norms import rounding_margin
+from opacus_bpclip.rules.precision import rounding_margin
 
 
 def prepare_inputs(inputs: Inputs, rule: Rule, max_norm: float | None) -> Prepared:

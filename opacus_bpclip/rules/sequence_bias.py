@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip.rules import norms
+from opacus_bpclip.rules import norms, precision
 from opacus_bpclip.rules.base import Inputs, Prepared, Rule, trainable
 from opacus_bpclip.rules.registry import register_rule
 
@@ -57,5 +57,5 @@ class SequenceBiasRule(Rule):
     def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
         """Return the norm of the last token's gradient, which is the bias's own."""
         # The other tokens' columns vanish: without them the factor would know no limit.
-        others = norms.smallest_column(norms.norm_dtype(g.dtype)) * norms.row_norms(g)
+        others = norms.smallest_column(precision.norm_dtype(g.dtype)) * norms.row_norms(g)
         return norms.row_norms(g[:, -1]) + others
