@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +16,19 @@ from opacus_bpclip.ab.settings import NON_PRIVATE, Settings
 
 @dataclass(frozen=True)
 class Arm:
-    """A model ready for training; ``engine`` is None without privacy."""
+    """A model ready for training; ``engine`` is None without privacy.
+
+    Attributes:
+        precision: ``"bfloat16"`` for training under autocast.
+        criterion: of a step.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: DataLoader[Any]
     engine: PrivacyEngine | None
+    precision: str
+    criterion: nn.Module = field(default_factory=nn.CrossEntropyLoss)
 
 
 def prepare(
@@ -48,13 +55,16 @@ def prepare(
         clip_inputs(model, input_norm)
     sgd = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum)
     if name == NON_PRIVATE:
-        return Arm(model, sgd, DPDataLoader.from_data_loader(loader), engine=None)
+        return Arm(model, sgd, DPDataLoader.from_data_loader(loader), None, settings.precision)
     options: dict[str, Any] = {"clipping": "flat"}
     if backprop is not None:
         options = {"clipping": "backprop", "backprop": backprop}
+        # A mean's division by the batch's size must not be rounded.
+        if settings.precision != "float32":
+            options["criterion"] = nn.CrossEntropyLoss()
     assert noise_multiplier is not None
     engine = PrivacyEngine(accountant=settings.accountant)
-    private_model, optimizer, private_loader = engine.make_private(
+    private_model, optimizer, *criterion, private_loader = engine.make_private(
         module=model,
         optimizer=sgd,
         data_loader=loader,
@@ -63,4 +73,4 @@ def prepare(
         noise_generator=noise_generator,
         **options,
     )
-    return Arm(private_model, optimizer, private_loader, engine)
+    return Arm(private_model, optimizer, private_loader, engine, settings.precision, *criterion)

@@ -12,6 +12,7 @@ from opacus_bpclip.ab.settings import (
     DATASETS,
     DEVICES,
     LAYERWISE_ALLOCATIONS,
+    PRECISIONS,
     Output,
     settings_for,
 )
@@ -83,6 +84,7 @@ def _add_training_options(parser: ArgumentParser) -> None:
     group.number("--momentum", "of SGD (default: 0.9)")
     group.text("--accountant", f"{_one_of(ACCOUNTANTS)} (default: prv)")
     group.text("--device", f"{_one_of(DEVICES)} (default: cpu)")
+    group.text("--precision", f"{_one_of(PRECISIONS)}, by autocast (default: float32)")
     group.integer("--threads", "of torch (default: 1 for digits, else all cores)")
 
 

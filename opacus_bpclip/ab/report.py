@@ -29,7 +29,9 @@ def heading(record: Record) -> str:
         f"model of {plan.parameters:,} parameters",
         f"epochs: {settings.epochs}, each of {plan.steps_per_epoch} Poisson batches, {batch:.0f} "
         f"examples expected, SGD with lr {settings.lr:g} and momentum {settings.momentum:g}, "
-        f"seeds {' '.join(map(str, settings.seeds))}",
+        f"seeds {' '.join(map(str, settings.seeds))}"
+        + f", {settings.precision} by autocast"
+        * (settings.precision != "float32"),
     ]
     if settings.is_private:
         lines.append(

@@ -32,6 +32,7 @@ LAYERWISE_ALLOCATIONS = tuple(name for name in get_args(Allocation) if name != "
 
 ACCOUNTANTS = ("prv", "rdp", "gdp")
 DEVICES = ("cpu", "cuda")
+PRECISIONS = ("float32", "bfloat16")
 
 # Opacus's search for the noise multiplier does not end for an epsilon far above this one.
 MAX_EPSILON = 100.0
@@ -86,6 +87,8 @@ class Settings:
         threads: torch's intra-op threads in the training process.
         accountant: Opacus's name of the accountant.
         device: ``"cpu"`` or ``"cuda"``.
+        precision: ``"bfloat16"`` trains under autocast, the arms of this package with a criterion
+            passed to ``make_private``.
 
     Raises:
         UsageError: a value outside these; the text names the option.
@@ -109,6 +112,7 @@ class Settings:
     threads: int
     accountant: str
     device: str
+    precision: str
 
     def __post_init__(self) -> None:
         require_choice("--dataset", self.dataset, DATASETS)
@@ -129,6 +133,7 @@ class Settings:
             ("--allocation", self.allocation, LAYERWISE_ALLOCATIONS),
             ("--accountant", self.accountant, ACCOUNTANTS),
             ("--device", self.device, DEVICES),
+            ("--precision", self.precision, PRECISIONS),
         ):
             require_choice(name, value, choices)
         self._check_seeds_and_arms()
@@ -222,6 +227,7 @@ def settings_for(dataset: str = "digits", **given: Any) -> Settings:
         "seeds": (0, 1, 2),
         "accountant": "prv",
         "device": "cpu",
+        "precision": "float32",
         "threads": own.threads or available_cores(),
         "arms": ARMS,
         **{name: getattr(own, name) for name in ("epsilon", "epochs", "batch_size", "lr")},

@@ -135,7 +135,9 @@ def _train_epoch(arm: Arm, device: torch.device, seconds: list[float], bar: Any)
 
 def _step(arm: Arm, images: Tensor, labels: Tensor) -> Tensor:
     arm.optimizer.zero_grad()
-    loss = F.cross_entropy(arm.model(images), labels)
+    low = arm.precision == "bfloat16"
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+        loss: Tensor = arm.criterion(arm.model(images), labels)
     loss.backward()
     arm.optimizer.step()
     return loss.detach()

@@ -46,7 +46,8 @@ def test_defaults_are_the_datasets_own():
 def test_every_option_reaches_the_settings():
     training = (
         "--dataset mnist --data-root d --seeds 7 5 --arms backprop flat --epsilon 2 --delta 1e-6 "
-        "--epochs 4 --batch-size 32 --lr 0.3 --momentum 0.5 --accountant rdp --device cpu"
+        "--epochs 4 --batch-size 32 --lr 0.3 --momentum 0.5 --accountant rdp --device cpu "
+        "--precision bfloat16"
     )
     clipping = "--max-grad-norm 0.1 --max-input-norm 4 --bound weighted --allocation equal"
     rest = "--normalize --threads 2 --json r.json --plot none --resume --no-progress"
@@ -73,6 +74,7 @@ def test_every_option_reaches_the_settings():
         "threads": 2,
         "accountant": "rdp",
         "device": "cpu",
+        "precision": "bfloat16",
     }
 
 

@@ -91,6 +91,18 @@ def test_arms_start_alike_and_see_the_same_batches(digits, plan):
         assert torch.equal(batches[0], batches[other])
 
 
+@pytest.mark.parametrize("name", ["flat", "backprop", "paper"])
+def test_bfloat16_trains_to_about_the_same_weights(digits, plan, name):
+    ends = []
+    for precision in ("float32", "bfloat16"):
+        arm = training._start(name, 5, replace(SETTINGS, precision=precision), plan, digits)
+        with known_warnings_silenced():
+            for batch in arm.loader:
+                training._step(arm, *batch)
+        ends.append(torch.cat([p.detach().flatten() for p in arm.model.parameters()]))
+    assert 0 < (ends[0] - ends[1]).norm() <= 0.02 * ends[0].norm()
+
+
 def test_private_arms_draw_noise_of_the_same_scale(digits, plan):
     quiet = replace(SETTINGS, lr=1e-30)
     for name in ARMS[1:]:
