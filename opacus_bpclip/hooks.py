@@ -89,6 +89,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             name: self._budget.target if joint else target_of(config) for name in layers
         }
         self._untried: str | None = None
+        self._form: object = None
         self._prober = Prober(
             m,
             loss_reduction=loss_reduction,
@@ -225,7 +226,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._budget.close_forward()
             self._guard.traced_form = form_of(args, kwargs)
             return
-        self._guard.forms.add(form_of(args, kwargs))
+        self._form = form_of(args, kwargs)
+        self._guard.forms.add(self._form)
         size = self._batch_size(args, kwargs)
         self._untried = None
         batch = Batch(args, kwargs, size, 0 if self.batch_first else 1)
@@ -251,6 +253,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._budget.close_forward()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._guard.leave_forward()
+            self._guard.check_rounding(self._form, output)
             # Without an output an error is on its way already, and says more.
             if self._untried and output is not None:
                 self._guard.fail(self._untried)

@@ -18,7 +18,7 @@ from opacus_bpclip import (
 )
 
 # What cancellation in S(D + z) - S(D) may add, relative to the sensitivity.
-ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
+ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-5}
 
 # Far above every clip.
 HUGE = 1e4
@@ -55,12 +55,14 @@ class Trainer:
         noise_generator: torch.Generator | None = None,
         probe: bool = False,
         criterion: nn.Module | None = None,
+        autocast: bool = False,
     ) -> None:
         # Searches make thousands of trainers of the same few architectures.
         clipping = dataclasses.replace(clipping, probe=probe)
         self.plain = model.to(dtype)
         self.reduction = reduction
         self.loss = loss
+        self.autocast = autocast
         data = TensorDataset(torch.zeros(4 * expected_batch_size, *shape, dtype=dtype))
         self.engine = PrivacyEngine()
         # A learning rate of zero: every batch meets the same parameters.
@@ -86,7 +88,9 @@ class Trainer:
 
     def step(self, x: Tensor, target: Tensor) -> None:
         self.optimizer.zero_grad()
-        self.loss(self.model(x), target, self.reduction).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            loss = self.loss(self.model(x), target, self.reduction)
+        loss.backward()
         self.optimizer.step()
 
     def move(self, x: Tensor, target: Tensor, lr: float = 0.1) -> None:

@@ -41,7 +41,7 @@ class Endless(IterableDataset):
 
 
 def with_half_precision() -> nn.Module:
-    return nn.Sequential(nn.Linear(FEATURES, FEATURES, dtype=torch.bfloat16), *mlp())
+    return nn.Sequential(nn.Linear(FEATURES, FEATURES, dtype=torch.float16), *mlp())
 
 
 def with_batch_norm() -> nn.Module:
@@ -140,8 +140,9 @@ REFUSALS = {
     ),
     "half precision": Refusal(
         "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
-        "- 0 (Linear): its parameters are torch.bfloat16: the sum over the batch would be rounded "
-        "by more than one example's contribution. Keep trainable parameters in torch.float32.",
+        "- 0 (Linear): its parameters are torch.float16, which does not train without a "
+        "GradScaler, whose scale depends on the data. Keep trainable parameters in torch.float32 "
+        "or torch.bfloat16.",
         error=CoverageError,
         model=with_half_precision,
         repair=lambda model: model.float(),

@@ -25,18 +25,19 @@ from tests.helpers import (
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_lower_precision_after_make_private_is_refused(dtype: torch.dtype) -> None:
-    # In bfloat16 one example moved the sum by 1.021 times its limit.
+@pytest.mark.parametrize(
+    ("dtype", "problem"),
+    [
+        (torch.bfloat16, "body computes in torch.bfloat16, and the loss is a mean"),
+        (torch.float16, "body computes in torch.float16, whose largest number is so small"),
+    ],
+    ids=str,
+)
+def test_lower_precision_after_make_private_is_refused(dtype: torch.dtype, problem: str) -> None:
     private = switchable()
     private.model.to(dtype)
-    with pytest.raises(PrivacyViolationError) as refusal:
+    with pytest.raises(PrivacyViolationError, match=problem):
         private.model(batch()[0].to(dtype)).sum().backward()
-    assert str(refusal.value) == (
-        f"head.bias was turned to {dtype} after make_private: the sum over the batch would be "
-        "rounded by more than one example's contribution. Keep trainable parameters in "
-        "torch.float32."
-    )
     private.model.float()
     assert_refused_until_zero_grad(private)
 

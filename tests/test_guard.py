@@ -147,9 +147,10 @@ TWICE = (
         ),
         pytest.param(
             under_autocast,
-            "body computes in torch.bfloat16 with parameters in torch.float32 (autocast?): its "
-            "gradient, summed over the batch, would be rounded by more than one example's "
-            "contribution. Run the model without autocast.",
+            "body computes in torch.bfloat16, and the loss is a mean: it divides every gradient by "
+            "the batch's size, which is private, and the quotient is then rounded so coarsely that "
+            "one example would change the gradients of all others. Pass criterion= to make_private "
+            'and compute the loss with what it returns, or use a sum with loss_reduction="sum".',
             id="autocast",
         ),
         pytest.param(

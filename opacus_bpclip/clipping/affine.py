@@ -22,6 +22,7 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import AffineRule, Inputs
 from opacus_bpclip.rules.cancellation import kept
 from opacus_bpclip.rules.norms import row_norms
+from opacus_bpclip.rules.precision import wide
 
 
 class AffineClip(NodeClip):
@@ -45,7 +46,8 @@ class AffineClip(NodeClip):
         self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
     ) -> Use:
         """Make the examples' gradients, and the input's."""
-        x, weight = saved
+        x, weight = (wide(tensor) for tensor in saved)
+        g = wide(g)
         assert x is not None
         assert weight is not None
         # First, while the gradient is in the processor's cache.

@@ -23,6 +23,7 @@ from opacus_bpclip.rules.base import per_row, where_needed, zero_rows
 from opacus_bpclip.rules.cancellation import kept
 from opacus_bpclip.rules.exact_norms import chunks
 from opacus_bpclip.rules.norms import row_norms
+from opacus_bpclip.rules.precision import norm_dtype, wide
 
 # An upper limit for the gradients of a chunk of examples, in bytes, and for those that are kept
 # until their factors are known.
@@ -139,7 +140,7 @@ class FunctionUse(Use):
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of the gradients."""
-        return self.layer.parameters[0].dtype
+        return norm_dtype(self.layer.parameters[0].dtype)
 
     def measure(self) -> Measured:
         """Return the norm of the gradients, a chunk of examples at a time."""
@@ -241,7 +242,7 @@ class FunctionUse(Use):
                 strict=True,
             ):
                 if name is not None:
-                    found[name] = found[name] + own if name in found else own
+                    found[name] = found[name] + wide(own) if name in found else wide(own)
         return found
 
     def has_changed(self) -> bool:

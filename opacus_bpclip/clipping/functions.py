@@ -28,6 +28,7 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind
 from opacus_bpclip.model.plan import CallKey, Plan, Template
 from opacus_bpclip.rules.first_order import first_order
+from opacus_bpclip.rules.precision import full_precision, wide
 
 
 class Functions:
@@ -129,6 +130,9 @@ class _Following(ParameterFunctions):
         leaves, spec = pytree.tree_flatten(result)
         outs = [index for index, x in enumerate(leaves) if _has_gradient(x)]
         self._guard.require(function_checks.wrong_results(call, template, leaves, examples))
+        leaves = call.as_computed(leaves, drawn=template.method == "graph")
+        for index in outs:
+            self._guard.check_precision(function_checks.told(call), leaves[index].dtype)
         made = self._attached(graph, [leaves[index] for index in outs], call)
         for index, out in zip(outs, made, strict=True):
             leaves[index] = out
@@ -156,8 +160,8 @@ class _Following(ParameterFunctions):
         if call.is_in_place:
             arguments[0] = _cut_off(call.leaves[0].clone())
         for index, made in call.made.items():
-            arguments[index] = made.value.detach().requires_grad_()
-        with torch.enable_grad():
+            arguments[index] = wide(made.value.detach()).requires_grad_()
+        with torch.enable_grad(), full_precision():
             result = call.run(arguments)
         edges = [_edge(x) for x in pytree.tree_leaves(result)]
         # Without a gradient on this batch: nothing comes back for it.
@@ -228,7 +232,7 @@ def _edge(x: Any) -> GradientEdge | None:
 def _cut_off(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    return leaf.detach().requires_grad_(leaf.requires_grad)
+    return wide(leaf.detach()).requires_grad_(leaf.requires_grad)
 
 
 class _FunctionNode(torch.autograd.Function):
@@ -259,7 +263,7 @@ class _FunctionNode(torch.autograd.Function):
         for edge, place in zip(graph.results, graph.template.outputs, strict=True):
             if edge is not None:
                 assert place is not None
-                upstream.append(place.rows(next(arrived), graph.examples))
+                upstream.append(wide(place.rows(next(arrived), graph.examples)))
         inputs = tuple(graph.input_gradients(upstream, graph.inputs))
         examples = graph.examples if ctx.mean else 1
         for layer, names, scope in ctx.uses:

@@ -20,7 +20,7 @@ from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import FusedRule, Inputs
 from opacus_bpclip.rules.base import per_row, where_finite, zero_rows
-from opacus_bpclip.rules.precision import rounding_margin
+from opacus_bpclip.rules.precision import rounding_margin, wide
 
 
 class FusedClip(NodeClip):
@@ -63,7 +63,7 @@ class FusedClip(NodeClip):
 
     def measured(self, x: Tensor) -> Measurement:
         """Measure an input, without its graph, as it will have been scaled."""
-        norms, total = self.rule.measure(x)
+        norms, total = self.rule.measure(wide(x))
         finite = where_finite(total)
         factor = None
         if self.config.max_input_norm is not None:

@@ -19,6 +19,7 @@ from opacus_bpclip.rules.cancellation import kept
 from opacus_bpclip.rules.exact_norms import chunks, exact_chunk, gram_is_cheaper
 from opacus_bpclip.rules.fused import Scaled
 from opacus_bpclip.rules.norms import row_norms
+from opacus_bpclip.rules.precision import norm_dtype, wide
 
 # Examples' own gradients are kept until their factors are known, if they have at most so many times
 # as many numbers as input and upstream gradient, which they take the place of.
@@ -86,21 +87,20 @@ class FusedUse(Use):
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of the gradients."""
-        return self.g.dtype
+        return norm_dtype(self.g.dtype)
 
     def measure(self) -> Measured:
         """Bound the gradients by the bound that is asked for."""
         rule = self.rule
         keeps = self.weight.numel() <= _OWN_KEPT * (self.x[:1].numel() + self.g[:1].numel())
         if not self._makes_own(keeps=keeps):
-            return self._measured(self._bounds(), self.g, self.columns, self.finite)
+            return self.measure_by_bound()
         found: list[Measured] = []
         parts, gradients = [], []
-        scaled = self._scaled(self.g)
         for rows in chunks(
             len(self.g), exact_chunk(rule.own_bytes(self.g, self.weight), self.g.device)
         ):
-            own, each, part = self._own_of(rows, scaled)
+            own, each, part = self._own_of(rows)
             found.append(each)
             parts.append(part)
             if keeps:
@@ -109,7 +109,7 @@ class FusedUse(Use):
         if keeps:
             self._own = gradients
             if rule.bias:
-                self._bias_sums = rule.upstream(self.g).sum(dim=3).flatten(1)
+                self._bias_sums = rule.upstream(wide(self.g)).sum(dim=3).flatten(1)
         return joined(found)
 
     def _makes_own(self, *, keeps: bool) -> bool:
@@ -120,12 +120,12 @@ class FusedUse(Use):
         channels, positions = rule.upstream(self.g).shape[2:]
         return keeps or not gram_is_cheaper(positions, channels, rule.column_size())
 
-    def _own_of(self, rows: slice, scaled: Tensor) -> tuple[Tensor, Measured, Tensor]:
+    def _own_of(self, rows: slice) -> tuple[Tensor, Measured, Tensor]:
         """Return some examples' own gradients, how large they are, and what part is kept."""
         assert self.columns is not None
-        g, columns = self.g[rows], self.columns[rows]
+        g, columns = wide(self.g[rows]), self.columns[rows]
         finite = None if self.finite is None else self.finite[rows]
-        own = self.rule.own_gradients(scaled[rows], self.x[rows], self.weight)
+        own = self.rule.own_gradients(self._scaled(g, rows), wide(self.x[rows]), self.weight)
         bound = self.rule.bound_of_own(own, g, columns)
         # Where positions cancel, rounding alone may be left of their sum.
         limit = self.target.unscaled() / max(self.examples, 1)
@@ -143,15 +143,18 @@ class FusedUse(Use):
             examples=self.examples,
         )
 
-    def _bounds(self) -> Tensor:
-        scaled = Scaled(self.x, self.columns, self.factor, self.max_input_norm)
-        return self.bound.of_scaled(self.rule, self.g, scaled, self._room)
+    def measure_by_bound(self) -> Measured:
+        """Bound the gradients without making them for each example."""
+        g = wide(self.g)
+        scaled = Scaled(wide(self.x), self.columns, self.factor, self.max_input_norm)
+        bound = self.bound.of_scaled(self.rule, g, scaled, self._room)
+        return self._measured(bound, g, self.columns, self.finite)
 
-    def _scaled(self, g: Tensor) -> Tensor:
-        """Return an upstream gradient times the factors of the input's columns."""
+    def _scaled(self, g: Tensor, rows: slice) -> Tensor:
+        """Return some examples' upstream gradients times the factors of the input's columns."""
         if self.factor is None:
             return g
-        return torch.mul(g, self.rule.over_output(self.factor.to(g.dtype), g), out=self._room)
+        return g * self.rule.over_output(self.factor[rows].to(g.dtype), g)
 
     def sums(self, factors: Factors) -> Sums:
         """Make the gradients in one product for all examples."""
@@ -161,7 +164,7 @@ class FusedUse(Use):
         if self._own is not None:
             return self._sums_of_own(by, keep)
         sums = {}
-        g = zero_rows(self.g, keep)
+        g = zero_rows(wide(self.g), keep)
         if self.rule.bias:
             sums["bias"] = self.rule.bias_gradient(g, by) * self.examples
         if self.rule.weight:
@@ -181,7 +184,7 @@ class FusedUse(Use):
             part = by[rows].to(flat.dtype) @ flat
             total = part if total is None else total + part
         assert total is not None
-        dw = total.view(self.weight.shape).to(self.weight.dtype) * self.examples
+        dw = total.view(self.weight.shape) * self.examples
         sums = {"weight": dw}
         if self._bias_sums is not None:
             sums["bias"] = by @ zero_rows(self._bias_sums, keep) * self.examples
@@ -204,8 +207,11 @@ class FusedUse(Use):
                 joint = joint * self.factor.to(joint.dtype)
         if joint is not None:
             over = self.rule.over_output(joint.to(g.dtype), g)
-            g = torch.mul(g, over, out=self._room)
-        return self.rule.gradients(g, self.x, self.weight, multiplier=self.examples, wanted=wanted)
+            room = self._room if self._room is not None and self._room.dtype == g.dtype else None
+            g = torch.mul(g, over, out=room)
+        # Autocast gives a layer's input and weight another dtype than its output.
+        x, weight = self.x.to(g.dtype), self.weight.to(g.dtype)
+        return self.rule.gradients(g, x, weight, multiplier=self.examples, wanted=wanted)
 
     def sorted_by(self, rows: Tensor) -> FusedUse:
         """Note where in this use's rows the examples are.
@@ -256,26 +262,22 @@ class FusedUse(Use):
 
     def own(self, rows: slice) -> Sums:
         """Make the gradients of some examples, as far as they are kept."""
-        g, x = self._kept_of(rows), self.x[rows]
+        g, x = self._kept_of(rows), wide(self.x[rows])
         sums = {}
         if self.rule.weight:
-            scaled = g
-            if self.factor is not None:
-                factor = self.factor[rows].to(g.dtype)
-                scaled = g * self.rule.over_output(factor, g)
-            sums["weight"] = self.rule.own_gradients(scaled, x, self.weight)
+            sums["weight"] = self.rule.own_gradients(self._scaled(g, rows), x, self.weight)
         if self.rule.bias:
             sums["bias"] = self.rule.upstream(g).sum(dim=3).flatten(1)
         return sums
 
     def _kept_of(self, rows: slice) -> Tensor:
         """Return some examples' upstream gradients times what part of their gradients is kept."""
-        g = self.g[rows]
+        g = wide(self.g[rows])
         return g if self._part is None else g * per_row(self._part[rows].to(g.dtype), g)
 
     def matrix_columns(self, rows: slice) -> Tensor:
         """Return the columns of some examples' scaled inputs, ``[b, R, D, P]``."""
-        x = self.x[rows]
+        x = wide(self.x[rows])
         if self.factor is not None:
             x = x * self.rule.spread(self.factor[rows].to(x.dtype), x)
         return self.rule.columns(x)

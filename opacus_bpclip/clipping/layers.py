@@ -19,6 +19,7 @@ from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Inputs
 from opacus_bpclip.rules.base import per_row, where_needed, zero_rows
+from opacus_bpclip.rules.precision import is_low, norm_dtype, wide
 from opacus_bpclip.rules.scaling import prepare_inputs
 
 
@@ -81,29 +82,35 @@ class LayerClip(NodeClip):
         return out
 
     def call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
-        """Clip the inputs; run the layer again if that changes them."""
+        """Clip the inputs; run the layer again where that or low precision asks for it."""
         arguments, rule = self.layer.arguments, self.layer.rule
-        inputs = arguments.get(args, kwargs)
+        low = is_low(y.dtype)
+        given_inputs = arguments.get(args, kwargs)
+        inputs = tuple(wide(x) for x in given_inputs) if low else given_inputs
         prepared = prepare_inputs(inputs, rule, self.config.max_input_norm)
         silenced = rule.silenced(prepared)
         passed = arguments.passed(args, kwargs)
         leaves = tuple(x if x is not None and x.requires_grad else None for x in passed)
         traced = torch.compiler.is_compiling()
+        made = y
+        changed = not _are_alike(silenced, inputs)
         # One of several inputs may be made from another, or be the same: each needs a leaf.
         several = sum(leaf is not None for leaf in leaves) > 1
-        if traced or several or not _are_alike(silenced, inputs):
+        if traced or several or low or changed:
             given = [x if x is None else arguments.as_passed(x).detach() for x in silenced]
             leaves = tuple(
                 None if leaf is None or x is None else x.requires_grad_()
                 for leaf, x in zip(leaves, given, strict=True)
             )
             args, kwargs = arguments.replaced(args, kwargs, tuple(given))
-            if traced:
-                self.stand_ins = _stand_ins(
-                    {name: _present(module, name) for name in self.layer.named_parameters}
-                )
-            with parameters_replaced(module, self.stand_ins):
-                y = module.forward(*args, **kwargs)
+            if traced or low:
+                present = {name: _present(module, name) for name in self.layer.named_parameters}
+                self.stand_ins = _stand_ins({name: wide(p) for name, p in present.items()})
+            others = {name: wide(p) for name, p in module._parameters.items()} if low else {}
+            with parameters_replaced(module, {**others, **self.stand_ins}):
+                made = module.forward(*args, **kwargs)
+            if changed or not low:
+                y = made.to(y.dtype)
         keep = where_needed(prepared.finite)
         out = y.detach()
         if keep is not None:
@@ -114,12 +121,12 @@ class LayerClip(NodeClip):
         elif traced:
             out = out.clone()
         graph = None
-        if y.requires_grad:
+        if made.requires_grad:
             if self.followed:
                 own = (*self.stand_ins.values(), *leaves)
-                self.guard.require(foreign_parameter(self.layer, y, own))
+                self.guard.require(foreign_parameter(self.layer, made, own))
             edges = (None if leaf is None else get_gradient_edge(leaf) for leaf in leaves)
-            graph = Graph(get_gradient_edge(y), tuple(edges), self.stand_ins)
+            graph = Graph(get_gradient_edge(made), tuple(edges), self.stand_ins)
         norms = None if prepared.norms is None else zero_rows(prepared.norms, keep)
         scales = tuple(x if x is None else zero_rows(x, keep) for x in prepared.scales)
         scales = scales or (None,) * len(inputs)
@@ -172,11 +179,11 @@ class LayerUse(Use):
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of the gradients."""
-        return self._g.dtype
+        return norm_dtype(self._g.dtype)
 
     def measure(self) -> Measured:
         """Bound the gradients as the rule does."""
-        rule, g, norms = self.layer.rule, self._g, self._norms
+        rule, g, norms = self.layer.rule, wide(self._g), self._norms
         return measured(
             self._bound.of(rule, g, self._inputs, norms, self._max_norm),
             where_needed(self._finite),
@@ -200,7 +207,7 @@ class LayerUse(Use):
 
     def input_gradients(self, factors: Factors | None) -> tuple[Tensor | None, ...]:
         """Run the layer's backward pass, for its inputs alone."""
-        g = self._g if factors is None else self._scaled(factors)
+        g = wide(self._g) if factors is None else self._scaled(factors)
         return self._gradients(g, inputs=True)[1]
 
     def has_changed(self) -> bool:
@@ -210,16 +217,16 @@ class LayerUse(Use):
     def own(self, rows: slice) -> Sums:
         """Make the gradients of some examples; at worst by a backward pass for each."""
         known = self.layer.rule.by_example(
-            self._g[rows], tuple(x if x is None else x[rows] for x in self._inputs)
+            wide(self._g[rows]), tuple(x if x is None else x[rows] for x in self._inputs)
         )
         if known:
             return known
         if not len(self._g[rows]):
             own = self.layer.named_parameters.items()
-            return {name: p.new_zeros((0, *p.shape)) for name, p in own}
+            return {name: wide(p).new_zeros((0, *p.shape)) for name, p in own}
         found: dict[str, list[Tensor]] = {}
         for row in range(*rows.indices(len(self._g))):
-            alone = torch.zeros_like(self._g)
+            alone = torch.zeros_like(self._g, dtype=self.dtype)
             alone[row] = self._g[row]
             for name, gradient in self._gradients(alone, parameters=True)[0].items():
                 found.setdefault(name, []).append(gradient)
@@ -228,11 +235,12 @@ class LayerUse(Use):
     def matrices(self, rows: slice) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Return what the rule knows for a product."""
         inputs = tuple(x if x is None else x[rows] for x in self._inputs)
-        return self.layer.rule.products(self._g[rows], inputs)
+        return self.layer.rule.products(wide(self._g[rows]), inputs)
 
     def _scaled(self, factors: Factors) -> Tensor:
         by, keep = factors
-        return zero_rows(self._g * per_row(by, self._g), keep)
+        g = wide(self._g)
+        return zero_rows(g * per_row(by, g), keep)
 
     def _gradients(
         self, g: Tensor, *, parameters: bool = False, inputs: bool = False

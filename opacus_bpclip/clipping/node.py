@@ -25,6 +25,7 @@ from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Inputs
 from opacus_bpclip.rules.first_order import first_order
+from opacus_bpclip.rules.precision import full_precision
 
 
 class Call(NamedTuple):
@@ -122,15 +123,19 @@ class NodeClip(Clip):
         if self.passed_by:
             return None
         if not torch.is_grad_enabled():
-            return self.call(module, args, kwargs, y).out if self.changes_output else None
+            return self._call(module, args, kwargs, y).out if self.changes_output else None
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
             return self.leave_traced(args, kwargs, y)
         self.functions.resume()
         if followed:
             self.check(args, kwargs, y)
-        call = self.call(module, args, kwargs, y)
+        call = self._call(module, args, kwargs, y)
         self.followed = False
         return self.attached(call, self.scope() if followed else None)
+
+    def _call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
+        with full_precision():
+            return self.call(module, args, kwargs, y)
 
     def leave_traced(self, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor:
         """Do the same in a graph that is being traced."""
@@ -240,6 +245,7 @@ def _traced(
     """
     budget = BUDGETS[key]
     clip: NodeClip = budget.clips[index]
+    clip.guard.check_precision(clip.layer.name, y.dtype)
     module = clip.layer.module
     names = list(module._parameters)
     trainable, own = tensors[:count], tensors[count : count + len(names)]
@@ -247,7 +253,7 @@ def _traced(
     parameters = cast("tuple[Tensor, ...]", trainable)
     scope = budget.traced_scope(clip.layer, target, ends, token, parameters)
     with parameters_replaced(module, dict(zip(names, own, strict=True))):
-        call = clip.call(module, tensors[count + len(names) :], {}, y)
+        call = clip._call(module, tensors[count + len(names) :], {}, y)
     out = clip.attached(call, scope)
     scope.close()
     return out

@@ -19,6 +19,7 @@ from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import BroadcastRule
 from opacus_bpclip.rules.first_order import first_order
+from opacus_bpclip.rules.precision import wide
 
 
 class ParameterClip(Clip):
@@ -132,7 +133,7 @@ class _Copies(torch.autograd.Function):
         if ctx.spent:
             clip.guard.fail(ran_twice(clip.layer))
         ctx.spent = True
-        own = torch.cat([g.flatten(1) for g in gradients], dim=1)
+        own = torch.cat([wide(g.flatten(1)) for g in gradients], dim=1)
         examples = len(own) if clip.mean else 1
         ctx.scope.arrive(OwnUse(clip.layer, examples, own, list(clip.parameters)))
         return (None,) * (4 + ctx.count)

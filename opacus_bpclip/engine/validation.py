@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from opacus_bpclip.clipping.allocation import layer_fractions
 from opacus_bpclip.config import BackpropClipping, is_positive_number
+from opacus_bpclip.guard.precision import rounded_mean
 from opacus_bpclip.guard.ranks import several_ranks
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.tying import tied_groups
@@ -31,6 +32,7 @@ def checked_options(
     optimizer: Any,
     max_grad_norm: object,
     noise_multiplier: object,
+    criterion: object = None,
     loss_reduction: str = "mean",
     batch_first: bool = True,
     grad_sample_mode: str = "hooks",
@@ -80,6 +82,8 @@ def checked_options(
     _refuse_wrapped(module)
     uses = declared_uses(backprop)
     groups = tied_groups(trainable_layers(module, uses, batch_first=batch_first))
+    if loss_reduction == "mean" and criterion is None:
+        _refuse_rounded_mean(module)
     if backprop.allocation != "joint":
         layer_fractions({name: group.size for name, group in groups.items()}, backprop.allocation)
     # What Opacus asks of every model; ours, on the guarantee, came first.
@@ -113,6 +117,13 @@ def checked_loader(
 
 def _is_noise_multiplier(value: object) -> bool:
     return is_positive_number(value) or (not isinstance(value, bool) and value == 0)
+
+
+def _refuse_rounded_mean(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        problem = rounded_mean(name, parameter.dtype) if parameter.requires_grad else None
+        if problem:
+            raise ValueError(problem)
 
 
 def _refuse_optimizer(optimizer: Any) -> None:

@@ -124,18 +124,6 @@ def replaced_parameter(layer: Layer) -> str | None:
     )
 
 
-def other_dtype(layer: Layer, y: Tensor) -> str | None:
-    """Say that a layer computes in another dtype than that of its parameters."""
-    for parameter in layer.parameters:
-        if y.dtype != parameter.dtype:
-            return (
-                f"{layer.name} computes in {y.dtype} with parameters in {parameter.dtype} "
-                "(autocast?): its gradient, summed over the batch, would be rounded by more "
-                "than one example's contribution. Run the model without autocast."
-            )
-    return None
-
-
 def earlier_hook(layer: Layer, key: int) -> str | None:
     """Say that the forward hook with this key is not the first of its layer's."""
     if next(iter(layer.module._forward_hooks)) == key:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from opacus_bpclip.guard.watched import WatchedParameter
-from opacus_bpclip.model.coverage import TRAINABLE_DTYPES
+from opacus_bpclip.rules.precision import norm_dtype
 
 _THROUGH_ITS_LAYER = (
     "Use the parameter through its layer only, not directly as F.linear(x, layer.weight) does. In "
@@ -48,11 +48,11 @@ def foreign_gradient(
 
 def unusable_gradient(watched: WatchedParameter, gradient: Tensor) -> str | None:
     """Say what is wrong with a sum of contributions, or with what was there before it."""
-    if gradient.dtype not in TRAINABLE_DTYPES:
+    if gradient.dtype != norm_dtype(gradient.dtype):
         return (
-            f"{watched.name} was turned to {gradient.dtype} after make_private: the sum over "
-            "the batch would be rounded by more than one example's contribution. Keep "
-            "trainable parameters in torch.float32."
+            f"{watched.name}'s gradient is a sum over the batch in {gradient.dtype}, which rounds "
+            "it by more than one example's contribution. In a compiled model keep trainable "
+            "parameters in torch.float32, and use autocast for low precision."
         )
     stale = watched.parameter.grad
     if stale is not None and watched.is_empty and bool(stale.any()):

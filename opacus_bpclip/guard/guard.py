@@ -23,7 +23,6 @@ from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.call_checks import (
     changed_layer,
     first_in_backward,
-    other_dtype,
     outside_forward,
     replaced_parameter,
     used_too_often,
@@ -31,6 +30,7 @@ from opacus_bpclip.guard.call_checks import (
 from opacus_bpclip.guard.forms import OTHER_FORM
 from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
 from opacus_bpclip.guard.passes import BackwardPasses
+from opacus_bpclip.guard.precision import Roundings, unfit
 from opacus_bpclip.guard.ranks import several_ranks
 from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.losses.criterion import LossWatch
@@ -85,6 +85,7 @@ class GradientGuard:
         self.by_functions: set[nn.Parameter] = set()
         self.forms: set[object] = set()
         self.traced_form: object = None
+        self._roundings = Roundings()
         self._compiled = False
         self._in_forward = False
         self._batch_size = 0
@@ -197,9 +198,18 @@ class GradientGuard:
         return self._forward
 
     def check_output(self, layer: Layer, y: Tensor) -> None:
-        """Check that a layer made ``y`` with the parameters that are watched, in their dtype."""
+        """Check that a layer made ``y`` with the parameters that are watched, in a fit dtype."""
         self.require(replaced_parameter(layer))
-        self.require(other_dtype(layer, y))
+        self.check_precision(layer.name, y.dtype)
+
+    def check_precision(self, name: str, dtype: torch.dtype) -> None:
+        """Check that gradients of this dtype may come to a part of the model."""
+        self.require(unfit(name, dtype, mean=self.undoes_mean))
+
+    def check_rounding(self, form: object, output: object) -> None:
+        """Check that no gradient of a mean goes through low precision, in a layer or between."""
+        if self.undoes_mean:
+            self.require(self._roundings.problem(form, output))
 
     # Backward
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
@@ -21,8 +20,7 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.recurrence import recurrent_linears, renamed_parameters
 from opacus_bpclip.replacements import mixes_examples, replacer_of
 from opacus_bpclip.rules import BroadcastRule, FunctionRule, Rule, registered_kind
-
-TRAINABLE_DTYPES = (torch.float32, torch.float64)
+from opacus_bpclip.rules.precision import ACCEPTED
 
 
 @dataclass(frozen=True)
@@ -250,11 +248,11 @@ def _rule_for(
     if kind is not None and not _runs_as(module, kind, rule, own):
         rule = FunctionRule
     dtypes = {parameter.dtype for parameter in own.values()}
-    if not dtypes <= set(TRAINABLE_DTYPES):
+    if not dtypes <= set(ACCEPTED):
         return None, (
-            f"its parameters are {', '.join(str(dtype) for dtype in dtypes)}: the sum over the "
-            "batch would be rounded by more than one example's contribution. Keep trainable "
-            "parameters in torch.float32."
+            f"its parameters are {', '.join(str(dtype) for dtype in dtypes)}, which does not train "
+            "without a GradScaler, whose scale depends on the data. Keep trainable parameters in "
+            "torch.float32 or torch.bfloat16."
         )
     try:
         return rule.from_module(module), None

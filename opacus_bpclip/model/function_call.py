@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from opacus_bpclip.model.plan import CallKey, Site, Template
+from opacus_bpclip.rules.precision import is_autocast, is_low
 
 # Whose names do not end in an underscore, though they work on their first argument.
 _IN_PLACE = frozenset(
@@ -96,6 +97,26 @@ class FunctionCall:
         args, kwargs = pytree.tree_unflatten([own, *leaves[1:]], self.spec)
         self.func(*args, **kwargs)
         return own
+
+    def as_computed(self, results: list[Any], *, drawn: bool) -> list[Any]:
+        """Return the results as the model has them, where that computes in low precision.
+
+        Args:
+            results: in the precision of gradients, flattened.
+            drawn: whether the function draws numbers. Then the results are those of the numbers
+                whose gradients are made.
+        """
+        tensors = (x for x in self.leaves if isinstance(x, Tensor))
+        if not (is_autocast() or any(is_low(x.dtype) for x in tensors)):
+            return results
+        with torch.no_grad(), torch.random.fork_rng(enabled=drawn):
+            computed = pytree.tree_leaves(self.run(self.leaves))
+        if not drawn:
+            return computed
+        return [
+            x.to(y.dtype) if isinstance(x, Tensor) else x
+            for x, y in zip(results, computed, strict=True)
+        ]
 
     def of_example(
         self, template: Template, rows: Iterable[Tensor], values: Sequence[Tensor]

@@ -113,14 +113,16 @@ def sent_back(value: Tensor, own: Tensor, *, batched: bool) -> list[Tensor]:
 
     Args:
         value: the tensor.
-        own: ``[b, *value.shape]``.
+        own: ``[b, *value.shape]``, of the tensor's dtype or a wider one.
         batched: whether to send them through the graph together.
 
     Returns:
-        ``[b, *leaf.shape]`` for each leaf, in the order of `leaves_behind`.
+        ``[b, *leaf.shape]`` for each leaf, in the order of `leaves_behind`; as they have been made,
+        so that they may be of either dtype.
     """
     if value.grad_fn is None:
         return [own]
+    own = own.to(value.dtype)
     leaves = leaves_behind(value)
     if not len(own):
         return [leaf.new_zeros((0, *leaf.shape)) for leaf in leaves]

@@ -14,6 +14,7 @@ from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer.noise import add_noise_, with_own_memory
 from opacus_bpclip.optimizer.wrapper import OptimizerWrapper
+from opacus_bpclip.rules.precision import norm_dtype
 
 
 class BackpropClipOptimizer(OptimizerWrapper):
@@ -21,7 +22,8 @@ class BackpropClipOptimizer(OptimizerWrapper):
 
     A step takes the sum of contributions into ``p.summed_grad``, adds Gaussian noise of standard
     deviation ``noise_multiplier * max_grad_norm`` to the sum of a whole logical batch, divides by
-    the expected batch size where the loss is a mean, and steps the wrapped optimizer. A parameter
+    the expected batch size where the loss is a mean, and steps the wrapped optimizer. Sum and noise
+    are in float32 where the parameter is in lower precision. A parameter
     without a gradient (an empty batch, an unused layer) gets the noise alone.
 
     Guarantee: one step is one Gaussian mechanism of sensitivity ``max_grad_norm`` and one entry in
@@ -132,7 +134,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
                 # Out of place: autograd may have sent one tensor to two parameters.
                 p.summed_grad = gradient if p.summed_grad is None else p.summed_grad + gradient
             elif p.summed_grad is None:
-                p.summed_grad = torch.zeros_like(p)
+                p.summed_grad = torch.zeros_like(p, dtype=norm_dtype(p.dtype))
 
     def add_noise(self) -> None:
         """Turn each ``p.summed_grad`` into ``p.grad`` by Gaussian noise, drawn anew for each entry.
@@ -153,7 +155,8 @@ class BackpropClipOptimizer(OptimizerWrapper):
             secure_mode=self.secure_mode,
         )
         for p, gradient in zip(self.params, noised, strict=True):
-            p.grad = gradient
+            # With its noise it may be rounded to what the wrapped optimizer steps in.
+            p.grad = gradient.to(p.dtype)
             if self.keep_summed_grad:
                 _mark_as_processed(p.summed_grad)
             else:

@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from opacus_bpclip.errors import PrivacyViolationError
+from opacus_bpclip.rules.precision import full_precision
 
 Backward = Callable[..., Any]
 
@@ -33,6 +34,8 @@ def first_order(backward: Backward) -> Backward:
     def checked(ctx: Any, *gradients: Any) -> Any:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             raise PrivacyViolationError(_PROBLEM)
-        return once(ctx, *gradients)
+        # Somebody may have called backward under autocast.
+        with full_precision():
+            return once(ctx, *gradients)
 
     return checked

@@ -9,8 +9,7 @@ contribution (301 becomes 300 or 302). Proof: ``docs/guarantee.md``, "Low precis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import overload
 
 import torch
@@ -56,19 +55,17 @@ def wide(x: Tensor | None) -> Tensor | None:
     return x.to(norm_dtype(x.dtype))
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Run without autocast, which would compute norms and sums in low precision.
+def is_autocast() -> bool:
+    """Return whether autocast is on, on any kind of device."""
+    return bool(torch._C._is_any_autocast_enabled())
 
-    Args:
-        device: where the tensors are.
-    """
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            yield
-    else:
-        yield
+
+def full_precision() -> AbstractContextManager[object]:
+    """Run without autocast, which would compute norms and sums in low precision."""
+    if is_autocast():
+        off: AbstractContextManager[object] = torch._C._DisableAutocast()
+        return off
+    return nullcontext()
 
 
 def rounding_margin(dtype: torch.dtype, device: torch.device) -> float:

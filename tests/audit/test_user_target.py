@@ -105,9 +105,9 @@ def test_a_refusal_on_an_empty_batch_is_not_taken_for_a_layers_weakness():
             self.layer = nn.Linear(2, 2)
 
         def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.float16):
                 return self.layer(x)
 
     trainer = EngineTrainer(Autocast(), linear_loss("sum"), noise_multiplier=0.0)
-    with pytest.raises(PrivacyViolationError, match=r"layer computes in torch\.bfloat16"):
+    with pytest.raises(PrivacyViolationError, match=r"layer computes in torch\.float16"):
         trainer.on((torch.zeros(0, 2), torch.zeros(0, 2)))

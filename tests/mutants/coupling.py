@@ -180,10 +180,9 @@ def foreign_gradients_taken_for_a_compiled_graphs(patch: pytest.MonkeyPatch) -> 
     patch.setattr(guard, "foreign_gradient", as_compiled)
 
 
-@mutant(killed_by=guard_killers.model_in_lower_precision, says="nothing bounds was released")
+@mutant(killed_by=guard_killers.gradient_there_before, says="nothing bounds was released")
 def sums_collected_unseen(patch: pytest.MonkeyPatch) -> None:
-    """Layers' sums are collected without a look at them: in bfloat16 the sum over a batch is
-    rounded by more than one example's contribution."""
+    """Layers' sums are collected without a look at what was there before."""
 
     def collect(self: GradientGuard, sums: Mapping[nn.Parameter, Tensor]) -> None:
         for parameter, total in sums.items():

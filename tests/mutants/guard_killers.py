@@ -37,10 +37,21 @@ def weight_beside_its_layer_after_a_good_batch() -> None:
 
 
 def model_in_lower_precision() -> None:
-    """A model that is turned to bfloat16 after `make_private`."""
+    """A model that is turned to bfloat16 after `make_private`, with a mean loss."""
     trainer, x = _two_layers()
     trainer.plain.bfloat16()
     check_refused(trainer, x.bfloat16(), lambda y, _: y.sum())
+
+
+def gradient_there_before() -> None:
+    """A gradient in ``p.grad`` from before, to which the batch's would be added."""
+    trainer, x = _two_layers()
+
+    def loss(y: Tensor, model: nn.Module) -> Tensor:
+        model[1].weight.grad = torch.ones(2, 2).double()
+        return y.sum()
+
+    check_refused(trainer, x, loss)
 
 
 def two_batches_in_one_step() -> None:

@@ -1,0 +1,47 @@
+"""Checks that wrong precision fails."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip import BackpropClipping
+from tests.checks import Trainer, check_independence, check_refused
+
+_LOW = torch.bfloat16
+
+
+def many_examples_in_low_precision() -> None:
+    """The sum over 64 examples in bfloat16 is the sum of what each contributes alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    trainer = Trainer(model, (4,), BackpropClipping(), reduction="sum", dtype=_LOW)
+    check_independence(trainer, torch.randn(64, 4).to(_LOW), torch.randn(64, 2).to(_LOW))
+
+
+def mean_under_autocast() -> None:
+    """A mean loss under autocast."""
+    trainer = _two_layers()
+
+    def loss(y: Tensor, model: nn.Module) -> Tensor:
+        with torch.autocast("cpu", _LOW):
+            return trainer.model(torch.ones(3, 2)).float().mean()
+
+    check_refused(trainer, torch.ones(3, 2), loss)
+
+
+def mean_rounded_between_layers() -> None:
+    """A mean loss whose gradient is rounded between layers in float32."""
+
+    class Cast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(_LOW).float()
+
+    trainer = _two_layers(Cast())
+    check_refused(trainer, torch.ones(3, 2), lambda y, _: y.mean())
+
+
+def _two_layers(*between: nn.Module) -> Trainer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), *between, nn.Linear(2, 2))
+    return Trainer(model, (2,), BackpropClipping(), dtype=torch.float32)
