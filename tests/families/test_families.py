@@ -53,22 +53,38 @@ class _Private:
     """A family's model behind the real engine."""
 
     def __init__(
-        self, family: Family, allocation: str, limit: float, lr: float = 0.0, noise: float = 0.0
+        self,
+        family: Family,
+        allocation: str,
+        limit: float,
+        *,
+        lr: float = 0.0,
+        noise: float = 0.0,
+        reduction: str = "mean",
+        low: bool = False,
     ) -> None:
         model = _built(family)
+        self.low = low
+        if low:
+            model = model.bfloat16()
         self.family, self.trained = family, _trained(model)
         self.model, self.optimizer, _ = PrivacyEngine(accountant="rdp").make_private(
             module=model,
             optimizer=torch.optim.SGD(self.trained, lr=lr),
-            data_loader=DataLoader(_Rows(family.data(16)), batch_size=8),
+            data_loader=DataLoader(_Rows(self.cast(family.data(16))), batch_size=8),
             noise_multiplier=noise,
             max_grad_norm=limit,
+            loss_reduction=reduction,
             poisson_sampling=False,
             clipping="backprop",
             backprop=BackpropClipping(allocation=allocation),
         )
         self.optimizer.keep_summed_grad = True
         self.optimizer._guard.passes.samples.attached = False
+
+    def cast(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        dtype = torch.bfloat16 if self.low else torch.float32
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
     def summed(self, batch: dict[str, Tensor]) -> Tensor:
         self.optimizer.zero_grad()
@@ -119,3 +135,39 @@ def test_one_of_each_kind_trains_within_its_sensitivity(name):
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_trains_within_its_sensitivity(name, allocation):
     _check(FAMILIES[name], allocation)
+
+
+def _check_low_precision(family: Family, *, autocast: bool) -> None:
+    """In bfloat16 a sum is that of the examples' parts, none of which is beyond the limit."""
+    private = _Private(family, "joint", 1.0, reduction="sum", low=not autocast)
+    rows = torch.eye(4) * torch.tensor([1.0, 1.0, 1.0, 1e3])
+
+    def summed(weights: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = family.losses(private.model, private.cast(family.data(4)))
+        private.optimizer.zero_grad()
+        (losses * weights.to(losses)).sum().backward()
+        private.optimizer.step()
+        return torch.cat([p.summed_grad.double().flatten() for p in private.trained])
+
+    parts = [summed(row) for row in rows]
+    assert (summed(rows.sum(0)) - sum(parts)).norm() <= 1e-5
+    assert all(part.norm() <= 1 for part in parts)
+    assert parts[-1].norm() >= 0.99
+
+
+WAYS = pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+
+
+@WAYS
+@pytest.mark.parametrize("name", ["bert-lora", "llama-causal"])
+def test_one_of_two_kinds_trains_in_bfloat16(name, autocast):
+    _check_low_precision(FAMILIES[name], autocast=autocast)
+
+
+@pytest.mark.slow
+@WAYS
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_family_trains_in_bfloat16(name, autocast):
+    _check_low_precision(FAMILIES[name], autocast=autocast)
