@@ -30,7 +30,7 @@ from opacus_bpclip.guard.call_checks import (
 from opacus_bpclip.guard.forms import OTHER_FORM
 from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
 from opacus_bpclip.guard.passes import BackwardPasses
-from opacus_bpclip.guard.precision import Roundings, unfit
+from opacus_bpclip.guard.precision import Roundings, rounded_products, unfit
 from opacus_bpclip.guard.ranks import several_ranks
 from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.losses.criterion import LossWatch
@@ -145,6 +145,8 @@ class GradientGuard:
     def enter_forward(self, batch_size: int) -> None:
         """Begin a forward pass of the root over ``batch_size`` examples."""
         self.require(several_ranks())
+        if self.undoes_mean and self._watched:
+            self.require(rounded_products(next(iter(self._watched)).device))
         for name, parameter in self._frozen:
             if parameter.requires_grad:
                 self.fail(unfrozen_problem(name))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from opacus_bpclip.probe.leaves import batch_leaves
-from opacus_bpclip.rules.precision import ACCEPTED, is_autocast, is_low
+from opacus_bpclip.rules.precision import ACCEPTED, is_autocast, is_low, products_are_rounded
 
 
 def unfit(name: str, dtype: torch.dtype, *, mean: bool) -> str | None:
@@ -43,6 +43,24 @@ def rounded_mean(name: str, dtype: torch.dtype) -> str | None:
         "batch's size, which is private, and the quotient is then rounded so coarsely that one "
         "example would change the gradients of all others. Pass criterion= to make_private and "
         'compute the loss with what it returns, or use a sum with loss_reduction="sum".'
+    )
+
+
+def rounded_products(device: torch.device) -> str | None:
+    """Say that a mean's gradients are rounded inside of products of float32 numbers.
+
+    Args:
+        device: the model's.
+    """
+    if not products_are_rounded(device):
+        return None
+    return (
+        f"Products of float32 numbers are rounded on the device {device} "
+        "(torch.set_float32_matmul_precision, or a fp32_precision of torch.backends), and the loss "
+        "is a mean: it divides every gradient by the batch's size, which is private, and the "
+        "quotient is then rounded so coarsely that one example would change the gradients of all "
+        "others. Pass criterion= to make_private and compute the loss with what it returns, use a "
+        'sum with loss_reduction="sum", or ask for "highest" and "ieee".'
     )
 
 

@@ -10,14 +10,19 @@ contribution (301 becomes 300 or 302). Proof: ``docs/guarantee.md``, "Low precis
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Half precision (float16) is left out: it trains with a GradScaler only, whose scale depends on the
 # data.
 ACCEPTED = (torch.float32, torch.float64, torch.bfloat16)
+
+# Of a product of two numbers of 8 and of 11 bits: bfloat16, TensorFloat-32. Twice what it needs.
+_ERRORS = {"bf16": 2.0**-7, "tf32": 2.0**-9}
 
 # How many units of the last place the sums and products of one bound may lose together.
 _ULPS = 64
@@ -68,15 +73,43 @@ def full_precision() -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def product_error(device: torch.device) -> float:
+    """Return the relative error that a device's products of float32 numbers are allowed to have.
+
+    Two factors are rounded, each by half a unit of its last place, where the user lets products run
+    in less than float32: by ``torch.set_float32_matmul_precision``, by a ``fp32_precision`` of
+    ``torch.backends``, or since TensorFloat-32 is cuDNN's default.
+    """
+    backend = "mkldnn" if device.type == "cpu" else device.type
+    precision_of = torch._C._get_fp32_precision_getter
+    return max(_ERRORS.get(precision_of(backend, kind), 0.0) for kind in ("matmul", "conv", "rnn"))
+
+
+def products_are_rounded(device: torch.device) -> bool:
+    """Return whether a device's products of float32 numbers are rounded; many ignore the option."""
+    allowed = product_error(device)
+    return allowed > 0 and _rounds_products(device, allowed)
+
+
+@lru_cache(maxsize=16)
+def _rounds_products(device: torch.device, allowed: float) -> bool:
+    # A number that TensorFloat-32 has no bit for, times one; large enough for a library's kernels.
+    x = torch.full((64, 64), 1 + 2.0**-12, device=device)
+    images = torch.full((8, 16, 10, 10), 1 + 2.0**-12, device=device)
+    kernel = torch.zeros(16, 16, 3, 3, device=device)
+    kernel[range(16), range(16), 1, 1] = 1
+    with torch.no_grad():
+        made = x @ torch.eye(64, device=device), F.conv2d(images, kernel)
+    return any(bool((product != 1 + 2.0**-12).any()) for product in made)
+
+
 def rounding_margin(dtype: torch.dtype, device: torch.device) -> float:
     """Return the relative error that rounding may add to a gradient of this dtype.
 
-    Covers the norm's own arithmetic, the rounding of the scaled gradient to ``dtype``, and
-    TensorFloat-32 products where the device may use them.
+    Covers the norm's own arithmetic, the rounding of the scaled gradient to ``dtype``, and that of
+    the factors of products, where it is allowed.
     """
     margin = _ULPS * torch.finfo(norm_dtype(dtype)).eps
     if dtype not in (torch.float64, torch.float32):
         margin += torch.finfo(dtype).eps
-    elif dtype == torch.float32 and device.type == "cuda":
-        margin += 2.0**-9
-    return margin
+    return margin if dtype == torch.float64 else margin + product_error(device)

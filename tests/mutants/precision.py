@@ -34,6 +34,12 @@ def rounded_mean_let_through(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Roundings, "problem", lambda *args: None)
 
 
+@mutant(killed_by=killers.mean_of_rounded_products, says=RELEASED)
+def rounded_products_let_through(patch: pytest.MonkeyPatch) -> None:
+    """Nobody looks whether products of float32 numbers are rounded to fewer bits."""
+    patch.setattr(guard, "rounded_products", lambda device: None)
+
+
 @mutant(killed_by=killers.mean_rounded_between_layers, says=RELEASED)
 def roundings_between_layers_not_looked_for(patch: pytest.MonkeyPatch) -> None:
     """Only what layers make is looked at, not what is between them."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
+from opacus_bpclip.rules import precision
 from tests.checks import Trainer, check_independence, check_refused
 
 _LOW = torch.bfloat16
@@ -28,6 +29,19 @@ def mean_under_autocast() -> None:
             return trainer.model(torch.ones(3, 2)).float().mean()
 
     check_refused(trainer, torch.ones(3, 2), loss)
+
+
+def mean_of_rounded_products() -> None:
+    """A mean loss where torch may round the factors of products to bfloat16."""
+    trainer = _two_layers()
+    torch.set_float32_matmul_precision("medium")
+    # Whether this machine does so or not.
+    found, precision._rounds_products = precision._rounds_products, lambda *_: True
+    try:
+        check_refused(trainer, torch.ones(3, 2), lambda y, _: y.mean())
+    finally:
+        precision._rounds_products = found
+        torch.set_float32_matmul_precision("highest")
 
 
 def mean_rounded_between_layers() -> None:
