@@ -2,20 +2,34 @@
 
 A draw as large as a layer goes through memory that is fresh and so slow; a draw for each small
 parameter is mostly overhead. So gradients are cut up and put together to sets of pieces that fit a
-processor's cache, each with one draw.
+processor's cache, each with one draw. On a processor the draws of a large model are dealt out to
+several streams, and as many threads draw at once as torch may use. Which stream an entry's noise
+comes from depends on the gradients' sizes alone: the noise is the same for any number of threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from opacus.optimizers.optimizer import _generate_noise
 from torch import Tensor
 
-# Entries of one draw.
+from opacus_bpclip.optimizer.streams import streams
+
+# Entries of one draw on a processor, and on an accelerator, which would rather do much at once.
 _DRAW = 2**18
+_LARGE_DRAW = 2**26
+
+# A stream takes a while to seed: it has so many draws at least, and there are so many at most.
+_DRAWS = 4
+_STREAMS = 64
+
+# Torch would start threads of its own for more entries, for each of ours.
+_SERIAL = 2**15 - 64
 
 
 def add_noise_(
@@ -27,15 +41,50 @@ def add_noise_(
 ) -> None:
     """Add independent Gaussian noise of standard deviation ``std`` to every entry.
 
+    The same noise for the same state of the generator, whatever the number of threads.
+
     Args:
         gradients: of any shapes; changed in place. No two share memory, see `with_own_memory`.
         std: of the noise; nothing is drawn for 0.
         generator: of the pseudo-random numbers; ``None`` for torch's default one.
-        secure_mode: draw as Opacus does against attacks on floating-point numbers.
+        secure_mode: draw as Opacus does against attacks on floating-point numbers, all from the
+            generator itself.
+
+    Raises:
+        Exception: what a draw raises, in whatever thread; some gradients have noise then.
     """
     if std == 0:
         return
-    for pieces in _draws(gradients):
+    draws = list(_draws(gradients))
+    add = partial(_add, std=std, secure_mode=secure_mode)
+    if secure_mode or any(pieces[0].device.type != "cpu" for pieces in draws):
+        add(draws, generator)
+        return
+    each = max(_DRAWS, -(-len(draws) // _STREAMS))
+    shares = [draws[i : i + each] for i in range(0, len(draws), each)]
+    sources = streams(generator or torch.default_generator, len(shares))
+    threads = min(torch.get_num_threads(), len(sources))
+    if threads < 2:
+        for share, source in zip(shares, sources * len(shares), strict=False):
+            add(share, source)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(partial(add, serial=True), shares, sources))
+
+
+def _add(
+    draws: Sequence[Sequence[Tensor]],
+    generator: torch.Generator | None,
+    *,
+    std: float,
+    secure_mode: bool,
+    serial: bool = False,
+) -> None:
+    """Add noise from one generator to sets of pieces, one after the other."""
+    for drawn in draws:
+        pieces = list(drawn)
+        if serial:
+            pieces = [part for piece in drawn for part in piece.split(_SERIAL)]
         sizes = [piece.numel() for piece in pieces]
         noise = _generate_noise(
             std=std,
@@ -65,13 +114,14 @@ def with_own_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _draws(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield flat pieces, each set of one dtype and device and of at most `_DRAW` entries."""
+    """Yield flat pieces, each set of one dtype and device and of as many entries as a draw has."""
     pending: dict[tuple[torch.dtype, torch.device], _Pieces] = {}
     for gradient in gradients:
         own = pending.setdefault((gradient.dtype, gradient.device), _Pieces())
+        most = _DRAW if gradient.device.type == "cpu" else _LARGE_DRAW
         flat = _flat(gradient)
-        for piece in flat.split(_DRAW) if flat.numel() > _DRAW else (flat,):
-            if own.entries + piece.numel() > _DRAW:
+        for piece in flat.split(most) if flat.numel() > most else (flat,):
+            if own.entries + piece.numel() > most:
                 yield own.pieces
                 own.pieces, own.entries = [], 0
             own.pieces.append(piece)

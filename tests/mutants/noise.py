@@ -134,3 +134,35 @@ def no_noise_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
             p.grad.zero_()
 
     patch.setattr(BackpropClipOptimizer, "add_noise", where_needed)
+
+
+def _many_small_streams(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(noise, "_DRAW", 2)
+    patch.setattr(noise, "_DRAWS", 1)
+
+
+@mutant(killed_by=killers.fresh_noise_of_streams, says="drawn twice")
+@mutant(killed_by=killers.audit, says="the audit says: .*correlated over parameters")
+def two_streams_with_one_seed(patch: pytest.MonkeyPatch) -> None:
+    """The streams that the noise of a large model is drawn from begin in one state, so it cancels
+    in the difference of two parts of the gradient."""
+    made = noise.streams
+
+    def equal(generator: torch.Generator, count: int) -> list[torch.Generator]:
+        first, *others = made(generator, count)
+        return [first, *(others[0].clone_state() for _ in others)]
+
+    patch.setattr(noise, "streams", equal)
+    _many_small_streams(patch)
+
+
+@mutant(killed_by=killers.fresh_noise_of_streams, says="drawn twice")
+@mutant(killed_by=killers.audit, says="the audit says: .*correlated over steps")
+def streams_seeded_by_their_number(patch: pytest.MonkeyPatch) -> None:
+    """A stream is seeded by its number alone, and so begins in the same state in every step."""
+
+    def numbered(generator: torch.Generator, count: int) -> list[torch.Generator]:
+        return [generator, *(torch.Generator().manual_seed(i) for i in range(1, count))]
+
+    patch.setattr(noise, "streams", numbered)
+    _many_small_streams(patch)

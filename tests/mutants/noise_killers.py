@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
 from opacus_bpclip.audit import audit_case
+from opacus_bpclip.optimizer import noise
 from tests.budgets import layerwise
 from tests.checks import (
     Trainer,
@@ -55,6 +57,14 @@ def noise_of_an_empty_batch() -> None:
 def fresh_noise() -> None:
     """Noise of a model with three layers, over several steps."""
     check_noise_is_fresh(*_noisy(), steps=5)
+
+
+def fresh_noise_of_streams() -> None:
+    """Noise of the same model, over two steps, in draws so small that it takes many streams."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "_DRAW", 16)
+        patch.setattr(noise, "_DRAWS", 2)
+        check_noise_is_fresh(*_noisy(), steps=2)
 
 
 def _audit(case: str, clipping: BackpropClipping | None = None) -> None:
