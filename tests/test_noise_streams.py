@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,15 +116,15 @@ def test_secure_mode_draws_from_the_generator_alone_as_opacus_does() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    calls = []
+    calls, draw = [], noise._noise
 
-    def failing(**options: object) -> Tensor:
-        calls.append(options)
+    def failing(room: Tensor, *args: Any, **options: Any) -> Tensor:
+        calls.append(len(room))
         if len(calls) == 30:
             raise RuntimeError("out of memory, say")
-        return _generate_noise(**options)
+        return draw(room, *args, **options)
 
-    monkeypatch.setattr(noise, "_generate_noise", failing)
+    monkeypatch.setattr(noise, "_noise", failing)
     with pytest.raises(RuntimeError, match="out of memory, say"):
         drawn(seeded(), threads=threads)
 
@@ -131,10 +132,10 @@ def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch, threads
 def test_a_failed_draw_releases_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     private = make_private(nn.Linear(300, 100), noise_multiplier=1.0)
 
-    def failing(**_: object) -> Tensor:
+    def failing(*_: object, **__: object) -> Tensor:
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr(noise, "_generate_noise", failing)
+    monkeypatch.setattr(noise, "_noise", failing)
     before = [p.detach().clone() for p in private.parameters]
     with on_threads(2), pytest.raises(RuntimeError, match="out of memory, say"):
         private.optimizer.step()

@@ -9,6 +9,8 @@ comes from depends on the gradients' sizes alone: the noise is the same for any 
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +21,9 @@ from opacus.optimizers.optimizer import _generate_noise
 from torch import Tensor
 
 from opacus_bpclip.optimizer.streams import streams
+
+_Draws = Sequence[Sequence[Tensor]]
+_ToDo = deque[tuple[_Draws, torch.Generator | None]]
 
 # Entries of one draw on a processor, and on an accelerator, which would rather do much at once.
 _DRAW = 2**18
@@ -55,44 +60,63 @@ def add_noise_(
     """
     if std == 0:
         return
-    draws = list(_draws(gradients))
-    add = partial(_add, std=std, secure_mode=secure_mode)
-    if secure_mode or any(pieces[0].device.type != "cpu" for pieces in draws):
-        add(draws, generator)
-        return
-    each = max(_DRAWS, -(-len(draws) // _STREAMS))
-    shares = [draws[i : i + each] for i in range(0, len(draws), each)]
-    sources = streams(generator or torch.default_generator, len(shares))
-    threads = min(torch.get_num_threads(), len(sources))
+    todo = _dealt(list(_draws(gradients)), generator, secure_mode=secure_mode)
+    threads = min(torch.get_num_threads(), len(todo))
+    work = partial(_add, todo, std=std, secure_mode=secure_mode, serial=threads > 1)
     if threads < 2:
-        for share, source in zip(shares, sources * len(shares), strict=False):
-            add(share, source)
+        work()
         return
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(partial(add, serial=True), shares, sources))
+        for done in [pool.submit(work) for _ in range(threads)]:
+            done.result()
 
 
-def _add(
-    draws: Sequence[Sequence[Tensor]],
-    generator: torch.Generator | None,
-    *,
-    std: float,
-    secure_mode: bool,
-    serial: bool = False,
-) -> None:
-    """Add noise from one generator to sets of pieces, one after the other."""
-    for drawn in draws:
-        pieces = list(drawn)
-        if serial:
-            pieces = [part for piece in drawn for part in piece.split(_SERIAL)]
-        sizes = [piece.numel() for piece in pieces]
-        noise = _generate_noise(
-            std=std,
-            reference=pieces[0].new_empty(sum(sizes)),
-            generator=generator,
-            secure_mode=secure_mode,
-        )
-        torch._foreach_add_(pieces, list(noise.split(sizes)))
+def _dealt(draws: _Draws, generator: torch.Generator | None, *, secure_mode: bool) -> _ToDo:
+    """Deal the draws out to streams, or leave all of them to the generator."""
+    if secure_mode or any(pieces[0].device.type != "cpu" for pieces in draws):
+        return deque([(draws, generator)])
+    each = max(_DRAWS, math.ceil(len(draws) / _STREAMS))
+    shares = [draws[i : i + each] for i in range(0, len(draws), each)]
+    sources = streams(generator or torch.default_generator, len(shares))
+    if len(sources) < len(shares):
+        return deque([(draws, sources[0])])
+    return deque(zip(shares, sources, strict=False))
+
+
+def _add(todo: _ToDo, *, std: float, secure_mode: bool, serial: bool) -> None:
+    """Take shares of the draws, until there are none, and add noise to the pieces of each."""
+    # Used for one draw after another: what a thread frees goes back to the system.
+    room: Tensor | None = None
+    while True:
+        try:
+            draws, generator = todo.popleft()
+        except IndexError:
+            return
+        for drawn in draws:
+            pieces = list(drawn)
+            if serial:
+                pieces = [part for piece in drawn for part in piece.split(_SERIAL)]
+            sizes = [piece.numel() for piece in pieces]
+            entries = sum(sizes)
+            if (
+                room is None
+                or room.dtype != pieces[0].dtype
+                or room.device != pieces[0].device
+                or len(room) < entries
+            ):
+                room = pieces[0].new_empty(entries)
+            noise = _noise(room[:entries], std, generator, secure_mode=secure_mode)
+            torch._foreach_add_(pieces, list(noise.split(sizes)))
+
+
+def _noise(
+    room: Tensor, std: float, generator: torch.Generator | None, *, secure_mode: bool
+) -> Tensor:
+    """Return what Opacus draws; in ``room``, unless that is several draws."""
+    if secure_mode:
+        drawn: Tensor = _generate_noise(std, room, generator, secure_mode=True)
+        return drawn
+    return room.normal_(0, std, generator=generator)
 
 
 def with_own_memory(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -110,13 +110,13 @@ def same_noise_in_every_step(patch: pytest.MonkeyPatch) -> None:
 def noise_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     """The noise is drawn in bfloat16: it lies on a coarse grid, and what lies between the grid's
     points is the sum itself."""
-    generate = noise._generate_noise
+    draw = noise._noise
 
-    def coarse(**options: Any) -> Tensor:
-        drawn = generate(**options)
+    def coarse(*args: Any, **options: Any) -> Tensor:
+        drawn = draw(*args, **options)
         return drawn.to(torch.bfloat16).to(drawn.dtype)
 
-    patch.setattr(noise, "_generate_noise", coarse)
+    patch.setattr(noise, "_noise", coarse)
 
 
 @mutant(killed_by=killers.noise_scale, says="noise 0.0 times as wide")
