@@ -55,9 +55,19 @@ def unusable_gradient(watched: WatchedParameter, gradient: Tensor) -> str | None
             "parameters in torch.float32, and use autocast for low precision."
         )
     stale = watched.parameter.grad
-    if stale is not None and watched.is_empty and bool(stale.any()):
+    # Reading stalls an accelerator: last, and not where the optimizer has just written the zeros.
+    if stale is not None and watched.is_empty and not _is_cleared(stale) and bool(stale.any()):
         return (
             f"{watched.name}.grad was not empty before the backward pass. Call "
             "optimizer.zero_grad() after every step, and leave p.grad alone."
         )
     return None
+
+
+def mark_as_cleared(gradient: Tensor) -> None:
+    """Note that a gradient holds zeros, until somebody changes it in place."""
+    gradient._cleared_version = gradient._version  # type: ignore[attr-defined]
+
+
+def _is_cleared(gradient: Tensor) -> bool:
+    return getattr(gradient, "_cleared_version", None) == gradient._version

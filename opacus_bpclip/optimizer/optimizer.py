@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from opacus_bpclip.errors import PrivacyViolationError
+from opacus_bpclip.guard.gradient_checks import mark_as_cleared
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer.noise import add_noise_, with_own_memory
 from opacus_bpclip.optimizer.wrapper import OptimizerWrapper
@@ -226,6 +227,9 @@ class BackpropClipOptimizer(OptimizerWrapper):
         if self._guard.violation is not None and not self._guard.refused:
             self._end_refused_batch(self._check_skip_next_step())
         super().zero_grad(set_to_none)
+        for p in self.params:
+            if p.grad is not None:
+                mark_as_cleared(p.grad)
         self._guard.clear()
 
     def _end_refused_batch(self, skip: bool) -> None:
