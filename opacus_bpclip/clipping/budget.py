@@ -118,7 +118,7 @@ class Budget:
         scope.deliver = self._guard.collect
         scope.fail = self._guard.fail
         self._open.add(scope)
-        return scope.open()
+        return scope.open(device=self.parameters[0].device)
 
     def ends_of(self, layer: Layer) -> Tensor:
         """Return what a layer's scopes in a traced graph send their ends to."""

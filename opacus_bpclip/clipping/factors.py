@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -129,6 +129,14 @@ def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return other if one is None else one
     return one & other
+
+
+def everywhere(flags: Iterable[Tensor | None]) -> Tensor | None:
+    """Return where all are true, ``None`` for everywhere."""
+    known = [flag for flag in flags if flag is not None]
+    if len(known) < 2:
+        return known[0] if known else None
+    return torch.stack(known).all(dim=0)
 
 
 def joined(found: Sequence[Measured]) -> Measured:

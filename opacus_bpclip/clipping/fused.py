@@ -47,8 +47,7 @@ class FusedClip(NodeClip):
             if factor is not None:
                 rows = self.rule.rescaled(rows, factor, bias)
             if finite is not None:
-                # Zeros where the layer multiplies; nobody may take those for an output.
-                x = zero_rows(x, finite)
+                # The use multiplies zeros there; nobody may take those for an output.
                 rows = torch.where(per_row(finite, rows), rows, float("nan"))
             y = rows.movedim(0, self.layer.arguments.batch_axis)
         weight = module._parameters["weight"]

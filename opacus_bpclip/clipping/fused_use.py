@@ -50,7 +50,7 @@ class FusedUse(Use):
         target: what gradients are scaled to.
         examples: by what a mean loss has divided the upstream gradient.
         g: upstream gradient, batch first.
-        x: the input, not scaled, with zeros in rows that are not finite.
+        x: the input, not scaled.
         weight: the layer's.
         measurement: of the input.
         wants_input: whether the input's gradient is needed.
@@ -209,8 +209,10 @@ class FusedUse(Use):
             over = self.rule.over_output(joint.to(g.dtype), g)
             room = self._room if self._room is not None and self._room.dtype == g.dtype else None
             g = torch.mul(g, over, out=room)
+        # Masked here and not before: a copy of the input would be kept as long as the graph is.
+        x = zero_rows(self.x, self.finite) if wanted[1] else self.x
         # Autocast gives a layer's input and weight another dtype than its output.
-        x, weight = self.x.to(g.dtype), self.weight.to(g.dtype)
+        x, weight = x.to(g.dtype), self.weight.to(g.dtype)
         return self.rule.gradients(g, x, weight, multiplier=self.examples, wanted=wanted)
 
     def sorted_by(self, rows: Tensor) -> FusedUse:

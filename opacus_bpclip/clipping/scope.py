@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.clipping.factors import Factors, Measured, Target, both, clip_factors
+from opacus_bpclip.clipping.factors import Factors, Measured, Target, clip_factors, everywhere
 from opacus_bpclip.clipping.together import measure_together, merged
 from opacus_bpclip.clipping.use import Sums, Use
 from opacus_bpclip.errors import PrivacyViolationError
@@ -70,6 +70,7 @@ class Scope:
         parameters: Iterable[nn.Parameter] = (),
         traced: Sequence[Tensor] = (),
         ends: Tensor | None = None,
+        device: torch.device | str = "cpu",
     ) -> Scope:
         """Make the token.
 
@@ -79,10 +80,12 @@ class Scope:
                 arrives at a parameter is known to be foreign.
             traced: what stands for the parameters in the traced graph.
             ends: what stands there for the tensor that counts the ends of scopes.
+            device: of the token in eager mode, the layers' own. Autograd runs a token's backward
+                function where the token is, and on an accelerator in the stream that made it.
         """
         self._parameters = tuple(parameters)
         # Something that requires a gradient, or autograd would leave all of it out.
-        start = (unwatched_token(),) if ends is None else (*traced, ends)
+        start = (unwatched_token(device),) if ends is None else (*traced, ends)
         self.token = _End.apply(self, *start)
         return self
 
@@ -149,18 +152,20 @@ class Scope:
             if group not in found:
                 kept[group] = list(merged(kept[group]))
                 found[group] = measure_together(kept[group], self.bound)
-        usable = None
-        for each in found.values():
-            usable = both(usable, each.usable)
+        usable = everywhere(each.usable for each in found.values())
         # Orthogonal parts of one gradient: the squares add up. In double precision, in which the
         # sum over any number of layers is right to the last place of the bounds.
-        parts = torch.stack([each.bound.double() for each in found.values()])
+        parts = torch.stack([each.bound for each in found.values()]).double()
         # Relative to the largest, or squares might overflow.
         largest = parts.amax(dim=0).clamp(min=torch.finfo(parts.dtype).tiny)
         total = Measured(torch.linalg.vector_norm(parts / largest, dim=0) * largest, usable)
+        factors: dict[tuple[torch.dtype, int], Factors] = {}
         while kept:
             for use in kept.pop(next(iter(kept))):
-                self._add(use, use.sums(self._factors(total, use)))
+                key = use.dtype, use.examples
+                if key not in factors:
+                    factors[key] = self._factors(total, use)
+                self._add(use, use.sums(factors[key]))
 
     def _factors(self, found: Measured, use: Use) -> Factors:
         return clip_factors(found, self.target, use.dtype, examples=use.examples)
@@ -178,7 +183,7 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scope: Scope, *start: Tensor) -> Tensor:
         ctx.scope, ctx.count = scope, len(start)
-        return start[0].new_zeros(())
+        return start[0].new_empty(())  # nobody reads it
 
     @staticmethod
     @first_order
@@ -191,9 +196,9 @@ class _End(torch.autograd.Function):
         return None, *(sums.get(parameter) for parameter in scope._parameters), torch.ones(())
 
 
-def unwatched_token() -> Tensor:
+def unwatched_token(device: torch.device | str = "cpu") -> Tensor:
     """Return a token of no scope, for a graph that no backward pass will go through."""
-    return torch.zeros((), requires_grad=True)
+    return torch.empty((), device=device, requires_grad=True)
 
 
 def _nothing() -> None:

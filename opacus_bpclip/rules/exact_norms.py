@@ -162,10 +162,11 @@ def in_chunks(batch: int, chunk: int, bound: Callable[[slice], Tensor]) -> Tenso
 
 def _direct_norm(g: Tensor, u: Tensor, *, weight: bool, bias: bool) -> Tensor:
     """Return the norm of each group's gradient, which is made. ``[B, R]``."""
-    norm = torch.zeros(g.shape[:2], dtype=g.dtype, device=g.device)
     if weight:
         gradient = torch.matmul(g, u.transpose(-1, -2))
         norm = torch.linalg.vector_norm(gradient, dim=(2, 3))
+    else:
+        norm = torch.zeros(g.shape[:2], dtype=g.dtype, device=g.device)
     if bias:
         norm = torch.hypot(norm, torch.linalg.vector_norm(g.sum(-1), dim=2))
     return norm
@@ -178,9 +179,7 @@ def _gram_square(g: Tensor, u: Tensor, *, weight: bool, bias: bool) -> tuple[Ten
     """
     gram = torch.matmul(g.transpose(-1, -2), g)
     g_norm = gram.diagonal(dim1=2, dim2=3).sum(dim=2).sqrt()
-    columns = torch.zeros_like(gram)
-    if weight:
-        columns = torch.matmul(u.transpose(-1, -2), u)
+    columns = torch.matmul(u.transpose(-1, -2), u) if weight else torch.zeros_like(gram)
     if bias:
         columns = columns + 1
     return (gram * columns).sum(dim=(2, 3)), g_norm
