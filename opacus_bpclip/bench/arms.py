@@ -18,7 +18,7 @@ Step = Callable[[], None]
 _MAX_INPUT_NORM = 3.0
 
 
-def make_step(arm: str, case: Case, device: torch.device) -> Step:
+def make_step(arm: str, case: Case, device: torch.device, precision: str = "float32") -> Step:
     """Return a whole training step: forward, loss, backward, clipping, noise, optimizer, zero_grad.
 
     Everything but the clipping is the same for all arms: weights, batch, loss, optimizer, noise.
@@ -29,6 +29,8 @@ def make_step(arm: str, case: Case, device: torch.device) -> Step:
         arm: a name in `settings.ARMS`.
         case: the model and its batch.
         device: where to train.
+        precision: of the forward pass. In ``"bfloat16"`` all arms train by autocast on the sum of
+            the losses: a mean's division would be rounded by the batch's size.
 
     Raises:
         Exception: whatever an arm raises that cannot train the model.
@@ -36,7 +38,9 @@ def make_step(arm: str, case: Case, device: torch.device) -> Step:
     torch.manual_seed(0)
     model: nn.Module = build(case).to(device)
     x, y = (tensor.to(device) for tensor in batch(case))
-    criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss()
+    low = precision == "bfloat16"
+    reduction = "sum" if low else "mean"
+    criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss(reduction=reduction)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     if method_of(arm) != NON_PRIVATE:
         model, optimizer, *criteria, _ = PrivacyEngine().make_private(
@@ -46,6 +50,7 @@ def make_step(arm: str, case: Case, device: torch.device) -> Step:
             data_loader=DataLoader(TensorDataset(x, y), batch_size=len(x)),
             noise_multiplier=1.0,
             max_grad_norm=1.0,
+            loss_reduction=reduction,
             poisson_sampling=False,
             # Of these, only ghost clipping needs it. The others take the loss as it is.
             criterion=criterion if method_of(arm) == "ghost" else None,
@@ -55,7 +60,9 @@ def make_step(arm: str, case: Case, device: torch.device) -> Step:
     forward: Callable[[Tensor], Tensor] = model
 
     def step() -> None:
-        criterion(forward(x), y).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            loss = criterion(forward(x), y)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -97,6 +97,9 @@ class Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.query: nn.Module
+        self.key: nn.Module
+        self.value: nn.Module
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
 
@@ -146,6 +149,34 @@ class Encoder(nn.Module):
         return self.head(self.norm(x).mean(dim=1))
 
 
+class LowRank(nn.Module):
+    """A frozen linear layer with a trainable product of two small ones beside it."""
+
+    rank = 8
+
+    def __init__(self, frozen: nn.Module, width: int) -> None:
+        super().__init__()
+        self.frozen = frozen.requires_grad_(False)
+        self.down = nn.Linear(width, self.rank, bias=False)
+        self.up = nn.Linear(self.rank, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum of both."""
+        return self.frozen(x) + self.up(self.down(x))
+
+
+def lora(width: int, depth: int, length: int, vocabulary: int) -> nn.Module:
+    """Return a frozen encoder with adapters on queries and values, and a head that trains."""
+    model = Encoder(width, depth, length, vocabulary).requires_grad_(False)
+    model.head.requires_grad_(True)
+    for module in list(model.modules()):
+        if isinstance(module, Attention):
+            module.query, module.value = (
+                LowRank(layer, width) for layer in (module.query, module.value)
+            )
+    return model
+
+
 class Text(nn.Module):
     """A large embedding under a small network: mean of the words' vectors. ``[B, T]`` ids."""
 
@@ -189,6 +220,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn26k": cnn26k,
     "resnet18-gn": resnet18_gn,
     "transformer": Encoder,
+    "lora": lora,
     "text": Text,
     "lstm": Recurrent,
     "mlp": mlp,

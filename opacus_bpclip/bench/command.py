@@ -12,6 +12,7 @@ from opacus_bpclip.bench.settings import (
     CASES,
     DEVICES,
     GROWTHS,
+    PRECISIONS,
     Output,
     Point,
     Settings,
@@ -107,6 +108,11 @@ def _add_options(parser: ArgumentParser) -> None:
     )
     group.integer("--threads", "of torch (default: 1)")
     group.text("--device", f"{' or '.join(DEVICES)} (default: cpu)")
+    group.text(
+        "--precision",
+        f"{' or '.join(PRECISIONS)}, by autocast and with losses that are summed "
+        "(default: float32)",
+    )
 
 
 def _add_output_options(parser: ArgumentParser) -> None:

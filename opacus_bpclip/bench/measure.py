@@ -35,7 +35,7 @@ def peak_memory(arm: str, case: Case, settings: Settings) -> list[int] | None:
     """
     device = _prepare(settings)
     with _quiet(arm):
-        step = make_step(arm, case, device)
+        step = make_step(arm, case, device, settings.precision)
         for _ in range(WARM_UP_STEPS):
             step()
         gc.collect()
@@ -80,7 +80,7 @@ def step_times(
     for arm in arms:
         with _quiet(arm):
             try:
-                step = make_step(arm, case, device)
+                step = make_step(arm, case, device, settings.precision)
                 for _ in range(WARM_UP_STEPS):
                     step()
                 steps[arm] = step

@@ -29,6 +29,7 @@ class Circumstances:
         hardware: the device, in words.
         platform: the system, in words.
         versions: of the packages that decide the results.
+        precision: of the forward pass.
     """
 
     threads: int
@@ -36,6 +37,7 @@ class Circumstances:
     hardware: str
     platform: str
     versions: dict[str, str | None]
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def circumstances(settings: Settings) -> Circumstances:
         hardware=_hardware(settings.device),
         platform=platform.platform(),
         versions=versions(*_PACKAGES),
+        precision=settings.precision,
     )
 
 

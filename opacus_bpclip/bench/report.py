@@ -60,7 +60,8 @@ def _circumstances(record: Record) -> str:
     assert around is not None
     used = ", ".join(f"{name} {version}" for name, version in around.versions.items())
     device = around.hardware if around.device == "cuda" else f"{around.threads} CPU thread(s)"
-    return f"{device}; {used}."
+    computed = "" if around.precision == "float32" else f", {around.precision} by autocast"
+    return f"{device}{computed}; {used}."
 
 
 def _targets(record: Record) -> Iterator[str]:

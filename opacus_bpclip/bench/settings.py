@@ -28,6 +28,8 @@ COMPILED = tuple(name + _COMPILED for name in (NON_PRIVATE, *BACKPROP))
 ARMS = EAGER + COMPILED
 
 DEVICES = ("cpu", "cuda")
+# Of what a model computes; in the second by autocast, with parameters in float32.
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,15 @@ CASES = {
     "transformer-512": replace(_ENCODER, length=512),
     "text": Case("text classifier", "text", 32, width=128, length=64, vocabulary=50_000),
     "lstm": Case("DPLSTM", "lstm", 32, width=128, length=32),
+    "lora": Case(
+        "low-rank adapters on an encoder of BERT-base's shape",
+        "lora",
+        32,
+        width=768,
+        depth=12,
+        length=128,
+        vocabulary=30_522,
+    ),
 }
 # The cases that the project's acceptance table names.
 ACCEPTANCE = ("cnn26k", "resnet18-gn", "transformer", "mlp", "transformer-512")
@@ -129,6 +140,7 @@ class Settings:
         processes: that share the rounds, one after the other. Where the system puts a process's
             memory decides some hundredths of a ratio.
         least_rounds: that are taken whatever the limit.
+        precision: of the forward pass, in `PRECISIONS`.
 
     Raises:
         UsageError: a value outside these; the text names the option.
@@ -141,6 +153,7 @@ class Settings:
     device: str = "cpu"
     processes: int = 3
     least_rounds: int = 6
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         _require_choices("--arms", self.arms, ARMS)
@@ -152,6 +165,7 @@ class Settings:
         if not self.limit >= 0:
             raise UsageError(f"--limit must be a number of seconds at least 0, not {self.limit}")
         require_choice("--device", self.device, DEVICES)
+        require_choice("--precision", self.precision, PRECISIONS)
 
     def shares(self) -> list[Settings]:
         """Return what each process measures.

@@ -10,6 +10,7 @@ be made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import torch
@@ -159,13 +160,12 @@ class Scope:
         # Relative to the largest, or squares might overflow.
         largest = parts.amax(dim=0).clamp(min=torch.finfo(parts.dtype).tiny)
         total = Measured(torch.linalg.vector_norm(parts / largest, dim=0) * largest, usable)
-        factors: dict[tuple[torch.dtype, int], Factors] = {}
+        factors_of: Callable[..., Factors] = partial(clip_factors, total, self.target)
+        if not torch.compiler.is_compiling():  # where sizes may be symbols, and a compiler shares
+            factors_of = cache(factors_of)
         while kept:
             for use in kept.pop(next(iter(kept))):
-                key = use.dtype, use.examples
-                if key not in factors:
-                    factors[key] = self._factors(total, use)
-                self._add(use, use.sums(factors[key]))
+                self._add(use, use.sums(factors_of(use.dtype, examples=use.examples)))
 
     def _factors(self, found: Measured, use: Use) -> Factors:
         return clip_factors(found, self.target, use.dtype, examples=use.examples)

@@ -1,5 +1,6 @@
 """Every case builds, and every arm takes a step of it or says why it does not."""
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +12,7 @@ from opacus.grad_sample import (
     GradSampleModuleFastGradientClipping,
 )
 
-from opacus_bpclip import BackpropClipping, PrivacyEngine
+from opacus_bpclip import BackpropClipping, PrivacyEngine, PrivacyViolationError
 from opacus_bpclip.ab.models import count_parameters
 from opacus_bpclip.bench import arms
 from opacus_bpclip.bench.cases import batch, build
@@ -40,6 +41,7 @@ PARAMETERS = {
     "transformer-512": 3_549_194,
     "text": 6_417_802,
     "lstm": 100_618,
+    "lora": 302_602,
 }
 
 
@@ -59,7 +61,9 @@ def test_growth_curve_has_models(axis):
             build(point.case)
 
 
-@pytest.mark.parametrize("name", ["cnn26k", "resnet18-gn", "transformer", "mlp", "text", "lstm"])
+@pytest.mark.parametrize(
+    "name", ["cnn26k", "resnet18-gn", "transformer", "mlp", "text", "lstm", "lora"]
+)
 @pytest.mark.parametrize("arm", EAGER)
 def test_arm_takes_a_step(arm, name):
     with known_warnings_silenced():
@@ -99,6 +103,26 @@ def test_arm_is_the_method_that_it_is_named_after(arm, monkeypatch):
             assert model.force_functorch == (arm == "functorch")
     assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (1.0, 1.0)
     assert optimizer.expected_batch_size == 2
+
+
+@pytest.mark.parametrize("arm", ["non-private", "joint-exact", "hooks"])
+def test_in_low_precision_an_arm_trains_on_sums_by_autocast(arm, monkeypatch):
+    monkeypatch.setattr(arms, "PrivacyEngine", Spy)
+    seen = []
+
+    def spy(logits, y, **options):
+        seen.append((logits.dtype, options["reduction"]))
+        return cross_entropy(logits, y, **options)
+
+    cross_entropy = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
+    Spy.returned = ()
+    # A method that takes no autocast says so on its first batch.
+    with known_warnings_silenced(), suppress(PrivacyViolationError):
+        arms.make_step(arm, tiny("mlp"), CPU, "bfloat16")()
+    assert set(seen) <= {(torch.bfloat16, "sum")}
+    assert seen or arm != "non-private"
+    assert all(made.loss_reduction == "sum" for made in Spy.returned[:2])
 
 
 @pytest.mark.parametrize("arm", EAGER)

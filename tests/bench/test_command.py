@@ -75,7 +75,7 @@ def test_a_results_file_alone_is_only_rendered():
         (
             "--case resnet",
             "--case must be one of cnn26k, resnet18-gn, transformer, mlp, cnn26k-2048, "
-            "transformer-512, text, lstm, not 'resnet'",
+            "transformer-512, text, lstm, lora, not 'resnet'",
         ),
         ("--case mlp mlp", "--case must not name anything twice: mlp mlp"),
         ("--growth size", "--growth must be one of batch, width, depth, length, not 'size'"),
