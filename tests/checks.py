@@ -16,6 +16,7 @@ from opacus_bpclip import (
     PrivacyEngine,
     PrivacyViolationError,
 )
+from tests.devices import device, generator_there, there
 
 # What cancellation in S(D + z) - S(D) may add, relative to the sensitivity.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-5}
@@ -59,7 +60,7 @@ class Trainer:
     ) -> None:
         # Searches make thousands of trainers of the same few architectures.
         clipping = dataclasses.replace(clipping, probe=probe)
-        self.plain = model.to(dtype)
+        self.plain = model.to(device=device(), dtype=dtype)
         self.reduction = reduction
         self.loss = loss
         self.autocast = autocast
@@ -75,7 +76,7 @@ class Trainer:
             loss_reduction=reduction,
             clipping="backprop",
             backprop=clipping,
-            noise_generator=noise_generator,
+            noise_generator=generator_there(noise_generator),
             criterion=criterion,
         )
         if private:
@@ -88,8 +89,8 @@ class Trainer:
 
     def step(self, x: Tensor, target: Tensor) -> None:
         self.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            loss = self.loss(self.model(x), target, self.reduction)
+        with torch.autocast(device().type, torch.bfloat16, enabled=self.autocast):
+            loss = self.loss(self.model(there(x)), there(target), self.reduction)
         loss.backward()
         self.optimizer.step()
 
@@ -108,7 +109,7 @@ class Trainer:
         """Return the clipped sum that the step would add noise to, one vector per layer."""
         self.step(x, target)
         return {
-            name: torch.cat([p.summed_grad.detach().flatten() for p in group.parameters])
+            name: torch.cat([p.summed_grad.detach().flatten() for p in group.parameters]).cpu()
             for name, group in self.optimizer._hooks._groups.items()
         }
 
@@ -170,7 +171,8 @@ def draws_of(trainer: Trainer, x: Tensor, target: Tensor, steps: int) -> dict[st
     for _ in range(steps):
         trainer.step(x, target)
         for name, p in trainer.plain.named_parameters():
-            draws.setdefault(name, []).append((p.grad * divisor - p.summed_grad).flatten())
+            added = p.grad * divisor - p.summed_grad
+            draws.setdefault(name, []).append(added.flatten().cpu())
     return {name: torch.cat(parts) for name, parts in draws.items()}
 
 

@@ -1,15 +1,30 @@
-"""Hypothesis profiles and the thread count for the whole suite."""
+"""Hypothesis profiles, the thread count and the device for the whole suite."""
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests import devices
 
 # A list, not tests; collected for its doctests it would be imported, and filled, a second time.
 collect_ignore = ["mutants"]
 
 # Tiny steps on two threads are many times slower than on one.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the suite's core runs (default: cpu)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--device")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {name} needs a GPU that torch can use: there is none")
+    devices.use(name)
+
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(

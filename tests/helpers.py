@@ -22,6 +22,7 @@ from opacus_bpclip import (
 )
 from opacus_bpclip.sampling.log import Pass
 from tests.budgets import layerwise
+from tests.devices import device, generator_there, there
 
 FEATURES, CLASSES = 4, 3
 BOUNDS = pytest.mark.parametrize("bound", ["product", "weighted", "exact"])
@@ -103,6 +104,10 @@ def make_private(
 ) -> Private:
     """Make a model private; it takes any batch, unless the loader's are to be ``counted``."""
     engine = engine or PrivacyEngine()
+    if all(p.device.type == "cpu" for p in model.parameters()):
+        model.to(device())
+    if "noise_generator" in options:
+        options["noise_generator"] = generator_there(options["noise_generator"])
     if clipping == "backprop" or backprop is not None:
         options["backprop"] = backprop or layerwise()
     handle, optimizer, loader = engine.make_private(
@@ -133,7 +138,7 @@ def hand_over(private: Private, rows: int) -> None:
 
 def backward(private: Private, size: int = 6) -> None:
     hand_over(private, size)
-    loss_of(private.model, *batch(size)).backward()
+    loss_of(private.model, *(there(x) for x in batch(size))).backward()
 
 
 def train_step(private: Private, size: int = 6) -> None:
@@ -143,7 +148,7 @@ def train_step(private: Private, size: int = 6) -> None:
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+    return torch.cat([tensor.detach().flatten() for tensor in tensors]).cpu()
 
 
 def values(private: Private) -> Tensor:
@@ -265,5 +270,5 @@ def noise(private: Private, divisor: float = 8) -> Tensor:
 def step_on(private: Private, x: Tensor, y: Tensor) -> None:
     private.optimizer.zero_grad()
     hand_over(private, len(x))
-    loss_of(private.model, x, y).backward()
+    loss_of(private.model, there(x), there(y)).backward()
     private.optimizer.step()

@@ -5,16 +5,28 @@ import torch
 
 from opacus_bpclip.optimizer import noise
 from opacus_bpclip.optimizer.noise import add_noise_, with_own_memory
+from tests.devices import device
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with device():
+        yield
+
+
+def _entries_of_a_draw(monkeypatch, entries):
+    monkeypatch.setattr(noise, "_DRAW", entries)
+    monkeypatch.setattr(noise, "_LARGE_DRAW", entries)
 
 
 def _draw(gradients, std=2.0, **options):
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(device()).manual_seed(3)
     add_noise_(gradients, std=std, generator=generator, **{"secure_mode": False} | options)
 
 
 @pytest.mark.parametrize("secure_mode", [False, True])
 def test_entries_of_large_and_small_gradients_are_all_noised_once(monkeypatch, secure_mode):
-    monkeypatch.setattr(noise, "_DRAW", 64)
+    _entries_of_a_draw(monkeypatch, 64)
     gradients = [torch.zeros(shape) for shape in [(3,), (40, 50), (), (5, 1), (0,), (64,), (65,)]]
     gradients.append(torch.zeros(30, dtype=torch.float64))
     _draw(gradients, secure_mode=secure_mode)
@@ -46,7 +58,7 @@ def test_small_gradients_share_a_draw(monkeypatch):
         sizes.append(room.numel())
         return draw(room, *args, **options)
 
-    monkeypatch.setattr(noise, "_DRAW", 10)
+    _entries_of_a_draw(monkeypatch, 10)
     monkeypatch.setattr(noise, "_noise", spy)
     _draw([torch.zeros(4), torch.zeros(5), torch.zeros(23)])
     assert sizes == [9, 10, 10, 3]
@@ -67,3 +79,12 @@ def test_gradients_that_share_memory_are_parted():
     _draw(own)
     assert len(torch.cat([g.flatten() for g in own]).unique()) == 6 + 6 + 6 + 4 + 2
     assert [g.shape for g in own] == [(6,), (2, 3), (6,), (4,), (2,)]
+
+
+def test_an_accelerator_draws_for_all_gradients_at_once(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(noise, "_noise", lambda room, *_, **__: sizes.append(len(room)) or room)
+    large = 2 * noise._DRAW
+    gradients = [torch.zeros(shape, device="meta") for shape in [(3,), (large,), (4, 5)]]
+    add_noise_(gradients, std=1.0, generator=None, secure_mode=False)
+    assert sizes == [3 + large + 20]

@@ -22,9 +22,9 @@ from tests.strategies import (
 
 
 def _outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    dtype = next(model.parameters()).dtype
+    like = next(model.parameters())
     with torch.no_grad():
-        return model(torch.zeros(1, *shape, dtype=dtype)).numel()
+        return model(like.new_zeros(1, *shape)).numel()
 
 
 @st.composite

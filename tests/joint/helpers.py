@@ -39,16 +39,16 @@ def joint(**options: object) -> BackpropClipping:
 
 
 def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> int:
-    dtype = next(model.parameters()).dtype
+    like = next(model.parameters())
     with torch.no_grad():
-        return model(torch.zeros(1, *shape, dtype=dtype)).numel()
+        return model(like.new_zeros(1, *shape)).numel()
 
 
 def summed(model: nn.Module) -> Tensor:
     """Return the clipped sum of all trainable parameters, in the model's order."""
     return torch.cat(
         [p.summed_grad.detach().flatten() for p in model.parameters() if p.requires_grad]
-    )
+    ).cpu()
 
 
 def released(trainer: Trainer, x: Tensor, target: Tensor) -> Tensor:
