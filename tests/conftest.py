@@ -35,6 +35,8 @@ settings.register_profile(
     database=None,
     suppress_health_check=_SLOW_IS_FINE,
 )
+# Where a step takes long because it is small: on a GPU.
+settings.register_profile("quick", settings.get_profile("fixed"), max_examples=15)
 settings.register_profile(
     "explore",
     deadline=None,

@@ -129,6 +129,7 @@ def audit_case(
     delta: float = DELTA,
     seed: int = 0,
     searches: int = SEARCHES,
+    device: torch.device | str = "cpu",
 ) -> Verdict:
     """Audit one of the built-in cases through the package's own engine and optimizer.
 
@@ -143,6 +144,7 @@ def audit_case(
         delta: at which epsilon is compared.
         seed: of everything random.
         searches: made-up examples.
+        device: where to train.
 
     Raises:
         KeyError: there is no such case.
@@ -159,6 +161,7 @@ def audit_case(
             loss_reduction=loss_reduction,
             max_grad_norm=max_grad_norm,
             clipping=clipping,
+            device=device,
         ),
         noise_multiplier=noise_multiplier,
         trials=trials,

@@ -57,6 +57,7 @@ class Case:
         loss_reduction: Reduction = "mean",
         max_grad_norm: float = MAX_GRAD_NORM,
         clipping: BackpropClipping | None = None,
+        device: torch.device | str = "cpu",
     ) -> Target:
         """Return the case as something to audit, trained by the package's engine."""
         clipping = replace(clipping or BackpropClipping(), uses=self.uses)
@@ -69,6 +70,7 @@ class Case:
                 max_grad_norm=max_grad_norm,
                 loss_reduction=loss_reduction,
                 clipping=clipping,
+                device=device,
             )
 
         x, g = self._spiked_input(), _spiked((self.outputs,), self.output_spikes)

@@ -48,6 +48,7 @@ class EngineTrainer(Trainer):
         max_grad_norm: joint L2 sensitivity.
         loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
         clipping: the options.
+        device: where to train; batches go there, and what is released comes back.
     """
 
     def __init__(
@@ -59,7 +60,10 @@ class EngineTrainer(Trainer):
         max_grad_norm: float = 1.0,
         loss_reduction: str = "mean",
         clipping: BackpropClipping | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self._device = torch.device(device)
+        model.to(self._device)
         # One batch an epoch, so that the sampling rate is 1: the audit's worlds are not sampled.
         data = TensorDataset(torch.zeros(_EXPECTED_BATCH_SIZE))
         with known_warnings_silenced():
@@ -91,7 +95,7 @@ class EngineTrainer(Trainer):
         the step follows without a backward pass.
         """
         self._optimizer.zero_grad()
-        inputs, *targets = batch
+        inputs, *targets = (x.to(self._device) for x in batch)
         if not len(inputs) and not self._runs_empty:
             return
         try:

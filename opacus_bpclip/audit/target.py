@@ -58,12 +58,15 @@ class Trainer(ABC):
             torch._foreach_copy_(self.parameters, self._first)
 
     def release(self) -> Tensor | None:
-        """Finish the step; return the noisy sum as one vector, or ``None`` if it was skipped."""
+        """Finish the step; return the noisy sum as one vector, or ``None`` if it was skipped.
+
+        On a processor, wherever the parameters are.
+        """
         self.step()
         if all(p.grad is None for p in self.parameters):
             return None
         blocks = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        return torch.cat([block.flatten() for block in blocks]) * self.divisor
+        return torch.cat([block.flatten() for block in blocks]).cpu() * self.divisor
 
     def on(self, batch: Batch) -> Tensor | None:
         """Return what a step on this batch releases, from the first parameters."""
