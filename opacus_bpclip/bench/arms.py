@@ -39,7 +39,8 @@ def make_step(arm: str, case: Case, device: torch.device, precision: str = "floa
     model: nn.Module = build(case).to(device)
     x, y = (tensor.to(device) for tensor in batch(case))
     low = precision == "bfloat16"
-    reduction = "sum" if low else "mean"
+    # On a GPU products of float32 numbers may be rounded, too.
+    reduction = "sum" if low or device.type == "cuda" else "mean"
     criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss(reduction=reduction)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     if method_of(arm) != NON_PRIVATE:

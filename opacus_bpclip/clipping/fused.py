@@ -69,7 +69,8 @@ class FusedClip(NodeClip):
             largest = self.config.max_input_norm * (1 - rounding_margin(x.dtype, x.device))
             factor = zero_rows(self.rule.clip_factor(norms, largest), finite)
             norms = norms * factor
-        columns = self.rule.with_one(zero_rows(norms, finite)) if self.bound.needs_norms else None
+        # Not finite where the example is not: they measure it, and it is not relied on.
+        columns = self.rule.with_one(norms) if self.bound.needs_norms else None
         return Measurement(factor, columns, finite)
 
     def use(

@@ -95,7 +95,8 @@ def _joined(per_group: Tensor, g: Tensor, inputs: int) -> Tensor:
     """Return the norm over groups, with what may have vanished on the way. ``[B]``."""
     groups, channels, positions = g.shape[1:]
     count = groups * positions * (positions + channels + inputs)
-    return torch.linalg.vector_norm(per_group, dim=1) + underflow(count, per_group.dtype)
+    joined = per_group[:, 0] if groups == 1 else torch.linalg.vector_norm(per_group, dim=1)
+    return joined + underflow(count, per_group.dtype)
 
 
 def gram_is_cheaper(positions: int, channels: int, inputs: int) -> bool:

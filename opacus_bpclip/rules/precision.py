@@ -80,7 +80,10 @@ def product_error(device: torch.device) -> float:
     in less than float32: by ``torch.set_float32_matmul_precision``, by a ``fp32_precision`` of
     ``torch.backends``, or since TensorFloat-32 is cuDNN's default.
     """
-    backend = "mkldnn" if device.type == "cpu" else device.type
+    backend = {"cpu": "mkldnn", "cuda": "cuda"}.get(device.type)
+    if backend is None:
+        # Of others nothing is known; the meta device computes nothing.
+        return 0.0 if device.type == "meta" else max(_ERRORS.values())
     precision_of = torch._C._get_fp32_precision_getter
     return max(_ERRORS.get(precision_of(backend, kind), 0.0) for kind in ("matmul", "conv", "rnn"))
 

@@ -32,6 +32,11 @@ def test_they_are_float32s_own_by_default():
     assert product_error(torch.device("cuda")) == 2.0**-9  # of convolutions, cuDNN's default
 
 
+def test_of_a_device_that_torch_has_no_option_for_the_worst_is_assumed():
+    assert product_error(torch.device("mps")) == 2.0**-7
+    assert product_error(torch.device("meta")) == 0
+
+
 @pytest.mark.usefixtures("_medium")
 def test_what_is_allowed_is_in_the_margin():
     assert product_error(CPU) == 2.0**-7
