@@ -15,10 +15,12 @@ from opacus_bpclip.clipping.base import Settings
 from opacus_bpclip.clipping.budget import Budget, target_of
 from opacus_bpclip.clipping.functions import Functions
 from opacus_bpclip.clipping.shared import SharedMeasurement
+from opacus_bpclip.clipping.traced_form import note_form
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard.forms import form_of
 from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.guard.rehearsal import vouch
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.functions import Followed
@@ -89,7 +91,6 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             name: self._budget.target if joint else target_of(config) for name in layers
         }
         self._untried: str | None = None
-        self._form: object = None
         self._prober = Prober(
             m,
             loss_reduction=loss_reduction,
@@ -107,7 +108,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._put_back_input_clips = take_input_clips(replaced)
         self._handles = [
             m.register_forward_pre_hook(self._enter_root, with_kwargs=True),
-            m.register_forward_hook(self._leave_root, always_call=True),
+            m.register_forward_hook(self._leave_root, with_kwargs=True, always_call=True),
         ]
         self._loss = None if criterion is None else criterion.watch
         mean = loss_reduction == "mean" and criterion is None
@@ -217,20 +218,19 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self.remove_hooks()
         self._put_back_input_clips()
 
-    def _enter_root(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_root(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
             if self._loss is not None:
                 self._loss.enter_forward(None)
             self._budget.close_forward()
-            self._guard.traced_form = form_of(args, kwargs)
+            note_form(self._budget.key, self._axis, m.training, args, kwargs)
             return
-        self._form = form_of(args, kwargs)
-        self._guard.forms.add(self._form)
+        self._guard.forms.at_hand = form_of(m.training, args, kwargs)
         size = self._batch_size(args, kwargs)
         self._untried = None
-        batch = Batch(args, kwargs, size, 0 if self.batch_first else 1)
+        batch = Batch(args, kwargs, size, self._axis)
         plan = Plan({})
         try:
             tried = self._prober.on_batch(batch)
@@ -247,25 +247,38 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._loss.enter_forward(size)
         self._functions.begin(plan, batch.without_examples if plan.layers else ())
 
-    def _leave_root(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.is_grad_enabled():
-            self._functions.end()
-            self._budget.close_forward()
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._guard.leave_forward()
-            self._guard.check_rounding(self._form, output)
-            # Without an output an error is on its way already, and says more.
-            if self._untried and output is not None:
-                self._guard.fail(self._untried)
+    def _leave_root(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self._functions.end()
+        self._budget.close_forward()
+        if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
+            return
+        self._guard.leave_forward()
+        self._guard.check_rounding(self._guard.forms.at_hand, output)
+        # Without an output an error is on its way already, and says more.
+        if self._untried and output is not None:
+            self._guard.fail(self._untried)
+        if self._guard.ran_compiled:
+            self._guard.forms.note_eager(Batch(args, kwargs, self._guard.examples, self._axis))
+
+    @property
+    def _axis(self) -> int:
+        return 0 if self.batch_first else 1
+
+    def _vouch(self) -> None:
+        """Check that eager mode vouches for what compiled graphs have sent; see `vouch`."""
+        vouch(self._module, self._guard)
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        axis = 0 if self.batch_first else 1
-        size = batch_size(args, kwargs, axis)
+        size = batch_size(args, kwargs, self._axis)
         if size is not None:
             return size
         raise CoverageError(
             "The model's inputs hold no tensor with a batch axis, so the number of examples is "
-            f"unknown. Pass the batch as a tensor, batch {('first', 'second')[axis]}."
+            f"unknown. Pass the batch as a tensor, batch {('first', 'second')[self._axis]}."
         )
 
 

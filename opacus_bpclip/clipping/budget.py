@@ -14,6 +14,7 @@ from opacus_bpclip.clipping.ends import Ends
 from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.guard.forms import Forms
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import bound_of
@@ -115,7 +116,7 @@ class Budget:
 
     def _watched(self, scope: Scope) -> Scope:
         scope.begin = self._guard.begin_backward()
-        scope.deliver = self._guard.collect
+        scope.deliver = self._guard.collector()
         scope.fail = self._guard.fail
         self._open.add(scope)
         return scope.open(device=self.parameters[0].device)
@@ -123,6 +124,11 @@ class Budget:
     def ends_of(self, layer: Layer) -> Tensor:
         """Return what a layer's scopes in a traced graph send their ends to."""
         return self._ends[layer.name].tensor
+
+    @property
+    def forms(self) -> Forms:
+        """Return the ways in which the model was called."""
+        return self._guard.forms
 
     def forget(self) -> None:
         """Forget what has arrived of backward passes that broke off: nothing else frees it."""

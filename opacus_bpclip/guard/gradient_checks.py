@@ -38,11 +38,31 @@ def foreign_gradient(
             f"{watched.name} got gradient from outside its layer's call, and nothing bounds it. "
             f"{_THROUGH_ITS_LAYER}."
         )
-    if watched.confirmed:
-        return None
+    return None
+
+
+def unconfirmed_gradient(watched: WatchedParameter) -> str:
+    """Say that a graph has sent a parameter's gradient, and eager mode has made none."""
     return (
-        f"{watched.name} got a gradient that did not come from its layer's call. Run the first "
-        "batch before torch.compile, so that it can be checked."
+        f"A compiled graph sent a gradient to {watched.name}, and in eager mode none came out of "
+        f"its layer's call: nothing shows that it is clipped. {_THROUGH_ITS_LAYER}. If the loss "
+        "uses more of the model than its forward returns, run one batch without torch.compile "
+        "first, with backward()."
+    )
+
+
+def unrehearsed(reason: str) -> str:
+    """Say that a way of calling a compiled model could not be tried in eager mode.
+
+    Args:
+        reason: why not.
+    """
+    return (
+        "The compiled model was called in a way (arguments, flags, numbers of axes, training or "
+        "evaluation) whose use of its parameters was never checked: a compiled graph does not "
+        f"show it, and made-up examples could not be tried in eager mode ({reason}). Run one batch "
+        "of each way of calling it without torch.compile first, with backward(); evaluate under "
+        "torch.no_grad()."
     )
 
 

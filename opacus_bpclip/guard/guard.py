@@ -6,8 +6,8 @@ deliver, where nothing done to ``p.grad`` can change them. The graph has no othe
 parameter: whatever arrives at one (a second use, a penalty in the loss,
 ``F.linear(x, layer.weight)``) is foreign, and refused.
 
-Inside a graph traced by ``torch.compile`` none of this runs; there, a parameter is let through
-only once an eager batch has passed every check.
+Inside a graph traced by ``torch.compile`` none of this runs; what a graph has sent is released only
+once the same way of calling the model has passed every check in eager mode (`Forms`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from opacus_bpclip.guard.call_checks import (
     replaced_parameter,
     used_too_often,
 )
-from opacus_bpclip.guard.forms import OTHER_FORM
+from opacus_bpclip.guard.forms import Form, Forms
 from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
 from opacus_bpclip.guard.passes import BackwardPasses
 from opacus_bpclip.guard.precision import Roundings, rounded_products, unfit
@@ -67,8 +67,9 @@ class GradientGuard:
         forget: called when the gradients at hand are thrown away.
         joint: whether all layers share a budget, and a layer may be used any number of times.
         by_functions: the parameters that functions outside of layers with a rule are called on.
-        forms: how the model was called in eager mode, `form_of` each call.
-        traced_form: how it was called last in a compiled graph.
+        forms: how the model was called.
+        ran_compiled: whether a part of the latest forward pass ran as a compiled graph.
+        rehearsing: whether nothing is to be collected: see `opacus_bpclip.guard.rehearsal`.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
@@ -83,10 +84,10 @@ class GradientGuard:
         self.joint = False
         self.forget: Callable[[], None] = _nothing
         self.by_functions: set[nn.Parameter] = set()
-        self.forms: set[object] = set()
-        self.traced_form: object = None
+        self.forms = Forms()
+        self.ran_compiled = False
+        self.rehearsing = False
         self._roundings = Roundings()
-        self._compiled = False
         self._in_forward = False
         self._batch_size = 0
         self._forward = 0  # the number of the latest forward pass
@@ -124,7 +125,7 @@ class GradientGuard:
         """Forget the gradients at hand, and the forward pass that they came from."""
         self.accumulated = max(1, self.collected)
         self.clear()
-        self._compiled = False
+        self.ran_compiled = False
 
     @property
     def pending(self) -> bool:
@@ -154,7 +155,7 @@ class GradientGuard:
         for name, norm in batch_normalizations(self._model).items():
             if mixes_examples(norm):
                 self.fail(batch_normalization_problem(name, norm))
-        self._compiled = False
+        self.ran_compiled = False
         self._calls.clear()
         self._forward += 1
         self._in_forward = True
@@ -217,7 +218,7 @@ class GradientGuard:
 
     def note_compiled(self) -> None:
         """Note that part of the model runs as a compiled graph, unseen by the guard."""
-        self._compiled = True
+        self.ran_compiled = True
 
     def require(self, problem: str | None) -> None:
         """Make the gradients at hand unusable, and raise, if there is a problem.
@@ -250,22 +251,25 @@ class GradientGuard:
         if self.joint and self.passes.is_mixed:
             self.fail(_MIXED)
 
-    def collect(self, sums: Mapping[nn.Parameter, Tensor]) -> None:
-        """Collect the sums of a scope.
+    def collector(self) -> Callable[[Mapping[nn.Parameter, Tensor]], None]:
+        """Return what a scope of the latest forward pass calls with its sums."""
+        return partial(self._collect, self.forms.at_hand)
 
-        Args:
-            sums: of the examples' clipped gradients.
-        """
+    def _collect(self, form: Form | None, sums: Mapping[nn.Parameter, Tensor]) -> None:
         for parameter, total in sums.items():
             watched = self._watched[parameter]
             self._check_loss(watched)
-            self.require(unusable_gradient(watched, total))
-            watched.add(total)
+            if not self.rehearsing:
+                self.require(unusable_gradient(watched, total))
+                watched.add(total)
             # A compiled graph calls such functions as they are: nothing in it is clipped.
-            watched.confirmed = parameter not in self.by_functions
+            if form is not None and parameter not in self.by_functions:
+                self.forms.confirm(form, watched)
         self.passes.collected = self.passes.count
 
     def _check_loss(self, watched: WatchedParameter) -> None:
+        if self.rehearsing:
+            return
         if self.loss is not None:
             self.require(self.loss.problem(watched.name))
         elif self.undoes_mean:
@@ -274,13 +278,20 @@ class GradientGuard:
     def _check_arrival(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that autograd is about to send to its parameter."""
         self._check_loss(watched)
-        by_functions = watched.parameter in self.by_functions
-        self.require(foreign_gradient(watched, compiled=self._compiled, by_functions=by_functions))
-        if self._compiled and self.traced_form is not None and self.traced_form not in self.forms:
-            self.fail(OTHER_FORM)
+        self.require(self.foreign_problem(watched))
         self.require(unusable_gradient(watched, gradient))
         self.require(self.passes.note_traced())
         self._check_mixed()
+
+    @property
+    def arrived(self) -> list[WatchedParameter]:
+        """Return the parameters whose gradients compiled graphs have sent since the last step."""
+        return [watched for watched in self._watched.values() if watched.arrivals]
+
+    def foreign_problem(self, watched: WatchedParameter) -> str | None:
+        """Say why what autograd sends to a parameter is not its layers', ``None`` if it is."""
+        by_functions = watched.parameter in self.by_functions
+        return foreign_gradient(watched, compiled=self.ran_compiled, by_functions=by_functions)
 
     def watches(self, parameter: nn.Parameter) -> bool:
         """Return whether what arrives at a parameter is checked and collected."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ class WatchedParameter:
 
     Attributes:
         arrivals: how many gradients of compiled graphs were collected since the last step.
-        confirmed: whether an eager batch has passed every check.
+        confirmed: the ways of calling the model in which its gradient has passed every check, in
+            eager mode.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class WatchedParameter:
         self.name = name
         self.parameter = parameter
         self.arrivals = 0
-        self.confirmed = False
+        self.confirmed: set[Hashable] = set()
         self._arrived: Tensor | None = None
         self._version = 0
         self._collected: Tensor | None = None

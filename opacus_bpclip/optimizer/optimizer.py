@@ -115,6 +115,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
             raise PrivacyViolationError(
                 f"These gradients are not covered by the guarantee: {guard.violation}"
             )
+        self._hooks._vouch()
         if any(_is_released(p.grad) for p in self.params):
             raise ValueError(
                 "Gradients haven't been cleared since the last optimizer step. To obtain privacy "

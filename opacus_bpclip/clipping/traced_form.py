@@ -1,0 +1,75 @@
+"""Note, while a model is traced, in which way it is called, and make up an example of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+from torch.utils._python_dispatch import _disable_current_modes
+
+from opacus_bpclip.clipping.budget import BUDGETS
+from opacus_bpclip.guard.forms import NOT_SHOWN, form_of, shown
+from opacus_bpclip.probe.batches import EXAMPLES, Batch
+from opacus_bpclip.probe.leaves import batch_leaves, batch_size, map_leaves
+
+
+def note_form(
+    key: str, axis: int, training: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:  # pragma: no cover (traced, unseen by coverage)
+    """Note how a model is called; traced itself.
+
+    Args:
+        key: of the model's budget.
+        axis: which axis of a tensor is the batch.
+        training: whether the model is in training mode.
+        args: by position.
+        kwargs: by name.
+    """
+    _note(key, axis, training, shown(args), shown(kwargs))
+
+
+@torch._dynamo.allow_in_graph
+def _note(
+    key: str, axis: int, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    args, kwargs = _unlocked(args), _unlocked(kwargs)
+    forms = BUDGETS[key].forms
+    form = form_of(training, args, kwargs)
+    if not forms.is_traced(form):
+        forms.note_traced(form, _example_of(args, kwargs, axis))
+    return torch.zeros(())
+
+
+def _unlocked(value: Any) -> Any:
+    """Return a value with tuples, lists and dictionaries in the place of the tracer's own."""
+    if isinstance(value, tuple):
+        return tuple(map(_unlocked, value))
+    if isinstance(value, list):
+        return list(map(_unlocked, value))
+    if isinstance(value, dict):
+        return {name: _unlocked(part) for name, part in value.items()}
+    return value
+
+
+def _example_of(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Batch | None:
+    """Return made-up examples of the shapes that stand for tensors while a graph is traced."""
+    if any(leaf is NOT_SHOWN for leaf in batch_leaves((args, kwargs))):
+        return None
+    # What is made here is to be real: no stand-ins of the tracer's.
+    with _disable_current_modes():
+        try:
+            real = Batch(*map_leaves((args, kwargs), _real), 0, axis)
+            size = batch_size(real.args, real.kwargs, axis)
+            return None if size is None else real._replace(size=size).invent(EXAMPLES)
+        except Exception:  # whatever the arguments are
+            return None
+
+
+def _real(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        shape = [optimization_hint(size) for size in leaf.shape]
+        return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(shape)
+    return optimization_hint(leaf) if isinstance(leaf, torch.SymInt) else leaf

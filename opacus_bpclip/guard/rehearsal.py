@@ -1,0 +1,119 @@
+"""Eager mode vouches for compiled graphs: one forward and backward pass on made-up examples.
+
+A rehearsal calls the model in the form in which the compiled model was called, through the hooks
+that clip it, and leaves no trace: nothing is collected, the model's buffers and attributes and all
+random number generators are put back, and no parameter gets a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.errors import PrivacyViolationError
+from opacus_bpclip.guard.forms import Form, Unvouched
+from opacus_bpclip.guard.gradient_checks import unconfirmed_gradient, unrehearsed
+from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.guard.passes import BackwardPasses
+from opacus_bpclip.probe.batches import Batch
+from opacus_bpclip.probe.copies import device_of
+from opacus_bpclip.probe.leaves import batch_leaves
+from opacus_bpclip.probe.problems import first_line
+from opacus_bpclip.probe.randomness import repeatable
+from opacus_bpclip.probe.stand_ins import StandIns
+
+# What the guard knows of the batch at hand.
+_OF_BATCH = (
+    "violation",
+    "refused",
+    "passes",
+    "ran_compiled",
+    "rehearsing",
+    "_in_forward",
+    "_batch_size",
+    "_calls",
+    "_versions",
+)
+
+
+def vouch(model: nn.Module, guard: GradientGuard) -> None:
+    """Check that eager mode vouches for the gradients that compiled graphs have sent.
+
+    Args:
+        model: the model, with its hooks.
+        guard: which watches it.
+
+    Raises:
+        PrivacyViolationError: something is wrong with the way in which a compiled model was called,
+            or it could not be tried.
+    """
+    for form in guard.forms.unvouched(guard.arrived):
+        problem = _rehearsed(model, guard, form)
+        guard.require(problem)
+        guard.forms.settle(form.form)
+    for watched in guard.arrived:
+        # In what was rehearsed functions may have been found, too.
+        guard.require(guard.foreign_problem(watched))
+        if not watched.confirmed:
+            guard.fail(unconfirmed_gradient(watched))
+
+
+def _rehearsed(model: nn.Module, guard: GradientGuard, unvouched: Unvouched) -> str | None:
+    """Return what is wrong with a way of calling the model."""
+    if unvouched.example is None:
+        reason: str | None = "none could be made up for its arguments"
+    else:
+        try:
+            with collecting_nothing(guard):
+                _run(model, unvouched.form, unvouched.example)
+        except PrivacyViolationError as error:
+            return str(error)
+        except Exception as error:  # whatever the model's own code raises
+            reason = first_line(error)
+        else:
+            return None
+    # What a batch of the user's has shown in eager mode is as good, but for parameters that it did
+    # not reach.
+    return None if unvouched.collected else unrehearsed(reason)
+
+
+@contextmanager
+def collecting_nothing(guard: GradientGuard) -> Iterator[None]:
+    """Let the guard check a forward and backward pass as ever, and collect nothing of it."""
+    of_batch = {name: vars(guard)[name] for name in _OF_BATCH}
+    watch = None if guard.loss is None else dict(vars(guard.loss))
+    guard._calls, guard.passes, guard.rehearsing = {}, BackwardPasses(), True
+    try:
+        yield
+    finally:
+        vars(guard).update(of_batch)
+        if guard.loss is not None and watch is not None:
+            vars(guard.loss).update(watch)
+
+
+def _run(model: nn.Module, form: Form, batch: Batch) -> None:
+    """Run one forward and backward pass, to every output that has a gradient."""
+    with ExitStack() as stack:
+        stack.enter_context(repeatable(device_of(model)))
+        stack.enter_context(StandIns(model, _stand_in))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.enable_grad())
+        with ExitStack() as inside:
+            for kind, dtype in form.autocast:
+                inside.enter_context(torch.autocast(kind, dtype))
+            if model.training != form.training:
+                model.train(form.training)
+            output = model(*batch.args, **batch.kwargs)
+        made = [x for x in batch_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+        torch.autograd.backward(made, [torch.randn_like(x) for x in made])
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Return what stands in for a tensor of the model: parameters are watched, and stay."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
