@@ -55,7 +55,7 @@ class AffineClip(NodeClip):
         wanted = (wants[0], self.rule.weight, self.rule.bias)
         dx, own = self.rule.gradients(g, x, weight, wanted=wanted)
         # Of many positions' sum rounding alone may be left.
-        positions = g[0].numel() // weight.numel() if len(g) else 1
+        positions = g[0].numel() // weight.numel() if g.shape[0] else 1
         examples = self.examples_of(g, graph)
         limit = target.unscaled() / max(examples, 1)
         part = kept(row_norms(own), size * math.sqrt(positions), own.dtype, limit)

@@ -69,7 +69,7 @@ def _clip_own(use: FusedUse, factors_of: FactorsOf) -> Clipped:
     parts: list[Tensor] = []
     total: Tensor | None = None
     bytes_of_own = use.rule.own_bytes(use.g, use.weight)
-    for rows in chunks(len(use.g), exact_chunk(bytes_of_own, use.g.device)):
+    for rows in chunks(use.g.shape[0], exact_chunk(bytes_of_own, use.g.device)):
         own, each, part = use._own_of(rows)
         factors = factors_of(each)
         flat = zero_rows(own.flatten(1), factors.keep)
@@ -78,7 +78,7 @@ def _clip_own(use: FusedUse, factors_of: FactorsOf) -> Clipped:
         found.append(factors)
         parts.append(part)
     assert total is not None
-    keep = joined_keep([each.keep for each in found], [len(each.factor) for each in found])
+    keep = joined_keep([each.keep for each in found], [each.factor.shape[0] for each in found])
     by = torch.cat([each.factor for each in found])
     sums = {"weight": total.view(use.weight.shape) * use.examples}
     if use.rule.bias:

@@ -141,7 +141,7 @@ def everywhere(flags: Iterable[Tensor | None]) -> Tensor | None:
 
 def joined(found: Sequence[Measured]) -> Measured:
     """Return what was measured of several parts of a batch as one."""
-    sizes = [len(each.bound) for each in found]
+    sizes = [each.bound.shape[0] for each in found]
     usable = joined_keep([each.usable for each in found], sizes)
     return Measured(torch.cat([each.bound for each in found]), usable)
 
@@ -161,9 +161,9 @@ def joined_keep(keeps: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor 
 
 def padded(x: Tensor, rows: int, *, fill: bool = False) -> Tensor:
     """Add rows of zeros, or of ``fill``, up to a number."""
-    if len(x) == rows:
+    if x.shape[0] == rows:
         return x
-    return torch.cat([x, x.new_full((rows - len(x), *x.shape[1:]), fill)])
+    return torch.cat([x, x.new_full((rows - x.shape[0], *x.shape[1:]), fill)])
 
 
 def _all_below(bound: Tensor, limit: float) -> bool:

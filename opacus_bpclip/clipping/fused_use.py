@@ -98,7 +98,7 @@ class FusedUse(Use):
         found: list[Measured] = []
         parts, gradients = [], []
         for rows in chunks(
-            len(self.g), exact_chunk(rule.own_bytes(self.g, self.weight), self.g.device)
+            self.g.shape[0], exact_chunk(rule.own_bytes(self.g, self.weight), self.g.device)
         ):
             own, each, part = self._own_of(rows)
             found.append(each)
@@ -178,8 +178,8 @@ class FusedUse(Use):
         total: Tensor | None = None
         start = 0
         for own in self._own:
-            rows = slice(start, start + len(own))
-            start += len(own)
+            rows = slice(start, start + own.shape[0])
+            start += own.shape[0]
             flat = zero_rows(own.flatten(1), None if keep is None else keep[rows])
             part = by[rows].to(flat.dtype) @ flat
             total = part if total is None else total + part
@@ -228,7 +228,7 @@ class FusedUse(Use):
         """Return the use with example ``i`` in row ``i``; its inputs' gradients are made."""
         if self._order is None:
             return self
-        order, rows = self._order, len(self._order)
+        order, rows = self._order, self._order.shape[0]
 
         def put(x: Tensor | None, *, fill: bool = False) -> Tensor | None:
             return None if x is None else padded(x, rows, fill=fill)[order]

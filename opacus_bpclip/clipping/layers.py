@@ -221,7 +221,7 @@ class LayerUse(Use):
         )
         if known:
             return known
-        if not len(self._g[rows]):
+        if not self._g[rows].shape[0]:
             own = self.layer.named_parameters.items()
             return {name: wide(p).new_zeros((0, *p.shape)) for name, p in own}
         found: dict[str, list[Tensor]] = {}

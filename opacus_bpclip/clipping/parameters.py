@@ -134,7 +134,7 @@ class _Copies(torch.autograd.Function):
             clip.guard.fail(ran_twice(clip.layer))
         ctx.spent = True
         own = torch.cat([wide(g.flatten(1)) for g in gradients], dim=1)
-        examples = len(own) if clip.mean else 1
+        examples = own.shape[0] if clip.mean else 1
         ctx.scope.arrive(OwnUse(clip.layer, examples, own, list(clip.parameters)))
         return (None,) * (4 + ctx.count)
 

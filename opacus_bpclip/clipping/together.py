@@ -35,7 +35,7 @@ def _positions_of_all(uses: Sequence[FusedUse]) -> FusedUse:
 
     Where a use has fewer rows, its sequences have ended: zeros are added.
     """
-    first, rows = uses[0], max(len(use.g) for use in uses)
+    first, rows = uses[0], max(use.g.shape[0] for use in uses)
 
     def both_of(parts: list[Tensor | None]) -> Tensor | None:
         present = [padded(part, rows) for part in parts if part is not None]
@@ -43,7 +43,7 @@ def _positions_of_all(uses: Sequence[FusedUse]) -> FusedUse:
 
     g, x = (
         torch.cat(
-            [padded(t.reshape(len(t), t.shape[1:-1].numel(), t.shape[-1]), rows) for t in part],
+            [padded(t.reshape(t.shape[0], t.shape[1:-1].numel(), t.shape[-1]), rows) for t in part],
             dim=1,
         )
         for part in ([use.g for use in uses], [use.x for use in uses])
@@ -94,7 +94,7 @@ def _summed(uses: Sequence[Use], bounds: Sequence[Tensor]) -> Tensor:
     dtype = norm_dtype(bounds[0].dtype)
     needed = sum(sizes.values()) * 2 * dtype.itemsize
     parts = []
-    for rows in chunks(len(bounds[0]), exact_chunk(needed, bounds[0].device)):
+    for rows in chunks(bounds[0].shape[0], exact_chunk(needed, bounds[0].device)):
         parts.append(_norm_of_sum(uses, rows))
     # What cancels leaves rounding errors of what was added.
     margin = rounding_margin(bounds[0].dtype, bounds[0].device)

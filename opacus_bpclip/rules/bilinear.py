@@ -72,4 +72,4 @@ class BilinearRule(LinearRule):
             outer = (one[rows].unsqueeze(-1) * other[rows].unsqueeze(-2)).flatten(-2)
             return exact(g[rows], (outer,), input_norms[rows])
 
-        return exact_norms.in_chunks(len(g), chunk, of)
+        return exact_norms.in_chunks(g.shape[0], chunk, of)

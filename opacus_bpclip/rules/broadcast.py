@@ -89,7 +89,7 @@ class BroadcastRule(Rule):
         """Leave the input alone: nothing of it is known to be multiplied with a parameter."""
         (x,) = inputs
         assert x is not None
-        return Prepared(inputs, None, torch.ones(len(x), dtype=torch.bool, device=x.device))
+        return Prepared(inputs, None, torch.ones(x.shape[0], dtype=torch.bool, device=x.device))
 
     def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
         """Return the norm of ``g``, ``[B, ...]``, which is the example's own gradient."""

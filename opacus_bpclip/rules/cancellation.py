@@ -17,7 +17,7 @@ ROUNDING = 64
 ORDINARY = 2**13
 
 
-def kept(left: Tensor, of: Tensor, dtype: torch.dtype, limit: Tensor | float = 0.0) -> Tensor:
+def kept(left: Tensor, of: Tensor, dtype: torch.dtype, limit: Tensor | float | None = None) -> Tensor:
     """Return by what to multiply what is left of a cancellation.
 
     0 up to `ROUNDING` units of the last place, 1 from `ORDINARY` on, and a line between them, so
@@ -31,6 +31,7 @@ def kept(left: Tensor, of: Tensor, dtype: torch.dtype, limit: Tensor | float = 0
         limit: what is left is not scaled up after this, and clipped to it: next to it, rounding of
             something that is not `ORDINARY` times larger is small already.
     """
-    ulps = left.clamp(min=limit) / (of * torch.finfo(dtype).eps)
+    left = left if limit is None else left.clamp(min=limit)
+    ulps = left / (of * torch.finfo(dtype).eps)
     # Of nothing nothing is left; and what overflows is not for here to judge.
     return ((ulps - ROUNDING) / (ORDINARY - ROUNDING)).nan_to_num(nan=1.0).clamp(0, 1)

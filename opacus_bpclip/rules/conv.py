@@ -158,7 +158,7 @@ class ConvRule(FusedRule):
         The layer's kernel then has no other example to add up.
         """
         dtype = precision.norm_dtype(g.dtype)
-        batch = len(g)
+        batch = g.shape[0]
         g, x = g.to(dtype), x.to(dtype)
         if not self._groups_are_fast(g):
             upstream, columns = self.upstream(g), self.columns(x)
@@ -206,7 +206,8 @@ class ConvRule(FusedRule):
         # An accelerator's kernels are slow with many groups; unfolding that a compiler has fused
         # with the product is slower still.
         large = self.group_channels >= _BLOCK or torch.compiler.is_compiling()
-        return g.device.type == "cpu" and large
+        # Nor can their number be left open in a graph for batches of any size.
+        return g.device.type == "cpu" and large and isinstance(g.shape[0], int)
 
     def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
         """Add up the positions, then the examples."""

@@ -105,7 +105,7 @@ class EmbeddingBagRule(Rule):
         """Return the norm of the gradient: a bag is one position, so every bound has the same."""
         dtype = precision.norm_dtype(g.dtype)
         if self.mode == "max":
-            columns = torch.ones(len(g), dtype=dtype, device=g.device)
+            columns = torch.ones(g.shape[0], dtype=dtype, device=g.device)
         else:
             columns = self._column_norms(self._bags(inputs), dtype)
         columns = norms.column_norms(columns.view(-1, 1, 1), weight=True, bias=False)

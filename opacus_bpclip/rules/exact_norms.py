@@ -140,7 +140,14 @@ def exact_bytes(positions: int, groups: int, channels: int, inputs: int, dtype: 
 
 
 def chunks(batch: int, size: int) -> Iterator[slice]:
-    """Yield ``batch`` examples, ``size`` at a time; an empty slice if there are none."""
+    """Yield ``batch`` examples, ``size`` at a time; an empty slice if there are none.
+
+    All at once where a graph is traced for batches of any size, ``tensor.shape[0]`` of which is no
+    number. (``len(tensor)`` always is one, and would make it a graph for one size.)
+    """
+    if not isinstance(batch, int):
+        yield slice(None)
+        return
     for start in range(0, max(batch, 1), size):
         yield slice(start, start + size)
 

@@ -110,7 +110,7 @@ class FusedRule(MatrixRule):
             bound: how it is to be bounded.
             g: as for `exact`.
         """
-        if not bound.is_norm or not self.weight or not len(g):
+        if not bound.is_norm or not self.weight or not g.shape[0]:
             return False
         channels, positions = self.upstream(g).shape[2:]
         # One position's gradient is an outer product, whose norm is known without it.

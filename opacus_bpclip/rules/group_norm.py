@@ -143,7 +143,7 @@ class GroupNormRule(AffineRule):
         """
         channels = torch.linalg.vector_norm(self.channels_first(g), dim=2)
         of = torch.linalg.vector_norm(channels.view(scaled.shape) * scaled, dim=2, keepdim=True)
-        return self.settled(dx.view(len(g), self.groups, -1), of, (2,), centre=True)
+        return self.settled(dx.view(g.shape[0], self.groups, -1), of, (2,), centre=True)
 
     def _channel_by_channel(
         self, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
@@ -154,7 +154,7 @@ class GroupNormRule(AffineRule):
         What belongs to a group is spread over its channels by a product with zeros and ones, which
         no compiler takes apart: loops over positions and channels then read one number a channel.
         """
-        batch, positions = len(x), x.shape[2:].numel()
+        batch, positions = x.shape[0], x.shape[2:].numel()
         _, mean, rstd = torch.ops.aten.native_group_norm(
             x, None, None, batch, self.channels, positions, self.groups, self.eps
         )

@@ -87,6 +87,9 @@ class LinearRule(FusedRule):
         dx = (rows @ weight).view(x.shape) if wanted[0] else None
         dw = None
         if wanted[1]:
+            if torch.compiler.is_compiling():
+                # Fused, and no other graph for each batch size, as a product's own factor is.
+                return dx, (rows.T @ columns) * multiplier
             # The product's own factor: the gradient may be larger than the activations.
             nothing = rows.new_empty(()).expand(weight.shape)
             dw = torch.addmm(nothing, rows.T, columns, beta=0, alpha=multiplier)
@@ -96,7 +99,7 @@ class LinearRule(FusedRule):
         """Multiply ``g`` with the input, for each example."""
         dtype = precision.norm_dtype(g.dtype)
         positions = g.shape[1:-1].numel()
-        rows, columns = (t.reshape(len(t), positions, t.shape[-1]).to(dtype) for t in (g, x))
+        rows, columns = (t.reshape(t.shape[0], positions, t.shape[-1]).to(dtype) for t in (g, x))
         return torch.matmul(rows.transpose(1, 2), columns)
 
     def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:

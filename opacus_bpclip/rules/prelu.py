@@ -46,7 +46,7 @@ class PReLURule(Rule):
         """Leave the input alone; measure whether its squares are in range."""
         (x,) = inputs
         assert x is not None
-        largest = torch.linalg.vector_norm(x.reshape(len(x), x.shape[1:].numel()), torch.inf, dim=1)
+        largest = torch.linalg.vector_norm(x.reshape(x.shape[0], x.shape[1:].numel()), torch.inf, dim=1)
         # Comparing with nan gives False.
         return Prepared(inputs, None, largest < math.sqrt(torch.finfo(x.dtype).max))
 
@@ -95,7 +95,7 @@ class PReLURule(Rule):
 
     def _by_slope(self, x: Tensor) -> Tensor:
         """View ``[B, ...]`` as ``[B, C, P]``, a channel for each slope."""
-        return x.reshape(len(x), self.slopes, x.shape[1:].numel() // self.slopes)
+        return x.reshape(x.shape[0], self.slopes, x.shape[1:].numel() // self.slopes)
 
 
 def _weighted(upstream: Tensor, columns: Tensor) -> Tensor:
