@@ -14,6 +14,7 @@ from opacus_bpclip.clipping.attach import frozen_normalizations, layer_clips, so
 from opacus_bpclip.clipping.base import Settings
 from opacus_bpclip.clipping.budget import Budget, target_of
 from opacus_bpclip.clipping.functions import Functions
+from opacus_bpclip.clipping.recurrent import RECURRENT_IS_EAGER
 from opacus_bpclip.clipping.shared import SharedMeasurement
 from opacus_bpclip.clipping.traced_form import note_form
 from opacus_bpclip.config import BackpropClipping, is_positive_number
@@ -106,9 +107,12 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         # Clips that the model brings along give way to ours, and stay where there are none.
         replaced = m if config.max_input_norm is not None else nn.Module()
         self._put_back_input_clips = take_input_clips(replaced)
+        enter, leave = self._enter_root, self._leave_root
+        if self._budget.recurrent is not None:
+            enter, leave = self._enter_root_eagerly, self._leave_root_eagerly
         self._handles = [
-            m.register_forward_pre_hook(self._enter_root, with_kwargs=True),
-            m.register_forward_hook(self._leave_root, with_kwargs=True, always_call=True),
+            m.register_forward_pre_hook(enter, with_kwargs=True),
+            m.register_forward_hook(leave, with_kwargs=True, always_call=True),
         ]
         self._loss = None if criterion is None else criterion.watch
         mean = loss_reduction == "mean" and criterion is None
@@ -263,6 +267,16 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._guard.fail(self._untried)
         if self._guard.ran_compiled:
             self._guard.forms.note_eager(Batch(args, kwargs, self._guard.examples, self._axis))
+
+    # A compiler leaves recurrent networks to eager mode, whose checks need the forward pass.
+
+    @torch.compiler.disable(reason=RECURRENT_IS_EAGER)
+    def _enter_root_eagerly(self, *arguments: Any) -> None:
+        self._enter_root(*arguments)
+
+    @torch.compiler.disable(reason=RECURRENT_IS_EAGER)
+    def _leave_root_eagerly(self, *arguments: Any) -> None:
+        self._leave_root(*arguments)
 
     @property
     def _axis(self) -> int:

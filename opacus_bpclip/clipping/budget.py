@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,13 @@ _NEEDS_ONE_GRAPH = (
     'that, or train without torch.compile, or with BackpropClipping(allocation="dimension").'
 )
 
+_RECURRENT = (
+    "{} belongs to a recurrent network, which torch.compile leaves to eager mode, since it is a "
+    'loop over time steps: the model is no single graph, and allocation="joint" needs one to '
+    "measure all layers before it clips any. Train without torch.compile, or with "
+    'BackpropClipping(allocation="equal"), which compiles the layers around the network.'
+)
+
 _ANOTHER_FORWARD = (
     "The model was called inside its own forward pass, with gradients: nothing shows which rows of "
     "the two calls belong to one example. Call it under torch.no_grad(), or give the model one "
@@ -41,6 +48,7 @@ class Budget:
         guard: watches them.
 
     Attributes:
+        recurrent: the name of a layer of a recurrent network, if there is one.
         key: by which a traced graph, which holds strings and tensors only, finds this object.
         joint: whether all layers share one factor for each example.
         target: what it scales to, with a joint budget.
@@ -53,7 +61,10 @@ class Budget:
     def __init__(
         self, config: BackpropClipping, layers: Iterable[Layer], guard: GradientGuard
     ) -> None:
+        layers = tuple(layers)
         self.joint = config.allocation == "joint"
+        recurrent = (layer.name for layer in layers if layer.recurrence is not None)
+        self.recurrent = next(recurrent, None)
         self.target = target_of(config)
         parameters = (parameter for layer in layers for parameter in layer.parameters)
         self.parameters: tuple[nn.Parameter, ...] = tuple(dict.fromkeys(parameters))
@@ -157,7 +168,7 @@ class Budget:
         """
         trace = _this_trace()
         if self._scope is not None or trace is None:
-            self._guard.fail(_NEEDS_ONE_GRAPH)
+            self._fail_without_one_graph()
         scope = self._new(self.target._replace(limit=limit), at_once=False)
         token = scope.open(self.parameters, parameters, ends).token
         assert token is not None
@@ -166,6 +177,10 @@ class Budget:
         self._traced = weakref.ref(scope)
         self._trace = weakref.ref(trace)
         return token
+
+    def _fail_without_one_graph(self) -> NoReturn:
+        name = self.recurrent
+        self._guard.fail(_NEEDS_ONE_GRAPH if name is None else _RECURRENT.format(name))
 
     def traced_scope(
         self,
@@ -188,7 +203,7 @@ class Budget:
             return self._new(target, at_once=True).open(layer.parameters, parameters, ends)
         scope = self._traced()
         if scope is None or token is None or self._trace() is not _this_trace():
-            self._guard.fail(_NEEDS_ONE_GRAPH)
+            self._fail_without_one_graph()
         scope.token = token
         return scope
 

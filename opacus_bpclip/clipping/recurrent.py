@@ -27,6 +27,12 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.recurrence import aligns_rows, is_packed
 from opacus_bpclip.rules import Inputs
 
+# Shown by torch, where it is asked for one graph.
+RECURRENT_IS_EAGER = (
+    "a private recurrent network is a loop over time steps that is left to eager mode: without "
+    'fullgraph=True, BackpropClipping(allocation="equal") compiles the layers around it'
+)
+
 
 class RecurrentClip(Clip):
     """Clips the layers of one recurrent network.
@@ -63,7 +69,7 @@ class RecurrentClip(Clip):
             handles += step.attach()
         return handles
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=RECURRENT_IS_EAGER)
     def enter(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Open the scopes of a run."""
         if not torch.is_grad_enabled():
@@ -123,7 +129,7 @@ class _Step(FusedClip):
         super().__init__(layer, settings)
         self.run = run
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=RECURRENT_IS_EAGER)
     def enter(self, _: nn.Module, args: Args) -> None:
         """Check that the network runs; it has been counted."""
         if torch.is_grad_enabled() and not self.run.running:
@@ -134,7 +140,7 @@ class _Step(FusedClip):
         self.followed = torch.is_grad_enabled() and self.layer.name in self.run.scopes
         self.functions.pause()
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=RECURRENT_IS_EAGER)
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
         """Put the node in the place of the layer's part of the graph."""
         return super().leave(module, args, kwargs, y)

@@ -23,12 +23,10 @@ def first_in_backward(layer: Layer) -> str:
 
 def outside_forward(layer: Layer) -> str:
     """Say that a layer runs while its model does not."""
-    compiled = layer.recurrence is not None
     return (
         f"{layer.name} was called outside its model's forward pass, where nothing "
-        "ties its rows to the examples of the batch. Call the whole model, "
-        + ("without torch.compile (it cannot trace recurrent networks), " * compiled)
-        + "and have its forward return whatever the loss needs."
+        "ties its rows to the examples of the batch. Call the whole model, and have its forward "
+        "return whatever the loss needs."
     )
 
 
