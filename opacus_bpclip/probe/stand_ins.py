@@ -160,8 +160,20 @@ class StandIns:
 
 
 def _refill(holder: Any, content: Any) -> None:
+    if _holds(holder, content):
+        # Nor would a compiler, which looks at more than we put back, find it as it was.
+        return
     holder.clear()
     (holder.extend if isinstance(holder, (list, deque)) else holder.update)(content)
+
+
+def _holds(holder: Any, content: Any) -> bool:
+    """Return whether a holder has the very objects that it is to have, in their order."""
+    own, others = (
+        [part for pair in value.items() for part in pair] if isinstance(value, dict) else [*value]
+        for value in (holder, content)
+    )
+    return len(own) == len(others) and all(a is b for a, b in zip(own, others, strict=True))
 
 
 def _state_of(value: Any) -> Any:
