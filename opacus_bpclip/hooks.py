@@ -1,4 +1,4 @@
-"""Attach the rules to a model: `BackpropClipHooks`, and `BackpropClipModule` that wraps it."""
+"""Attach the rules to a model: `BackpropClipHooks`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from opacus.grad_sample import AbstractGradSampleHooks, AbstractGradSampleModule
+from opacus.grad_sample import AbstractGradSampleHooks
 from torch import nn
 
 from opacus_bpclip.clipping import allocation
@@ -294,26 +294,3 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             "The model's inputs hold no tensor with a batch axis, so the number of examples is "
             f"unknown. Pass the batch as a tensor, batch {('first', 'second')[self._axis]}."
         )
-
-
-class BackpropClipModule(BackpropClipHooks, AbstractGradSampleModule):
-    """A model with `BackpropClipHooks` attached, behind Opacus's module interface.
-
-    Args:
-        m: the model.
-        **options: as for `BackpropClipHooks`.
-    """
-
-    def __init__(self, m: nn.Module, **options: Any) -> None:
-        nn.Module.__init__(self)
-        BackpropClipHooks.__init__(self, m, **options)
-        self.grad_accumulation_hook = None
-
-    def __getattr__(self, item: str) -> Any:
-        """Return a submodule by its dotted name, as Opacus does, or an attribute of the model."""
-        try:
-            return super().__getattr__(item)
-        except AttributeError:
-            if item == "_module":  # not there yet: this object is being copied
-                raise
-            return getattr(self._module, item)

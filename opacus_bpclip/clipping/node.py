@@ -110,7 +110,7 @@ class NodeClip(Clip):
         if not torch.is_grad_enabled():
             return
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
-            self.guard.note_compiled()
+            self.guard.ran_compiled = True
             return
         self.passed_by = self.functions.passes_by(self.layer.name)
         if not self.passed_by:

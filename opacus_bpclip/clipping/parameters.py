@@ -61,7 +61,7 @@ class ParameterClip(Clip):
         self.guard.require(replaced_parameter(self.layer))
         (batch_size,) = self.rule.batch_sizes(inputs)
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
-            self.guard.note_compiled()
+            self.guard.ran_compiled = True
             made = _traced_copies(
                 self.budget.key,
                 self.index,

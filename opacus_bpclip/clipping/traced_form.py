@@ -61,9 +61,9 @@ def _example_of(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Bat
     # What is made here is to be real: no stand-ins of the tracer's.
     with _disable_current_modes():
         try:
-            real = Batch(*map_leaves((args, kwargs), _real), 0, axis)
-            size = batch_size(real.args, real.kwargs, axis)
-            return None if size is None else real._replace(size=size).invent(EXAMPLES)
+            args, kwargs = map_leaves((args, kwargs), _real)
+            size = batch_size(args, kwargs, axis)
+            return None if size is None else Batch(args, kwargs, size, axis).invent(EXAMPLES)
         except Exception:  # whatever the arguments are
             return None
 

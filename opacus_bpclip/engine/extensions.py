@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Subset
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.engine.compatibility import try_out
 from opacus_bpclip.engine.validation import checked_loader, checked_options
-from opacus_bpclip.hooks import BackpropClipHooks, BackpropClipModule
+from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.plan import Plan
+from opacus_bpclip.module import BackpropClipModule
 from opacus_bpclip.optimizer.accounting import AccountStep
 from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
 from opacus_bpclip.sampling.loader import PrivateDataLoader

@@ -1,4 +1,4 @@
-"""The ways in which a model is called: where graphs are traced, eager mode must have vouched for it.
+"""The ways in which a model is called: eager mode must vouch for those in which there are graphs.
 
 The guard does not see what runs inside a traced graph. Whatever is wrong with the way in which a
 model uses its parameters, eager mode finds in one forward and backward pass, on any values. So no

@@ -216,10 +216,6 @@ class GradientGuard:
 
     # Backward
 
-    def note_compiled(self) -> None:
-        """Note that part of the model runs as a compiled graph, unseen by the guard."""
-        self.ran_compiled = True
-
     def require(self, problem: str | None) -> None:
         """Make the gradients at hand unusable, and raise, if there is a problem.
 
@@ -268,8 +264,6 @@ class GradientGuard:
         self.passes.collected = self.passes.count
 
     def _check_loss(self, watched: WatchedParameter) -> None:
-        if self.rehearsing:
-            return
         if self.loss is not None:
             self.require(self.loss.problem(watched.name))
         elif self.undoes_mean:
@@ -278,7 +272,8 @@ class GradientGuard:
     def _check_arrival(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that autograd is about to send to its parameter."""
         self._check_loss(watched)
-        self.require(self.foreign_problem(watched))
+        own = watched.parameter in self.by_functions
+        self.require(foreign_gradient(watched, compiled=self.ran_compiled, by_functions=own))
         self.require(unusable_gradient(watched, gradient))
         self.require(self.passes.note_traced())
         self._check_mixed()
@@ -287,11 +282,6 @@ class GradientGuard:
     def arrived(self) -> list[WatchedParameter]:
         """Return the parameters whose gradients compiled graphs have sent since the last step."""
         return [watched for watched in self._watched.values() if watched.arrivals]
-
-    def foreign_problem(self, watched: WatchedParameter) -> str | None:
-        """Say why what autograd sends to a parameter is not its layers', ``None`` if it is."""
-        by_functions = watched.parameter in self.by_functions
-        return foreign_gradient(watched, compiled=self.ran_compiled, by_functions=by_functions)
 
     def watches(self, parameter: nn.Parameter) -> bool:
         """Return whether what arrives at a parameter is checked and collected."""

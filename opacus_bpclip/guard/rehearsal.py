@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.forms import Form, Unvouched
-from opacus_bpclip.guard.gradient_checks import unconfirmed_gradient, unrehearsed
+from opacus_bpclip.guard.gradient_checks import (
+    foreign_gradient,
+    unconfirmed_gradient,
+    unrehearsed,
+)
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.guard.passes import BackwardPasses
 from opacus_bpclip.probe.batches import Batch
@@ -56,7 +60,8 @@ def vouch(model: nn.Module, guard: GradientGuard) -> None:
         guard.forms.settle(form.form)
     for watched in guard.arrived:
         # In what was rehearsed functions may have been found, too.
-        guard.require(guard.foreign_problem(watched))
+        by_functions = watched.parameter in guard.by_functions
+        guard.require(foreign_gradient(watched, compiled=True, by_functions=by_functions))
         if not watched.confirmed:
             guard.fail(unconfirmed_gradient(watched))
 
@@ -64,11 +69,11 @@ def vouch(model: nn.Module, guard: GradientGuard) -> None:
 def _rehearsed(model: nn.Module, guard: GradientGuard, unvouched: Unvouched) -> str | None:
     """Return what is wrong with a way of calling the model."""
     if unvouched.example is None:
-        reason: str | None = "none could be made up for its arguments"
+        reason = "none could be made up for its arguments"
     else:
         try:
             with collecting_nothing(guard):
-                _run(model, unvouched.form, unvouched.example)
+                _run(model, guard, unvouched.form, unvouched.example)
         except PrivacyViolationError as error:
             return str(error)
         except Exception as error:  # whatever the model's own code raises
@@ -94,7 +99,7 @@ def collecting_nothing(guard: GradientGuard) -> Iterator[None]:
             vars(guard.loss).update(watch)
 
 
-def _run(model: nn.Module, form: Form, batch: Batch) -> None:
+def _run(model: nn.Module, guard: GradientGuard, form: Form, batch: Batch) -> None:
     """Run one forward and backward pass, to every output that has a gradient."""
     with ExitStack() as stack:
         stack.enter_context(repeatable(device_of(model)))
@@ -107,6 +112,9 @@ def _run(model: nn.Module, form: Form, batch: Batch) -> None:
             if model.training != form.training:
                 model.train(form.training)
             output = model(*batch.args, **batch.kwargs)
+        if guard.loss is not None:
+            # The gradients come from here, and no criterion.
+            guard.loss.note_traced()
         made = [x for x in batch_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
         torch.autograd.backward(made, [torch.randn_like(x) for x in made])
 
@@ -116,4 +124,3 @@ def _stand_in(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return tensor
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-

@@ -17,7 +17,9 @@ ROUNDING = 64
 ORDINARY = 2**13
 
 
-def kept(left: Tensor, of: Tensor, dtype: torch.dtype, limit: Tensor | float | None = None) -> Tensor:
+def kept(
+    left: Tensor, of: Tensor, dtype: torch.dtype, limit: Tensor | float | None = None
+) -> Tensor:
     """Return by what to multiply what is left of a cancellation.
 
     0 up to `ROUNDING` units of the last place, 1 from `ORDINARY` on, and a line between them, so

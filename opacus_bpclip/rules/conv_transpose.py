@@ -163,7 +163,9 @@ class ConvTransposeRule(MatrixRule):
             )
             chunk = exact_norms.exact_chunk(needed, g.device)
             parts.append(
-                exact_norms.in_chunks(g.shape[0], chunk, lambda rows: of_weight(aligned[rows], rows))
+                exact_norms.in_chunks(
+                    g.shape[0], chunk, lambda rows: of_weight(aligned[rows], rows)
+                )
             )
         if self.output_bias:
             parts.append(of_bias(g))

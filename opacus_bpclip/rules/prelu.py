@@ -46,7 +46,9 @@ class PReLURule(Rule):
         """Leave the input alone; measure whether its squares are in range."""
         (x,) = inputs
         assert x is not None
-        largest = torch.linalg.vector_norm(x.reshape(x.shape[0], x.shape[1:].numel()), torch.inf, dim=1)
+        largest = torch.linalg.vector_norm(
+            x.reshape(x.shape[0], x.shape[1:].numel()), torch.inf, dim=1
+        )
         # Comparing with nan gives False.
         return Prepared(inputs, None, largest < math.sqrt(torch.finfo(x.dtype).max))
 
