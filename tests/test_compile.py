@@ -1,8 +1,7 @@
-"""A compiled model gives the eager gradient, once an eager batch has vouched for it."""
+"""A compiled model gives the eager gradient, right after make_private."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,6 @@ from tests.helpers import (
     CLASSES,
     FEATURES,
     Private,
-    assert_refused_until_zero_grad,
     backward,
     batch,
     loss_of,
@@ -47,8 +45,6 @@ def check_compiled(
     make: Callable[[], nn.Module], options: dict[str, Any], **tolerance: float
 ) -> None:
     eager, fast = (make_private(make(), **options) for _ in range(2))
-    train_step(eager)
-    train_step(fast)
     fast = compiled(fast)
     for size in (6, 4):
         train_step(eager, size)
@@ -94,24 +90,8 @@ def test_every_node_compiles(bound: Any) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_model_is_refused_until_an_eager_batch_has_vouched_for_it() -> None:
-    private = make_private(one_layer())
-    fast = compiled(private)
-    with pytest.raises(PrivacyViolationError) as refusal:
-        backward(fast)
-    assert re.fullmatch(
-        r"0\.(weight|bias) got a gradient that did not come from its layer's call\. Run the first "
-        r"batch before torch\.compile, so that it can be checked\.",
-        str(refusal.value),
-    )
-    assert_refused_until_zero_grad(private)
-    train_step(fast)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_follows_max_grad_norm() -> None:
     private = make_private(one_layer(), backprop=layerwise(normalize=True, stability=1e-30))
-    train_step(private, size=1)
     fast = compiled(private)
     for norm in (1.0, 0.01, 2.0):
         fast.optimizer.zero_grad()
@@ -124,7 +104,6 @@ def test_a_compiled_model_follows_max_grad_norm() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_still_refuses_accumulation() -> None:
     private = make_private(one_layer())
-    train_step(private)
     fast = compiled(private)
     fast.optimizer.zero_grad()
     backward(fast)
@@ -135,7 +114,6 @@ def test_a_compiled_model_still_refuses_accumulation() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_an_eager_batch_after_a_compiled_one_is_checked_like_any_other() -> None:
     private = make_private(one_layer())
-    train_step(private)
     train_step(compiled(private))
     private.optimizer.zero_grad()
     loss = loss_of(private.model, *batch()) + 1e4 * private.parameters[0].sum()

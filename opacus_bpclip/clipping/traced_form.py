@@ -44,7 +44,11 @@ def _note(
 
 
 def _unlocked(value: Any) -> Any:
-    """Return a value with tuples, lists and dictionaries in the place of the tracer's own."""
+    """Return a value with numbers, tuples, lists and dictionaries in the place of the tracer's."""
+    if isinstance(value, torch.SymInt):
+        return optimization_hint(value)
+    if isinstance(value, torch.SymFloat):
+        return 1.0
     if isinstance(value, tuple):
         return tuple(map(_unlocked, value))
     if isinstance(value, list):
@@ -69,7 +73,7 @@ def _example_of(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Bat
 
 
 def _real(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        shape = [optimization_hint(size) for size in leaf.shape]
-        return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(shape)
-    return optimization_hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
+    if not isinstance(leaf, Tensor):
+        return leaf
+    shape = [optimization_hint(size) for size in leaf.shape]
+    return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(shape)

@@ -23,7 +23,7 @@ NOT_SHOWN = "(not shown by a traced graph)"
 
 _AUTOCAST = ("cpu", "cuda")
 
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+_NUMBERS = (int, float)
 
 
 class Form(NamedTuple):

@@ -48,7 +48,6 @@ def test_a_graph_break_is_refused_by_name(wrap_model, poisson_sampling):
     private = private_of(
         Model("broken"), joint(), wrap_model=wrap_model, poisson_sampling=poisson_sampling
     )
-    step_of(private, 4)
     call = torch.compile(private.model, backend="aot_eager")
     for _ in range(2):
         assert NEEDS_ONE_GRAPH in _released_or_refused(private, call)
@@ -59,7 +58,6 @@ def test_a_graph_break_is_refused_by_name(wrap_model, poisson_sampling):
 def test_a_graph_break_is_no_harm_where_each_layer_has_a_budget():
     own = clipping("dimension")
     private, eager = private_of(Model("broken"), own), private_of(Model("broken"), own)
-    step_of(private, 4)
     call = torch.compile(private.model, backend="aot_eager")
     for size in (5, 5):
         found = step_of(private, size, call)
@@ -87,7 +85,6 @@ class Blocks(nn.Module):
 @pytest.mark.parametrize("poisson_sampling", [True, False])
 def test_blocks_compiled_by_themselves_are_refused_by_name(which, poisson_sampling):
     private = private_of(Blocks(), joint(), poisson_sampling=poisson_sampling, max_grad_norm=1e-3)
-    step_of(private, 4)
     for index in which:
         private.handle._module.blocks[index].compile(backend="aot_eager")
     for _ in range(2):
@@ -114,7 +111,6 @@ class PartlyEager(Model):
 @pytest.mark.parametrize(("when", "wrap_model"), [("before", False), ("between", True)])
 def test_a_layer_left_to_eager_mode_is_refused(when, wrap_model):
     private = private_of(PartlyEager(when), joint(), wrap_model=wrap_model)
-    step_of(private, 4)
     call = torch.compile(private.model, backend="aot_eager")
     for _ in range(2):
         assert _released_or_refused(private, call)
@@ -123,7 +119,6 @@ def test_a_layer_left_to_eager_mode_is_refused(when, wrap_model):
 @pytest.mark.parametrize("allocation", ["joint", "dimension"])
 def test_two_compiled_forward_passes_in_one_loss_are_refused(allocation):
     private = private_of(Model("plain"), clipping(allocation))
-    step_of(private, 4)
     call = torch.compile(private.model, backend="aot_eager", fullgraph=True)
     x, y = batch_of(1)
     assert "two forward passes" in _released_or_refused(private, lambda x: call(x) + call(2 * x))

@@ -184,12 +184,12 @@ def foreign_gradients_taken_for_a_compiled_graphs(patch: pytest.MonkeyPatch) -> 
 def sums_collected_unseen(patch: pytest.MonkeyPatch) -> None:
     """Layers' sums are collected without a look at what was there before."""
 
-    def collect(self: GradientGuard, sums: Mapping[nn.Parameter, Tensor]) -> None:
+    def collect(self: GradientGuard, _: object, sums: Mapping[nn.Parameter, Tensor]) -> None:
         for parameter, total in sums.items():
             self._watched[parameter].add(total)
         self.passes.collected = self.passes.count
 
-    patch.setattr(GradientGuard, "collect", collect)
+    patch.setattr(GradientGuard, "_collect", collect)
 
 
 @mutant(killed_by=guard_killers.one_batch_backward_twice, says="nothing bounds was released")

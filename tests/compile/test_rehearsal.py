@@ -1,0 +1,376 @@
+"""Eager mode vouches for compiled graphs by itself, on made-up examples, and leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from opacus_bpclip.guard import rehearsal
+from opacus_bpclip.guard.forms import Form
+from tests.budgets import layerwise
+from tests.helpers import (
+    CLASSES,
+    FEATURES,
+    Private,
+    assert_refused_until_zero_grad,
+    backward,
+    batch,
+    dataset,
+    hand_over,
+    loss_of,
+    make_private,
+    mlp,
+    snapshot,
+    summed,
+    train_step,
+)
+from tests.joint.compiled import Unasked
+from tests.joint.helpers import joint
+
+
+@pytest.fixture
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Form]]:
+    """The forms that were rehearsed."""
+    forms: list[Form] = []
+    run = rehearsal._run
+
+    def noted(model: nn.Module, guard: Any, form: Form, batch: Any) -> None:
+        forms.append(form)
+        run(model, guard, form, batch)
+
+    monkeypatch.setattr(rehearsal, "_run", noted)
+    yield forms
+
+
+def compiled(private: Private, **options: Any) -> Private:
+    options = {"backend": "aot_eager"} | options
+    return private._replace(model=torch.compile(private.model, **options))
+
+
+class Restless(nn.Module):
+    """Draws numbers, counts its calls and keeps what it was called on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+        self.latest = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.latest = self.layer(x).detach()
+        return self.head(self.drop(self.latest + self.layer(x)))
+
+
+@pytest.mark.parametrize("clipping", [joint(), layerwise(uses={"layer": 2})], ids=["joint", "each"])
+def test_a_rehearsal_leaves_no_trace(rehearsed, clipping):
+    private = make_private(Restless(), backprop=clipping, counted=True)
+    model, guard = private.handle._module, private.handle._guard
+    fast = compiled(private, fullgraph=True)
+    private.optimizer.zero_grad()
+    backward(fast)
+    left = [model.calls.clone(), model.latest.clone(), torch.get_rng_state()]
+    sums = {watched.name: watched._collected.clone() for watched in guard.arrived}
+    passes, before = vars(guard.passes).copy(), snapshot(model)
+    waiting = len(guard.passes.samples._waiting)
+    private.handle._vouch()
+    assert len(rehearsed) == 1
+    assert snapshot(model) == before
+    for one, other in zip(left, [model.calls, model.latest, torch.get_rng_state()], strict=True):
+        assert torch.equal(one, other)
+    assert vars(guard.passes) == passes
+    assert len(guard.passes.samples._waiting) == waiting
+    assert private.steps == 0
+    assert guard.violation is None
+    for watched in guard.arrived:
+        assert torch.equal(watched._collected, sums[watched.name])
+        assert watched.arrivals == 1
+    private.optimizer.step()
+    assert private.steps == 1
+
+
+def test_each_form_of_call_is_rehearsed_once_and_an_eager_batch_spares_it(rehearsed):
+    private = make_private(mlp())
+    fast = compiled(private)
+    for _ in range(2):
+        train_step(fast)
+    assert len(rehearsed) == 1
+    fast.model.eval()
+    for _ in range(2):
+        train_step(fast)
+    assert [form.training for form in rehearsed] == [True, False]
+
+    other = make_private(mlp())
+    train_step(other)
+    train_step(compiled(other))
+    assert len(rehearsed) == 2
+
+
+class Forms(nn.Module):
+    """Uses its layer by a function in one of two ways of calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(FEATURES, FEATURES)
+
+    def forward(self, x: Tensor, tied: bool = False) -> Tensor:
+        y = self.layer(x)
+        return nn.functional.linear(y, self.layer.weight) if tied else y
+
+
+BY_FUNCTIONS = r"layer\.(weight|bias) is used by functions outside of a layer with a rule"
+
+
+@pytest.mark.parametrize("wrap_model", [True, False])
+@pytest.mark.parametrize("last", ["tied", "plain"])
+def test_a_form_that_only_a_graph_has_seen_is_refused_for_its_reason(wrap_model, last):
+    private = make_private(Forms(), backprop=joint(), wrap_model=wrap_model)
+    fast = compiled(private, backend="aot_eager")
+    train_step(fast)
+    fast.optimizer.zero_grad()
+    x, y = batch()
+    hand_over(private, len(x))
+    # The gradient is of the first call, whatever was called after it.
+    loss = nn.functional.cross_entropy(fast.model(x, tied=True)[:, :CLASSES], y)
+    if last == "plain":
+        fast.model(x)
+    with pytest.raises(PrivacyViolationError, match=BY_FUNCTIONS):
+        loss.backward()
+        fast.optimizer.step()
+    assert private.steps == 1
+    fast.optimizer.zero_grad()
+    # Without torch.compile it trains, as the text says.
+    nn.functional.cross_entropy(private.model(x, tied=True)[:, :CLASSES], y).backward()
+    private.optimizer.step()
+    assert private.steps == 2
+
+
+class Doubled(torch.autograd.Function):
+    """Hides a parameter from whoever follows functions."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+class Beside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + 1e4 * Doubled.apply(self.layer.weight).sum()
+
+
+@pytest.mark.parametrize("clipping", [joint(), layerwise()], ids=["joint", "each"])
+def test_a_gradient_beside_a_layer_inside_the_graph_is_found(clipping):
+    private = make_private(Beside(), backprop=clipping)
+    private.handle._prober = Unasked()
+    fast = compiled(private, backend="aot_eager")
+    backward(fast)
+    with pytest.raises(
+        PrivacyViolationError, match=r"layer\.weight got gradient from outside its layer's call"
+    ):
+        fast.optimizer.step()
+    assert private.steps == 0
+
+
+@dataclass
+class Input:
+    x: Tensor
+
+
+class OfAnObject(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, given: Input) -> Tensor:
+        return self.layer(given.x)
+
+
+def test_what_cannot_be_rehearsed_is_refused_until_an_eager_batch_has_vouched():
+    private = make_private(OfAnObject())
+    x, y = batch()
+    fast = torch.compile(private.model, backend="aot_eager")
+
+    def step(model: nn.Module) -> None:
+        private.optimizer.zero_grad()
+        hand_over(private, len(x))
+        loss_of(model, Input(x), y).backward()
+        private.optimizer.step()
+
+    for _ in range(2):
+        with pytest.raises(
+            PrivacyViolationError,
+            match=r"called in a way \(arguments, flags, numbers of axes, training or evaluation\) "
+            r"whose use of its parameters was never checked.*made-up examples could not be tried.*"
+            r"Run one batch of each way of calling it without torch\.compile first",
+        ):
+            step(fast)
+    assert private.steps == 0
+    step(private.model)
+    step(fast)
+    assert private.steps == 2
+
+
+class Aside(nn.Module):
+    """The loss uses more than what forward returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer, self.other = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
+        self.aside = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside = self.other(x)
+        return self.layer(x)
+
+
+def test_what_only_the_loss_reaches_is_refused_until_an_eager_batch_has_vouched():
+    private = make_private(Aside())
+    x, y = batch()
+    fast = torch.compile(private.model, backend="aot_eager")
+
+    def step(model: nn.Module) -> None:
+        private.optimizer.zero_grad()
+        hand_over(private, len(x))
+        out = model(x) + private.handle._module.aside
+        nn.functional.cross_entropy(out, y).backward()
+        private.optimizer.step()
+
+    with pytest.raises(
+        PrivacyViolationError,
+        match=r"A compiled graph sent a gradient to other\.(weight|bias), and in eager mode none "
+        r"came.*run one batch without torch\.compile first",
+    ):
+        step(fast)
+    step(private.model)
+    step(fast)
+    assert private.steps == 2
+
+
+def test_a_refused_compiled_batch_is_refused_until_zero_grad():
+    private = make_private(mlp())
+    fast = compiled(private)
+    backward(fast)
+    private.handle._guard.forms._traced = dict.fromkeys(private.handle._guard.forms._traced)
+    with pytest.raises(PrivacyViolationError, match="none could be made up for its arguments"):
+        private.optimizer.step()
+    assert_refused_until_zero_grad(private)
+
+
+def test_autocast_is_a_form_of_its_own(rehearsed):
+    private = make_private(mlp(), backprop=joint(), loss_reduction="sum")
+    fast = torch.compile(private.model, backend="aot_eager")
+    for on in (False, True):
+        private.optimizer.zero_grad()
+        hand_over(private, 6)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            out = fast(batch()[0])
+        out.float().sum().backward()
+        private.optimizer.step()
+    assert [form.autocast for form in rehearsed] == [(), (("cpu", torch.bfloat16),)]
+
+
+class Structured(nn.Module):
+    """Takes its examples in every kind of container that a graph shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, parts: Any, *, how: str = "", by: float = 1.0, times: int = 1) -> Tensor:
+        x = parts["x"] if isinstance(parts, dict) else parts
+        x = x if isinstance(x, Tensor) else x[0]
+        return self.layer(x * by * times) + (self.layer.out_features if how == "shifted" else 0)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_containers_numbers_and_names_are_made_up_in_their_places(rehearsed, dynamic):
+    clipping = BackpropClipping()
+    private, eager = (make_private(Structured(), backprop=clipping) for _ in range(2))
+    fast = torch.compile(private.model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    x, y = batch()
+    calls: list[tuple[Any, dict[str, Any]]] = [
+        ({"x": x}, {"how": "shifted"}),
+        ((x, None), {"by": 2.5}),
+        ([x, True], {"times": 3}),
+    ]
+    for parts, named in calls:
+        for one, model in ((private, fast), (eager, eager.model)):
+            one.optimizer.zero_grad()
+            hand_over(one, len(x))
+            nn.functional.cross_entropy(model(parts, **named), y).backward()
+            one.optimizer.step()
+        torch.testing.assert_close(summed(private), summed(eager))
+    assert len(rehearsed) == len(calls)
+
+
+def test_a_criterion_is_not_asked_for(rehearsed):
+    criterion = nn.CrossEntropyLoss()
+    engine = make_private(mlp()).engine
+    data = dataset()
+    model = mlp()
+    model, optimizer, criterion, _ = type(engine)().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=criterion,
+        data_loader=torch.utils.data.DataLoader(data, batch_size=8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        clipping="backprop",
+        poisson_sampling=False,
+    )
+    fast = torch.compile(model, backend="aot_eager")
+    x, y = batch()
+    for _ in range(2):
+        optimizer.zero_grad()
+        criterion(fast(x), y).backward()
+        optimizer.step()
+    assert len(rehearsed) == 1
+
+
+def test_blocks_compiled_by_themselves_train_where_each_layer_has_a_budget(rehearsed):
+    private, eager = make_private(mlp()), make_private(mlp())
+    private.handle._module[0].compile(backend="aot_eager")
+    for size in (6, 5):
+        train_step(private, size)
+        train_step(eager, size)
+        torch.testing.assert_close(summed(private), summed(eager))
+    assert len(rehearsed) == 1
+
+
+def test_examples_on_the_second_axis_are_made_up_there(rehearsed):
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(FEATURES, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[0]
+
+    private = make_private(Turned(), batch_first=False)
+    fast = torch.compile(private.model, backend="aot_eager", fullgraph=True)
+    x, y = batch()
+    hand_over(private, len(x))
+    nn.functional.cross_entropy(fast(x[None].expand(2, -1, -1)), y).backward()
+    private.optimizer.step()
+    assert len(rehearsed) == 1
