@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from opacus_bpclip import PrivacyViolationError
 from tests.budgets import layerwise
@@ -37,8 +38,11 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+OPTIONS: dict[str, Any] = {"backend": "aot_eager", "fullgraph": True, "dynamic": True}
+
+
 def compiled(private: Private) -> Private:
-    return private._replace(model=torch.compile(private.model, backend="aot_eager", fullgraph=True))
+    return private._replace(model=torch.compile(private.model, **OPTIONS))
 
 
 def check_compiled(
@@ -46,10 +50,12 @@ def check_compiled(
 ) -> None:
     eager, fast = (make_private(make(), **options) for _ in range(2))
     fast = compiled(fast)
+    counters.clear()
     for size in (6, 4):
         train_step(eager, size)
         train_step(fast, size)
         torch.testing.assert_close(summed(fast), summed(eager), **tolerance)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -68,8 +68,6 @@ def make_step(arm: str, case: Case, device: torch.device, precision: str = "floa
         optimizer.zero_grad()
 
     if is_compiled(arm):
-        # An eager batch comes first: the guard vouches for the model before it is compiled.
-        step()
         forward = torch.compile(model)
     return step
 

@@ -136,11 +136,10 @@ def test_step_is_whole_and_leaves_nothing_behind(arm, monkeypatch):
         assert getattr(p, "summed_grad", None) is None
 
 
-def test_compiled_arm_is_compiled_after_an_eager_batch(monkeypatch):
+def test_a_compiled_arm_is_compiled_as_make_private_returned_it(monkeypatch):
     compiled = []
 
     def compile_eagerly(model):
-        # The guard has vouched for the model: it trained once before.
         compiled.append(model)
         return partial(model)
 

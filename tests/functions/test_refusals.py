@@ -214,6 +214,11 @@ class Forms(nn.Module):
         return torch.nn.functional.linear(y, self.table.weight) if tied else y
 
 
+def _train_on(model: nn.Module, trainer: Trainer, ids: Tensor) -> None:
+    model(ids, tied=True).sum(1).mean().backward()
+    trainer.optimizer.step()
+
+
 def test_a_compiled_graph_of_another_form_than_was_run_is_refused():
     trainer = Trainer(Forms(), (4,), BackpropClipping(), probe=True)
     ids = torch.ones(3, 4, dtype=torch.long)
@@ -226,9 +231,7 @@ def test_a_compiled_graph_of_another_form_than_was_run_is_refused():
         match=r"table\.weight is used by functions outside of a layer with a rule.*Train without "
         r"torch\.compile, or register a rule",
     ):
-        compiled(ids, tied=True).sum(1).mean().backward()
-        trainer.optimizer.step()
+        _train_on(compiled, trainer, ids)
     # As the text says:
     trainer.optimizer.zero_grad()
-    trainer.model(ids, tied=True).sum(1).mean().backward()
-    trainer.optimizer.step()
+    _train_on(trainer.model, trainer, ids)

@@ -81,8 +81,7 @@ def test_two_models_compiled_in_one_process_keep_apart():
     limits = (0.5, 0.01)
     privates = [private_of(Model(), joint(), max_grad_norm=limit) for limit in limits]
     eager = [private_of(Model(), joint(), max_grad_norm=limit) for limit in limits]
-    for private in privates:
-        calls = [torch.compile(p.model, backend="aot_eager", fullgraph=True) for p in privates]
+    calls = [torch.compile(p.model, backend="aot_eager", fullgraph=True) for p in privates]
     for size in (5, 5):
         for private, other, call in zip(privates, eager, calls, strict=True):
             found = step_of(private, size, call)

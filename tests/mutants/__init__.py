@@ -2,6 +2,7 @@
 
 from tests.mutants import (
     bounds,
+    compiled,
     coupling,
     functions,
     joint,
@@ -20,6 +21,7 @@ __all__ = [
     "MUTANTS",
     "Mutant",
     "bounds",
+    "compiled",
     "coupling",
     "functions",
     "joint",
