@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.utils._python_dispatch import _disable_current_modes
 
 from opacus_bpclip.clipping.budget import BUDGETS
@@ -46,7 +45,7 @@ def _note(
 def _unlocked(value: Any) -> Any:
     """Return a value with numbers, tuples, lists and dictionaries in the place of the tracer's."""
     if isinstance(value, torch.SymInt):
-        return optimization_hint(value)
+        return _number(value)
     if isinstance(value, torch.SymFloat):
         return 1.0
     if isinstance(value, tuple):
@@ -60,7 +59,7 @@ def _unlocked(value: Any) -> Any:
 
 def _example_of(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Batch | None:
     """Return made-up examples of the shapes that stand for tensors while a graph is traced."""
-    if any(leaf is NOT_SHOWN for leaf in batch_leaves((args, kwargs))):
+    if any(isinstance(x, str) and x == NOT_SHOWN for x in batch_leaves((args, kwargs))):
         return None
     # What is made here is to be real: no stand-ins of the tracer's.
     with _disable_current_modes():
@@ -75,5 +74,10 @@ def _example_of(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Bat
 def _real(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    shape = [optimization_hint(size) for size in leaf.shape]
+    shape = [_number(size) for size in leaf.shape]
     return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(shape)
+
+
+def _number(size: Any) -> Any:
+    """Return what an open number is on the batch that the graph is traced for."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
