@@ -93,10 +93,11 @@ class LayerClip(NodeClip):
         leaves = tuple(x if x is not None and x.requires_grad else None for x in passed)
         traced = torch.compiler.is_compiling()
         made = y
-        changed = not _are_alike(silenced, inputs)
+        # Where a graph is traced there is no memory to compare.
+        changed = traced or not _are_alike(silenced, inputs)
         # One of several inputs may be made from another, or be the same: each needs a leaf.
         several = sum(leaf is not None for leaf in leaves) > 1
-        if traced or several or low or changed:
+        if several or low or changed:
             given = [x if x is None else arguments.as_passed(x).detach() for x in silenced]
             leaves = tuple(
                 None if leaf is None or x is None else x.requires_grad_()
