@@ -134,8 +134,7 @@ def _learn(private: Private, loss: Tensor) -> None:
 BY_FUNCTIONS = r"layer\.(weight|bias) is used by functions outside of a layer with a rule"
 
 
-@pytest.mark.parametrize("wrap_model", [True, False])
-@pytest.mark.parametrize("last", ["tied", "plain"])
+@pytest.mark.parametrize(("wrap_model", "last"), [(True, "plain"), (False, "tied")])
 def test_a_form_that_only_a_graph_has_seen_is_refused_for_its_reason(wrap_model, last):
     private = make_private(Forms(), backprop=joint(), wrap_model=wrap_model)
     fast = compiled(private, backend="aot_eager")
@@ -222,8 +221,8 @@ def test_what_cannot_be_rehearsed_is_refused_until_an_eager_batch_has_vouched():
         with pytest.raises(
             PrivacyViolationError,
             match=r"called in a way \(arguments, flags, numbers of axes, training or evaluation\) "
-            r"whose use of its parameters was never checked.*made-up examples could not be tried in "
-            r"eager mode \(none could be made up for its arguments\).*"
+            r"whose use of its parameters was never checked.*made-up examples could not be tried "
+            r"in eager mode \(none could be made up for its arguments\).*"
             r"Run one batch of each way of calling it without torch\.compile first",
         ):
             step(fast)
