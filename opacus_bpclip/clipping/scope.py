@@ -10,7 +10,6 @@ be made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
 from typing import Any, NoReturn
 
 import torch
@@ -160,12 +159,21 @@ class Scope:
         # Relative to the largest, or squares might overflow.
         largest = parts.amax(dim=0).clamp(min=torch.finfo(parts.dtype).tiny)
         total = Measured(torch.linalg.vector_norm(parts / largest, dim=0) * largest, usable)
-        factors_of: Callable[..., Factors] = partial(clip_factors, total, self.target)
-        if not torch.compiler.is_compiling():  # where sizes may be symbols, and a compiler shares
-            factors_of = cache(factors_of)
+        shared: dict[tuple[torch.dtype, int], Factors] = {}
         while kept:
             for use in kept.pop(next(iter(kept))):
-                self._add(use, use.sums(factors_of(use.dtype, examples=use.examples)))
+                self._add(use, use.sums(self._shared_factors(total, use, shared)))
+
+    def _shared_factors(
+        self, total: Measured, use: Use, shared: dict[tuple[torch.dtype, int], Factors]
+    ) -> Factors:
+        """Return the factors of a use, found once for all uses that are alike."""
+        if torch.compiler.is_compiling():  # where sizes are symbols, and the compiler shares
+            return self._factors(total, use)
+        key = use.dtype, use.examples
+        if key not in shared:
+            shared[key] = self._factors(total, use)
+        return shared[key]
 
     def _factors(self, found: Measured, use: Use) -> Factors:
         return clip_factors(found, self.target, use.dtype, examples=use.examples)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip import hooks as grad_sample_module
 from opacus_bpclip.clipping import at_once, factors, fused, fused_use, layers, node, use
+from opacus_bpclip.clipping.factors import Measured
 from opacus_bpclip.clipping.fused_use import FusedUse
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import Use
@@ -74,13 +75,14 @@ def weights_not_multiplied_back(patch: pytest.MonkeyPatch) -> None:
 def one_factor_for_the_batch(patch: pytest.MonkeyPatch) -> None:
     """All examples are scaled by the factor of the largest: one example decides what the others
     contribute."""
-    bounds = FusedUse._bounds
+    measure = FusedUse.measure_by_bound
 
-    def largest(self: FusedUse) -> Tensor:
-        each = bounds(self)
-        return each.amax().expand_as(each) if len(each) else each
+    def largest(self: FusedUse) -> Measured:
+        found = measure(self)
+        bound = found.bound
+        return found._replace(bound=bound.amax().expand_as(bound) if len(bound) else bound)
 
-    patch.setattr(FusedUse, "_bounds", largest)
+    patch.setattr(FusedUse, "measure_by_bound", largest)
 
 
 @mutant(killed_by=coupling_killers.group_norm_together_and_alone, says="together and alone differ")

@@ -133,12 +133,11 @@ def norms_over_the_batchs_largest(patch: pytest.MonkeyPatch) -> None:
 def example_kept_where_it_is_finite(patch: pytest.MonkeyPatch) -> None:
     """An example that is not finite in one layer contributes to the others, with a factor that
     nobody has found: its norm is not known."""
-    factors = Scope._factors
 
-    def own(self: Scope, found: Measured, use: Use) -> Factors:
-        return factors(self, found._replace(usable=use.measure().usable), use)
+    def own(self: Scope, total: Measured, use: Use, shared: object) -> Factors:
+        return self._factors(use.measure(), use)
 
-    patch.setattr(Scope, "_factors", own)
+    patch.setattr(Scope, "_shared_factors", own)
 
 
 @mutant(killed_by=killers.rounding_normalised, says=APART)
