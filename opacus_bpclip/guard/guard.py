@@ -90,6 +90,7 @@ class GradientGuard:
         self._roundings = Roundings()
         self._in_forward = False
         self._batch_size = 0
+        self._rows: int | Tensor = 0
         self._forward = 0  # the number of the latest forward pass
         self._calls: dict[str, int] = {}  # of each layer in the latest forward pass
         self._watched: dict[Tensor, WatchedParameter] = {}
@@ -143,8 +144,8 @@ class GradientGuard:
 
     # Forward
 
-    def enter_forward(self, batch_size: int) -> None:
-        """Begin a forward pass of the root over ``batch_size`` examples."""
+    def enter_forward(self, batch_size: int, present: Tensor | None = None) -> None:
+        """Begin a forward pass of the root over rows, of which some may be padding, not present."""
         self.require(several_ranks())
         if self.undoes_mean and self._watched:
             self.require(rounded_products(next(iter(self._watched)).device))
@@ -160,6 +161,7 @@ class GradientGuard:
         self._forward += 1
         self._in_forward = True
         self._batch_size = batch_size
+        self._rows = batch_size if present is None else present.sum()
         self._versions = [parameter._version for parameter in self._parameters.values()]
 
     def leave_forward(self) -> None:
@@ -237,9 +239,9 @@ class GradientGuard:
 
     def begin_backward(self) -> Callable[[], None]:
         """Return what a scope of the latest forward pass calls when a gradient arrives."""
-        return partial(self._begin_backward, self._forward, self._batch_size)
+        return partial(self._begin_backward, self._forward, self._rows)
 
-    def _begin_backward(self, forward: int, rows: int) -> None:
+    def _begin_backward(self, forward: int, rows: int | Tensor) -> None:
         self.require(self.passes.begin(forward, rows))
         self._check_mixed()
 
