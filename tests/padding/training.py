@@ -38,14 +38,16 @@ def private_of(
     return private
 
 
-def with_criterion(kind: str, rows: int | None, reduction: str = "mean") -> tuple[Any, ...]:
+def with_criterion(
+    kind: str, rows: int | None, reduction: str = "mean", criterion: nn.Module | None = None
+) -> tuple[Any, ...]:
     """Return model, optimizer, criterion and loader."""
     torch.manual_seed(1)
     model = KINDS[kind].build()
     made = PrivacyEngine().make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
-        criterion=nn.CrossEntropyLoss(reduction=reduction),
+        criterion=criterion or nn.CrossEntropyLoss(reduction=reduction),
         data_loader=DataLoader(items_of(kind), batch_size=8),
         noise_multiplier=0.0,
         max_grad_norm=DELTA,
