@@ -80,13 +80,11 @@ class GradientGuard:
         self.accumulated = 1
         self.passes = BackwardPasses()
         self.loss: LossWatch | None = None
-        self.undoes_mean = False
-        self.joint = False
+        self.undoes_mean = self.joint = False
         self.forget: Callable[[], None] = _nothing
         self.by_functions: set[nn.Parameter] = set()
         self.forms = Forms()
-        self.ran_compiled = False
-        self.rehearsing = False
+        self.ran_compiled = self.rehearsing = False
         self._roundings = Roundings()
         self._in_forward = False
         self._batch_size = 0
