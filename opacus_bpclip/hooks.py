@@ -30,6 +30,7 @@ from opacus_bpclip.model.plan import Plan
 from opacus_bpclip.model.tying import tied_groups
 from opacus_bpclip.probe import Batch, Prober, Problem, UntriedError, batch_size
 from opacus_bpclip.sampling.log import SampleLog
+from opacus_bpclip.sampling.padding import present_rows
 
 _ATTACHED = "_backprop_clip_hooks"
 
@@ -225,16 +226,19 @@ class BackpropClipHooks(AbstractGradSampleHooks):
     def _enter_root(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
+        padded = self._guard.passes.samples.is_padded
+        present = present_rows(args, kwargs, self._axis) if padded else None
+        self._budget.present = present
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
             if self._loss is not None:
-                self._loss.enter_forward(None)
+                self._loss.enter_forward(None, present)
             self._budget.close_forward()
             note_form(self._budget.key, self._axis, m.training, args, kwargs)
             return
         self._guard.forms.at_hand = form_of(m.training, args, kwargs)
         size = self._batch_size(args, kwargs)
         self._untried = None
-        batch = Batch(args, kwargs, size, self._axis)
+        batch = Batch(args, kwargs, size, self._axis, present=present)
         plan = Plan({})
         try:
             tried = self._prober.on_batch(batch)
@@ -245,10 +249,10 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             if isinstance(tried, Problem):
                 self._guard.fail(tried.text)
             plan = tried
-        self._guard.enter_forward(size)
+        self._guard.enter_forward(size, present)
         self._budget.open_forward()
         if self._loss is not None:
-            self._loss.enter_forward(size)
+            self._loss.enter_forward(size, present)
         self._functions.begin(plan, batch.without_examples if plan.layers else ())
 
     def _leave_root(

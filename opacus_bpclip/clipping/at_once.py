@@ -71,7 +71,7 @@ def _clip_own(use: FusedUse, factors_of: FactorsOf) -> Clipped:
     bytes_of_own = use.rule.own_bytes(use.g, use.weight)
     for rows in chunks(use.g.shape[0], exact_chunk(bytes_of_own, use.g.device)):
         own, each, part = use._own_of(rows)
-        factors = factors_of(each)
+        factors = factors_of(each, rows)
         flat = zero_rows(own.flatten(1), factors.keep)
         by = (factors.factor * part.to(factors.factor.dtype)).to(flat.dtype)
         total = by @ flat if total is None else total.add_(by @ flat)

@@ -56,6 +56,8 @@ class Budget:
         parameters: all that the layers train.
         clips: what clips the layers; a traced graph finds them by their index.
         token: the token of the forward pass that is being traced, with a joint budget.
+        present: ``[B]`` bool, which rows of the forward pass at hand are not padding; ``None`` for
+            all.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Budget:
         self.parameters: tuple[nn.Parameter, ...] = tuple(dict.fromkeys(parameters))
         self.clips: list[Any] = []
         self.token: Tensor | None = None
+        self.present: Tensor | None = None
         self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
         self.bound = bound_of(config.bound)
         self._guard = guard
@@ -77,8 +80,12 @@ class Budget:
         self._scope: Scope | None = None  # of the eager forward pass
         self._traced: Callable[[], Scope | None] = _nothing
         self._trace: Callable[[], object] = _nothing  # that the traced scope belongs to
-        self._ends_of_all = Ends(1, guard.fail)
-        self._ends = {layer.name: Ends(layer.uses, guard.fail) for layer in layers}
+        note_rows = guard.passes.note_rows
+        device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self._ends_of_all = Ends(1, guard.fail, note_rows, device)
+        self._ends = {
+            layer.name: Ends(layer.uses, guard.fail, note_rows, device) for layer in layers
+        }
         self._register()
 
     def _register(self) -> None:
@@ -86,12 +93,12 @@ class Budget:
         BUDGETS[self.key] = self
 
     def __getstate__(self) -> dict[str, object]:
-        left = {"key", "token", "_open", "_scope", "_traced", "_trace"}
+        left = {"key", "token", "present", "_open", "_scope", "_traced", "_trace"}
         return {name: value for name, value in vars(self).items() if name not in left}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
-        self.token = self._scope = None
+        self.token = self.present = self._scope = None
         self._traced = self._trace = _nothing
         self._open = weakref.WeakSet()
         self._register()
@@ -101,7 +108,9 @@ class Budget:
     def open_forward(self) -> None:
         """Begin a forward pass of the model."""
         self.forget()
-        self._scope = self._watched(self._new(self.target, at_once=False)) if self.joint else None
+        self._scope = None
+        if self.joint:
+            self._scope = self._watched(self._new(self.target, self.present, at_once=False))
 
     def close_forward(self) -> None:
         """End a forward pass: its graph holds the scope now."""
@@ -117,13 +126,13 @@ class Budget:
             at_once: whether nothing else is in that scope.
         """
         if not self.joint:
-            return self._watched(self._new(target, at_once=at_once))
+            return self._watched(self._new(target, self.present, at_once=at_once))
         if self._scope is None:
             self._guard.fail(_ANOTHER_FORWARD)
         return self._scope
 
-    def _new(self, target: Target, *, at_once: bool) -> Scope:
-        return Scope(target, self.bound, at_once=at_once)
+    def _new(self, target: Target, present: Tensor | None, *, at_once: bool) -> Scope:
+        return Scope(target, self.bound, at_once=at_once, present=present)
 
     def _watched(self, scope: Scope) -> Scope:
         scope.begin = self._guard.begin_backward()
@@ -132,9 +141,9 @@ class Budget:
         self._open.add(scope)
         return scope.open(device=self.parameters[0].device)
 
-    def ends_of(self, layer: Layer) -> Tensor:
+    def ends_of(self, layer: Layer) -> tuple[Tensor, ...]:
         """Return what a layer's scopes in a traced graph send their ends to."""
-        return self._ends[layer.name].tensor
+        return self._ends[layer.name].tensors(with_rows=self.present is not None)
 
     @property
     def forms(self) -> Forms:
@@ -154,22 +163,31 @@ class Budget:
         Not by the model's own hook: where that is attached to what is compiled, it runs outside.
         """
         if self.joint and self.token is None:
-            ends = self._ends_of_all.tensor
-            self.token = _trace_forward(self.key, self.target.limit, ends, *self.parameters)
+            ends = self._ends_of_all.tensors(with_rows=self.present is not None)
+            self.token = _trace_forward(
+                self.key, self.target.limit, self.present, ends, *self.parameters
+            )
         return self.token
 
-    def open_traced(self, limit: Tensor, ends: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    def open_traced(
+        self,
+        limit: Tensor,
+        present: Tensor | None,
+        ends: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+    ) -> Tensor:
         """Open the scope of a forward pass; return its token.
 
         Args:
             limit: the target's, as the graph has it.
+            present: as the attribute, as the graph has it.
             ends: what it sends its end to, as the graph has it.
             parameters: as the graph has them.
         """
         trace = _this_trace()
         if self._scope is not None or trace is None:
             self._fail_without_one_graph()
-        scope = self._new(self.target._replace(limit=limit), at_once=False)
+        scope = self._new(self.target._replace(limit=limit), present, at_once=False)
         token = scope.open(self.parameters, parameters, ends).token
         assert token is not None
         # The token's graph holds the scope. Nothing of the trace outlives it.
@@ -186,7 +204,8 @@ class Budget:
         self,
         layer: Layer,
         target: Target,
-        ends: Tensor,
+        present: Tensor | None,
+        ends: Sequence[Tensor],
         token: Tensor | None,
         parameters: Sequence[Tensor],
     ) -> Scope:
@@ -195,17 +214,19 @@ class Budget:
         Args:
             layer: the layer.
             target: what it is scaled to, if it has a scope of its own, as the graph has it.
+            present: as the attribute, as the graph has it.
             ends: from `ends_of`, as the graph has it.
             token: of the forward pass, with a joint budget.
             parameters: the layer's, as the graph has them.
         """
         if not self.joint:
-            return self._new(target, at_once=True).open(layer.parameters, parameters, ends)
-        scope = self._traced()
-        if scope is None or token is None or self._trace() is not _this_trace():
+            scope = self._new(target, present, at_once=True)
+            return scope.open(layer.parameters, parameters, ends)
+        shared = self._traced()
+        if shared is None or token is None or self._trace() is not _this_trace():
             self._fail_without_one_graph()
-        scope.token = token
-        return scope
+        shared.token = token
+        return shared
 
 
 BUDGETS: weakref.WeakValueDictionary[str, Budget] = weakref.WeakValueDictionary()
@@ -219,8 +240,10 @@ def target_of(config: BackpropClipping) -> Target:
 
 
 @torch._dynamo.allow_in_graph
-def _trace_forward(key: str, limit: Tensor, ends: Tensor, *parameters: Tensor) -> Tensor:
-    return BUDGETS[key].open_traced(limit, ends, parameters)
+def _trace_forward(
+    key: str, limit: Tensor, present: Tensor | None, ends: Sequence[Tensor], *parameters: Tensor
+) -> Tensor:
+    return BUDGETS[key].open_traced(limit, present, ends, parameters)
 
 
 def _this_trace() -> torch._guards.TracingContext | None:

@@ -99,18 +99,25 @@ def largest_norm(dtype: torch.dtype, examples: int) -> float:
 
 
 def clip_factors(
-    found: Measured, target: Target, dtype: torch.dtype, *, examples: int = 1
+    found: Measured,
+    target: Target,
+    dtype: torch.dtype,
+    *,
+    examples: int = 1,
+    present: Tensor | None = None,
 ) -> Factors:
     """Return what brings each example's gradient, times ``examples``, within the limit.
 
     Guarantee: ``factor * examples * bound <= limit``, with room for the rounding of gradients of
-    ``dtype``; an example's factor depends on ``examples`` by rounding alone.
+    ``dtype``; an example's factor depends on ``examples`` by rounding alone. The factor of a row
+    that is not present is 0.
 
     Args:
         found: how large they are.
         target: what they are scaled to.
         dtype: of the gradients, and of the factors.
         examples: by what a mean loss has divided the gradients at hand.
+        present: ``[B]`` bool, which rows are not padding; ``None`` for all.
     """
     bound, usable = found
     divided = max(examples, 1)
@@ -121,6 +128,9 @@ def clip_factors(
         factor = limit * part / (bound + target.stability / divided)
     else:
         factor = (limit * part / bound).clamp(max=1)
+    if present is not None:
+        # What is usable is finite, so that zero times it is zero: no gradient is to be rewritten.
+        factor = zero_rows(factor, present.to(factor.device))
     return Factors(zero_rows(factor, usable).to(dtype), usable)
 
 

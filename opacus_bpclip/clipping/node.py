@@ -147,6 +147,7 @@ class NodeClip(Clip):
             self.index,
             y,
             self.target.limit,
+            self.budget.present,
             self.budget.ends_of(self.layer),
             self.budget.traced_token(),
             len(parameters),
@@ -226,7 +227,8 @@ def _traced(
     index: int,
     y: Tensor,
     limit: Tensor,
-    ends: Tensor,
+    present: Tensor | None,
+    ends: tuple[Tensor, ...],
     token: Tensor | None,
     count: int,
     *tensors: Tensor | None,
@@ -238,6 +240,7 @@ def _traced(
         index: of the clip.
         y: the layer's output.
         limit: the target's.
+        present: which rows are not padding; ``None`` for all.
         ends: what the layer's scopes send their ends to.
         token: of the forward pass, with a joint budget.
         count: how many of the layer's parameters are trainable.
@@ -251,7 +254,7 @@ def _traced(
     trainable, own = tensors[:count], tensors[count : count + len(names)]
     target = clip.target._replace(limit=limit)
     parameters = cast("tuple[Tensor, ...]", trainable)
-    scope = budget.traced_scope(clip.layer, target, ends, token, parameters)
+    scope = budget.traced_scope(clip.layer, target, present, ends, token, parameters)
     with parameters_replaced(module, dict(zip(names, own, strict=True))):
         call = clip._call(module, tensors[count + len(names) :], {}, y)
     out = clip.attached(call, scope)

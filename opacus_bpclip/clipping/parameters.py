@@ -67,6 +67,7 @@ class ParameterClip(Clip):
                 self.index,
                 batch_size,
                 self.target.limit,
+                self.budget.present,
                 self.budget.ends_of(self.layer),
                 self.budget.traced_token(),
                 *self.parameters.values(),
@@ -145,7 +146,8 @@ def _traced_copies(
     index: int,
     batch_size: int,
     limit: Tensor,
-    ends: Tensor,
+    present: Tensor | None,
+    ends: tuple[Tensor, ...],
     token: Tensor | None,
     *parameters: Tensor,
 ) -> tuple[Tensor, ...]:
@@ -153,7 +155,7 @@ def _traced_copies(
     budget = BUDGETS[key]
     clip: ParameterClip = budget.clips[index]
     target = clip.target._replace(limit=limit)
-    scope = budget.traced_scope(clip.layer, target, ends, token, parameters)
+    scope = budget.traced_scope(clip.layer, target, present, ends, token, parameters)
     copies = clip.copies(scope, batch_size, parameters)
     scope.close()
     return copies

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip.clipping.factors import Factors, Measured, Target, clip_factors, everywhere
 from opacus_bpclip.clipping.together import measure_together, merged
-from opacus_bpclip.clipping.use import Sums, Use
+from opacus_bpclip.clipping.use import ALL, Sums, Use
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.call_checks import changed_since
 from opacus_bpclip.model.layer import Layer
@@ -40,6 +40,7 @@ class Scope:
         bound: how it is measured.
         at_once: whether a use is clipped when its gradient arrives, since there is no other. What
             flows on to the layers below is then clipped, too.
+        present: ``[B]`` bool, which rows are not padding; ``None`` for all.
 
     Attributes:
         token: for the nodes; see the module.
@@ -50,7 +51,10 @@ class Scope:
 
     token: Tensor | None = None
 
-    def __init__(self, target: Target, bound: Bound, *, at_once: bool) -> None:
+    def __init__(
+        self, target: Target, bound: Bound, *, at_once: bool, present: Tensor | None = None
+    ) -> None:
+        self.present = present
         self.target = target
         self.bound = bound
         self.at_once = at_once
@@ -69,7 +73,7 @@ class Scope:
         self,
         parameters: Iterable[nn.Parameter] = (),
         traced: Sequence[Tensor] = (),
-        ends: Tensor | None = None,
+        counters: Sequence[Tensor] = (),
         device: torch.device | str = "cpu",
     ) -> Scope:
         """Make the token.
@@ -79,13 +83,13 @@ class Scope:
                 needs it. None in eager mode: there the sums are delivered, and whatever else
                 arrives at a parameter is known to be foreign.
             traced: what stands for the parameters in the traced graph.
-            ends: what stands there for the tensor that counts the ends of scopes.
+            counters: what stands there for the tensors of `Ends`.
             device: of the token in eager mode, the layers' own. Autograd runs a token's backward
                 function where the token is, and on an accelerator in the stream that made it.
         """
         self._parameters = tuple(parameters)
         # Something that requires a gradient, or autograd would leave all of it out.
-        start = (unwatched_token(device),) if ends is None else (*traced, ends)
+        start = (*traced, *counters) if counters else (unwatched_token(device),)
         self.token = _End.apply(self, *start)
         return self
 
@@ -103,7 +107,7 @@ class Scope:
         """Measure a use whose gradient has arrived; return the gradients of the layer's inputs."""
         self.begin()
         if self.at_once:
-            sums, inputs = use.clip(lambda found: self._factors(found, use))
+            sums, inputs = use.clip(lambda found, rows=ALL: self._factors(found, use, rows))
             self._add(use, sums)
             return inputs
         if not torch.compiler.is_compiling():
@@ -175,8 +179,21 @@ class Scope:
             shared[key] = self._factors(total, use)
         return shared[key]
 
-    def _factors(self, found: Measured, use: Use) -> Factors:
-        return clip_factors(found, self.target, use.dtype, examples=use.examples)
+    def _factors(self, found: Measured, use: Use, rows: slice = ALL) -> Factors:
+        present = None if self.present is None else self.present[rows]
+        return clip_factors(found, self.target, use.dtype, examples=use.examples, present=present)
+
+    def counted(self, device: torch.device) -> Sequence[Tensor]:
+        """Return what to send to the tensors of `Ends`: one end, and of how many rows.
+
+        Args:
+            device: of the last of them.
+        """
+        one = torch.ones(())
+        if self.present is None:
+            return (one,)
+        rows = torch.stack([self.present.new_ones(()), self.present.sum()])
+        return one, rows.to(device, torch.float32)
 
     def _add(self, use: Use, sums: Sums) -> None:
         for name, total in sums.items():
@@ -190,7 +207,7 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scope: Scope, *start: Tensor) -> Tensor:
-        ctx.scope, ctx.count = scope, len(start)
+        ctx.scope, ctx.count, ctx.device = scope, len(start), start[-1].device
         return start[0].new_empty(())  # nobody reads it
 
     @staticmethod
@@ -201,7 +218,8 @@ class _End(torch.autograd.Function):
         if scope.deliver is not None:
             scope.deliver(sums)
             return (None,) * (1 + ctx.count)
-        return None, *(sums.get(parameter) for parameter in scope._parameters), torch.ones(())
+        gradients = (sums.get(parameter) for parameter in scope._parameters)
+        return None, *gradients, *scope.counted(ctx.device)
 
 
 def unwatched_token(device: torch.device | str = "cpu") -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,14 @@ from opacus_bpclip.rules.base import zero_rows
 from opacus_bpclip.rules.norms import row_norms
 
 Sums = Mapping[str, Tensor]
-FactorsOf = Callable[[Measured], Factors]
+ALL = slice(None)
+
+
+class FactorsOf(Protocol):
+    """Returns the factors for what was measured of a use, of all its examples or of some."""
+
+    def __call__(self, found: Measured, rows: slice = ALL) -> Factors:
+        """Return them for what was measured of these rows."""
 
 
 class Clipped(NamedTuple):

@@ -58,6 +58,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         poisson_sampling: bool = True,
         clipping: str = "flat",
         backprop: BackpropClipping | None = None,
+        physical_batch_size: int | None = None,
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
@@ -80,6 +81,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             poisson_sampling: whether every example enters a batch by a coin of its own.
             clipping: ``"backprop"``, or one of Opacus's own.
             backprop: the options of ``clipping="backprop"``; its defaults if left out.
+            physical_batch_size: with ``clipping="backprop"``, the loader yields batches of exactly
+                so many rows: a sample is cut into parts, filled up with rows of zeros that count
+                for nothing. One step for each batch, as with `BatchMemoryManager`.
             noise_generator: what the noise is drawn from.
             grad_sample_mode: as in Opacus; ``"hooks"`` with ``clipping="backprop"``.
             wrap_model: whether to return the model wrapped, or the hooks that were attached to it.
@@ -108,6 +112,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             poisson_sampling=poisson_sampling,
             clipping=clipping,
             backprop=backprop,
+            physical_batch_size=physical_batch_size,
             noise_generator=noise_generator,
             grad_sample_mode=grad_sample_mode,
             wrap_model=wrap_model,
@@ -134,6 +139,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         poisson_sampling: bool = True,
         clipping: str = "flat",
         backprop: BackpropClipping | None = None,
+        physical_batch_size: int | None = None,
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
@@ -155,6 +161,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             poisson_sampling: see there.
             clipping: see there.
             backprop: see there.
+            physical_batch_size: see there.
             noise_generator: see there.
             grad_sample_mode: see there.
             wrap_model: see there.
@@ -175,6 +182,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             poisson_sampling=poisson_sampling,
             clipping=clipping,
             backprop=backprop,
+            physical_batch_size=physical_batch_size,
             noise_generator=noise_generator,
             grad_sample_mode=grad_sample_mode,
             wrap_model=wrap_model,

@@ -53,6 +53,7 @@ class _Request:
     config: BackpropClipping
     passed: dict[object, Plan]
     criterion: BackpropClipCriterion | None = None
+    physical_batch_size: int | None = None
     entered: bool = False
     hooks: BackpropClipHooks | None = None
 
@@ -63,12 +64,13 @@ def make_private(
     *,
     clipping: str = "flat",
     backprop: BackpropClipping | None = None,
+    physical_batch_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Extend ``make_private``."""
     request: _Request | None = getattr(engine, _REQUEST, None)
     if clipping != "backprop":
-        refuse_options(clipping, backprop)
+        refuse_options(clipping, backprop, physical_batch_size)
         return original(clipping=clipping, **kwargs)
     if request is not None and request.entered:
         return original(clipping=clipping, **kwargs)
@@ -76,14 +78,14 @@ def make_private(
         unknown = sorted(set(kwargs) - _MAKE_PRIVATE_OPTIONS)
         if unknown:
             raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
-        config = checked_options(engine, backprop, **kwargs)
+        config = checked_options(engine, backprop, physical_batch_size, **kwargs)
         kwargs |= checked_loader(**kwargs)
         criterion = _private_criterion(kwargs)
         tried = try_out(config, loss_outside=criterion is not None, **kwargs)
-        request = _Request(*tried, criterion)
+        request = _Request(*tried, criterion, physical_batch_size)
     else:
         kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
-        checked_options(engine, request.config, **kwargs)
+        checked_options(engine, request.config, request.physical_batch_size, **kwargs)
     kwargs["grad_sample_mode"] = "hooks"
     kwargs.pop("criterion", None)  # Opacus's own; the request carries ours.
     with _requested(engine, replace(request, entered=True)) as request:
@@ -105,21 +107,23 @@ def make_private_with_epsilon(
     *,
     clipping: str = "flat",
     backprop: BackpropClipping | None = None,
+    physical_batch_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Extend ``make_private_with_epsilon``."""
     if clipping != "backprop":
-        refuse_options(clipping, backprop)
+        refuse_options(clipping, backprop, physical_batch_size)
         return original(clipping=clipping, **kwargs)
     if getattr(engine, _REQUEST, None) is not None:
         return original(clipping=clipping, **kwargs)
     _refuse_unknown_for_epsilon(kwargs)
-    config = checked_options(engine, backprop, **{"noise_multiplier": 1.0, **kwargs})
+    options = {"noise_multiplier": 1.0, **kwargs}
+    config = checked_options(engine, backprop, physical_batch_size, **options)
     kwargs |= checked_loader(**kwargs)
     criterion = _private_criterion(kwargs)
     # Opacus hands unknown options to the noise search as well: the request carries ours past it.
     tried = try_out(config, loss_outside=criterion is not None, **kwargs)
-    with _requested(engine, _Request(*tried, criterion)):
+    with _requested(engine, _Request(*tried, criterion, physical_batch_size)):
         return original(clipping=clipping, **kwargs)
 
 
@@ -179,6 +183,8 @@ def prepare_data_loader(
     private = PrivateDataLoader.from_data_loader(
         data_loader, distributed=distributed, generator=engine.secure_rng, **kwargs
     )
+    if request.physical_batch_size is not None:
+        private.in_constant_shape(request.physical_batch_size)
     request.hooks._sample_from(private.samples)
     return private
 
@@ -220,17 +226,19 @@ def _requested(engine: opacus.PrivacyEngine, request: _Request) -> Iterator[_Req
             setattr(engine, _REQUEST, before)
 
 
-def refuse_options(clipping: str, backprop: object) -> None:
+def refuse_options(clipping: str, backprop: object, physical_batch_size: object = None) -> None:
     """Refuse this package's options for any other clipping.
 
     Raises:
         ValueError: there are some.
     """
-    if backprop is not None:
-        raise ValueError(
-            f'backprop={backprop!r} was given with clipping={clipping!r}; it needs clipping="'
-            'backprop".'
-        )
+    given = {"backprop": backprop, "physical_batch_size": physical_batch_size}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f'{name}={value!r} was given with clipping={clipping!r}; it needs clipping="'
+                'backprop".'
+            )
 
 
 def _note_dataset(engine: opacus.PrivacyEngine, dataset: Any) -> None:

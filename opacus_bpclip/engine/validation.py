@@ -27,6 +27,7 @@ from opacus_bpclip.sampling.loader import several_rows
 def checked_options(
     engine: opacus.PrivacyEngine,
     backprop: object,
+    physical_batch_size: object = None,
     *,
     module: nn.Module,
     optimizer: Any,
@@ -35,6 +36,7 @@ def checked_options(
     criterion: object = None,
     loss_reduction: str = "mean",
     batch_first: bool = True,
+    poisson_sampling: bool = True,
     grad_sample_mode: str = "hooks",
     rand_on_empty: bool = False,
     **_: Any,
@@ -75,6 +77,7 @@ def checked_options(
             "rand_on_empty=True adds a made-up example to empty batches, which would count as "
             'data. Leave it out: clipping="backprop" steps on empty batches.'
         )
+    _require_physical_batch_size(physical_batch_size, poisson_sampling=poisson_sampling)
     _refuse_optimizer(optimizer)
     problem = several_ranks()
     if problem:
@@ -124,6 +127,21 @@ def _refuse_rounded_mean(module: nn.Module) -> None:
         problem = rounded_mean(name, parameter.dtype) if parameter.requires_grad else None
         if problem:
             raise ValueError(problem)
+
+
+def _require_physical_batch_size(value: object, *, poisson_sampling: bool) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"Expected physical_batch_size={value!r} to be an integer >= 1, the number of rows of "
+            "each batch that the loader yields, or None."
+        )
+    if not poisson_sampling:
+        raise ValueError(
+            f"physical_batch_size={value} fills the batches of the loader that make_private "
+            "returns, and poisson_sampling=False keeps your own. Leave one of them out."
+        )
 
 
 def _refuse_optimizer(optimizer: Any) -> None:

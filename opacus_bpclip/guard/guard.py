@@ -80,16 +80,15 @@ class GradientGuard:
         self.accumulated = 1
         self.passes = BackwardPasses()
         self.loss: LossWatch | None = None
-        self.undoes_mean = False
-        self.joint = False
+        self.undoes_mean = self.joint = False
         self.forget: Callable[[], None] = _nothing
         self.by_functions: set[nn.Parameter] = set()
         self.forms = Forms()
-        self.ran_compiled = False
-        self.rehearsing = False
+        self.ran_compiled = self.rehearsing = False
         self._roundings = Roundings()
         self._in_forward = False
         self._batch_size = 0
+        self._rows: int | Tensor = 0
         self._forward = 0  # the number of the latest forward pass
         self._calls: dict[str, int] = {}  # of each layer in the latest forward pass
         self._watched: dict[Tensor, WatchedParameter] = {}
@@ -143,8 +142,8 @@ class GradientGuard:
 
     # Forward
 
-    def enter_forward(self, batch_size: int) -> None:
-        """Begin a forward pass of the root over ``batch_size`` examples."""
+    def enter_forward(self, batch_size: int, present: Tensor | None = None) -> None:
+        """Begin a forward pass of the root over rows, of which some may be padding, not present."""
         self.require(several_ranks())
         if self.undoes_mean and self._watched:
             self.require(rounded_products(next(iter(self._watched)).device))
@@ -160,6 +159,7 @@ class GradientGuard:
         self._forward += 1
         self._in_forward = True
         self._batch_size = batch_size
+        self._rows = batch_size if present is None else present.sum()
         self._versions = [parameter._version for parameter in self._parameters.values()]
 
     def leave_forward(self) -> None:
@@ -237,9 +237,9 @@ class GradientGuard:
 
     def begin_backward(self) -> Callable[[], None]:
         """Return what a scope of the latest forward pass calls when a gradient arrives."""
-        return partial(self._begin_backward, self._forward, self._batch_size)
+        return partial(self._begin_backward, self._forward, self._rows)
 
-    def _begin_backward(self, forward: int, rows: int) -> None:
+    def _begin_backward(self, forward: int, rows: int | Tensor) -> None:
         self.require(self.passes.begin(forward, rows))
         self._check_mixed()
 

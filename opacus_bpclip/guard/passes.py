@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from opacus_bpclip.sampling.log import SampleLog
 
@@ -32,16 +33,17 @@ class BackwardPasses:
         self.samples = SampleLog()
         self.accumulation_allowed = True
         self.collected = 0
-        self._forwards: dict[int, int] = {}  # with how many rows each
+        self._forwards: dict[int, int | Tensor] = {}  # with how many rows each
         self._task = -1
         self._traced_task: int | None = None  # of gradients that compiled graphs have sent
+        self._traced_rows: Tensor | None = None
 
-    def begin(self, forward: int, rows: int) -> str | None:
+    def begin(self, forward: int, rows: int | Tensor) -> str | None:
         """Note that a backward pass reached a layer; return why it must not.
 
         Args:
             forward: the number of the forward pass that it goes back through.
-            rows: how many examples that one was over.
+            rows: how many examples that one was over; a tensor is read when the step is taken.
         """
         if forward in self._forwards:
             return None
@@ -65,6 +67,12 @@ class BackwardPasses:
         self._traced_task = task
         return None
 
+    def note_rows(self, rows: Tensor) -> None:
+        """Note how many rows a compiled graph took for examples; a scalar tensor."""
+        # What each layer has counted is of the same forward pass.
+        known = self._traced_rows
+        self._traced_rows = rows if known is None else torch.maximum(known, rows)
+
     @property
     def is_mixed(self) -> bool:
         """Return whether a backward pass goes through compiled graphs and eager layers."""
@@ -78,7 +86,9 @@ class BackwardPasses:
     @property
     def rows(self) -> int | None:
         """Return how many rows the gradients at hand are of, ``None`` if that was not counted."""
-        return sum(self._forwards.values()) if self._forwards else None
+        if self._forwards:
+            return sum(map(int, self._forwards.values()))
+        return None if self._traced_rows is None else int(self._traced_rows)
 
     def skips(self, *, pop: bool) -> bool:
         """Return whether the step at hand is of a batch that has more parts.
@@ -96,11 +106,11 @@ class BackwardPasses:
         """
         if not any_gradient:
             return None
-        # Of what a compiled graph made nobody has counted the rows.
+        # Of what a compiled graph made the rows are counted only where batches are filled up.
         return self.samples.spend(self.rows)
 
     def clear(self) -> None:
         """Forget them: they have been collected or thrown away."""
         self._forwards.clear()
-        self._traced_task = None
+        self._traced_task = self._traced_rows = None
         self.collected = 0

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from opacus_bpclip.losses.losses import mean_of_counted
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.rows import rows_are_coupled
+from opacus_bpclip.rules.base import zero_rows
 from opacus_bpclip.rules.first_order import first_order
 
 _PER_EXAMPLE = (
@@ -30,13 +31,14 @@ _PER_EXAMPLE = (
 class LossWatch:
     """What the criterion and the guard of one model know of the batch at hand.
 
-    Holds no model and no tensor. A copy knows nothing: where the model is copied with it, the next
+    Holds no model. A copy knows nothing: where the model is copied with it, the next
     forward pass tells it.
     """
 
     def __init__(self) -> None:
         self._entered = False
         self._examples: int | None = None
+        self.present: Tensor | None = None
         self._task: int | None = None
         self._traced = False
 
@@ -46,12 +48,14 @@ class LossWatch:
     def __getstate__(self) -> dict[str, Any]:
         return vars(LossWatch())
 
-    def enter_forward(self, examples: int | None) -> None:
+    def enter_forward(self, examples: int | None, present: Tensor | None = None) -> None:
         """Begin a forward pass.
 
         Args:
-            examples: over how many examples; ``None`` where a compiled graph hides that.
+            examples: over how many rows; ``None`` where a compiled graph hides that.
+            present: ``[B]`` bool, which rows are not padding; ``None`` for all.
         """
+        self.present = present
         self._entered = True
         self._examples = examples
         self._task = None
@@ -94,9 +98,12 @@ class LossWatch:
                 "This criterion has seen no forward pass of its model. Use the one that "
                 "make_private returned with the model, or that was copied together with it."
             )
-        if self._examples is not None and self._examples != len(losses):
+        rows = self._examples
+        if rows is None and self.present is not None:
+            rows = len(self.present)
+        if rows is not None and rows != len(losses):
             raise ValueError(
-                f"The criterion got {len(losses)} losses for {self._examples} examples: its rows "
+                f"The criterion got {len(losses)} losses for {rows} examples: its rows "
                 "are not the examples, and the mean over rows is not one term for each example. "
                 "Do not flatten examples and positions together: pass logits as [B, C, ...] with "
                 "labels [B, ...], or [B, ..., C] with opacus_bpclip.CrossEntropy(class_axis=-1)."
@@ -125,7 +132,7 @@ class BackpropClipCriterion(nn.Module):
     first; for ``CrossEntropyLoss`` and ``NLLLoss``, over the example's positions that are not
     ignored, without the class weights in the divisor; for ``CTCLoss``, divided by the example's
     target length. With ``loss_reduction="sum"`` it is their sum. The value is the mean (the sum)
-    over the examples; 0 for an empty batch.
+    over the examples, without the rows that a batch is filled up with; 0 for an empty batch.
 
     Guarantee: no gradient that leaves it depends on how many examples there are. It belongs to the
     model that it was returned with, whose layers take the gradients for those of a sum, and whose
@@ -179,7 +186,8 @@ class BackpropClipCriterion(nn.Module):
                 f"of [B, ...], one row of losses for each example. {_PER_EXAMPLE}"
             )
         self._require_no_broadcast(losses, (*args, *kwargs.values()))
-        self._require_own_rows(len(losses), args, kwargs)
+        present = self.watch.present if losses.requires_grad else None
+        self._require_own_rows(len(losses), present, args, kwargs)
         mean = self.reduction == "mean"
         if mean:
             losses = self._mean(losses, args, kwargs)
@@ -191,7 +199,10 @@ class BackpropClipCriterion(nn.Module):
             watch = None
         elif losses.requires_grad:
             self.watch.require_examples(losses)
-        total: Tensor = _Undivided.apply(watch, losses, max(len(losses), 1) if mean else 1)
+        divisor: int | Tensor = 1
+        if mean:
+            divisor = max(len(losses), 1) if present is None else present.sum().clamp(min=1)
+        total: Tensor = _Undivided.apply(watch, losses, present, divisor)
         return total
 
     def _require_no_broadcast(self, losses: Tensor, arguments: Iterable[Any]) -> None:
@@ -208,17 +219,24 @@ class BackpropClipCriterion(nn.Module):
                 "others. Give them one shape, for example by target.view_as(output)."
             )
 
-    def _require_own_rows(self, size: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _require_own_rows(
+        self, size: int, present: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Check, once for each form of call, that no row of losses depends on another example.
 
         Left out is ``CTCLoss``, whose inputs have the batch on different axes.
         """
         if torch.compiler.is_compiling() or size < 2 or isinstance(self.criterion, nn.CTCLoss):
             return
+        if present is not None and len(present) != size:
+            return  # Refused next, with the reason.
         form = Batch(args, kwargs, size, 0).signature
         if form in self._tried:
             return
-        if rows_are_coupled(self.criterion, args, kwargs, size):
+        batch = Batch(args, kwargs, size, 0, present=present).without_padding()
+        if batch.size < 2:
+            return
+        if rows_are_coupled(self.criterion, batch.args, batch.kwargs, batch.size):
             raise ValueError(
                 f"{type(self.criterion).__name__} couples examples: an example's loss changes when "
                 "others are left out of the batch, so one example would move the gradients of "
@@ -244,13 +262,19 @@ class _Undivided(torch.autograd.Function):
     """The quotient of a sum over the examples, and the gradient of the sum."""
 
     @staticmethod
-    def forward(ctx: Any, watch: LossWatch | None, losses: Tensor, divisor: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        watch: LossWatch | None,
+        losses: Tensor,
+        present: Tensor | None,
+        divisor: int | Tensor,
+    ) -> Tensor:
         ctx.watch, ctx.shape = watch, losses.shape
-        return losses.sum() / divisor
+        return zero_rows(losses, present).sum() / divisor
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None, None]:
         if ctx.watch is not None:
             ctx.watch.note_backward()
-        return None, g.expand(ctx.shape), None
+        return None, g.expand(ctx.shape), None, None

@@ -30,6 +30,7 @@ class Batch(NamedTuple):
         size: how many examples they hold.
         axis: which axis of a tensor is the batch.
         shared: the tensors that are known to hold no examples; ``None`` if shapes are to tell.
+        present: ``[B]`` bool, which rows are not padding; ``None`` for all.
     """
 
     args: tuple[Any, ...]
@@ -37,6 +38,7 @@ class Batch(NamedTuple):
     size: int
     axis: int
     shared: tuple[Tensor, ...] | None = None
+    present: Tensor | None = None
 
     def holds_examples(self, leaf: object) -> bool:
         """Return whether a leaf of the arguments has one row for each example."""
@@ -89,6 +91,12 @@ class Batch(NamedTuple):
     def select(self, rows: Sequence[int]) -> Batch:
         """Return the batch of these examples."""
         return self.map(lambda leaf: rows_of(leaf, rows, self.axis))._replace(size=len(rows))
+
+    def without_padding(self) -> Batch:
+        """Return the batch of the rows that are not padding."""
+        if self.present is None:
+            return self
+        return self.select(self.present.nonzero().flatten().tolist())._replace(present=None)
 
     def invent(self, count: int, *, seed: int = 0, scale: float = 1.0) -> Batch:
         """Return a batch of ``count`` made-up examples of the same shapes and dtypes.

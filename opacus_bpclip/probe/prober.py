@@ -95,6 +95,7 @@ class Prober:
             return self._search_made_up(batch.invent(EXAMPLES)) or self.passed[key]
         except UntriedError:
             pass
+        batch = batch.without_padding()
         if batch.size < 2:
             return Plan({})  # No companions; a later batch will have some.
         # Sorted examples do not show where they come in that order.

@@ -1,4 +1,4 @@
-"""The private data loader: Poisson samples that are counted, and empty ones in the batch's form."""
+"""The private data loader: counted Poisson samples, also empty ones, and batches filled up."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from opacus.data_loader import DPDataLoader
+from opacus.utils.batch_memory_manager import wrap_data_loader
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from opacus_bpclip.probe.leaves import batch_leaves, map_leaves, parts_of
+from opacus_bpclip.probe.leaves import batch_leaves
 from opacus_bpclip.probe.randomness import repeatable
 from opacus_bpclip.sampling.log import SampleLog
+from opacus_bpclip.sampling.padding import with_rows
 
 Collate = Callable[[list[Any]], Any]
 
@@ -53,20 +55,36 @@ class CollateWithEmpty:
     Args:
         collate: collates one item or more.
         dataset: gives the first item.
+
+    Attributes:
+        rows: of what a batch's number of rows is to be a multiple, at least once: it is filled up
+            with zeros. ``None`` leaves it as it is.
     """
 
     def __init__(self, collate: Collate, dataset: Dataset[Any]) -> None:
         self.collate = collate
         self.dataset = dataset
+        self.rows: int | None = None
+        self._form: tuple[Any, Any] | None = None
 
     def __call__(self, items: list[Any]) -> Any:
         """Collate a batch."""
-        if items:
-            return self.collate(items)
-        with repeatable(torch.device("cpu")):
-            item = self.dataset[0]
-            one, two = self.collate([item]), self.collate([item] * 2)
-        return _emptied(one, two)
+        made = self.collate(items) if items else with_rows(*self._empty(), items=1, rows=0)
+        if self.rows is None:
+            return made
+        rows = max(1, -(-len(items) // self.rows)) * self.rows
+        if rows == len(items):
+            return made
+        return with_rows(made, *self._empty()[1:], items=len(items), rows=rows)
+
+    def _empty(self) -> tuple[Any, Any, Any]:
+        """Return what shows the form of a batch: one of the first item, twice, and of two."""
+        if self._form is None:
+            with repeatable(torch.device("cpu")):
+                item = self.dataset[0]
+                self._form = self.collate([item]), self.collate([item] * 2)
+        one, two = self._form
+        return one, one, two
 
 
 class PrivateDataLoader(DPDataLoader):
@@ -85,6 +103,9 @@ class PrivateDataLoader(DPDataLoader):
     """
 
     batch_sampler: CountedSampler
+    collate_fn: CollateWithEmpty
+    _rows: int | None = None
+    _parts: DataLoader[Any] | None = None
 
     def __init__(
         self,
@@ -122,6 +143,41 @@ class PrivateDataLoader(DPDataLoader):
         """Return the log of what was drawn."""
         return self.batch_sampler.samples
 
+    def in_constant_shape(self, rows: int) -> None:
+        """Yield physical batches of exactly so many rows: parts of a sample, filled up with zeros.
+
+        A sample of ``n`` items makes ``max(1, ceil(n / rows))`` of them, each announced as
+        `BatchMemoryManager` announces its own. Whoever rebuilds the loader of its parts gets whole
+        samples, filled up to a multiple of ``rows``.
+
+        Args:
+            rows: how many.
+        """
+        self._rows = self.collate_fn.rows = rows
+        self.samples.is_padded = True
+
+    def __iter__(self) -> Any:
+        """Yield batches, physical ones where their shape is constant."""
+        if self._rows is None:
+            return super().__iter__()
+        # Made anew, as somebody may have changed an option; kept only with its workers.
+        if self._parts is None or not self.persistent_workers:
+            self._parts = wrap_data_loader(
+                data_loader=self, max_batch_size=self._rows, optimizer=_Announcing(self.samples)
+            )
+        return iter(self._parts)
+
+
+class _Announcing:
+    """What Opacus's splitting sampler takes for an optimizer: it tells the log of each part."""
+
+    def __init__(self, samples: SampleLog) -> None:
+        self.samples = samples
+
+    def signal_skip_step(self, do_skip: bool) -> None:
+        """Announce a physical batch."""
+        self.samples.signal(do_skip)
+
 
 def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
     """Say that a loader's collate function makes several rows of an item.
@@ -157,23 +213,3 @@ def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
 
 def _has_axis(leaf: object, axis: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > axis
-
-
-def _emptied(one: Any, two: Any) -> Any:
-    """Return a batch of one item without it; ``two`` has it twice."""
-    if isinstance(one, Tensor):
-        for axis, (size, other) in enumerate(zip(one.shape, two.shape, strict=True)):
-            if size != other:
-                return one.narrow(axis, 0, 0).clone()
-        return one
-    if type(one) is dict:
-        return {key: _emptied(value, two[key]) for key, value in one.items()}
-    if isinstance(one, list) and len(one) != len(two):
-        return []
-    if type(one) in (list, tuple):
-        return type(one)(_emptied(x, y) for x, y in zip(one, two, strict=True))
-    if parts_of(one) is None:
-        return one
-    pairs = zip(batch_leaves(one), batch_leaves(two), strict=True)
-    partner = {id(leaf): other for leaf, other in pairs}
-    return map_leaves(one, lambda leaf: _emptied(leaf, partner[id(leaf)]))

@@ -80,12 +80,14 @@ class SampleLog:
 
     Attributes:
         attached: whether a private loader draws for this model. Without one, nothing is checked.
+        is_padded: whether that fills physical batches up with rows that are no item's.
         last_step_skipped: whether the last step only collected a part of its batch.
         mixed: whether what was collected before must not be added to.
     """
 
     def __init__(self) -> None:
         self.attached = False
+        self.is_padded = False
         self.last_step_skipped = False
         self.mixed = False
         self._passes: list[Pass] = []
@@ -101,7 +103,7 @@ class SampleLog:
 
     def __getstate__(self) -> dict[str, Any]:
         # What waits, waits for the original: a copy must not train on it, too.
-        kept = ("attached", "last_step_skipped", "mixed", "_open", "_mark")
+        kept = ("attached", "is_padded", "last_step_skipped", "mixed", "_open", "_mark")
         return vars(SampleLog()) | {name: getattr(self, name) for name in kept}
 
     # Loader
@@ -190,8 +192,9 @@ class SampleLog:
         if not pop:
             return bool(self._signals) and self._signals[0].skip
         self._forget_looks()
-        while rows and len(self._signals) > 1 and self._signals[0].is_empty:
-            self._signals.popleft()  # Users may take no step on a batch without items.
+        # Users may take no step on a batch without items, unless it was filled up.
+        while rows and not self.is_padded and len(self._signals) > 1 and self._signals[0].is_empty:
+            self._signals.popleft()
         if self._signals:
             self._drop_left_out(self._signals[0])
         self._current = self._signals.popleft() if self._signals else None
@@ -232,8 +235,9 @@ class SampleLog:
         if sample is None:
             if rows == 0:
                 return None  # An empty batch adds nothing, whoever made it.
-            known = [s.items for s in (self._open, *self._waiting) if s is not None]
-            return problems.too_many(rows, total, known)
+            among = [announced] if self._is_at_hand(announced) else [self._open, *self._waiting]
+            known = [s.items for s in among if s is not None]
+            return problems.too_many(rows, total, known, padded=self.is_padded)
         self._take(sample, total)
         sample.of.used += 1
         return None
@@ -245,15 +249,18 @@ class SampleLog:
 
     def _holding(self, rows: int, whole: bool, announced: Sample | None) -> Sample | None:
         """Return the sample that so many rows may be of; the open one where there is one."""
-        candidates = [self._open] if self._open else []
-        if announced in self._waiting:
-            candidates.append(announced)
-        candidates += self._waiting
+        if announced is not None and self._is_at_hand(announced):
+            return announced if announced.items >= rows else None
+        candidates = [*([self._open] if self._open else []), *self._waiting]
         fitting = [sample for sample in candidates if sample.items >= rows]
         if whole and announced is None:
             # Nobody split it up: a batch of just this size is likelier than a part of another.
             fitting.sort(key=lambda sample: sample.items != rows)
         return fitting[0] if fitting else None
+
+    def _is_at_hand(self, sample: Sample | None) -> bool:
+        """Return whether a sample may be trained on."""
+        return sample is not None and sample in (self._open, *self._waiting)
 
     def _take(self, sample: Sample, rows: int) -> None:
         if sample is not self._open:

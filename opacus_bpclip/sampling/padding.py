@@ -1,0 +1,138 @@
+"""Rows of zeros that fill a batch up to a public size: how they are made, and known again.
+
+A row is padding if it is zero in all that the model is called with. That is a function of the
+example alone, so it needs no book-keeping on the way from the loader to the model. An example that
+is nothing but zeros is taken for padding, too, and contributes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.model.recurrence import is_packed
+from opacus_bpclip.probe.batches import Batch
+from opacus_bpclip.probe.leaves import batch_leaves, batch_size, map_leaves, parts_of
+
+
+def present_rows(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Tensor:
+    """Return which examples of a model's call are not padding, ``[B]`` bool.
+
+    Args:
+        args: by position.
+        kwargs: by name.
+        axis: which axis of a tensor is the batch.
+
+    Raises:
+        CoverageError: no tensor holds examples.
+    """
+    present = None
+    for tensor in _with_examples(args, kwargs, axis):
+        # Nan counts as a number.
+        own = tensor.detach().movedim(axis, 0).unsqueeze(-1).flatten(1).any(dim=1)
+        present = own if present is None else present | own.to(present.device)
+    if present is None:
+        raise CoverageError(
+            "The model was called without a tensor that has one row for each example, so nothing "
+            "shows which rows physical_batch_size has added, and they would count as data. Pass "
+            "the batch as tensors, and pack sequences inside the model."
+        )
+    return present
+
+
+def _with_examples(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Sequence[Tensor]:
+    if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
+        # As simply as it can be traced.
+        found = [x for x in _tensors((args, kwargs)) if x.dim() > axis]
+        return [x for x in found if x.shape[axis] == found[0].shape[axis]]
+    size = batch_size(args, kwargs, axis)
+    return () if size is None else Batch(args, kwargs, size, axis).with_examples
+
+
+def _tensors(value: Any) -> list[Tensor]:  # pragma: no cover (traced, unseen by coverage)
+    if isinstance(value, Tensor):
+        return [value]
+    parts: Iterable[Any] = ()
+    if isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, (tuple, list)):
+        parts = value
+    return [x for part in parts for x in _tensors(part)]
+
+
+def with_rows(value: Any, one: Any, two: Any, *, items: int, rows: int) -> Any:
+    """Return a batch with another number of rows.
+
+    Args:
+        value: the batch.
+        one: a batch of the same form, of one item.
+        two: the same, of that item twice: together they show where a batch has its rows.
+        items: how many items the batch has.
+        rows: 0 for none, or at least ``items``: then zeros are added. A list gets more entries
+            like its first, with zeros and empty strings.
+
+    Raises:
+        ValueError: something in the batch has not one row for each item.
+    """
+
+    def changed(part: Any, first: Any, second: Any) -> Any:
+        return with_rows(part, first, second, items=items, rows=rows)
+
+    if isinstance(one, Tensor):
+        for axis, (size, other) in enumerate(zip(one.shape, two.shape, strict=True)):
+            if size != other:
+                return _resized(value, axis, items, rows)
+        return value
+    if type(one) is dict:
+        return {key: changed(part, one[key], two[key]) for key, part in value.items()}
+    if isinstance(one, list) and len(one) != len(two):
+        _require_rows(len(value), items, "a list")
+        return [*value[:rows], *(map_leaves(one[0], _zero) for _ in range(rows - items))]
+    if type(one) in (list, tuple):
+        return type(one)(changed(*parts) for parts in zip(value, one, two, strict=True))
+    if parts_of(one) is None:
+        if is_packed(one) and rows > items:
+            raise ValueError(
+                "The collate_fn makes a packed sequence, to which physical_batch_size cannot add "
+                "rows without a length. Collate a padded tensor and the lengths, and pack inside "
+                "the model, with lengths.clamp(min=1)."
+            )
+        return value
+    partners = {id(parts[0]): parts for parts in _matched(value, one, two)}
+    return map_leaves(value, lambda leaf: changed(*partners[id(leaf)]))
+
+
+def _matched(*batches: Any) -> Iterator[tuple[Any, ...]]:
+    return zip(*map(batch_leaves, batches), strict=True)
+
+
+def _resized(x: Tensor, axis: int, items: int, rows: int) -> Tensor:
+    if not rows:
+        return x.narrow(axis, 0, 0).clone()
+    _require_rows(x.shape[axis], items, f"a tensor of shape {tuple(x.shape)}")
+    if rows == items:
+        return x
+    shape = (*x.shape[:axis], rows - items, *x.shape[axis + 1 :])
+    return torch.cat([x, x.new_zeros(shape)], dim=axis)
+
+
+def _require_rows(size: int, items: int, what: str) -> None:
+    if size != items:
+        raise ValueError(
+            f"The collate_fn makes {what} with {size} rows of {items} items, so that "
+            "physical_batch_size cannot fill it up to a constant number of rows. Make one row of "
+            "each item, or leave physical_batch_size out."
+        )
+
+
+def _zero(leaf: Any) -> Any:
+    """Return what stands in a list for a number, a text or a tensor of an item."""
+    if isinstance(leaf, Tensor):
+        return torch.zeros_like(leaf)
+    if isinstance(leaf, (bool, int, float, complex, str, bytes)):
+        return type(leaf)()
+    return leaf

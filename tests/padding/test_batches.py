@@ -1,0 +1,301 @@
+"""The loader's physical batches: their shape, their number, what they announce."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import opacus
+import pytest
+import torch
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader, default_collate
+
+from opacus_bpclip import PrivacyEngine, PrivacyViolationError, register, unregister
+from opacus_bpclip.sampling.loader import CollateWithEmpty
+from opacus_bpclip.sampling.problems import LEFT_OUT
+from tests.helpers import (
+    SEARCHES_FOR_NOISE,
+    Private,
+    backward,
+    dataset,
+    make_private,
+    mlp,
+    snapshot,
+)
+from tests.padding.models import items_of
+from tests.padding.training import check_alike, private_of, train
+
+
+def exactly(message: str) -> str:
+    return f"^{re.escape(message)}$"
+
+
+def sizes_of(private: Private, passes: int = 4) -> list[int]:
+    """Return how many items each sample of some passes has."""
+    return [len(x) for _ in range(passes) for x, _ in private.loader]
+
+
+def sums_of(rows: int | None = None, passes: int = 1, **options: Any) -> list[Tensor]:
+    """Return the sums of the samples that all these tests draw."""
+    private = private_of(rows=rows, **options)
+    return [total for _ in range(passes) for total in train(private)]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 100])
+def test_every_sample_makes_whole_batches_of_one_size(rows: int) -> None:
+    expected = sizes_of(private_of(rows=None))
+    private = private_of(rows=rows)
+    parts: list[int] = []
+    for x, y in (batch for _ in range(4) for batch in private.loader):
+        assert x.shape == (rows, 4)
+        assert y.shape == (rows,)
+        signal = private.handle._guard.passes.samples._signals[-1]
+        parts.append(signal.skip)
+    assert len(parts) - sum(parts) == len(expected)
+    assert len(parts) == sum(max(1, -(-n // rows)) for n in expected)
+    assert not parts[-1]
+
+
+def test_empty_samples_and_full_ones_are_steps_like_any_other() -> None:
+    data = items_of("perceptron", 6)
+    found = {}
+    noise = {"noise_multiplier": 1.0, "noise_generator": torch.Generator()}
+    for rows in (2, None):
+        private = private_of(rows=rows, data=data, batch_size=2, **noise)
+        found[rows] = [total for _ in range(12) for total in train(private)]
+        drawn = sizes_of(private_of(rows=None, data=data, batch_size=2), passes=12)
+        assert {0, 1, 2, 4} <= set(drawn)
+        assert private.engine.accountant.history == [(1.0, 1 / 3, 36)]
+        assert [not total.any() for total in found[rows]] == [n == 0 for n in drawn]
+    check_alike(found[2], found[None])
+
+
+@pytest.mark.parametrize("largest", [3, 8, 11])
+def test_batch_memory_manager_splits_such_a_loader(largest: int) -> None:
+    expected = sums_of()
+    private = private_of(rows=8)
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=largest, optimizer=private.optimizer
+    ) as loader:
+        batches = []
+        for batch in loader:
+            assert len(batch[0]) in (8, 16)[: 1 + (largest > 8)]
+            batches.append(train(private, [batch]))
+    check_alike([total for one in batches for total in one], expected)
+    assert private.steps == 3
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_fill_up_too(persistent: bool) -> None:
+    found = []
+    for rows in (5, None):
+        private = private_of(kind="attention", rows=rows)
+        private.loader.num_workers, private.loader.prefetch_factor = 1, 2
+        object.__setattr__(private.loader, "persistent_workers", persistent)
+        found.append([total for _ in range(2) for total in train(private)])
+        assert private.steps == 6
+    check_alike(*found)
+
+
+def test_batches_that_are_read_ahead_belong_to_their_samples() -> None:
+    expected = sums_of()
+    private = private_of(rows=5)
+
+    def ahead() -> Iterator[Any]:
+        held: list[Any] = []
+        for batch in private.loader:
+            held.append(batch)
+            if len(held) > 2:
+                yield held.pop(0)
+        yield from held
+
+    check_alike(train(private, ahead()), expected)
+
+
+def test_a_loader_that_is_made_of_its_parts_yields_whole_samples() -> None:
+    # As accelerate makes one: filled up, and not cut.
+    expected = sums_of()
+    private = private_of(rows=4)
+    loader = private.loader
+    anew = DataLoader(
+        loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn
+    )
+    batches = list(anew)
+    assert all(len(x) % 4 == 0 for x, _ in batches)
+    check_alike(train(private, batches), expected)
+
+
+def test_a_part_that_is_left_out_is_found() -> None:
+    private = private_of(rows=2)
+    with pytest.raises(PrivacyViolationError, match=exactly(LEFT_OUT)):
+        train(private, (batch for index, batch in enumerate(private.loader) if index != 1))
+
+
+def test_copies_and_pickles_keep_the_shape() -> None:
+    private = private_of(rows=8)
+    collate = pickle.loads(pickle.dumps(private.loader.collate_fn))
+    assert len(collate(items_of("perceptron")[:3])[0]) == 8
+    twin = copy.deepcopy(private.handle)
+    assert twin._guard.passes.samples.is_padded
+    assert twin._budget.present is None
+
+
+@pytest.mark.parametrize("stock", [True, False])
+@SEARCHES_FOR_NOISE
+def test_each_way_to_make_private_takes_the_size(stock: bool) -> None:
+    if stock:
+        register()
+    try:
+        engine = (opacus.PrivacyEngine if stock else PrivacyEngine)(accountant="gdp")
+        model = mlp()
+        made = engine.make_private_with_epsilon(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(dataset(), batch_size=8),
+            target_epsilon=2.0,
+            target_delta=1e-3,
+            epochs=1,
+            max_grad_norm=1.0,
+            clipping="backprop",
+            physical_batch_size=5,
+        )
+        assert {len(x) for x, _ in made[2]} == {5}
+    finally:
+        unregister()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"physical_batch_size": value},
+            f"Expected physical_batch_size={value!r} to be an integer >= 1, the number of rows of "
+            "each batch that the loader yields, or None.",
+        )
+        for value in (0, -1, 2.0, True, "8")
+    ]
+    + [
+        (
+            {"physical_batch_size": 8, "poisson_sampling": False},
+            "physical_batch_size=8 fills the batches of the loader that make_private returns, and "
+            "poisson_sampling=False keeps your own. Leave one of them out.",
+        ),
+        (
+            {"physical_batch_size": 8, "clipping": "flat", "backprop": None},
+            "physical_batch_size=8 was given with clipping='flat'; it needs clipping=\"backprop\".",
+        ),
+    ],
+)
+def test_what_cannot_be_a_size_is_refused_and_nothing_is_touched(
+    options: dict[str, Any], message: str
+) -> None:
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=exactly(message)):
+        PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(dataset(), batch_size=8),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            **{"clipping": "backprop"} | options,
+        )
+    assert snapshot(model) == before
+
+
+# What a collate function may make of a batch.
+
+Pair = namedtuple("Pair", "x y")
+
+
+@dataclass
+class Held:
+    x: Tensor
+
+
+def filled(collate: Any, items: list[Any], rows: int = 4) -> Any:
+    made = CollateWithEmpty(collate, items)
+    made.rows = rows
+    return made
+
+
+ITEMS = [(torch.full((2,), index + 1.0), f"item {index}") for index in range(6)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 6])
+def test_tensors_lists_dictionaries_and_objects_are_filled_up(count: int) -> None:
+    def collate(items: list[Any]) -> Any:
+        x = torch.stack([x for x, _ in items])
+        texts = [text for _, text in items]
+        return {
+            "x": x,
+            "second axis": x.T,
+            "mask": x > 0,
+            "texts": texts,
+            "boxes": [{"at": x, "of": text, "at all": True} for x, text in items],
+            "numbers": [3.0] * len(items),
+            "pair": Pair(x, (x, "public")),
+            "held": Held(x),
+            "table": torch.ones(3),
+        }
+
+    batch = filled(collate, ITEMS)(ITEMS[:count])
+    rows = 8 if count > 4 else 4
+    expected = torch.zeros(rows, 2)
+    expected[:count] = torch.arange(1.0, 7.0)[:count, None]
+    for x in (batch["x"], batch["second axis"].T, batch["pair"].x, batch["pair"].y[0]):
+        assert torch.equal(x, expected)
+    assert torch.equal(batch["held"].x, expected)
+    assert torch.equal(batch["mask"], expected > 0)
+    assert torch.equal(batch["table"], torch.ones(3))
+    assert batch["texts"] == [text for _, text in ITEMS[:count]] + [""] * (rows - count)
+    assert batch["numbers"] == [3.0] * count + [0.0] * (rows - count)
+    assert batch["pair"].y[1] == "public"
+    assert len(batch["boxes"]) == rows
+    for box in batch["boxes"][count:]:
+        assert not box["at"].any()
+        assert (box["of"], box["at all"]) == ("", False)
+
+
+@pytest.mark.parametrize(
+    ("collate", "message"),
+    [
+        (
+            lambda items: (torch.cat([x for x, _ in items]), default_collate(items)[0]),
+            "The collate_fn makes a tensor of shape (6,) with 6 rows of 3 items, so that "
+            "physical_batch_size cannot fill it up to a constant number of rows. Make one row of "
+            "each item, or leave physical_batch_size out.",
+        ),
+        (
+            lambda items: [text for _, text in items for _ in range(2)],
+            "The collate_fn makes a list with 6 rows of 3 items, so that physical_batch_size "
+            "cannot fill it up to a constant number of rows. Make one row of each item, or leave "
+            "physical_batch_size out.",
+        ),
+        (
+            lambda items: pack_sequence([x for x, _ in items]),
+            "The collate_fn makes a packed sequence, to which physical_batch_size cannot add rows "
+            "without a length. Collate a padded tensor and the lengths, and pack inside the "
+            "model, with lengths.clamp(min=1).",
+        ),
+    ],
+    ids=["flat tokens", "two of each", "packed"],
+)
+def test_what_has_not_one_row_for_each_item_is_refused(collate: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=exactly(message)):
+        filled(collate, ITEMS)(ITEMS[:3])
+
+
+def test_nothing_is_masked_without_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    private = make_private(nn.Sequential(nn.Linear(4, 3)))
+    monkeypatch.setattr(torch.Tensor, "any", None)
+    backward(private)
+    assert private.handle._budget.present is None
