@@ -265,7 +265,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
             return
         self._guard.leave_forward()
-        self._guard.check_rounding(self._guard.forms.at_hand, output)
+        self._guard.check_rounding(output)
         # Without an output an error is on its way already, and says more.
         if self._untried and output is not None:
             self._guard.fail(self._untried)

@@ -24,6 +24,7 @@ from opacus_bpclip.model import function_checks
 from opacus_bpclip.model.coverage import unclipped_inputs
 from opacus_bpclip.model.function_call import FunctionCall
 from opacus_bpclip.model.functions import ParameterFunctions
+from opacus_bpclip.model.graphs import low_precision_behind
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind
 from opacus_bpclip.model.plan import CallKey, Plan, Template
@@ -180,6 +181,7 @@ class _Following(ParameterFunctions):
     ) -> tuple[Tensor, ...]:
         """Return the results with the node behind them."""
         names: dict[str, dict[int, list[str | None]]] = {}
+        self._check_rounding(graph, call)
         for index, made in graph.call.made.items():
             behind = leaves_behind(made.value)
             if any(id(leaf) not in self._owners for leaf in behind):
@@ -212,6 +214,16 @@ class _Following(ParameterFunctions):
             *inputs,
         )
         return tuple(outs)
+
+    def _check_rounding(self, graph: FunctionGraph, call: FunctionCall) -> None:
+        """Check in which precision gradients go back to the parameters, or through the call."""
+        if not self._guard.undoes_mean:
+            return
+        nodes = [made.value.grad_fn for made in graph.call.made.values()]
+        nodes += [None if edge is None else edge.node for edge in graph.results]
+        dtype = low_precision_behind(nodes)
+        if dtype is not None:
+            self._guard.check_precision(function_checks.told(call), dtype)
 
     def _scope(self, layer: Layer) -> Scope:
         if layer.name not in self._scopes:

@@ -30,7 +30,7 @@ from opacus_bpclip.guard.call_checks import (
 from opacus_bpclip.guard.forms import Form, Forms
 from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
 from opacus_bpclip.guard.passes import BackwardPasses
-from opacus_bpclip.guard.precision import Roundings, rounded_products, unfit
+from opacus_bpclip.guard.precision import Roundings, backward_under_autocast, unfit
 from opacus_bpclip.guard.ranks import several_ranks
 from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.losses.criterion import LossWatch
@@ -42,6 +42,7 @@ from opacus_bpclip.model.coverage import (
 )
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.replacements import mixes_examples
+from opacus_bpclip.rules.precision import under_autocast
 
 _MIXED = (
     'allocation="joint" has one factor for all layers, but a part of the model is compiled and the '
@@ -85,7 +86,6 @@ class GradientGuard:
         self.by_functions: set[nn.Parameter] = set()
         self.forms = Forms()
         self.ran_compiled = self.rehearsing = False
-        self._roundings = Roundings()
         self._in_forward = False
         self._batch_size = 0
         self._rows: int | Tensor = 0
@@ -98,6 +98,7 @@ class GradientGuard:
                     self._watched[parameter] = WatchedParameter(
                         f"{layer.name}.{name}", parameter, self._check_arrival, self.fail
                     )
+        self._roundings = Roundings(self._watched)
         self._parameters = dict(model.named_parameters())
         self._versions: list[int] = []
         self._frozen = [
@@ -145,8 +146,8 @@ class GradientGuard:
     def enter_forward(self, batch_size: int, present: Tensor | None = None) -> None:
         """Begin a forward pass of the root over rows, of which some may be padding, not present."""
         self.require(several_ranks())
-        if self.undoes_mean and self._watched:
-            self.require(rounded_products(next(iter(self._watched)).device))
+        if self.undoes_mean:
+            self.require(self._roundings.of_products())
         for name, parameter in self._frozen:
             if parameter.requires_grad:
                 self.fail(unfrozen_problem(name))
@@ -209,10 +210,11 @@ class GradientGuard:
         """Check that gradients of this dtype may come to a part of the model."""
         self.require(unfit(name, dtype, mean=self.undoes_mean))
 
-    def check_rounding(self, form: object, output: object) -> None:
+    def check_rounding(self, output: object) -> None:
         """Check that no gradient of a mean goes through low precision, in a layer or between."""
         if self.undoes_mean:
-            self.require(self._roundings.problem(form, output))
+            self.require(self._roundings.of_model(output))
+            self._roundings.watch(output, self._batch_size, self.fail)
 
     # Backward
 
@@ -240,6 +242,8 @@ class GradientGuard:
         return partial(self._begin_backward, self._forward, self._rows)
 
     def _begin_backward(self, forward: int, rows: int | Tensor) -> None:
+        if self.undoes_mean and under_autocast():
+            self.fail(backward_under_autocast(compiled=False))
         self.require(self.passes.begin(forward, rows))
         self._check_mixed()
 
@@ -272,6 +276,10 @@ class GradientGuard:
     def _check_arrival(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a gradient that autograd is about to send to its parameter."""
         self._check_loss(watched)
+        if under_autocast():
+            self.fail(backward_under_autocast(compiled=True))
+        if self.undoes_mean:
+            self.require(self._roundings.of_products())
         own = watched.parameter in self.by_functions
         self.require(foreign_gradient(watched, compiled=self.ran_compiled, by_functions=own))
         self.require(unusable_gradient(watched, gradient))

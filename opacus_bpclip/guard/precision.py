@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
+from opacus_bpclip.model.graphs import low_precision_behind
+from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.recurrence import is_packed
 from opacus_bpclip.probe.leaves import batch_leaves
-from opacus_bpclip.rules.precision import ACCEPTED, is_autocast, is_low, products_are_rounded
+from opacus_bpclip.rules.precision import ACCEPTED, is_low, products_are_rounded
 
 
 def unfit(name: str, dtype: torch.dtype, *, mean: bool) -> str | None:
@@ -46,60 +49,112 @@ def rounded_mean(name: str, dtype: torch.dtype) -> str | None:
     )
 
 
-def rounded_products(device: torch.device) -> str | None:
+def rounded_products(device: torch.device, kinds: Iterable[str]) -> str | None:
     """Say that a mean's gradients are rounded inside of products of float32 numbers.
 
     Args:
         device: the model's.
+        kinds: of products that the model computes, see `kinds_of_products`.
     """
-    if not products_are_rounded(device):
+    if not products_are_rounded(device, kinds):
         return None
+    backend = "torch.backends.mkldnn" if device.type == "cpu" else "torch.backends.cudnn"
     return (
         f"Products of float32 numbers are rounded on the device {device} "
-        "(torch.set_float32_matmul_precision, or a fp32_precision of torch.backends), and the loss "
-        "is a mean: it divides every gradient by the batch's size, which is private, and the "
-        "quotient is then rounded so coarsely that one example would change the gradients of all "
-        "others. Pass criterion= to make_private and compute the loss with what it returns, use a "
-        'sum with loss_reduction="sum", or ask for "highest" and "ieee".'
+        f"(torch.set_float32_matmul_precision, or {backend}.conv.fp32_precision), and the loss is "
+        "a mean: it divides every gradient by the batch's size, which is private, and the quotient "
+        "is then rounded so coarsely that one example would change the gradients of all others. "
+        "Pass criterion= to make_private and compute the loss with what it returns, use a sum with "
+        'loss_reduction="sum", or set the two to "highest" and "ieee".'
+    )
+
+
+def kinds_of_products(parameters: Iterable[Tensor]) -> tuple[str, ...]:
+    """Return which kinds of products a model has: convolutions, if a parameter may be a kernel."""
+    return ("matmul", "conv") if any(p.dim() > 2 for p in parameters) else ("matmul",)
+
+
+def backward_under_autocast(*, compiled: bool) -> str:
+    """Say that a backward pass runs under autocast.
+
+    Args:
+        compiled: whether the graph is, so that its sums over the batch are made by autocast, too.
+    """
+    why = (
+        "its sums over the batch would be rounded by more than one example's contribution"
+        if compiled
+        else "a mean's gradients would be rounded so coarsely that one example changes all others"
+    )
+    return (
+        f"backward() was called under autocast, where {why}. Call it outside of the autocast "
+        "context, as torch recommends."
+    )
+
+
+def low_in_a_graph(layer: Layer, dtype: torch.dtype) -> str:
+    """Say that a compiled layer would add up its examples' gradients in low precision."""
+    return (
+        f"{layer.name} turns numbers to {dtype} in its own forward, where its examples' gradients "
+        "are added up: in a compiled graph nobody can make them one by one. Compute in the "
+        "parameters' dtype there, and use autocast around the model, or train without "
+        "torch.compile."
     )
 
 
 class Roundings:
-    """The ways of calling a model in which no gradient goes through low precision."""
+    """Where gradients of a mean may be rounded to low precision: in the model, and behind it.
 
-    def __init__(self) -> None:
-        self._passed: set[object] = set()
+    Args:
+        parameters: the trainable ones.
+    """
 
-    def problem(self, form: object, output: object) -> str | None:
-        """Return `rounded_mean` of a forward pass that has run; looked at once for each way.
+    def __init__(self, parameters: Collection[Tensor]) -> None:
+        self._looks = 0  # at gradients that have arrived, which stalls an accelerator
+        self._kinds = kinds_of_products(parameters)
+        self._device = next((p.device for p in parameters), torch.device("cpu"))
+
+    def of_products(self) -> str | None:
+        """Return `rounded_products` for the model."""
+        return rounded_products(self._device, self._kinds)
+
+    def of_model(self, output: object) -> str | None:
+        """Return `rounded_mean` of a forward pass that has run.
 
         Args:
-            form: tells ways of calling the model apart.
             output: of the model, whatever holds its tensors.
         """
-        tensors = [x for x in batch_leaves(output) if isinstance(x, Tensor)]
-        key = form, is_autocast(), tuple(x.dtype for x in tensors)
-        if key in self._passed:
-            return None
-        dtype = _low_precision_behind(tensors)
-        if dtype is None:
-            self._passed.add(key)
-            return None
-        return rounded_mean("A part of the model", dtype)
+        tensors = _tensors_of(output)
+        dtype = low_precision_behind(x.grad_fn for x in tensors)
+        return rounded_mean("A part of the model", dtype) if dtype else None
+
+    def watch(self, output: object, rows: int, fail: Callable[[str], object]) -> None:
+        """Look at what the loss sends to the model's outputs.
+
+        Args:
+            output: of the model.
+            rows: the batch's size.
+            fail: called with what is wrong; raises.
+        """
+        if rows & (rows - 1) == 0:
+            return  # A power of two: such a quotient is not rounded.
+        for x in _tensors_of(output):
+            if x.requires_grad and (x.device.type == "cpu" or self._looks < _LOOKS):
+                x.register_hook(partial(self._look, fail))
+
+    def _look(self, fail: Callable[[str], object], gradient: Tensor) -> None:
+        self._looks += 1
+        few = gradient.detach().flatten()[:_ENTRIES]
+        few = few[few != 0]
+        # Numbers of float32 end in 16 zero bits only if they were rounded so.
+        if len(few) and bool((few.bfloat16() == few).all()):
+            fail(rounded_mean("The loss", torch.bfloat16) or "")
 
 
-def _low_precision_behind(outputs: Iterable[Tensor]) -> torch.dtype | None:
-    """Return the low precision that the gradients of some tensors go through, if any."""
-    waiting: list[Node | None] = [x.grad_fn for x in outputs]
-    seen: set[Node] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for made in node._input_metadata:
-            if is_low(made.dtype):
-                dtype: torch.dtype = made.dtype
-                return dtype
-        waiting += [before for before, _ in node.next_functions]
-    return None
+# On an accelerator, in how many backward passes to look at what arrives; and at how many numbers.
+_LOOKS = 4
+_ENTRIES = 1024
+
+
+def _tensors_of(output: object) -> list[Tensor]:
+    leaves = [x.data if is_packed(x) else x for x in batch_leaves(output)]
+    return [x for x in leaves if isinstance(x, Tensor)]

@@ -21,6 +21,7 @@ from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.rows import rows_are_coupled
 from opacus_bpclip.rules.base import zero_rows
 from opacus_bpclip.rules.first_order import first_order
+from opacus_bpclip.rules.precision import wide
 
 _PER_EXAMPLE = (
     "Pass a criterion with a `reduction` that gives [B, ...] with reduction='none', one row for "
@@ -269,12 +270,12 @@ class _Undivided(torch.autograd.Function):
         present: Tensor | None,
         divisor: int | Tensor,
     ) -> Tensor:
-        ctx.watch, ctx.shape = watch, losses.shape
-        return zero_rows(losses, present).sum() / divisor
+        ctx.watch, ctx.shape, ctx.dtype = watch, losses.shape, losses.dtype
+        return zero_rows(wide(losses), present).sum() / divisor
 
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None, None]:
         if ctx.watch is not None:
             ctx.watch.note_backward()
-        return None, g.expand(ctx.shape), None, None
+        return None, g.to(ctx.dtype).expand(ctx.shape), None, None

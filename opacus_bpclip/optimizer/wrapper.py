@@ -47,7 +47,8 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         raise ValueError(
             "GradScaler multiplies the loss by a number that depends on the data (it shrinks where "
             "gradients overflow), so clipped gradients and the noise would be scaled apart. Train "
-            "in float32 without GradScaler; GradScaler(enabled=False) does nothing and may stay."
+            "in bfloat16 or float32 without GradScaler; GradScaler(enabled=False) does nothing and "
+            "may stay."
         )
 
     @grad_scale.deleter

@@ -9,7 +9,9 @@ contribution (301 becomes 300 or 302). Proof: ``docs/guarantee.md``, "Low precis
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import overload
 
@@ -67,10 +69,27 @@ def is_autocast() -> bool:
 
 def full_precision() -> AbstractContextManager[object]:
     """Run without autocast, which would compute norms and sums in low precision."""
-    if is_autocast():
-        off: AbstractContextManager[object] = torch._C._DisableAutocast()
-        return off
-    return nullcontext()
+    return _without_autocast() if is_autocast() else nullcontext()
+
+
+def under_autocast() -> bool:
+    """Return whether autocast is on for the code that has called, `full_precision` or not."""
+    return is_autocast() or getattr(_caller, "has_autocast", False)
+
+
+# Of each thread: autograd has its own.
+_caller = threading.local()
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    before = getattr(_caller, "has_autocast", False)
+    _caller.has_autocast = True
+    try:
+        with torch._C._DisableAutocast():
+            yield
+    finally:
+        _caller.has_autocast = before
 
 
 def product_error(device: torch.device) -> float:
@@ -80,30 +99,43 @@ def product_error(device: torch.device) -> float:
     in less than float32: by ``torch.set_float32_matmul_precision``, by a ``fp32_precision`` of
     ``torch.backends``, or since TensorFloat-32 is cuDNN's default.
     """
+    return max(_ERRORS.get(precision, 0.0) for precision in _precisions(device))
+
+
+def _precisions(device: torch.device) -> tuple[str, ...]:
+    """Return what a device may take for float32 in products of matrices, images, sequences."""
     backend = {"cpu": "mkldnn", "cuda": "cuda"}.get(device.type)
     if backend is None:
         # Of others nothing is known; the meta device computes nothing.
-        return 0.0 if device.type == "meta" else max(_ERRORS.values())
+        return ("ieee" if device.type == "meta" else "bf16",)
     precision_of = torch._C._get_fp32_precision_getter
-    return max(_ERRORS.get(precision_of(backend, kind), 0.0) for kind in ("matmul", "conv", "rnn"))
+    return tuple([precision_of(backend, kind) for kind in ("matmul", "conv", "rnn")])
 
 
-def products_are_rounded(device: torch.device) -> bool:
-    """Return whether a device's products of float32 numbers are rounded; many ignore the option."""
-    allowed = product_error(device)
-    return allowed > 0 and _rounds_products(device, allowed)
+def products_are_rounded(device: torch.device, kinds: Iterable[str]) -> bool:
+    """Return whether a device's products of float32 numbers are rounded; many ignore the option.
+
+    Args:
+        device: the device.
+        kinds: of products, ``"matmul"`` and ``"conv"``.
+    """
+    if not product_error(device):
+        return False
+    return any(_rounds_products(device, kind, *_precisions(device)) for kind in kinds)
 
 
-@lru_cache(maxsize=16)
-def _rounds_products(device: torch.device, allowed: float) -> bool:
+@lru_cache(maxsize=32)
+def _rounds_products(device: torch.device, kind: str, *_: str) -> bool:
     # A number that TensorFloat-32 has no bit for, times one; large enough for a library's kernels.
-    x = torch.full((64, 64), 1 + 2.0**-12, device=device)
-    images = torch.full((8, 16, 10, 10), 1 + 2.0**-12, device=device)
-    kernel = torch.zeros(16, 16, 3, 3, device=device)
-    kernel[range(16), range(16), 1, 1] = 1
+    number = 1 + 2.0**-12
     with torch.no_grad():
-        made = x @ torch.eye(64, device=device), F.conv2d(images, kernel)
-    return any(bool((product != 1 + 2.0**-12).any()) for product in made)
+        if kind == "matmul":
+            made = torch.full((64, 64), number, device=device) @ torch.eye(64, device=device)
+        else:
+            kernel = torch.zeros(16, 16, 3, 3, device=device)
+            kernel[range(16), range(16), 1, 1] = 1
+            made = F.conv2d(torch.full((8, 16, 10, 10), number, device=device), kernel)
+    return bool((made != number).any())
 
 
 def rounding_margin(dtype: torch.dtype, device: torch.device) -> float:

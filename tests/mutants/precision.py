@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from opacus_bpclip.clipping import functions, layers
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import Sums, Use
 from opacus_bpclip.guard import guard
@@ -31,16 +32,28 @@ def sums_in_low_precision(patch: pytest.MonkeyPatch) -> None:
 def rounded_mean_let_through(patch: pytest.MonkeyPatch) -> None:
     """A mean's gradients are rounded to bfloat16 after the division by a private number."""
     patch.setattr(guard, "unfit", lambda name, dtype, mean: None)
-    patch.setattr(Roundings, "problem", lambda *args: None)
+    patch.setattr(Roundings, "of_model", lambda *args: None)
 
 
 @mutant(killed_by=killers.mean_of_rounded_products, says=RELEASED)
 def rounded_products_let_through(patch: pytest.MonkeyPatch) -> None:
     """Nobody looks whether products of float32 numbers are rounded to fewer bits."""
-    patch.setattr(guard, "rounded_products", lambda device: None)
+    patch.setattr(Roundings, "of_products", lambda *args: None)
+
+
+@mutant(killed_by=killers.own_layer_that_rounds, says=APART)
+def layers_own_casts_not_looked_for(patch: pytest.MonkeyPatch) -> None:
+    """A layer's own graph adds up gradients, whatever it turns them to on the way."""
+    patch.setattr(layers, "low_precision_behind", lambda *args: None)
+
+
+@mutant(killed_by=killers.mean_of_a_rounded_parameter, says=RELEASED)
+def roundings_of_parameters_not_looked_for(patch: pytest.MonkeyPatch) -> None:
+    """What comes from parameters alone may round a mean's gradients on their way back."""
+    patch.setattr(functions._Following, "_check_rounding", lambda *args: None)
 
 
 @mutant(killed_by=killers.mean_rounded_between_layers, says=RELEASED)
 def roundings_between_layers_not_looked_for(patch: pytest.MonkeyPatch) -> None:
     """Only what layers make is looked at, not what is between them."""
-    patch.setattr(Roundings, "problem", lambda *args: None)
+    patch.setattr(Roundings, "of_model", lambda *args: None)

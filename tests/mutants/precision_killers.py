@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
-from opacus_bpclip.rules import precision
+from opacus_bpclip.rules import RULES, LinearRule, precision
 from tests.checks import Trainer, check_independence, check_refused
 
 _LOW = torch.bfloat16
@@ -18,6 +18,39 @@ def many_examples_in_low_precision() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     trainer = Trainer(model, (4,), BackpropClipping(), reduction="sum", dtype=_LOW)
     check_independence(trainer, torch.randn(64, 4).to(_LOW), torch.randn(64, 2).to(_LOW))
+
+
+def own_layer_that_rounds() -> None:
+    """The sum over 256 examples of a layer with a rule that turns its numbers to bfloat16."""
+
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            weight, bias = self.weight.to(_LOW), self.bias.to(_LOW)
+            return nn.functional.linear(x.to(_LOW), weight, bias).float()
+
+    torch.manual_seed(0)
+    RULES[Own] = LinearRule
+    try:
+        model = nn.Sequential(Own(4, 2))
+        trainer = Trainer(model, (4,), BackpropClipping(), reduction="sum", dtype=torch.float32)
+        check_independence(trainer, torch.randn(256, 4), torch.randn(256, 2))
+    finally:
+        del RULES[Own]
+
+
+def mean_of_a_rounded_parameter() -> None:
+    """A mean loss of a model that rounds a parameter before it meets the batch."""
+
+    class Derived(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(2, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.w.to(_LOW).float())
+
+    trainer = _two_layers(Derived())
+    check_refused(trainer, torch.ones(3, 2), lambda y, _: y.mean())
 
 
 def mean_under_autocast() -> None:
