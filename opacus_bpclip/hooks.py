@@ -21,14 +21,15 @@ from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard.forms import form_of
 from opacus_bpclip.guard.guard import GradientGuard
-from opacus_bpclip.guard.rehearsal import vouch
+from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.functions import Followed
 from opacus_bpclip.model.input_clipping import attach_input_clips, take_input_clips
-from opacus_bpclip.model.plan import Plan
+from opacus_bpclip.model.sharding import Presence, gathered, whole_parameters
 from opacus_bpclip.model.tying import tied_groups
-from opacus_bpclip.probe import Batch, Prober, Problem, UntriedError, batch_size
+from opacus_bpclip.probe import Batch, Prober, batch_size
+from opacus_bpclip.probe.ranks import TrialsOfRanks
 from opacus_bpclip.sampling.log import SampleLog
 from opacus_bpclip.sampling.padding import present_rows
 
@@ -52,6 +53,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             or the second.
         criterion: what every loss is computed by, if it keeps the batch's size out of the backward
             pass; its gradients are those of a sum, whatever ``loss_reduction`` is.
+        ranks: which train the model together; all of them must call this.
 
     Raises:
         CoverageError: something in the model cannot be bounded, or it has hooks already. The model
@@ -67,6 +69,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         loss_reduction: str = "mean",
         batch_first: bool = True,
         criterion: BackpropClipCriterion | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         # Not Opacus's own __init__: it gives every parameter a grad_sample.
         if hasattr(m, _ATTACHED):
@@ -77,29 +80,38 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             )
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
-        self._module = m
-        self._config = config = config or BackpropClipping()
-        self.batch_first = batch_first
-        self.loss_reduction = loss_reduction
-        self._layers = layers = trainable_layers(m, declared_uses(config), batch_first=batch_first)
+        self.batch_first, self.loss_reduction = batch_first, loss_reduction
+        whole = whole_parameters(m)
+        with gathered(m):
+            self._attach(m, config or BackpropClipping(), max_grad_norm, criterion, whole, ranks)
+
+    def _attach(
+        self,
+        m: nn.Module,
+        config: BackpropClipping,
+        max_grad_norm: float,
+        criterion: BackpropClipCriterion | None,
+        whole: Mapping[nn.Parameter, nn.Parameter],
+        ranks: Ranks | None,
+    ) -> None:
+        self._module, self._config = m, config
+        loss_reduction, uses = self.loss_reduction, declared_uses(config)
+        self._layers = layers = trainable_layers(m, uses, batch_first=self.batch_first)
         self._groups = tied_groups(layers)
         sizes = {name: group.size for name, group in self._groups.items()}
         joint = config.allocation == "joint"
         self._fractions = {} if joint else allocation.layer_fractions(sizes, config.allocation)
-        self._guard = GradientGuard(m, layers.values())
+        self._guard = GradientGuard(m, layers.values(), whole, ranks)
         self._guard.joint = joint
         self._budget = Budget(config, layers.values(), self._guard)
+        self._budget.whole = Presence(m).of
         self._targets = {
             name: self._budget.target if joint else target_of(config) for name in layers
         }
-        self._untried: str | None = None
         self._prober = Prober(
-            m,
-            loss_reduction=loss_reduction,
-            layers=layers,
-            ordered=self._budget.joint,
-            search=config.probe,
+            m, loss_reduction=loss_reduction, layers=layers, ordered=joint, search=config.probe
         )
+        self._trials = TrialsOfRanks(m, self._guard)
         try:
             self._max_grad_norm = max_grad_norm
         except ValueError:
@@ -112,12 +124,12 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         if self._budget.recurrent is not None:
             enter, leave = self._enter_root_eagerly, self._leave_root_eagerly
         self._handles = [
-            m.register_forward_pre_hook(enter, with_kwargs=True),
+            # Ahead of FSDP's: ranks meet before they wait for each other's parameters.
+            m.register_forward_pre_hook(enter, with_kwargs=True, prepend=bool(whole)),
             m.register_forward_hook(leave, with_kwargs=True, always_call=True),
         ]
         self._loss = None if criterion is None else criterion.watch
-        mean = loss_reduction == "mean" and criterion is None
-        self._guard.undoes_mean = mean
+        self._guard.undoes_mean = mean = loss_reduction == "mean" and criterion is None
         if loss_reduction == "mean":
             self._guard.loss = self._loss
         settings = Settings(
@@ -237,18 +249,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             return
         self._guard.forms.at_hand = form_of(m.training, args, kwargs)
         size = self._batch_size(args, kwargs)
-        self._untried = None
         batch = Batch(args, kwargs, size, self._axis, present=present)
-        plan = Plan({})
-        try:
-            tried = self._prober.on_batch(batch)
-        except UntriedError as error:
-            # The forward pass itself may tell better what is wrong with the batch.
-            self._untried = str(error)
-        else:
-            if isinstance(tried, Problem):
-                self._guard.fail(tried.text)
-            plan = tried
+        plan = self._trials.plan_of(batch, self._prober)
         self._guard.enter_forward(size, present)
         self._budget.open_forward()
         if self._loss is not None:
@@ -267,8 +269,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._guard.leave_forward()
         self._guard.check_rounding(output)
         # Without an output an error is on its way already, and says more.
-        if self._untried and output is not None:
-            self._guard.fail(self._untried)
+        if self._trials.untried and output is not None:
+            self._guard.fail(self._trials.untried)
         if self._guard.ran_compiled:
             self._guard.forms.note_eager(Batch(args, kwargs, self._guard.examples, self._axis))
 
@@ -285,10 +287,6 @@ class BackpropClipHooks(AbstractGradSampleHooks):
     @property
     def _axis(self) -> int:
         return 0 if self.batch_first else 1
-
-    def _vouch(self) -> None:
-        """Check that eager mode vouches for what compiled graphs have sent; see `vouch`."""
-        vouch(self._module, self._guard)
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         size = batch_size(args, kwargs, self._axis)

@@ -1,12 +1,21 @@
 """Hypothesis profiles, the thread count and the device for the whole suite."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from tests import devices
+from tests.ranks.pair import end_pair
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ended_ranks() -> Iterator[None]:
+    yield
+    end_pair()
+
 
 # A list, not tests; collected for its doctests it would be imported, and filled, a second time.
 collect_ignore = ["mutants"]

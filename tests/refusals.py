@@ -169,7 +169,9 @@ REFUSALS = {
         repair=lambda model: model.requires_grad_(True),
     ),
     "DataParallel": Refusal(
-        'DataParallel is not supported with clipping="backprop" yet. Train on one device.',
+        'DataParallel is not supported with clipping="backprop". Use one process for each device, '
+        "with fully_shard(model) of torch.distributed.fsdp, or opacus.distributed's "
+        "DifferentiallyPrivateDistributedDataParallel(model).",
         model=lambda: nn.DataParallel(mlp()),
         repair=lambda model: model.module,
     ),

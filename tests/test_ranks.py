@@ -1,4 +1,4 @@
-"""Several ranks are refused until they are supported: they would train apart."""
+"""Ranks that were not made private together are refused: they would train apart."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from opacus_bpclip import PrivacyViolationError
 from tests.helpers import backward, make_private, mlp, train_step
 
 REFUSAL = (
-    'The process group has 2 ranks, which clipping="backprop" does not support yet: each rank '
-    "would sample, add noise and step on its own, and their models would drift apart while the "
-    "accountant sees one of them. Train in one process (torchrun --nproc-per-node 1, or no process "
-    "group)."
+    "This process is one of 2, and the model was made private for 1: each rank would sample, add "
+    "noise and step on its own, and their models would drift apart while the accountant sees one "
+    "of them. Wrap the model before make_private: "
+    "DifferentiallyPrivateDistributedDataParallel(model) of opacus.distributed, or "
+    "fully_shard(model) of torch.distributed.fsdp. Or train in one process (torchrun "
+    "--nproc-per-node 1, or no process group)."
 )
 
 
@@ -31,7 +33,7 @@ def process_group(ranks: int) -> Iterator[None]:
 
 
 def test_a_model_on_several_ranks_is_refused_before_training() -> None:
-    with process_group(2), pytest.raises(ValueError, match="process group") as refusal:
+    with process_group(2), pytest.raises(ValueError, match="one of 2") as refusal:
         make_private(mlp())
     assert str(refusal.value) == REFUSAL
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.clipping.ends import Ends
 from opacus_bpclip.clipping.factors import Target
-from opacus_bpclip.clipping.scope import Scope
+from opacus_bpclip.clipping.scope import Scope, Whole, always_whole
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.guard.forms import Forms
 from opacus_bpclip.guard.guard import GradientGuard
@@ -55,6 +55,7 @@ class Budget:
         bound: how gradients are bounded.
         parameters: all that the layers train.
         clips: what clips the layers; a traced graph finds them by their index.
+        whole: has a layer's parameters at hand for a while, where they come and go.
         token: the token of the forward pass that is being traced, with a joint budget.
         present: ``[B]`` bool, which rows of the forward pass at hand are not padding; ``None`` for
             all.
@@ -75,6 +76,7 @@ class Budget:
         self.present: Tensor | None = None
         self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
         self.bound = bound_of(config.bound)
+        self.whole: Whole = always_whole
         self._guard = guard
         guard.forget = self.forget
         self._scope: Scope | None = None  # of the eager forward pass
@@ -129,6 +131,7 @@ class Budget:
             return self._watched(self._new(target, self.present, at_once=at_once))
         if self._scope is None:
             self._guard.fail(_ANOTHER_FORWARD)
+        assert self._scope is not None
         return self._scope
 
     def _new(self, target: Target, present: Tensor | None, *, at_once: bool) -> Scope:
@@ -138,6 +141,7 @@ class Budget:
         scope.begin = self._guard.begin_backward()
         scope.deliver = self._guard.collector()
         scope.fail = self._guard.fail
+        scope.whole = self.whole
         self._open.add(scope)
         return scope.open(device=self.parameters[0].device)
 
@@ -196,7 +200,7 @@ class Budget:
         self._trace = weakref.ref(trace)
         return token
 
-    def _fail_without_one_graph(self) -> NoReturn:
+    def _fail_without_one_graph(self) -> None:
         name = self.recurrent
         self._guard.fail(_NEEDS_ONE_GRAPH if name is None else _RECURRENT.format(name))
 
@@ -225,6 +229,7 @@ class Budget:
         shared = self._traced()
         if shared is None or token is None or self._trace() is not _this_trace():
             self._fail_without_one_graph()
+        assert shared is not None
         shared.token = token
         return shared
 

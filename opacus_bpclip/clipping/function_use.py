@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ class FunctionUse(Use):
         names: Mapping[int, Sequence[str | None]],
         inputs: tuple[Tensor | None, ...],
         target: Target,
-        fail: Callable[[str], NoReturn],
+        fail: Callable[[str], None],
     ) -> None:
         self._target, self._fail = target, fail
         self.layer, self.examples = layer, examples

@@ -56,6 +56,8 @@ class FusedUse(Use):
         wants_input: whether the input's gradient is needed.
     """
 
+    reads_parameters = False
+
     def __init__(
         self,
         layer: Layer,

@@ -50,7 +50,8 @@ class ParameterClip(Clip):
         module = self.layer.module
         return [
             module.register_forward_pre_hook(self.enter, with_kwargs=True),
-            module.register_forward_hook(self.leave, always_call=True),
+            # First after the module: FSDP takes the parameters away.
+            module.register_forward_hook(self.leave, always_call=True, prepend=True),
         ]
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:

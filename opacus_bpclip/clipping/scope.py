@@ -10,7 +10,8 @@ be made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ _ENDED_BEFORE = (
 )
 
 Deliver = Callable[[dict[nn.Parameter, Tensor]], None]
+Whole = Callable[[Layer], AbstractContextManager[None]]
 
 
 class Scope:
@@ -47,6 +49,7 @@ class Scope:
         begin: called when a gradient arrives at a node.
         deliver: called with the sums, in eager mode.
         fail: called with what is wrong; raises.
+        whole: has a layer's parameters at hand for a while, where they come and go.
     """
 
     token: Tensor | None = None
@@ -60,7 +63,8 @@ class Scope:
         self.at_once = at_once
         self.begin: Callable[[], None] = _nothing
         self.deliver: Deliver | None = None
-        self.fail: Callable[[str], NoReturn] = _raise
+        self.fail: Callable[[str], None] = _raise
+        self.whole: Whole = always_whole
         self._task: int | None = None  # the backward pass that the kept uses are of
         self._ended = False
         self._calls: dict[str, int] = {}  # of the layers that share parameters, by group
@@ -155,7 +159,10 @@ class Scope:
         for group in kept:
             if group not in found:
                 kept[group] = list(merged(kept[group]))
-                found[group] = measure_together(kept[group], self.bound)
+                with ExitStack() as stack:
+                    for layer in {use.layer.name: use.layer for use in kept[group]}.values():
+                        stack.enter_context(self.whole(layer))
+                    found[group] = measure_together(kept[group], self.bound)
         usable = everywhere(each.usable for each in found.values())
         # Orthogonal parts of one gradient: the squares add up. In double precision, in which the
         # sum over any number of layers is right to the last place of the bounds.
@@ -166,7 +173,8 @@ class Scope:
         shared: dict[tuple[torch.dtype, int], Factors] = {}
         while kept:
             for use in kept.pop(next(iter(kept))):
-                self._add(use, use.sums(self._shared_factors(total, use, shared)))
+                with self.whole(use.layer) if use.reads_parameters else nullcontext():
+                    self._add(use, use.sums(self._shared_factors(total, use, shared)))
 
     def _shared_factors(
         self, total: Measured, use: Use, shared: dict[tuple[torch.dtype, int], Factors]
@@ -227,9 +235,14 @@ def unwatched_token(device: torch.device | str = "cpu") -> Tensor:
     return torch.empty((), device=device, requires_grad=True)
 
 
+def always_whole(_: Layer) -> AbstractContextManager[None]:
+    """Do nothing: parameters are where they were."""
+    return nullcontext()
+
+
 def _nothing() -> None:
     return None
 
 
-def _raise(reason: str) -> NoReturn:
+def _raise(reason: str) -> None:
     raise PrivacyViolationError(reason)

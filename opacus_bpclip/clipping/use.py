@@ -43,10 +43,12 @@ class Use(ABC):
     Attributes:
         layer: the layer.
         examples: by what a mean loss has divided the upstream gradient; 1 for a sum.
+        reads_parameters: whether the sum depends on the parameters' values.
     """
 
     layer: Layer
     examples: int
+    reads_parameters = True
 
     @property
     @abstractmethod
@@ -113,6 +115,8 @@ class OwnUse(Use):
         part: ``[B]``, by what to multiply each example's gradient beforehand.
         inputs: the gradients of the layer's inputs; may be changed in place.
     """
+
+    reads_parameters = False
 
     def __init__(
         self,

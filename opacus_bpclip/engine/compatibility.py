@@ -7,9 +7,11 @@ from typing import Any
 from torch import nn
 
 from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.engine.parallel import inner
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers, unclipped_inputs
 from opacus_bpclip.model.plan import Plan
+from opacus_bpclip.model.sharding import unsharded
 from opacus_bpclip.probe import Prober, with_uses
 
 
@@ -28,9 +30,11 @@ def require_compatible(
             what to do.
     """
     config = config or BackpropClipping()
-    trainable_layers(module, declared_uses(config))
-    if data_loader is not None:
-        try_out(config, module=module, data_loader=data_loader)
+    module = inner(module)
+    with unsharded(module):
+        trainable_layers(module, declared_uses(config))
+        if data_loader is not None:
+            try_out(config, module=module, data_loader=data_loader)
 
 
 def try_out(

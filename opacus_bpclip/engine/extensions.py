@@ -10,24 +10,27 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import opacus
+import torch
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from opacus_bpclip.config import BackpropClipping
-from opacus_bpclip.engine.compatibility import try_out
-from opacus_bpclip.engine.validation import checked_loader, checked_options
+from opacus_bpclip.engine.module import BackpropClipModule
+from opacus_bpclip.engine.parallel import inner
+from opacus_bpclip.engine.request import Request, checked, require_equal_ranks
+from opacus_bpclip.engine.validation import checked_options
+from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.hooks import BackpropClipHooks
-from opacus_bpclip.losses.criterion import BackpropClipCriterion
-from opacus_bpclip.model.plan import Plan
-from opacus_bpclip.module import BackpropClipModule
+from opacus_bpclip.model.sharding import gathered
 from opacus_bpclip.optimizer.accounting import AccountStep
 from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
+from opacus_bpclip.optimizer.ranks import generator_of_rank
 from opacus_bpclip.sampling.loader import PrivateDataLoader
 
 Original = Callable[..., Any]
@@ -46,18 +49,6 @@ _MAKE_PRIVATE_OPTIONS = _options(opacus.PrivacyEngine.make_private)
 _WITH_EPSILON_OPTIONS = _options(opacus.PrivacyEngine.make_private_with_epsilon)
 
 
-@dataclass
-class _Request:
-    """What one call of make_private hands to the engine's inner steps."""
-
-    config: BackpropClipping
-    passed: dict[object, Plan]
-    criterion: BackpropClipCriterion | None = None
-    physical_batch_size: int | None = None
-    entered: bool = False
-    hooks: BackpropClipHooks | None = None
-
-
 def make_private(
     original: Original,
     engine: opacus.PrivacyEngine,
@@ -68,7 +59,7 @@ def make_private(
     **kwargs: Any,
 ) -> Any:
     """Extend ``make_private``."""
-    request: _Request | None = getattr(engine, _REQUEST, None)
+    request: Request | None = getattr(engine, _REQUEST, None)
     if clipping != "backprop":
         refuse_options(clipping, backprop, physical_batch_size)
         return original(clipping=clipping, **kwargs)
@@ -78,24 +69,23 @@ def make_private(
         unknown = sorted(set(kwargs) - _MAKE_PRIVATE_OPTIONS)
         if unknown:
             raise ValueError(f"Unknown options for make_private: {', '.join(unknown)}.")
-        config = checked_options(engine, backprop, physical_batch_size, **kwargs)
-        kwargs |= checked_loader(**kwargs)
-        criterion = _private_criterion(kwargs)
-        tried = try_out(config, loss_outside=criterion is not None, **kwargs)
-        request = _Request(*tried, criterion, physical_batch_size)
+        request = checked(engine, backprop, physical_batch_size, kwargs, kwargs)
     else:
         kwargs = {key: kwargs[key] for key in kwargs if key in _MAKE_PRIVATE_OPTIONS}
-        checked_options(engine, request.config, request.physical_batch_size, **kwargs)
+        inside = kwargs | {"module": inner(kwargs["module"])}
+        with gathered(inside["module"]), request.ranks.together():
+            checked_options(engine, request.config, request.physical_batch_size, **inside)
     kwargs["grad_sample_mode"] = "hooks"
     kwargs.pop("criterion", None)  # Opacus's own; the request carries ours.
     with _requested(engine, replace(request, entered=True)) as request:
         try:
             module, optimizer, data_loader = original(clipping=clipping, **kwargs)
+            optimizer.attach_step_hook(AccountStep(engine.accountant, 1 / len(data_loader)))
+            require_equal_ranks(request, optimizer, data_loader)
         except BaseException:
             if request.hooks is not None:
                 request.hooks._undo()
             raise
-        optimizer.attach_step_hook(AccountStep(engine.accountant, 1 / len(data_loader)))
     if request.criterion is None:
         return module, optimizer, data_loader
     return module, optimizer, request.criterion, data_loader
@@ -117,13 +107,10 @@ def make_private_with_epsilon(
     if getattr(engine, _REQUEST, None) is not None:
         return original(clipping=clipping, **kwargs)
     _refuse_unknown_for_epsilon(kwargs)
-    options = {"noise_multiplier": 1.0, **kwargs}
-    config = checked_options(engine, backprop, physical_batch_size, **options)
-    kwargs |= checked_loader(**kwargs)
-    criterion = _private_criterion(kwargs)
     # Opacus hands unknown options to the noise search as well: the request carries ours past it.
-    tried = try_out(config, loss_outside=criterion is not None, **kwargs)
-    with _requested(engine, _Request(*tried, criterion, physical_batch_size)):
+    options = {"noise_multiplier": 1.0, **kwargs}
+    request = checked(engine, backprop, physical_batch_size, kwargs, options)
+    with _requested(engine, request):
         return original(clipping=clipping, **kwargs)
 
 
@@ -139,7 +126,7 @@ def prepare_model(
     **kwargs: Any,
 ) -> Any:
     """Extend ``_prepare_model``."""
-    request: _Request | None = getattr(engine, _REQUEST, None)
+    request: Request | None = getattr(engine, _REQUEST, None)
     if request is None:
         return original(
             module,
@@ -149,6 +136,7 @@ def prepare_model(
             wrap_model=wrap_model,
             **kwargs,
         )
+    module = inner(module)
     engine.validate(module=module, optimizer=None, data_loader=None)
     attach = BackpropClipModule if wrap_model else BackpropClipHooks
     request.hooks = attach(
@@ -158,6 +146,7 @@ def prepare_model(
         loss_reduction=loss_reduction,
         batch_first=batch_first,
         criterion=request.criterion,
+        ranks=request.ranks,
     )
     request.hooks._prober.passed |= request.passed
     return request.hooks
@@ -173,7 +162,7 @@ def prepare_data_loader(
     **kwargs: Any,
 ) -> DataLoader[Any]:
     """Extend ``_prepare_data_loader``."""
-    request: _Request | None = getattr(engine, _REQUEST, None)
+    request: Request | None = getattr(engine, _REQUEST, None)
     if request is None or not poisson_sampling:
         return original(
             data_loader, poisson_sampling=poisson_sampling, distributed=distributed, **kwargs
@@ -181,7 +170,10 @@ def prepare_data_loader(
     assert request.hooks is not None
     _note_dataset(engine, data_loader.dataset)
     private = PrivateDataLoader.from_data_loader(
-        data_loader, distributed=distributed, generator=engine.secure_rng, **kwargs
+        data_loader,
+        distributed=distributed,
+        generator=_generator_of_coins(engine, data_loader, request.ranks),
+        **kwargs,
     )
     if request.physical_batch_size is not None:
         private.in_constant_shape(request.physical_batch_size)
@@ -193,14 +185,20 @@ def prepare_optimizer(
     original: Original, engine: opacus.PrivacyEngine, *, optimizer: Any, **kwargs: Any
 ) -> Any:
     """Extend ``_prepare_optimizer``."""
-    request: _Request | None = getattr(engine, _REQUEST, None)
+    request: Request | None = getattr(engine, _REQUEST, None)
     if request is None:
         return original(optimizer=optimizer, **kwargs)
     if isinstance(optimizer, DPOptimizer):
         optimizer = optimizer.original_optimizer
     assert request.hooks is not None
+    ranks = request.ranks
     # Opacus rounds down what the division by a rate such as 1/49 has made 0.99.
-    expected = max(kwargs["expected_batch_size"], 1)
+    expected = max(kwargs["expected_batch_size"], 1 / ranks.size)
+    generator = engine.secure_rng if engine.secure_mode else kwargs["noise_generator"]
+    if ranks.sharded and ranks.size > 1 and not engine.secure_mode:
+        device = request.hooks._guard.parameters.device
+        assert device is not None
+        generator = generator_of_rank(ranks, generator, device)
     return BackpropClipOptimizer(
         optimizer,
         hooks=request.hooks,
@@ -208,13 +206,22 @@ def prepare_optimizer(
         max_grad_norm=kwargs["max_grad_norm"],
         expected_batch_size=expected,
         loss_reduction=kwargs["loss_reduction"],
-        generator=engine.secure_rng if engine.secure_mode else kwargs["noise_generator"],
+        generator=generator,
         secure_mode=engine.secure_mode,
     )
 
 
+def _generator_of_coins(
+    engine: opacus.PrivacyEngine, loader: DataLoader[Any], ranks: Ranks
+) -> torch.Generator | None:
+    """Return what a rank draws its part of each sample from."""
+    if ranks.size == 1 or engine.secure_mode:
+        return engine.secure_rng
+    return generator_of_rank(ranks, loader.generator, torch.device("cpu"))
+
+
 @contextmanager
-def _requested(engine: opacus.PrivacyEngine, request: _Request) -> Iterator[_Request]:
+def _requested(engine: opacus.PrivacyEngine, request: Request) -> Iterator[Request]:
     before = getattr(engine, _REQUEST, None)
     setattr(engine, _REQUEST, request)
     try:
@@ -254,15 +261,6 @@ def _note_dataset(engine: opacus.PrivacyEngine, dataset: Any) -> None:
             "one; if both are the same data, this does not matter.",
             stacklevel=2,
         )
-
-
-def _private_criterion(kwargs: dict[str, Any]) -> BackpropClipCriterion | None:
-    """Take the criterion out of the arguments, made private; ``None`` if none was passed."""
-    criterion = kwargs.pop("criterion", None)
-    if criterion is None:
-        return None
-    reduction = kwargs.get("loss_reduction", "mean")
-    return BackpropClipCriterion(criterion, loss_reduction=reduction)
 
 
 def _refuse_unknown_for_epsilon(kwargs: dict[str, Any]) -> None:

@@ -6,17 +6,13 @@ import inspect
 from typing import Any
 
 import opacus
-from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from opacus_bpclip.clipping.allocation import layer_fractions
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.guard.precision import rounded_mean
-from opacus_bpclip.guard.ranks import several_ranks
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.tying import tied_groups
 from opacus_bpclip.optimizer.several import SeveralOptimizers
@@ -79,9 +75,6 @@ def checked_options(
         )
     _require_physical_batch_size(physical_batch_size, poisson_sampling=poisson_sampling)
     _refuse_optimizer(optimizer)
-    problem = several_ranks()
-    if problem:
-        raise ValueError(problem)
     _refuse_wrapped(module)
     uses = declared_uses(backprop)
     groups = tied_groups(trainable_layers(module, uses, batch_first=batch_first))
@@ -164,18 +157,6 @@ def _refuse_wrapped(module: nn.Module) -> None:
         raise ValueError(
             f"The model is wrapped already ({type(module).__name__}). Pass the model itself: "
             "to_standard_module() or cleanup() undoes the wrapping."
-        )
-    parallel = (
-        DataParallel,
-        DistributedDataParallel,
-        DifferentiallyPrivateDistributedDataParallel,
-        FSDPModule,
-        FullyShardedDataParallel,
-    )
-    if isinstance(getattr(module, "_orig_mod", module), parallel):
-        raise ValueError(
-            f'{type(module).__name__} is not supported with clipping="backprop" yet. Train on one '
-            "device."
         )
     if hasattr(module, "_orig_mod") or any(
         child._compiled_call_impl is not None for child in module.modules()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,26 +28,19 @@ from opacus_bpclip.guard.call_checks import (
 )
 from opacus_bpclip.guard.forms import Form, Forms
 from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
-from opacus_bpclip.guard.passes import BackwardPasses
+from opacus_bpclip.guard.parameters import GuardedParameters
+from opacus_bpclip.guard.passes import MIXED, BackwardPasses
 from opacus_bpclip.guard.precision import Roundings, backward_under_autocast, unfit
-from opacus_bpclip.guard.ranks import several_ranks
+from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.losses.criterion import LossWatch
 from opacus_bpclip.model.coverage import (
     batch_normalization_problem,
     batch_normalizations,
-    edited_problem,
-    unfrozen_problem,
 )
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.replacements import mixes_examples
 from opacus_bpclip.rules.precision import under_autocast
-
-_MIXED = (
-    'allocation="joint" has one factor for all layers, but a part of the model is compiled and the '
-    "rest is not. Compile the whole model, or none of it, or use "
-    'BackpropClipping(allocation="dimension").'
-)
 
 
 class GradientGuard:
@@ -57,8 +49,12 @@ class GradientGuard:
     Args:
         model: the root module.
         layers: its trainable layers.
+        whole: the parameters that layers compute with, by the sharded ones that the optimizer has.
+        ranks: which train together; this one alone by default.
 
     Attributes:
+        parameters: the model's, and what is collected for them.
+        idle: whether the pass at hand has no examples, and is there for other ranks alone.
         violation: why the gradients at hand must not be used, or ``None``.
         refused: whether the optimizer has refused them.
         accumulated: how many backward passes the last gradients added up.
@@ -73,8 +69,15 @@ class GradientGuard:
         rehearsing: whether nothing is to be collected: see `opacus_bpclip.guard.rehearsal`.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
-        layers = tuple(layers)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[Layer],
+        whole: Mapping[nn.Parameter, nn.Parameter] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
+        self.idle = False
         self._model = model
         self.violation: str | None = None
         self.refused = False
@@ -91,26 +94,14 @@ class GradientGuard:
         self._rows: int | Tensor = 0
         self._forward = 0  # the number of the latest forward pass
         self._calls: dict[str, int] = {}  # of each layer in the latest forward pass
-        self._watched: dict[Tensor, WatchedParameter] = {}
-        for layer in layers:
-            for name, parameter in layer.module.named_parameters(recurse=False):
-                if parameter.requires_grad and parameter not in self._watched:
-                    self._watched[parameter] = WatchedParameter(
-                        f"{layer.name}.{name}", parameter, self._check_arrival, self.fail
-                    )
-        self._roundings = Roundings(self._watched)
-        self._parameters = dict(model.named_parameters())
-        self._versions: list[int] = []
-        self._frozen = [
-            (name, parameter)
-            for name, parameter in self._parameters.items()
-            if parameter not in self._watched
-        ]
+        self.parameters = GuardedParameters(
+            model, layers, whole or {}, self._check_arrival, self.fail
+        )
+        self._roundings = Roundings(self.parameters.trained)
 
     def remove(self) -> None:
         """Stop watching."""
-        for watched in self._watched.values():
-            watched.remove()
+        self.parameters.remove()
 
     def clear(self) -> None:
         """Forget the gradients at hand: they have been used or thrown away."""
@@ -118,8 +109,7 @@ class GradientGuard:
         self.refused = False
         self.passes.clear()
         self.forget()
-        for watched in self._watched.values():
-            watched.clear()
+        self.parameters.clear()
 
     def finish(self) -> None:
         """Forget the gradients at hand, and the forward pass that they came from."""
@@ -130,27 +120,21 @@ class GradientGuard:
     @property
     def pending(self) -> bool:
         """Return whether clipped gradients wait for their noise."""
-        sums = (getattr(parameter, "summed_grad", None) for parameter in self._watched)
-        return self.collected > 0 or any(
-            summed is not None and not hasattr(summed, "_processed") for summed in sums
-        )
+        return self.collected > 0 or self.parameters.wait
 
     @property
     def collected(self) -> int:
         """Return how many backward passes the gradients at hand add up."""
-        compiled = max((watched.arrivals for watched in self._watched.values()), default=0)
-        return max(compiled, self.passes.collected)
+        return max(self.parameters.arrivals, self.passes.collected)
 
     # Forward
 
     def enter_forward(self, batch_size: int, present: Tensor | None = None) -> None:
         """Begin a forward pass of the root over rows, of which some may be padding, not present."""
-        self.require(several_ranks())
+        self.require(self.ranks.problem())
         if self.undoes_mean:
-            self.require(self._roundings.of_products())
-        for name, parameter in self._frozen:
-            if parameter.requires_grad:
-                self.fail(unfrozen_problem(name))
+            self.require(self._roundings.of_products(self.parameters.device))
+        self.require(self.parameters.unfrozen())
         # Looked up anew: a module may have been put in the place of another.
         for name, norm in batch_normalizations(self._model).items():
             if mixes_examples(norm):
@@ -161,15 +145,12 @@ class GradientGuard:
         self._in_forward = True
         self._batch_size = batch_size
         self._rows = batch_size if present is None else present.sum()
-        self._versions = [parameter._version for parameter in self._parameters.values()]
+        self.parameters.begin_forward()
 
     def leave_forward(self) -> None:
         """End a forward pass of the root."""
         self._in_forward = False
-        versions, self._versions = self._versions, []
-        for (name, parameter), version in zip(self._parameters.items(), versions, strict=False):
-            if parameter._version != version:
-                self.fail(edited_problem(name))
+        self.require(self.parameters.edited())
 
     def enter_layer(self, layer: Layer) -> bool:
         """Count one use of a layer; return whether it is one to follow through the backward pass.
@@ -219,7 +200,7 @@ class GradientGuard:
     # Backward
 
     def require(self, problem: str | None) -> None:
-        """Make the gradients at hand unusable, and raise, if there is a problem.
+        """Do what `fail` does if there is a problem.
 
         Raises:
             PrivacyViolationError: there is.
@@ -227,14 +208,21 @@ class GradientGuard:
         if problem is not None:
             self.fail(problem)
 
-    def fail(self, reason: str) -> NoReturn:
+    def fail(self, reason: str) -> None:
         """Make the gradients at hand unusable, and raise.
 
+        Where other ranks wait for this one in the pass at hand, it goes on, for nothing: the next
+        meeting of the ranks raises, before anything is released.
+
         Raises:
-            PrivacyViolationError: always.
+            PrivacyViolationError: the pass need not go on.
         """
-        self.violation = reason
+        if not (self.ranks.in_pass and self.violation):
+            self.violation = reason
         self.forget()
+        self.ranks.refuse(reason)
+        if self.ranks.in_pass:
+            return
         raise PrivacyViolationError(reason)
 
     def begin_backward(self) -> Callable[[], None]:
@@ -242,6 +230,8 @@ class GradientGuard:
         return partial(self._begin_backward, self._forward, self._rows)
 
     def _begin_backward(self, forward: int, rows: int | Tensor) -> None:
+        if self.idle:
+            return
         if self.undoes_mean and under_autocast():
             self.fail(backward_under_autocast(compiled=False))
         self.require(self.passes.begin(forward, rows))
@@ -249,15 +239,17 @@ class GradientGuard:
 
     def _check_mixed(self) -> None:
         if self.joint and self.passes.is_mixed:
-            self.fail(_MIXED)
+            self.fail(MIXED)
 
     def collector(self) -> Callable[[Mapping[nn.Parameter, Tensor]], None]:
         """Return what a scope of the latest forward pass calls with its sums."""
         return partial(self._collect, self.forms.at_hand)
 
     def _collect(self, form: Form | None, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        if self.idle:
+            return
         for parameter, total in sums.items():
-            watched = self._watched[parameter]
+            watched = self.parameters[parameter]
             self._check_loss(watched)
             if not self.rehearsing:
                 self.require(unusable_gradient(watched, total))
@@ -279,8 +271,10 @@ class GradientGuard:
         if under_autocast():
             self.fail(backward_under_autocast(compiled=True))
         if self.undoes_mean:
-            self.require(self._roundings.of_products())
+            self.require(self._roundings.of_products(self.parameters.device))
         own = watched.parameter in self.by_functions
+        if self.ran_compiled:
+            self.require(self.ranks.graphs_problem)
         self.require(foreign_gradient(watched, compiled=self.ran_compiled, by_functions=own))
         self.require(unusable_gradient(watched, gradient))
         self.require(self.passes.note_traced())
@@ -289,15 +283,11 @@ class GradientGuard:
     @property
     def arrived(self) -> list[WatchedParameter]:
         """Return the parameters whose gradients compiled graphs have sent since the last step."""
-        return [watched for watched in self._watched.values() if watched.arrivals]
-
-    def watches(self, parameter: nn.Parameter) -> bool:
-        """Return whether what arrives at a parameter is checked and collected."""
-        return parameter in self._watched
+        return self.parameters.arrived
 
     def take(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the parameter's sum of contributions since the last step, ``None`` without any."""
-        return self._watched[parameter].take()
+        return self.parameters[parameter].take()
 
 
 def _nothing() -> None:

@@ -19,6 +19,12 @@ TWO_FORWARDS = (
     "and declare how often it uses each layer: BackpropClipping(uses={name: K})."
 )
 
+MIXED = (
+    'allocation="joint" has one factor for all layers, but a part of the model is compiled and the '
+    "rest is not. Compile the whole model, or none of it, or use "
+    'BackpropClipping(allocation="dimension").'
+)
+
 
 class BackwardPasses:
     """What the gradients at hand came from.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -108,14 +108,17 @@ class Roundings:
         parameters: the trainable ones.
     """
 
-    def __init__(self, parameters: Collection[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._looks = 0  # at gradients that have arrived, which stalls an accelerator
         self._kinds = kinds_of_products(parameters)
-        self._device = next((p.device for p in parameters), torch.device("cpu"))
 
-    def of_products(self) -> str | None:
-        """Return `rounded_products` for the model."""
-        return rounded_products(self._device, self._kinds)
+    def of_products(self, device: torch.device | None) -> str | None:
+        """Return `rounded_products` for the model.
+
+        Args:
+            device: where the model is; ``None`` if it trains nothing.
+        """
+        return None if device is None else rounded_products(device, self._kinds)
 
     def of_model(self, output: object) -> str | None:
         """Return `rounded_mean` of a forward pass that has run.
@@ -144,15 +147,17 @@ class Roundings:
     def _look(self, fail: Callable[[str], object], gradient: Tensor) -> None:
         self._looks += 1
         few = gradient.detach().flatten()[:_ENTRIES]
-        few = few[few != 0]
-        # Numbers of float32 end in 16 zero bits only if they were rounded so.
-        if len(few) and bool((few.bfloat16() == few).all()):
+        # Numbers of float32 end in 16 zero bits only if they were rounded so, or if they are few:
+        # signs, counts, or what is left where others cancel.
+        if bool((few.bfloat16() == few).all()) and len(few.unique()) >= _DIFFERENT:
             fail(rounded_mean("The loss", torch.bfloat16) or "")
 
 
-# On an accelerator, in how many backward passes to look at what arrives; and at how many numbers.
+# On an accelerator, in how many backward passes to look at what arrives; at how many numbers, and
+# how many different ones tell something.
 _LOOKS = 4
 _ENTRIES = 1024
+_DIFFERENT = 64
 
 
 def _tensors_of(output: object) -> list[Tensor]:

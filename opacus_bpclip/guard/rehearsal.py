@@ -39,7 +39,6 @@ _OF_BATCH = (
     "_in_forward",
     "_batch_size",
     "_calls",
-    "_versions",
 )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-Fail = Callable[[str], NoReturn]
+Fail = Callable[[str], None]
 
 
 class WatchedParameter:

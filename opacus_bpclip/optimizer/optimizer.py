@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
-from torch import Tensor
 from torch.optim import Optimizer
 
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.gradient_checks import mark_as_cleared
+from opacus_bpclip.guard.ranks import Place
+from opacus_bpclip.guard.rehearsal import vouch
 from opacus_bpclip.hooks import BackpropClipHooks
-from opacus_bpclip.optimizer.noise import add_noise_, with_own_memory
+from opacus_bpclip.optimizer.marks import is_released, mark_as_released
+from opacus_bpclip.optimizer.noise import add_noise_
+from opacus_bpclip.optimizer.ranks import local, released
 from opacus_bpclip.optimizer.wrapper import OptimizerWrapper
 from opacus_bpclip.rules.precision import norm_dtype
 
@@ -35,14 +39,15 @@ class BackpropClipOptimizer(OptimizerWrapper):
         hooks: what clips the model's gradients.
         noise_multiplier: noise standard deviation over ``max_grad_norm``.
         max_grad_norm: joint L2 sensitivity of the summed gradient.
-        expected_batch_size: the public divisor for ``loss_reduction="mean"``.
+        expected_batch_size: the public divisor for ``loss_reduction="mean"``, of each rank.
         loss_reduction: ``"mean"`` or ``"sum"``; must be the hooks' own.
         **options: as for Opacus's ``DPOptimizer``.
 
     Attributes:
         keep_summed_grad: whether ``p.summed_grad``, the sum without noise, outlives the step, for
-            tests and audits. By default the noise is added to it in place: nothing without noise
-            is left, and the parameters' gradients are in memory once.
+            tests and audits; with several ranks, this rank's own. By default the noise is added
+            to it in place: nothing without noise is left, and the parameters' gradients are in
+            memory once.
 
     Raises:
         ValueError: ``max_grad_norm`` is not positive, or ``loss_reduction`` is not the hooks' own.
@@ -111,18 +116,21 @@ class BackpropClipOptimizer(OptimizerWrapper):
             ValueError: `zero_grad` was not called since the last step.
         """
         guard = self._guard
+        given_up = guard.ranks.given_up
+        if given_up is not None:
+            raise PrivacyViolationError(f"The ranks have given this batch up: {given_up}")
         if guard.violation is not None:
             raise PrivacyViolationError(
                 f"These gradients are not covered by the guarantee: {guard.violation}"
             )
-        self._hooks._vouch()
-        if any(_is_released(p.grad) for p in self.params):
+        vouch(self._hooks._module, guard)
+        if any(is_released(p.grad) for p in self.params):
             raise ValueError(
                 "Gradients haven't been cleared since the last optimizer step. To obtain privacy "
                 "guarantees you must call optimizer.zero_grad() on each step."
             )
         for p in self.params:
-            if not guard.watches(p):
+            if p not in guard.parameters:
                 raise PrivacyViolationError(
                     f"The optimizer holds a parameter of shape {tuple(p.shape)} that was not "
                     "trainable, or not the model's, when make_private was called: nothing clips "
@@ -136,26 +144,27 @@ class BackpropClipOptimizer(OptimizerWrapper):
                 # Out of place: autograd may have sent one tensor to two parameters.
                 p.summed_grad = gradient if p.summed_grad is None else p.summed_grad + gradient
             elif p.summed_grad is None:
-                p.summed_grad = torch.zeros_like(p, dtype=norm_dtype(p.dtype))
+                whole = guard.parameters.whole(p)
+                p.summed_grad = torch.zeros_like(whole, dtype=norm_dtype(whole.dtype))
 
     def add_noise(self) -> None:
         """Turn each ``p.summed_grad`` into ``p.grad`` by Gaussian noise, drawn anew for each entry.
 
-        The standard deviation is ``noise_multiplier * max_grad_norm``, here and nowhere else.
+        The standard deviation is ``noise_multiplier * max_grad_norm``, here and nowhere else. With
+        several ranks, ``p.grad`` is the sum of what all of them have, with one rank's noise.
         """
         sums = [p.summed_grad for p in self.params]
         for summed in sums:
             _check_processed_flag(summed)
         if self.keep_summed_grad:
-            noised = [summed.clone() for summed in sums]
-        else:
-            noised = with_own_memory(sums)
-        add_noise_(
-            noised,
+            sums = [summed.clone() for summed in sums]
+        add_noise = partial(
+            add_noise_,
             std=self.noise_multiplier * self.max_grad_norm,
             generator=self.generator,
             secure_mode=self.secure_mode,
         )
+        noised = released(sums, self.params, self._guard.ranks, add_noise)
         for p, gradient in zip(self.params, noised, strict=True):
             # With its noise it may be rounded to what the wrapped optimizer steps in.
             p.grad = gradient.to(p.dtype)
@@ -168,7 +177,8 @@ class BackpropClipOptimizer(OptimizerWrapper):
         """Divide ``p.grad`` by the expected batch size, where the loss is a mean."""
         if self.loss_reduction == "mean":
             divisor = self.expected_batch_size * self.accumulated_iterations
-            torch._foreach_div_([p.grad for p in self.params], divisor)
+            divisor *= self._guard.ranks.size
+            torch._foreach_div_([local(p.grad) for p in self.params], divisor)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Collect, and at the end of a logical batch add noise, divide and account.
@@ -178,7 +188,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
         """
         skip = self._check_skip_next_step()
         try:
-            self.accumulate()
+            self._collect(skip)
         except PrivacyViolationError:
             self._end_refused_batch(skip)
             raise
@@ -193,13 +203,49 @@ class BackpropClipOptimizer(OptimizerWrapper):
         self.add_noise()
         self.scale_grad()
         for p in self.params:
-            _mark_as_released(p.grad)
+            mark_as_released(p.grad)
         if self.step_hook:
             self.step_hook(self)
         self._is_last_step_skipped = False
         self._guard.finish()
         self._guard.passes.samples.close()
         return True
+
+    def _collect(self, skip: bool) -> None:
+        """Collect; at the end of a logical batch, go on only if all ranks do."""
+        ranks = self._guard.ranks
+        ranks.in_pass = False
+        refusal: Exception | None = None
+        told = None
+        try:
+            self.accumulate()
+        except (PrivacyViolationError, ValueError) as error:
+            refusal = error
+        if not skip and ranks.given_up is None:
+            told = self._meet(None if refusal is None else str(refusal))
+        elif refusal is not None:
+            ranks.refuse(str(refusal))
+        try:
+            if refusal is not None:
+                raise refusal
+            self._guard.require(told)
+        finally:
+            if not skip:
+                ranks.begin_batch()
+
+    def _meet(self, refusal: str | None) -> str | None:
+        """Wait for all ranks at the end of a logical batch; return why none may step.
+
+        Those that wait for parameters that this rank has a part of get them meanwhile.
+        """
+        ranks, numbers = self._guard.ranks, (self.noise_multiplier, self.max_grad_norm)
+        batches = self.accumulated_iterations
+        while True:
+            told = ranks.meet(Place.STEP, (*numbers, batches), refusal=refusal)
+            if told is not None or not ranks.waits:
+                return told
+            self._hooks._trials.pass_without_examples()
+            self._guard.accumulated = batches
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one private step.
@@ -239,19 +285,10 @@ class BackpropClipOptimizer(OptimizerWrapper):
         # another sample has.
         samples = self._guard.passes.samples
         self._guard.refused = True
+        if not skip:
+            self._guard.ranks.begin_batch()
         if not skip or samples.mixed:
             for p in self.params:
                 p.summed_grad = None
             self._is_last_step_skipped = False
             samples.close()
-
-
-def _mark_as_released(gradient: Tensor) -> None:
-    gradient._released_version = gradient._version  # type: ignore[attr-defined]
-
-
-def _is_released(gradient: Tensor | None) -> bool:
-    """Return whether a gradient is the last step's, as it was released."""
-    if gradient is None:
-        return False
-    return getattr(gradient, "_released_version", None) == gradient._version

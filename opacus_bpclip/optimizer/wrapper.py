@@ -82,9 +82,14 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
             noise_multiplier=self.noise_multiplier,
             max_grad_norm=self.max_grad_norm,
             sample_rate=getattr(self.step_hook, "sample_rate", None),
-            expected_batch_size=self.expected_batch_size,
+            expected_batch_size=self._expected_of_all(),
             loss_reduction=self.loss_reduction,
         )
+
+    def _expected_of_all(self) -> float | None:
+        """Return the expected batch size of all ranks together."""
+        own: float | None = self.expected_batch_size
+        return own if own is None else own * self._guard.ranks.size
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all of it, but for a ``step`` that a scheduler has put in the method's place."""

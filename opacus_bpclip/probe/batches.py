@@ -98,6 +98,11 @@ class Batch(NamedTuple):
             return self
         return self.select(self.present.nonzero().flatten().tolist())._replace(present=None)
 
+    def hollow(self) -> Batch:
+        """Return the batch without examples; with a made-up one, where sequences are packed."""
+        packed = any(map(is_packed, batch_leaves((self.args, self.kwargs))))
+        return self.invent(1) if packed else self.select(())._replace(present=None)
+
     def invent(self, count: int, *, seed: int = 0, scale: float = 1.0) -> Batch:
         """Return a batch of ``count`` made-up examples of the same shapes and dtypes.
 

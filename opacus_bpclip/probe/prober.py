@@ -108,6 +108,10 @@ class Prober:
             order = ("first", "second")[batch.axis]
             raise UntriedError(problems.untried(str(error), order)) from None
 
+    def knows(self, batch: Batch) -> bool:
+        """Return whether `on_batch` would not run the model."""
+        return self._known(batch) is not None
+
     def _search_made_up(self, batch: Batch) -> Problem | None:
         """Search one made-up batch; where the model takes no lengths of 0, one of longer ones."""
         try:

@@ -20,7 +20,7 @@ def rows_of(leaf: Any, rows: Sequence[int], axis: int) -> Any:
     if is_packed(leaf):
         sequences = unpack_sequence(leaf)
         return pack_sequence([sequences[row] for row in rows], enforce_sorted=False)
-    return leaf.index_select(axis, torch.tensor(rows, device=leaf.device))
+    return leaf.index_select(axis, torch.tensor(rows, dtype=torch.long, device=leaf.device))
 
 
 def invented(leaf: Any, count: int, axis: int, scale: float, generator: torch.Generator) -> Any:

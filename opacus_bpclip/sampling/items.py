@@ -20,7 +20,9 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
 )
+from torch.utils.data.distributed import DistributedSampler
 
+from opacus_bpclip.guard.ranks import world_size
 from opacus_bpclip.probe.randomness import repeatable
 
 _REMEDY = (
@@ -91,6 +93,8 @@ def _subset(sampler: Any, size: int) -> Sequence[int] | None:
     """
     if type(sampler) is SequentialSampler and len(sampler) == size:
         return None
+    if type(sampler) is DistributedSampler and sampler.num_replicas == world_size():
+        return None  # of all ranks together
     if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == size:
         return None
     if type(sampler) is SubsetRandomSampler:

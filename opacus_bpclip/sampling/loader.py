@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from opacus.data_loader import DPDataLoader
 from opacus.utils.batch_memory_manager import wrap_data_loader
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -26,13 +27,25 @@ class CountedSampler(UniformWithReplacementSampler):
     Every loader that is made from the private one (by ``BatchMemoryManager``, Lightning or
     accelerate) keeps its batch sampler, so the count does not depend on who iterates.
 
+    Args:
+        num_samples: how many items the data set has.
+        part: which of them this sampler draws from; ``None`` for all.
+        **options: as for Opacus's.
+
+    Raises:
+        ValueError: there are none.
+
     Attributes:
         samples: where it notes the number of items of each batch.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, num_samples: int, part: range | None = None, **options: Any) -> None:
+        self.part = range(num_samples) if part is None else part
+        super().__init__(num_samples=len(self.part), **options)
         self.samples = SampleLog()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing, where Opacus's distributed sampler deals the items out anew."""
 
     def __iter__(self) -> Iterator[list[int]]:
         samples, begun = self.samples, self.samples.begin()
@@ -40,7 +53,7 @@ class CountedSampler(UniformWithReplacementSampler):
         try:
             for indices in super().__iter__():
                 samples.draw(len(indices), begun)
-                yield indices
+                yield [self.part[index] for index in indices]
             left = False
         finally:
             samples.end(begun, left=left)
@@ -96,7 +109,7 @@ class PrivateDataLoader(DPDataLoader):
         collate_fn: as for ``torch.utils.data.DataLoader``.
         generator: of the sampling.
         drop_last: ignored, as in Opacus.
-        distributed: must be ``False``.
+        distributed: whether every rank of the process group draws from items of its own.
         batch_first: ignored: the batch axis is found.
         rand_on_empty: must be ``False``.
         **options: as for ``torch.utils.data.DataLoader``.
@@ -120,7 +133,6 @@ class PrivateDataLoader(DPDataLoader):
         rand_on_empty: bool = False,
         **options: Any,
     ) -> None:
-        assert not distributed
         assert not rand_on_empty
         self.sample_rate = sample_rate
         self.distributed = distributed
@@ -130,6 +142,7 @@ class PrivateDataLoader(DPDataLoader):
             dataset,
             batch_sampler=CountedSampler(
                 num_samples=len(dataset),  # type: ignore[arg-type]
+                part=part_of_rank(len(dataset)) if distributed else None,  # type: ignore[arg-type]
                 sample_rate=sample_rate,
                 generator=generator,
             ),
@@ -177,6 +190,18 @@ class _Announcing:
     def signal_skip_step(self, do_skip: bool) -> None:
         """Announce a physical batch."""
         self.samples.signal(do_skip)
+
+
+def part_of_rank(items: int) -> range:
+    """Return this rank's items: each item is one rank's, in every epoch the same one's.
+
+    Not in another order in each epoch, as Opacus's sampler has it: a rank that is not told of the
+    epoch would draw items that another one draws, too.
+
+    Args:
+        items: how many the data set has.
+    """
+    return range(dist.get_rank(), items, dist.get_world_size())
 
 
 def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:

@@ -16,8 +16,8 @@ from opacus_bpclip.ab.models import count_parameters
 from opacus_bpclip.bench import arms
 from opacus_bpclip.bench.cases import batch, build
 from opacus_bpclip.bench.settings import BACKPROP, CASES, EAGER, OPACUS, points
+from opacus_bpclip.engine.module import BackpropClipModule
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
-from opacus_bpclip.module import BackpropClipModule
 from tests.bench.tiny import tiny
 
 CPU = torch.device("cpu")

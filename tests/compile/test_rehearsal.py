@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import PrivacyViolationError
+from opacus_bpclip.guard import rehearsal
 from tests.budgets import layerwise
 from tests.helpers import (
     CLASSES,
@@ -62,7 +63,7 @@ def test_a_rehearsal_leaves_no_trace(rehearsed, clipping):
     sums = {watched.name: watched._collected.clone() for watched in guard.arrived}
     passes, before = vars(guard.passes).copy(), snapshot(model)
     waiting = len(guard.passes.samples._waiting)
-    private.handle._vouch()
+    rehearsal.vouch(model, guard)
     assert len(rehearsed) == 1
     assert snapshot(model) == before
     for one, other in zip(left, [model.calls, model.latest, torch.get_rng_state()], strict=True):

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from opacus_bpclip import hooks
 from opacus_bpclip.guard import forms
 from opacus_bpclip.guard.forms import Forms, Unvouched
 from opacus_bpclip.guard.watched import WatchedParameter
+from opacus_bpclip.optimizer import optimizer
 from tests.mutants import compiled_killers as killers
 from tests.mutants.registry import mutant
 
@@ -20,7 +20,7 @@ RELEASED = "nothing bounds was released"
 @mutant(killed_by=killers.gradient_beside_a_layer_in_a_graph, says=RELEASED)
 def graphs_not_vouched_for(patch: pytest.MonkeyPatch) -> None:
     """What a compiled graph sends is released, though eager mode has never seen such a pass."""
-    patch.setattr(hooks, "vouch", lambda model, guard: None)
+    patch.setattr(optimizer, "vouch", lambda model, guard: None)
 
 
 @mutant(killed_by=killers.graph_of_a_flag_that_no_batch_had, says=RELEASED)

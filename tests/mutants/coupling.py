@@ -18,6 +18,7 @@ from opacus_bpclip.clipping.use import Use
 from opacus_bpclip.guard import guard
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.guard.watched import WatchedParameter
+from opacus_bpclip.optimizer import optimizer
 from opacus_bpclip.rules import ConvRule, GroupNormRule, LinearRule, base
 from tests.mutants import bound_killers, coupling_killers, guard_killers
 from tests.mutants.registry import mutant, take_for_a_mean
@@ -165,7 +166,7 @@ def sources_not_asked_for(patch: pytest.MonkeyPatch) -> None:
     """A gradient that comes to a parameter through autograd is let through without asking where it
     came from, as `p.grad` by nature does; layers deliver their sums another way."""
     patch.setattr(GradientGuard, "_check_arrival", lambda self, watched, gradient: None)
-    patch.setattr(grad_sample_module, "vouch", lambda model, guard: None)
+    patch.setattr(optimizer, "vouch", lambda model, guard: None)
 
 
 @mutant(
@@ -189,7 +190,7 @@ def sums_collected_unseen(patch: pytest.MonkeyPatch) -> None:
 
     def collect(self: GradientGuard, _: object, sums: Mapping[nn.Parameter, Tensor]) -> None:
         for parameter, total in sums.items():
-            self._watched[parameter].add(total)
+            self.parameters[parameter].add(total)
         self.passes.collected = self.passes.count
 
     patch.setattr(GradientGuard, "_collect", collect)

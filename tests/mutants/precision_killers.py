@@ -59,7 +59,7 @@ def mean_under_autocast() -> None:
 
     def loss(y: Tensor, model: nn.Module) -> Tensor:
         with torch.autocast("cpu", _LOW):
-            return trainer.model(torch.ones(3, 2)).float().mean()
+            return trainer.model(torch.ones(3, 2)).float().square().mean()
 
     check_refused(trainer, torch.ones(3, 2), loss)
 

@@ -14,6 +14,7 @@ from opacus_bpclip import hooks
 from opacus_bpclip.clipping import attach
 from opacus_bpclip.clipping.base import Clip, Settings
 from opacus_bpclip.model.layer import Layer
+from tests.living import LIVING
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 Killer = Callable[[], None]
@@ -51,7 +52,11 @@ class Mutant:
         """Run with the mutant in the code."""
         with pytest.MonkeyPatch.context() as monkeypatch:
             self.patch(monkeypatch)
-            yield
+            LIVING.append(self.patch)
+            try:
+                yield
+            finally:
+                LIVING.remove(self.patch)
 
     def died(self, error: AssertionError) -> bool:
         """Return whether the killer's error is about what the mutant breaks."""

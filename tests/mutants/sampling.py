@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from opacus_bpclip.clipping.alignment import Alignment
-from opacus_bpclip.guard import guard
+from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.sampling.log import Sample, SampleLog
 from tests.mutants import sampling_killers as killers
 from tests.mutants.registry import mutant
@@ -53,7 +53,7 @@ def samples_added_up(patch: pytest.MonkeyPatch) -> None:
 def ranks_not_looked_at(patch: pytest.MonkeyPatch) -> None:
     """A process group that is made after `make_private` goes unnoticed: its ranks train apart, each
     with samples and noise of its own, and the accountant sees one of them."""
-    patch.setattr(guard, "several_ranks", lambda: None)
+    patch.setattr(Ranks, "problem", lambda _: None)
 
 
 @mutant(killed_by=killers.scale_of_another_axis, says=RELEASED)

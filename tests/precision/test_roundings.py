@@ -116,7 +116,7 @@ def _plain(**options) -> Trainer:
 
 def test_a_mean_that_is_rounded_outside_of_the_model_is_refused():
     trainer = _plain()
-    x, target = _batch(3)
+    x, target = _batch(60)
     loss = F.mse_loss(trainer.model(x).to(LOW).float(), target)
     with pytest.raises(PrivacyViolationError, match="The loss computes in"):
         loss.backward()
@@ -129,7 +129,7 @@ def test_losses_whose_gradients_are_round_numbers_are_let_through():
         trainer.optimizer.zero_grad()
         loss(trainer.model(x)).backward()
         trainer.optimizer.step()
-    x, target = _batch(4)  # a power of two divides exactly
+    x, target = _batch(64)  # a power of two divides exactly
     trainer.optimizer.zero_grad()
     F.mse_loss(trainer.model(x).to(LOW).float(), target).backward()
 

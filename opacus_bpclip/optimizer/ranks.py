@@ -1,0 +1,84 @@
+"""What a group of ranks adds up, and which of them draws the noise for it.
+
+Noise is drawn once for each number that is released. For a replicated parameter rank 0 draws it,
+into its own sum, before the ranks' sums are added up. A sharded parameter's sums are added up
+first, and each rank draws for its shard, from a generator that no other rank has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+from opacus_bpclip.guard.ranks import Ranks
+from opacus_bpclip.optimizer.noise import with_own_memory
+
+
+def released(
+    sums: Sequence[Tensor],
+    parameters: Sequence[nn.Parameter],
+    ranks: Ranks,
+    add_noise: Callable[[Sequence[Tensor]], None],
+) -> list[Tensor]:
+    """Return the noised sums over all ranks; what was passed may have become part of them.
+
+    Args:
+        sums: this rank's, one whole tensor for each parameter.
+        parameters: as the optimizer has them.
+        ranks: which train together; all of them must call this.
+        add_noise: adds noise to every entry of tensors, in place.
+
+    Returns:
+        For a replicated parameter the whole sum, the same on all ranks; for a sharded one this
+        rank's shard, as a ``DTensor``.
+    """
+    sharded = [isinstance(p, DTensor) for p in parameters]
+    parts = with_own_memory(_part(s, p) for s, p in zip(sums, parameters, strict=True))
+    if ranks.size > 1:
+        parts = [part.contiguous() for part in parts]
+    pairs = list(zip(parts, sharded, strict=True))
+    add_noise([part for part, is_shard in pairs if is_shard or ranks.rank == 0])
+    if ranks.size > 1:
+        adding = [dist.all_reduce(x, async_op=True) for x, is_shard in pairs if not is_shard]
+        for each in adding:
+            each.wait()
+    return [_as_gradient(part, p) for part, p in zip(parts, parameters, strict=True)]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank has of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def generator_of_rank(
+    ranks: Ranks, generator: torch.Generator | None, device: torch.device
+) -> torch.Generator:
+    """Return a generator that no other rank has.
+
+    Args:
+        ranks: all of which must call this.
+        generator: rank 0's, which seeds those of all ranks; ``None`` for torch's default one.
+        device: of the generator that is returned, if none is given.
+    """
+    made = torch.Generator(device if generator is None else generator.device)
+    return made.manual_seed(ranks.seed_of_rank(generator))
+
+
+def _part(total: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return this rank's shard of the ranks' sum; of a replicated parameter, its own sum."""
+    if not isinstance(parameter, DTensor):
+        return total
+    whole = DTensor.from_local(total, parameter.device_mesh, [Partial()], run_check=False)
+    return whole.redistribute(placements=parameter.placements).to_local()
+
+
+def _as_gradient(part: Tensor, parameter: nn.Parameter) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return part
+    mesh, placements = parameter.device_mesh, parameter.placements
+    size, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=size, stride=stride)

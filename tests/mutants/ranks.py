@@ -1,0 +1,68 @@
+"""Several ranks: what they add up, whose noise there is, and on whose items each trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opacus_bpclip.guard.ranks import Place, Ranks
+from opacus_bpclip.optimizer import optimizer
+from opacus_bpclip.sampling import loader
+from tests.mutants import ranks_killers as killers
+from tests.mutants.registry import mutant
+
+
+@mutant(killed_by=killers.noise_of_two_ranks, says=r"follow its law: its scale is (1\.99|2\.0)")
+def noise_of_every_rank(patch: pytest.MonkeyPatch) -> None:
+    """Every rank adds noise to its own sum: the release has other noise than is claimed, for no
+    privacy that anybody accounts for."""
+    released = optimizer.released
+
+    def as_rank_0(sums: Any, parameters: Any, ranks: Ranks, add_noise: Any) -> list[Tensor]:
+        return released(sums, parameters, Ranks(ranks.size, 0), add_noise)
+
+    patch.setattr(optimizer, "released", as_rank_0)
+
+
+@mutant(killed_by=killers.noise_of_two_shards, says="correlated over parameters: by 1.000")
+@mutant(killed_by=killers.coins_of_two_ranks, says="the coins of two items fall alike")
+def ranks_seeded_alike(patch: pytest.MonkeyPatch) -> None:
+    """Generators that were seeded alike draw alike: noise in two shards cancels in their
+    difference, and an item is in a batch if another one is."""
+
+    def seed(self: Ranks, generator: torch.Generator | None) -> int:
+        return 17
+
+    patch.setattr(Ranks, "seed_of_rank", seed)
+
+
+@mutant(killed_by=killers.sum_of_two_ranks, says="the sum of two ranks is off by")
+def sum_divided_by_ranks(patch: pytest.MonkeyPatch) -> None:
+    """The ranks' sums are averaged, as data parallel training has it, and divided by the batch size
+    of all of them as well."""
+    released = optimizer.released
+
+    def averaged(sums: Any, parameters: Any, ranks: Ranks, add_noise: Any) -> list[Tensor]:
+        return released([s / ranks.size for s in sums], parameters, ranks, add_noise)
+
+    patch.setattr(optimizer, "released", averaged)
+
+
+@mutant(killed_by=killers.refusal_of_one_rank, says="rank 0 stepped on, while rank 1 refused")
+def refusal_not_agreed(patch: pytest.MonkeyPatch) -> None:
+    """Each rank heeds its own refusal alone: the others release a step, or wait for it for ever."""
+
+    def alone(self: Ranks, place: Place, *_: Any, refusal: str | None = None, **__: Any) -> Any:
+        return refusal
+
+    patch.setattr(Ranks, "meet", alone)
+
+
+@mutant(killed_by=killers.coins_of_two_ranks, says="an item is on both ranks")
+def items_of_every_rank(patch: pytest.MonkeyPatch) -> None:
+    """Each rank samples from the whole data set: an example may be in two local batches of one
+    step, and contribute twice."""
+    patch.setattr(loader, "part_of_rank", range)
