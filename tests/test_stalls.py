@@ -226,8 +226,9 @@ def _launched(layers: int) -> int:
 
 
 def test_layers_of_a_joint_budget_share_its_small_operations() -> None:
-    # The forward pass, the products, and what measures, masks and adds up.
-    assert (_launched(6) - _launched(2)) / 4 <= 52
+    # The forward pass, the products, what measures, masks and adds up, and copies of the two sums,
+    # since on the meta device all memory has one address.
+    assert (_launched(6) - _launched(2)) / 4 <= 54
 
 
 def test_the_meta_device_does_refuse_to_give_numbers() -> None:

@@ -141,7 +141,7 @@ def test_weight_decay_or_an_update_after_the_step_stand_in_for_a_weight_penalty(
 SCALED = (
     "GradScaler multiplies the loss by a number that depends on the data (it shrinks where "
     "gradients overflow), so clipped gradients and the noise would be scaled apart. Train in "
-    "float32 without GradScaler; GradScaler(enabled=False) does nothing and may stay."
+    "bfloat16 or float32 without GradScaler; GradScaler(enabled=False) does nothing and may stay."
 )
 
 
