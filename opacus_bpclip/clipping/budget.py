@@ -59,6 +59,8 @@ class Budget:
         token: the token of the forward pass that is being traced, with a joint budget.
         present: ``[B]`` bool, which rows of the forward pass at hand are not padding; ``None`` for
             all.
+        rows: of the batch that the model was traced for, 0 if unknown; ``None`` where it runs in
+            eager mode, and only parts of it are traced.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Budget:
         self.clips: list[Any] = []
         self.token: Tensor | None = None
         self.present: Tensor | None = None
+        self.rows: int | None = None
         self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
         self.bound = bound_of(config.bound)
         self.whole: Whole = always_whole
@@ -84,6 +87,11 @@ class Budget:
         self._trace: Callable[[], object] = _nothing  # that the traced scope belongs to
         note_rows = guard.passes.note_rows
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        watched = {p: guard.parameters[p] for p in self.parameters}
+        self._of_all = tuple(watched.values())
+        self._of_layer = {
+            layer.name: tuple([watched[p] for p in layer.parameters]) for layer in layers
+        }
         self._ends_of_all = Ends(1, guard.fail, note_rows, device)
         self._ends = {
             layer.name: Ends(layer.uses, guard.fail, note_rows, device) for layer in layers
@@ -110,7 +118,7 @@ class Budget:
     def open_forward(self) -> None:
         """Begin a forward pass of the model."""
         self.forget()
-        self._scope = None
+        self._scope = self.rows = None
         if self.joint:
             self._scope = self._watched(self._new(self.target, self.present, at_once=False))
 
@@ -149,6 +157,10 @@ class Budget:
         """Return what a layer's scopes in a traced graph send their ends to."""
         return self._ends[layer.name].tensors(with_rows=self.present is not None)
 
+    def sinks_of(self, layer: Layer) -> tuple[Tensor, ...]:
+        """Return what a layer's scopes in a traced graph send their sums to."""
+        return tuple([watched.sink for watched in self._of_layer[layer.name]])
+
     @property
     def forms(self) -> Forms:
         """Return the ways in which the model was called."""
@@ -159,7 +171,7 @@ class Budget:
         for scope in self._open:
             scope.forget()
 
-    # In a traced graph, where autograd carries the sums to the parameters
+    # In a traced graph, where autograd carries the sums to where they are collected
 
     def traced_token(self) -> Tensor | None:
         """Return the token of the forward pass, opened by its first layer; ``None`` if not joint.
@@ -168,9 +180,8 @@ class Budget:
         """
         if self.joint and self.token is None:
             ends = self._ends_of_all.tensors(with_rows=self.present is not None)
-            self.token = _trace_forward(
-                self.key, self.target.limit, self.present, ends, *self.parameters
-            )
+            sinks = [watched.sink for watched in self._of_all]
+            self.token = _trace_forward(self.key, self.target.limit, self.present, ends, *sinks)
         return self.token
 
     def open_traced(
@@ -178,7 +189,7 @@ class Budget:
         limit: Tensor,
         present: Tensor | None,
         ends: Sequence[Tensor],
-        parameters: Sequence[Tensor],
+        sinks: Sequence[Tensor],
     ) -> Tensor:
         """Open the scope of a forward pass; return its token.
 
@@ -186,13 +197,13 @@ class Budget:
             limit: the target's, as the graph has it.
             present: as the attribute, as the graph has it.
             ends: what it sends its end to, as the graph has it.
-            parameters: as the graph has them.
+            sinks: what it sends its sums to, as the graph has them.
         """
         trace = _this_trace()
         if self._scope is not None or trace is None:
             self._fail_without_one_graph()
         scope = self._new(self.target._replace(limit=limit), present, at_once=False)
-        token = scope.open(self.parameters, parameters, ends).token
+        token = scope.open(self.parameters, sinks, ends).token
         assert token is not None
         # The token's graph holds the scope. Nothing of the trace outlives it.
         scope.close()
@@ -211,7 +222,7 @@ class Budget:
         present: Tensor | None,
         ends: Sequence[Tensor],
         token: Tensor | None,
-        parameters: Sequence[Tensor],
+        sinks: Sequence[Tensor],
     ) -> Scope:
         """Return the scope of a layer's use.
 
@@ -221,11 +232,11 @@ class Budget:
             present: as the attribute, as the graph has it.
             ends: from `ends_of`, as the graph has it.
             token: of the forward pass, with a joint budget.
-            parameters: the layer's, as the graph has them.
+            sinks: from `sinks_of`, as the graph has them.
         """
         if not self.joint:
             scope = self._new(target, present, at_once=True)
-            return scope.open(layer.parameters, parameters, ends)
+            return scope.open(layer.parameters, sinks, ends)
         shared = self._traced()
         if shared is None or token is None or self._trace() is not _this_trace():
             self._fail_without_one_graph()
@@ -246,9 +257,9 @@ def target_of(config: BackpropClipping) -> Target:
 
 @torch._dynamo.allow_in_graph
 def _trace_forward(
-    key: str, limit: Tensor, present: Tensor | None, ends: Sequence[Tensor], *parameters: Tensor
+    key: str, limit: Tensor, present: Tensor | None, ends: Sequence[Tensor], *sinks: Tensor
 ) -> Tensor:
-    return BUDGETS[key].open_traced(limit, present, ends, parameters)
+    return BUDGETS[key].open_traced(limit, present, ends, sinks)
 
 
 def _this_trace() -> torch._guards.TracingContext | None:

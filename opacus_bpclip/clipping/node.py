@@ -20,7 +20,13 @@ from opacus_bpclip.clipping.budget import BUDGETS
 from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.scope import Scope, unwatched_token
 from opacus_bpclip.clipping.use import Use
-from opacus_bpclip.guard.call_checks import earlier_hook, ran_twice, wrong_batch
+from opacus_bpclip.guard.call_checks import (
+    changed_layer,
+    earlier_hook,
+    ran_twice,
+    replaced_parameter,
+    wrong_batch,
+)
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Inputs
@@ -140,7 +146,7 @@ class NodeClip(Clip):
     def leave_traced(self, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor:
         """Do the same in a graph that is being traced."""
         passed = self.layer.arguments.passed(args, kwargs)
-        parameters = self.layer.parameters
+        sinks = self.budget.sinks_of(self.layer)
         own = self.layer.module._parameters.values()
         return _traced(
             self.budget.key,
@@ -150,8 +156,8 @@ class NodeClip(Clip):
             self.budget.present,
             self.budget.ends_of(self.layer),
             self.budget.traced_token(),
-            len(parameters),
-            *parameters,
+            len(sinks),
+            *sinks,
             *own,
             *passed,
         )
@@ -244,17 +250,23 @@ def _traced(
         ends: what the layer's scopes send their ends to.
         token: of the forward pass, with a joint budget.
         count: how many of the layer's parameters are trainable.
-        tensors: these, all of the layer's parameters, and its inputs.
+        tensors: what their sums are sent to, all of the layer's parameters, and its inputs.
     """
     budget = BUDGETS[key]
     clip: NodeClip = budget.clips[index]
+    clip.guard.require(changed_layer(clip.layer))
+    clip.guard.require(replaced_parameter(clip.layer))
     clip.guard.check_precision(clip.layer.name, y.dtype)
+    inputs = clip.layer.arguments.get(tensors[count + len(clip.layer.module._parameters) :], {})
+    rows = clip.guard.examples if budget.rows is None else budget.rows
+    if rows:
+        clip.guard.require(wrong_batch(clip.layer, inputs, rows))
     module = clip.layer.module
     names = list(module._parameters)
-    trainable, own = tensors[:count], tensors[count : count + len(names)]
+    own = tensors[count : count + len(names)]
     target = clip.target._replace(limit=limit)
-    parameters = cast("tuple[Tensor, ...]", trainable)
-    scope = budget.traced_scope(clip.layer, target, present, ends, token, parameters)
+    sinks = cast("tuple[Tensor, ...]", tensors[:count])
+    scope = budget.traced_scope(clip.layer, target, present, ends, token, sinks)
     with parameters_replaced(module, dict(zip(names, own, strict=True))):
         call = clip._call(module, tensors[count + len(names) :], {}, y)
     out = clip.attached(call, scope)

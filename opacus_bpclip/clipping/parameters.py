@@ -63,6 +63,7 @@ class ParameterClip(Clip):
         (batch_size,) = self.rule.batch_sizes(inputs)
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
             self.guard.ran_compiled = True
+            sinks = self.budget.sinks_of(self.layer)
             made = _traced_copies(
                 self.budget.key,
                 self.index,
@@ -71,6 +72,8 @@ class ParameterClip(Clip):
                 self.budget.present,
                 self.budget.ends_of(self.layer),
                 self.budget.traced_token(),
+                len(sinks),
+                *sinks,
                 *self.parameters.values(),
             )
             module._parameters.update(zip(self.parameters, made, strict=True))
@@ -150,13 +153,14 @@ def _traced_copies(
     present: Tensor | None,
     ends: tuple[Tensor, ...],
     token: Tensor | None,
-    *parameters: Tensor,
+    count: int,
+    *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
     """Make the copies while the graph is traced; the arguments are those of ``node._traced``."""
     budget = BUDGETS[key]
     clip: ParameterClip = budget.clips[index]
     target = clip.target._replace(limit=limit)
-    scope = budget.traced_scope(clip.layer, target, present, ends, token, parameters)
-    copies = clip.copies(scope, batch_size, parameters)
+    scope = budget.traced_scope(clip.layer, target, present, ends, token, tensors[:count])
+    copies = clip.copies(scope, batch_size, tensors[count:])
     scope.close()
     return copies

@@ -83,10 +83,9 @@ class Scope:
         """Make the token.
 
         Args:
-            parameters: those that the sums are to be sent to through autograd, as a traced graph
-                needs it. None in eager mode: there the sums are delivered, and whatever else
-                arrives at a parameter is known to be foreign.
-            traced: what stands for the parameters in the traced graph.
+            parameters: those that a traced graph makes sums for. None in eager mode: there the
+                sums are delivered. Either way whatever arrives at a parameter is foreign.
+            traced: what their sums are sent to through autograd.
             counters: what stands there for the tensors of `Ends`.
             device: of the token in eager mode, the layers' own. Autograd runs a token's backward
                 function where the token is, and on an accelerator in the stream that made it.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from opacus_bpclip.clipping.budget import BUDGETS
+from opacus_bpclip.guard.call_checks import number
 from opacus_bpclip.guard.forms import NOT_SHOWN, form_of, shown
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.leaves import batch_leaves, batch_size, map_leaves
@@ -35,17 +36,20 @@ def _note(
     key: str, axis: int, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
     args, kwargs = _unlocked(args), _unlocked(kwargs)
-    forms = BUDGETS[key].forms
+    budget = BUDGETS[key]
     form = form_of(training, args, kwargs)
-    if not forms.is_traced(form):
-        forms.note_traced(form, _example_of(args, kwargs, axis))
+    # What is made here is to be real: no stand-ins of the tracer's.
+    with _disable_current_modes():
+        args, kwargs = map_leaves((args, kwargs), _real)
+        budget.rows = batch_size(args, kwargs, axis) or 0
+        budget.forms.note_traced(form, _example_of(args, kwargs, axis))
     return torch.zeros(())
 
 
 def _unlocked(value: Any) -> Any:
     """Return a value with numbers, tuples, lists and dictionaries in the place of the tracer's."""
     if isinstance(value, torch.SymInt):
-        return _number(value)
+        return number(value)
     if isinstance(value, torch.SymFloat):
         return 1.0
     if isinstance(value, tuple):
@@ -58,26 +62,18 @@ def _unlocked(value: Any) -> Any:
 
 
 def _example_of(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Batch | None:
-    """Return made-up examples of the shapes that stand for tensors while a graph is traced."""
+    """Return made-up examples of the shapes of some tensors; ``None`` where there can be none."""
     if any(isinstance(x, str) and x == NOT_SHOWN for x in batch_leaves((args, kwargs))):
         return None
-    # What is made here is to be real: no stand-ins of the tracer's.
-    with _disable_current_modes():
-        try:
-            args, kwargs = map_leaves((args, kwargs), _real)
-            size = batch_size(args, kwargs, axis)
-            return None if size is None else Batch(args, kwargs, size, axis).invent(EXAMPLES)
-        except Exception:  # whatever the arguments are
-            return None
+    try:
+        size = batch_size(args, kwargs, axis)
+        return None if size is None else Batch(args, kwargs, size, axis).invent(EXAMPLES)
+    except Exception:  # whatever the arguments are
+        return None
 
 
 def _real(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    shape = [_number(size) for size in leaf.shape]
+    shape = [number(size) for size in leaf.shape]
     return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(shape)
-
-
-def _number(size: Any) -> Any:
-    """Return what an open number is on the batch that the graph is traced for."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -144,10 +146,16 @@ def wrong_batch(layer: Layer, inputs: Inputs, examples: int) -> str | None:
             "axes. Add the batch axis."
         )
     for size in layer.rule.batch_sizes(inputs):
+        size = number(size)
         if size != examples:
             shape = _passed_shape(layer, first)
             return wrong_rows(layer.name, shape, size, examples, layer.arguments.batch_axis)
     return None
+
+
+def number(size: Any) -> Any:
+    """Return what an open number is on the batch that a graph is traced for; others as they are."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def wrong_rows(

@@ -114,11 +114,13 @@ class Forms:
         self.at_hand: Form | None = None
         self._traced: dict[Form, Batch | None] = {}  # those in which graphs run, with an example
         self._collected: set[Form] = set()  # those that brought gradients in eager mode
+        self._renewed: set[Form] = set()  # those with a graph that was traced since
         self._settled: set[Form] = set()  # those that were rehearsed, as far as they could be
 
-    def is_traced(self, form: Form) -> bool:
-        """Return whether it is known that there are graphs of a way of calling the model."""
-        return form in self._traced
+    @property
+    def have_graphs(self) -> bool:
+        """Return whether there are graphs of any way of calling the model."""
+        return bool(self._traced)
 
     def note_traced(self, form: Form, example: Batch | None) -> None:
         """Note that there are graphs of a way of calling the model.
@@ -128,6 +130,9 @@ class Forms:
             example: a made-up batch of it; ``None`` where none could be made.
         """
         self._traced[form] = example
+        # Another graph may use parameters in another way.
+        self._settled.discard(form)
+        self._renewed.add(form)
 
     def note_eager(self, batch: Batch) -> None:
         """Note that graphs ran inside the eager forward pass at hand.
@@ -150,6 +155,7 @@ class Forms:
     def settle(self, form: Form) -> None:
         """Note that nothing more is to be found out about a way of calling the model."""
         self._settled.add(form)
+        self._renewed.discard(form)
         self._traced[form] = None
 
     def unvouched(self, arrived: Iterable[WatchedParameter]) -> Iterator[Unvouched]:
@@ -160,6 +166,6 @@ class Forms:
         """
         arrived = tuple(arrived)
         for form, example in tuple(self._traced.items()):
-            seen = all(form in watched.confirmed for watched in arrived)
+            seen = form not in self._renewed and all(form in w.confirmed for w in arrived)
             if arrived and not seen and form not in self._settled:
                 yield Unvouched(form, example, form in self._collected)

@@ -15,6 +15,10 @@ _THROUGH_ITS_LAYER = (
     "place of a penalty on the weights in the loss, give the optimizer weight_decay, or shrink the "
     "weights after its step"
 )
+_IN_A_GRAPH = (
+    "in a graph that torch.compile has traced. Train without torch.compile, or register a rule for "
+    "its module (docs/custom-layers.md)"
+)
 
 
 def foreign_gradient(
@@ -30,15 +34,26 @@ def foreign_gradient(
     if compiled and by_functions:
         return (
             f"{watched.name} is used by functions outside of a layer with a rule, which cannot be "
-            "followed in a graph that torch.compile has traced. Train without torch.compile, or "
-            "register a rule for its module (docs/custom-layers.md)."
+            f"followed {_IN_A_GRAPH}."
         )
     if not compiled:
-        return (
-            f"{watched.name} got gradient from outside its layer's call, and nothing bounds it. "
-            f"{_THROUGH_ITS_LAYER}."
-        )
+        return foreign(watched, graphs=False)
     return None
+
+
+def foreign(watched: WatchedParameter, *, graphs: bool) -> str:
+    """Say that a gradient has arrived at a parameter itself.
+
+    Args:
+        watched: the parameter.
+        graphs: whether there are compiled graphs of the model.
+    """
+    return (
+        f"{watched.name} got gradient from outside its layer's call, and nothing bounds it. "
+        f"{_THROUGH_ITS_LAYER}."
+        + f" Functions on parameters cannot be followed {_IN_A_GRAPH}."
+        * graphs
+    )
 
 
 def unconfirmed_gradient(watched: WatchedParameter) -> str:

@@ -27,7 +27,7 @@ from opacus_bpclip.guard.call_checks import (
     used_too_often,
 )
 from opacus_bpclip.guard.forms import Form, Forms
-from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
+from opacus_bpclip.guard.gradient_checks import foreign, unusable_gradient
 from opacus_bpclip.guard.parameters import GuardedParameters
 from opacus_bpclip.guard.passes import MIXED, BackwardPasses
 from opacus_bpclip.guard.precision import Roundings, backward_under_autocast, unfit
@@ -95,7 +95,7 @@ class GradientGuard:
         self._forward = 0  # the number of the latest forward pass
         self._calls: dict[str, int] = {}  # of each layer in the latest forward pass
         self.parameters = GuardedParameters(
-            model, layers, whole or {}, self._check_arrival, self.fail
+            model, layers, whole or {}, self._refuse_foreign, self._check_arrival
         )
         self._roundings = Roundings(self.parameters.trained)
 
@@ -265,17 +265,19 @@ class GradientGuard:
         elif self.undoes_mean:
             self.require(LossWatch.foreign(watched.name))
 
+    def _refuse_foreign(self, watched: WatchedParameter, _: Tensor) -> None:
+        """Refuse a gradient that arrives at a parameter: those of layers do not."""
+        self._check_loss(watched)
+        self.fail(foreign(watched, graphs=self.ran_compiled or self.forms.have_graphs))
+
     def _check_arrival(self, watched: WatchedParameter, gradient: Tensor) -> None:
-        """Check a gradient that autograd is about to send to its parameter."""
+        """Check a sum that a compiled graph has sent."""
         self._check_loss(watched)
         if under_autocast():
             self.fail(backward_under_autocast(compiled=True))
         if self.undoes_mean:
             self.require(self._roundings.of_products(self.parameters.device))
-        own = watched.parameter in self.by_functions
-        if self.ran_compiled:
-            self.require(self.ranks.graphs_problem)
-        self.require(foreign_gradient(watched, compiled=self.ran_compiled, by_functions=own))
+        self.require(self.ranks.graphs_problem)
         self.require(unusable_gradient(watched, gradient))
         self.require(self.passes.note_traced())
         self._check_mixed()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.guard.watched import Fail, WatchedParameter
+from opacus_bpclip.guard.watched import Check, WatchedParameter
 from opacus_bpclip.model.coverage import edited_problem, unfrozen_problem
 from opacus_bpclip.model.layer import Layer
 
@@ -19,8 +19,8 @@ class GuardedParameters:
         model: the root module.
         layers: its trainable layers.
         whole: the parameters that layers compute with, by the sharded ones that the optimizer has.
+        refuse: as for `WatchedParameter`.
         check: as for `WatchedParameter`.
-        fail: as for `WatchedParameter`.
     """
 
     def __init__(
@@ -28,8 +28,8 @@ class GuardedParameters:
         model: nn.Module,
         layers: Iterable[Layer],
         whole: Mapping[nn.Parameter, nn.Parameter],
-        check: Callable[[WatchedParameter, Tensor], None],
-        fail: Fail,
+        refuse: Check,
+        check: Check,
     ) -> None:
         self._whole = dict(whole)
         self._watched: dict[Tensor, WatchedParameter] = {}
@@ -37,10 +37,10 @@ class GuardedParameters:
             for name, parameter in layer.module.named_parameters(recurse=False):
                 if parameter.requires_grad and parameter not in self._watched:
                     full = f"{layer.name}.{name}"
-                    self._watched[parameter] = WatchedParameter(full, parameter, check, fail)
+                    self._watched[parameter] = WatchedParameter(full, parameter, refuse, check)
         # A penalty in the loss may be on what the optimizer has.
         self._shards = [
-            WatchedParameter(self._watched[own].name, shard, check, fail)
+            WatchedParameter(self._watched[own].name, shard, refuse, check)
             for shard, own in self._whole.items()
             if own in self._watched
         ]

@@ -2,68 +2,59 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-Fail = Callable[[str], None]
+from opacus_bpclip.rules.precision import norm_dtype
+
+Check = Callable[["WatchedParameter", Tensor], None]
 
 
 class WatchedParameter:
     """A trainable parameter, and the sum of what its layers' uses contribute to it.
 
-    In eager mode the sums are delivered, and no graph that clips has an edge to a parameter. So a
-    gradient that arrives through autograd is foreign, unless it comes out of a compiled graph. Such
-    a gradient is taken the moment it arrives, and ``p.grad`` is emptied: what later hooks, gradient
-    clippers or assignments do to ``p.grad`` changes nothing, and nobody sees a sum without noise.
+    No graph that clips has an edge to a parameter. In eager mode the sums are delivered; a compiled
+    graph sends them through autograd to a leaf of its own, the `sink`. So whatever arrives at the
+    parameter itself is foreign, and refused before it is accumulated.
 
     Args:
         name: dotted path of the parameter.
         parameter: the parameter.
-        check: called with this object and the gradient that is about to be accumulated; raises if
-            it cannot be accounted for.
-        fail: called with the reason when a hook changes a gradient; raises.
+        refuse: called with this object and a gradient that arrives at the parameter; raises.
+        check: called with this object and a sum that a compiled graph has sent; raises if it cannot
+            be accounted for.
 
     Attributes:
+        sink: has the parameter's shape and none of its memory, in the dtype of sums.
         arrivals: how many gradients of compiled graphs were collected since the last step.
         confirmed: the ways of calling the model in which its gradient has passed every check, in
             eager mode.
     """
 
-    def __init__(
-        self,
-        name: str,
-        parameter: nn.Parameter,
-        check: Callable[[WatchedParameter, Tensor], None],
-        fail: Fail,
-    ) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, refuse: Check, check: Check) -> None:
         self.name = name
         self.parameter = parameter
         self.arrivals = 0
         self.confirmed: set[Hashable] = set()
-        self._arrived: Tensor | None = None
-        self._version = 0
         self._collected: Tensor | None = None
-        self._check = check
-        self._fail = fail
+        self._refuse, self._check = refuse, check
         self._attach()
 
     def _attach(self) -> None:
-        arrive = self.parameter.register_hook(self._arrive)
-        collect = self.parameter.register_post_accumulate_grad_hook(self._collect)
-        self._handles = [arrive, collect]
-        # Ahead of the hooks that the parameter has already: an optimizer in one of them would step
-        # on the sum without noise.
-        for hooks, handle in zip(self._hooks(), self._handles, strict=True):
-            # Torch goes by the order of insertion, which move_to_end does not change.
-            others = {key: hooks.pop(key) for key in tuple(hooks) if key != handle.id}
-            hooks.update(others)
+        p = self.parameter
+        nothing = torch.zeros(1, dtype=norm_dtype(p.dtype), device=p.device)
+        self.sink = nothing.expand(p.shape).detach().requires_grad_()
+        # Or a compiler takes its sizes for open numbers, the same as a batch's that equals one.
+        torch._dynamo.mark_static(self.sink)
+        self.sink.register_post_accumulate_grad_hook(self._collect)
+        self._handle = p.register_hook(self._arrive)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy starts with, which has no gradients at hand."""
-        at_hand = {"_handles", "arrivals", "_arrived", "_collected"}
+        at_hand = {"_handle", "sink", "arrivals", "_collected"}
         return {name: value for name, value in vars(self).items() if name not in at_hand}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -74,12 +65,11 @@ class WatchedParameter:
 
     def remove(self) -> None:
         """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
 
     def clear(self) -> None:
         """Forget the gradient at hand."""
-        self._arrived = self._collected = None
+        self._collected = None
         self.arrivals = 0
 
     @property
@@ -97,34 +87,14 @@ class WatchedParameter:
         collected, self._collected = self._collected, None
         return collected
 
-    def _hooks(self) -> tuple[OrderedDict[int, Any], OrderedDict[int, Any]]:
-        # Looked up anew: somebody may have put another dict in the place of one.
-        before = cast("OrderedDict[int, Any]", self.parameter._backward_hooks)
-        after = cast("OrderedDict[int, Any]", self.parameter._post_accumulate_grad_hooks)
-        return before, after
-
     def _arrive(self, gradient: Tensor | None) -> None:
-        if gradient is None:
-            return  # A compiled graph that does not reach the parameter.
-        self._check(self, gradient)
-        # With other hooks around, out of their reach: `.data` leaves no trace in a version.
-        before, after = self._hooks()
-        alone = len(before) == len(after) == 1
-        # An alias keeps the memory from being used for anything else. Unlike the tensor itself, it
-        # lets autograd take that over into p.grad instead of copying it.
-        self._arrived = gradient.detach() if alone else gradient.clone()
-        self._version = self._arrived._version
+        if gradient is not None:  # A compiled graph that does not reach the parameter.
+            self._refuse(self, gradient)
 
-    def _collect(self, parameter: Tensor) -> None:
-        # Only what is accumulated counts: torch.autograd.grad takes a look and leaves.
-        gradient, self._arrived = self._arrived, None
-        if gradient is None:
-            return
-        if gradient._version != self._version:
-            self._fail(
-                f"A hook on {self.name} changed its gradient in place, after it was clipped. "
-                "Remove the hook."
-            )
-        self.add(gradient)
+    def _collect(self, sink: Tensor) -> None:
+        total, sink.grad = sink.grad, None
+        if total is None:
+            return  # Of a layer that the graph has left out.
+        self._check(self, total)
+        self.add(total)
         self.arrivals += 1
-        parameter.grad = None

@@ -79,7 +79,7 @@ def test_a_rehearsal_leaves_no_trace(rehearsed, clipping):
     assert private.steps == 1
 
 
-def test_each_form_of_call_is_rehearsed_once_and_an_eager_batch_spares_it(rehearsed):
+def test_each_graph_is_rehearsed_once(rehearsed):
     private = make_private(mlp())
     fast = compiled(private)
     for _ in range(2):
@@ -90,10 +90,11 @@ def test_each_form_of_call_is_rehearsed_once_and_an_eager_batch_spares_it(rehear
         train_step(fast)
     assert [form.training for form in rehearsed] == [True, False]
 
+    # What an eager batch has shown may not be what a graph was traced with.
     other = make_private(mlp())
     train_step(other)
     train_step(compiled(other))
-    assert len(rehearsed) == 2
+    assert len(rehearsed) == 3
 
 
 class Forms(nn.Module):
@@ -114,7 +115,7 @@ def _learn(private: Private, loss: Tensor) -> None:
     private.optimizer.step()
 
 
-BY_FUNCTIONS = r"layer\.(weight|bias) is used by functions outside of a layer with a rule"
+BY_FUNCTIONS = r"layer\.(weight|bias) (got gradient from outside its layer|is used by functions)"
 
 
 @pytest.mark.parametrize(("wrap_model", "last"), [(True, "plain"), (False, "tied")])
@@ -166,10 +167,11 @@ def test_a_gradient_beside_a_layer_inside_the_graph_is_found(clipping):
     private = make_private(Beside(), backprop=clipping)
     private.handle._prober = Unasked()
     fast = compiled(private, backend="aot_eager")
-    backward(fast)
     with pytest.raises(
         PrivacyViolationError, match=r"layer\.weight got gradient from outside its layer's call"
     ):
+        backward(fast)
+    with pytest.raises(PrivacyViolationError, match="not covered"):
         fast.optimizer.step()
     assert private.steps == 0
 
