@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import pytest
 
-from opacus_bpclip.guard import forms
 from opacus_bpclip.guard.forms import Forms, Unvouched
 from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.optimizer import optimizer
@@ -17,22 +15,10 @@ from tests.mutants.registry import mutant
 RELEASED = "nothing bounds was released"
 
 
-@mutant(killed_by=killers.gradient_beside_a_layer_in_a_graph, says=RELEASED)
+@mutant(killed_by=killers.roundings_in_a_graph, says=RELEASED)
 def graphs_not_vouched_for(patch: pytest.MonkeyPatch) -> None:
     """What a compiled graph sends is released, though eager mode has never seen such a pass."""
     patch.setattr(optimizer, "vouch", lambda model, guard: None)
-
-
-@mutant(killed_by=killers.graph_of_a_flag_that_no_batch_had, says=RELEASED)
-def flags_taken_for_one_form(patch: pytest.MonkeyPatch) -> None:
-    """A call with another flag, by which the model uses a parameter otherwise, counts as checked
-    by a batch without it."""
-    kind_of = forms._kind_of
-
-    def without_values(value: Any) -> object:
-        return ("value",) if isinstance(value, bool) else kind_of(value)
-
-    patch.setattr(forms, "_kind_of", without_values)
 
 
 @mutant(killed_by=killers.graph_behind_another_one, says=RELEASED)

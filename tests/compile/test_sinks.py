@@ -1,0 +1,81 @@
+"""A compiled graph sends its sums to leaves of their own: what comes to a parameter is foreign."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from tests.budgets import layerwise
+from tests.checks import Trainer, joint
+
+D = 4
+BUDGETS = pytest.mark.parametrize(
+    "clipping", [BackpropClipping(), layerwise(bound="exact", uses={"fc": 1})], ids=["joint", "own"]
+)
+
+
+class Later(nn.Module):
+    """Does something else once it is told to, which a compiler traces anew."""
+
+    way = "plain"
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.fc = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "rows":
+            return self.fc(x.reshape(-1, D)).view(len(x), -1, 3).sum(1)
+        y = self.fc(x.sum(1))
+        return y + 100 * F.linear(x.sum(1), self.fc.weight) if self.way == "beside" else y
+
+
+def _trained(clipping) -> tuple[Trainer, Tensor, Tensor]:
+    trainer = Trainer(Later(), (2, D), clipping, reduction="sum", dtype=torch.float32)
+    trainer.model = torch.compile(trainer.model, backend="aot_eager")
+    x, target = torch.randn(5, 2, D), torch.randn(5, 3)
+    trainer.step(x, target)
+    return trainer, x, target
+
+
+@BUDGETS
+def test_a_function_on_a_weight_in_a_graph_that_is_traced_later(clipping):
+    trainer, x, target = _trained(clipping)
+    trainer.plain.way = "beside"
+    with pytest.raises(PrivacyViolationError, match="got gradient from outside its layer's call"):
+        trainer.step(x, target)
+
+
+@BUDGETS
+def test_a_penalty_or_a_function_beside_the_model(clipping):
+    trainer, x, _ = _trained(clipping)
+    weight = trainer.plain.fc.weight
+    for extra in (weight.square().sum(), F.linear(x.sum(1), weight).sum()):
+        trainer.optimizer.zero_grad()
+        with pytest.raises(PrivacyViolationError, match="Functions on parameters cannot be"):
+            (trainer.model(x).sum() + extra).backward()
+
+
+@BUDGETS
+def test_rows_that_are_not_the_examples_in_a_graph_that_is_traced_later(clipping):
+    trainer, x, target = _trained(clipping)
+    trainer.plain.way = "rows"
+    with pytest.raises(Exception, match="in a batch of 5 examples"):
+        trainer.step(x, target)
+
+
+@BUDGETS
+def test_parameters_in_bfloat16_get_sums_in_float32(clipping):
+    sums = []
+    for compiled in (False, True):
+        low = torch.bfloat16
+        trainer = Trainer(Later(), (2, D), clipping, reduction="sum", dtype=low)
+        if compiled:
+            trainer.model = torch.compile(trainer.model, backend="aot_eager")
+        torch.manual_seed(2)
+        x, target = torch.randn(64, 2, D).to(low), torch.randn(64, 3).to(low)
+        sums.append(joint(trainer.released(x, target)))
+    assert sums[1].dtype == torch.float32
+    torch.testing.assert_close(*sums, rtol=0, atol=1e-5)
