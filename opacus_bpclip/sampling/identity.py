@@ -103,7 +103,7 @@ def _kinds(dataset: Any) -> Iterator[tuple[str, int | None]]:
         yield from _kinds(inside)
 
 
-def _chosen(dataset: Any) -> Iterator[Sequence[int]]:
+def _chosen(dataset: Any) -> Iterator[Sequence[Any]]:
     if isinstance(dataset, Subset):
         yield dataset.indices
     for inside in _inside(dataset):
@@ -116,13 +116,16 @@ def _inside(dataset: Any) -> Sequence[Any]:
     return dataset.datasets if isinstance(dataset, ConcatDataset) else []
 
 
-def _digest_of_indices(indices: Sequence[int]) -> str:
-    numbers = np.asarray([int(index) for index in indices], dtype=np.int64)
-    return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
+def _digest_of_indices(indices: Sequence[Any]) -> str:
+    try:
+        told = np.asarray([int(index) for index in indices], dtype=np.int64).tobytes()
+    except (TypeError, ValueError, OverflowError):  # keys of another kind
+        told = repr(list(indices)).encode()
+    return hashlib.sha256(told).hexdigest()[:16]
 
 
 def _digest_of_item(loader: DataLoader[Any], index: int) -> str | None:
-    """Return a hash of an item's batch; ``None`` if it cannot be read, or read twice alike."""
+    """Return a hash of an item's batch; ``None`` if it cannot be read twice alike."""
     try:
         one, again = (_read(loader, index) for _ in range(2))
     except Exception:

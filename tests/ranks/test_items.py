@@ -13,6 +13,7 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     random_split,
@@ -168,6 +169,37 @@ def test_a_loader_of_ones_own_that_does_not_deal_items_out_is_refused(name: str)
     assert answers[rank] == text
     assert "so no rank trains: ValueError: " in answers[0] or rank == 0
     assert "does not deal each item to one rank" in answers[1 - rank]
+
+
+def divided(rank: int) -> str:
+    data = TensorDataset(*examples(40))
+    return told(lambda: made(data, poisson_sampling=False, sampler=DistributedSampler(data)))
+
+
+def test_a_data_set_that_the_ranks_divide_needs_no_drop_last() -> None:
+    assert pair().run(divided) == ["", ""]
+
+
+class Keyed(TensorDataset):
+    """Items by names."""
+
+    def __getitem__(self, name: str) -> tuple[Tensor, ...]:
+        return super().__getitem__(int(name[1:]))
+
+
+def keyed(rank: int, same: bool) -> str:
+    names = [f"n{index}" for index in range(40)]
+    shift = 0 if same else rank
+    return told(
+        lambda: make_private("DPDDP", data=Subset(Keyed(*examples(44)), names[shift : shift + 38]))
+    )
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_keys_that_are_no_numbers_are_compared(same: bool) -> None:
+    one, other = pair().run(keyed, same)
+    assert one == other
+    assert ("that a Subset or SubsetRandomSampler chooses" in one) is not same
 
 
 def dealt(rank: int, seeds: tuple[int, int]) -> Any:
