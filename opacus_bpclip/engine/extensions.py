@@ -25,7 +25,7 @@ from opacus_bpclip.engine.module import BackpropClipModule
 from opacus_bpclip.engine.parallel import inner
 from opacus_bpclip.engine.request import Request, checked, require_equal_ranks
 from opacus_bpclip.engine.validation import checked_options
-from opacus_bpclip.guard.ranks import Ranks
+from opacus_bpclip.guard.ranks import Purpose, Ranks
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.model.sharding import gathered
 from opacus_bpclip.optimizer.accounting import AccountStep
@@ -198,7 +198,7 @@ def prepare_optimizer(
     if ranks.sharded and ranks.size > 1 and not engine.secure_mode:
         device = request.hooks._guard.parameters.device
         assert device is not None
-        generator = generator_of_rank(ranks, generator, device)
+        generator = generator_of_rank(ranks, generator, device, Purpose.NOISE)
     return BackpropClipOptimizer(
         optimizer,
         hooks=request.hooks,
@@ -217,7 +217,7 @@ def _generator_of_coins(
     """Return what a rank draws its part of each sample from."""
     if ranks.size == 1 or engine.secure_mode:
         return engine.secure_rng
-    return generator_of_rank(ranks, loader.generator, torch.device("cpu"))
+    return generator_of_rank(ranks, loader.generator, torch.device("cpu"), Purpose.COINS)
 
 
 @contextmanager

@@ -35,14 +35,18 @@ def inner(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, _SHELLS) else module
 
 
-def ranks_of(module: nn.Module) -> Ranks:
+def ranks_of(module: nn.Module, *, called: bool = False) -> Ranks:
     """Return the ranks that train a model together. All of them must call this.
+
+    Args:
+        module: the model, in a wrapper where there are several ranks.
+        called: whether the wrapper itself is called in training.
 
     Raises:
         ValueError: it is wrapped in a way that is not supported, or not wrapped at all though the
             process group has several ranks.
     """
-    problem = _wrapping_problem(module)
+    problem = _wrapping_problem(module) or (_buffers_problem(module) if called else None)
     if problem is None and not isinstance(module, (*_SHELLS, FSDPModule)):
         problem = Ranks().problem()
         if problem is None:
@@ -55,6 +59,24 @@ def ranks_of(module: nn.Module) -> Ranks:
         if isinstance(module, kind):
             ranks.graphs_problem = text
     return ranks
+
+
+def _buffers_problem(module: nn.Module) -> str | None:
+    """Say that each forward pass of a wrapper would wait for the other ranks' buffers."""
+    if (
+        isinstance(module, DistributedDataParallel)
+        and module.broadcast_buffers
+        and next(module.buffers(), None) is not None
+        and dist.get_world_size() > 1
+    ):
+        return (
+            "DistributedDataParallel sends rank 0's buffers to all ranks before each forward pass, "
+            "and waits for them; but ranks may have other numbers of physical batches in a step, "
+            "which their private samples decide, and then wait for ever. Wrap the model with "
+            "DistributedDataParallel(model, broadcast_buffers=False), or leave wrap_model=False "
+            "out."
+        )
+    return None
 
 
 def _wrapping_problem(module: nn.Module) -> str | None:

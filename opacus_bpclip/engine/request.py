@@ -19,6 +19,13 @@ from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.plan import Plan
 from opacus_bpclip.model.sharding import unsharded
 from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
+from opacus_bpclip.sampling.identity import ONE_DATA_SET, identity, not_dealt_out
+
+_ONE_ORDER = (
+    "The ranks' sums are added up one parameter after another: the sum of one would become the "
+    "gradient of another, whose noise is not made for it. Give the optimizer the same "
+    "parameters in the same order on each rank, for example model.parameters(), not a set."
+)
 
 
 @dataclass
@@ -50,13 +57,17 @@ def checked(
         kwargs: of the call; gets the loader to sample from, and loses the criterion.
         options: to be checked.
     """
-    ranks = ranks_of(kwargs["module"])
+    ranks = ranks_of(kwargs["module"], called=not kwargs.get("wrap_model", True))
     module = inner(kwargs["module"])
     with unsharded(module), ranks.together():
         config = checked_options(
             engine, backprop, physical_batch_size, **options | {"module": module}
         )
         kwargs |= checked_loader(**kwargs)
+        if not kwargs.get("poisson_sampling", True):
+            problem = not_dealt_out(kwargs["data_loader"], ranks)
+            if problem:
+                raise ValueError(problem)
         criterion = _private_criterion(kwargs)
         inside = kwargs | {"module": module}
         tried = try_out(config, loss_outside=criterion is not None, **inside)
@@ -69,13 +80,26 @@ def checked(
 def require_equal_ranks(
     request: Request, optimizer: BackpropClipOptimizer, loader: DataLoader[Any]
 ) -> None:
-    """Compare what the accountant goes by between ranks.
+    """Compare between ranks what the accountant goes by, what is added up, and the items.
 
     Raises:
         ValueError: it differs.
     """
-    items = {"the data set's size": len(loader.dataset)}  # type: ignore[arg-type]
-    request.ranks.require_equal({**optimizer._settings(), **items})
+    ranks = request.ranks
+    if ranks.size == 1:
+        return
+    ranks.require_equal(optimizer._settings())
+    names = {p: name for name, p in optimizer._hooks._module.named_parameters()}
+    ranks.require_equal(
+        {
+            f"the optimizer's parameter {index}": (names.get(p), tuple(p.shape), str(p.dtype))
+            for index, p in enumerate(optimizer.params)
+        },
+        _ONE_ORDER,
+    )
+    with ranks.together():
+        items = identity(loader)
+    ranks.require_equal(items, ONE_DATA_SET, known_only=True)
 
 
 def _private_criterion(kwargs: dict[str, Any]) -> BackpropClipCriterion | None:

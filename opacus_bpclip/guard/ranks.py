@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from enum import IntEnum
 from typing import Any
 
@@ -35,6 +36,19 @@ class Place(IntEnum):
 
     FORWARD = 0
     STEP = 1
+
+
+class Purpose(IntEnum):
+    """What a rank's own generator is for."""
+
+    COINS = 0
+    NOISE = 1
+
+
+_ONE_ENTRY = (
+    "One accountant's entry stands for all of them. Call make_private with the same model, data "
+    "set and options on each rank."
+)
 
 
 def world_size() -> int:
@@ -73,7 +87,7 @@ class Ranks:
     def of_process_group(cls) -> Self:
         """Return all ranks of the default process group. All of them must call this."""
         # Numbers on the host: no meeting waits for an accelerator, or mixes with its collectives.
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=_patience())
         return cls(dist.get_world_size(), dist.get_rank(), group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
@@ -204,8 +218,15 @@ class Ranks:
                     f"Rank {rank} of {self.size} has refused, so no rank trains: {report[1]}"
                 )
 
-    def require_equal(self, settings: Mapping[str, object]) -> None:
+    def require_equal(
+        self, settings: Mapping[str, object], why: str = _ONE_ENTRY, *, known_only: bool = False
+    ) -> None:
         """Compare settings.
+
+        Args:
+            settings: this rank's.
+            why: what differences do, and what is to be done.
+            known_only: whether a rank may lack some, which then are not compared with its own.
 
         Raises:
             ValueError: they differ between ranks.
@@ -214,13 +235,15 @@ class Ranks:
             return
         reports: list[Any] = [None] * self.size
         dist.all_gather_object(reports, settings, group=self._group)
-        for name in settings:
-            values = [report.get(name) for report in reports]
+        # Of all ranks: all of them raise, or none.
+        for name in dict.fromkeys(name for report in reports for name in report):
+            lacking = [] if known_only else [None]
+            values = [
+                v for report in reports for v in ([report[name]] if name in report else lacking)
+            ]
             if any(value != values[0] for value in values):
                 raise ValueError(
-                    f"The ranks differ in {name}: {', '.join(map(str, values))}. One accountant's "
-                    "entry stands for all of them. Call make_private with the same model, data "
-                    "set and options on each rank."
+                    f"The ranks differ in {name}: {', '.join(map(str, values))}. {why}"
                 )
 
     def require_equal_values(self, tensors: Mapping[str, Tensor]) -> None:
@@ -233,14 +256,36 @@ class Ranks:
             sums = {n: x.detach().double().nan_to_num().flatten() for n, x in tensors.items()}
             self.require_equal({n: (float(x.sum()), float(x.abs().sum())) for n, x in sums.items()})
 
-    def seed_of_rank(self, generator: torch.Generator | None) -> int:
+    def seed_of_rank(self, generator: torch.Generator | None, purpose: Purpose) -> int:
         """Return a seed that no other rank has, drawn from rank 0's ``generator``.
 
-        Generators that ranks have seeded alike would draw the same numbers: coins of two examples
-        that fall alike, noise in two places that cancels in their difference.
+        Generators that are seeded alike would draw the same numbers: coins of two examples that
+        fall alike, noise in two places that cancels in their difference, noise that shows coins.
+        Seeds of one draw differ in their low 32 bits, which is all that a processor's generator
+        uses; so they do for two purposes, whose generators the user may have seeded alike.
         """
         device = "cpu" if generator is None else generator.device
-        seed = torch.randint(2**62, (), generator=generator, device=device).cpu()
-        dist.broadcast(seed, 0, group=self._group)
-        state = np.random.SeedSequence([int(seed), self.rank]).generate_state(1, np.uint64)
-        return int(state[0]) >> 1
+        drawn = torch.randint(2**62, (), generator=generator, device=device).cpu()
+        dist.broadcast(drawn, 0, group=self._group)
+        (first,) = np.random.SeedSequence([int(drawn)]).generate_state(1)
+        place = len(Purpose) * self.rank + purpose
+        low = _permuted((int(first) + place) % 2**32)
+        (high,) = np.random.SeedSequence([int(drawn), self.rank, purpose]).generate_state(1)
+        return (int(high) >> 1) << 32 | low
+
+
+def _permuted(number: int) -> int:
+    """Return another number of 32 bits for each, far apart for neighbours (murmur's last steps)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        number = (number ^ number >> shift) * factor % 2**32
+    return number
+
+
+def _patience() -> timedelta | None:
+    """Return how long the default group waits for a rank; ``None`` where torch does not say."""
+    group = dist.distributed_c10d._get_default_group()
+    try:
+        options = [group._get_backend(device).options for device in group._device_types]
+        return max(option._timeout for option in options)
+    except (AttributeError, RuntimeError, ValueError):
+        return None

@@ -240,6 +240,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
         """
         ranks, numbers = self._guard.ranks, (self.noise_multiplier, self.max_grad_norm)
         batches = self.accumulated_iterations
+        refusal = refusal or self._hooks._trials.nothing_passed
         while True:
             told = ranks.meet(Place.STEP, (*numbers, batches), refusal=refusal)
             if told is not None or not ranks.waits:

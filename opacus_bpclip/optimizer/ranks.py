@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from opacus_bpclip.guard.ranks import Ranks
+from opacus_bpclip.guard.ranks import Purpose, Ranks
 from opacus_bpclip.optimizer.noise import with_own_memory
 
 
@@ -55,17 +55,18 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def generator_of_rank(
-    ranks: Ranks, generator: torch.Generator | None, device: torch.device
+    ranks: Ranks, generator: torch.Generator | None, device: torch.device, purpose: Purpose
 ) -> torch.Generator:
-    """Return a generator that no other rank has.
+    """Return a generator that no other rank has, nor this one for another purpose.
 
     Args:
         ranks: all of which must call this.
         generator: rank 0's, which seeds those of all ranks; ``None`` for torch's default one.
         device: of the generator that is returned, if none is given.
+        purpose: what will be drawn.
     """
     made = torch.Generator(device if generator is None else generator.device)
-    return made.manual_seed(ranks.seed_of_rank(generator))
+    return made.manual_seed(ranks.seed_of_rank(generator, purpose))
 
 
 def _part(total: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -67,6 +67,19 @@ class TrialsOfRanks:
         assert isinstance(tried, Plan)
         return tried
 
+    @property
+    def nothing_passed(self) -> str | None:
+        """Say that this rank could take no part in another rank's pass."""
+        ranks = self._guard.ranks
+        if self._latest is not None or not ranks.sharded or ranks.size == 1:
+            return None
+        return (
+            f"Rank {ranks.rank} of {ranks.size} takes a step and has passed nothing through the "
+            "model yet: other ranks' passes wait for the shards that it has, and it has not seen "
+            "how the model is called. Pass each local batch through the model, forward and "
+            "backward, also one without rows."
+        )
+
     def pass_without_examples(self) -> None:
         """Take part in a pass of other ranks; nothing is collected."""
         assert self._latest is not None

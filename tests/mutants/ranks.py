@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_bpclip.guard.ranks import Place, Ranks
+from opacus_bpclip.guard.ranks import Place, Purpose, Ranks
 from opacus_bpclip.optimizer import optimizer
 from opacus_bpclip.sampling import loader
 from tests.mutants import ranks_killers as killers
@@ -33,8 +33,20 @@ def ranks_seeded_alike(patch: pytest.MonkeyPatch) -> None:
     """Generators that were seeded alike draw alike: noise in two shards cancels in their
     difference, and an item is in a batch if another one is."""
 
-    def seed(self: Ranks, generator: torch.Generator | None) -> int:
+    def seed(self: Ranks, generator: torch.Generator | None, purpose: Purpose) -> int:
         return 17
+
+    patch.setattr(Ranks, "seed_of_rank", seed)
+
+
+@mutant(killed_by=killers.seeds_of_two_shards, says="two generators are seeded alike")
+def purposes_seeded_alike(patch: pytest.MonkeyPatch) -> None:
+    """A rank's noise is drawn from the same numbers as its sample where the user's generators are
+    seeded alike: whoever sees the one can tell the other."""
+    seed_of_rank = Ranks.seed_of_rank
+
+    def seed(self: Ranks, generator: torch.Generator | None, purpose: Purpose) -> int:
+        return seed_of_rank(self, generator, Purpose.COINS)
 
     patch.setattr(Ranks, "seed_of_rank", seed)
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from tests.ranks.checks import check_agreement, check_coins, check_noise_law, check_union
+from tests.ranks.checks import (
+    check_agreement,
+    check_coins,
+    check_noise_law,
+    check_seeds,
+    check_union,
+)
 
 
 def noise_of_two_ranks() -> None:
@@ -28,3 +34,8 @@ def refusal_of_one_rank() -> None:
 def coins_of_two_ranks() -> None:
     """Two hundred samples of forty items on two ranks, which are seeded alike."""
     check_coins()
+
+
+def seeds_of_two_shards() -> None:
+    """The seeds of two shards' generators, all of which the user has seeded alike."""
+    check_seeds("FSDP2")

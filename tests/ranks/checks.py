@@ -43,6 +43,23 @@ def noises(rank: int, wrapper: str, steps: int, seed: int = 0) -> NDArray[np.flo
     return torch.stack(found).double().numpy()
 
 
+def seeds(rank: int, wrapper: str) -> list[int]:
+    """Return the seeds of this rank's generators, where the user has seeded all alike."""
+    private = make_private(
+        wrapper,
+        generator=torch.Generator().manual_seed(7),
+        noise_generator=torch.Generator().manual_seed(7),
+    )
+    return [g.initial_seed() for g in (private.optimizer.generator, private.loader.generator)]
+
+
+def check_seeds(wrapper: str) -> None:
+    """No two generators of two ranks draw the same, for noise or for samples."""
+    found = [seed % 2**32 for own in pair().run(seeds, wrapper) for seed in own]
+    used = found if wrapper == "FSDP2" else [found[0], *found[1::2]]  # rank 0's noise is all
+    assert len(set(used)) == len(used), "two generators are seeded alike"
+
+
 def check_noise_law(wrapper: str) -> None:
     """The noise is one Gaussian of the claimed scale, the same for both ranks."""
     one, other = pair().run(noises, wrapper, _STEPS)
