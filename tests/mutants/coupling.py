@@ -15,10 +15,8 @@ from opacus_bpclip.clipping.factors import Measured
 from opacus_bpclip.clipping.fused_use import FusedUse
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import Use
-from opacus_bpclip.guard import guard
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.guard.watched import WatchedParameter
-from opacus_bpclip.optimizer import optimizer
 from opacus_bpclip.rules import ConvRule, GroupNormRule, LinearRule, base
 from tests.mutants import bound_killers, coupling_killers, guard_killers
 from tests.mutants.registry import mutant, take_for_a_mean
@@ -161,27 +159,19 @@ def nan_in_own_gradients_passed_through(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant(killed_by=guard_killers.weight_beside_its_layer, says="nothing bounds was released")
-@mutant(killed_by=guard_killers.weight_instead_of_its_layer, says="nothing bounds was released")
-def sources_not_asked_for(patch: pytest.MonkeyPatch) -> None:
-    """A gradient that comes to a parameter through autograd is let through without asking where it
-    came from, as `p.grad` by nature does; layers deliver their sums another way."""
-    patch.setattr(GradientGuard, "_check_arrival", lambda self, watched, gradient: None)
-    patch.setattr(optimizer, "vouch", lambda model, guard: None)
-
-
 @mutant(
     killed_by=guard_killers.weight_beside_its_layer_after_a_good_batch,
     says="nothing bounds was released",
 )
-def foreign_gradients_taken_for_a_compiled_graphs(patch: pytest.MonkeyPatch) -> None:
-    """What a compiled graph may send to a parameter, once an eager batch has been checked, is let
-    through in eager mode, too."""
-    foreign = guard.foreign_gradient
+def sources_not_asked_for(patch: pytest.MonkeyPatch) -> None:
+    """What comes to a parameter through autograd is collected without asking where it came from, as
+    `p.grad` by nature does; layers deliver their sums another way."""
 
-    def as_compiled(watched: WatchedParameter, **options: bool) -> str | None:
-        return foreign(watched, compiled=True)
+    def collect(self: WatchedParameter, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            self.add(gradient)
 
-    patch.setattr(guard, "foreign_gradient", as_compiled)
+    patch.setattr(WatchedParameter, "_arrive", collect)
 
 
 @mutant(killed_by=guard_killers.gradient_there_before, says="nothing bounds was released")
