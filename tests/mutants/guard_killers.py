@@ -23,12 +23,6 @@ def weight_beside_its_layer() -> None:
     check_refused(trainer, x, lambda y, model: y.sum() + F.linear(x, model[1].weight).sum())
 
 
-def weight_instead_of_its_layer() -> None:
-    """A loss that uses a weight alone."""
-    trainer, x = _two_layers()
-    check_refused(trainer, x, lambda y, model: model[1].weight.square().sum())
-
-
 def weight_beside_its_layer_after_a_good_batch() -> None:
     """The same loss, after a batch that the guard has found nothing wrong with."""
     trainer, x = _two_layers()
