@@ -45,7 +45,7 @@ class WatchedParameter:
 
     def _attach(self) -> None:
         p = self.parameter
-        nothing = torch.zeros(1, dtype=norm_dtype(p.dtype), device=p.device)
+        nothing = torch.zeros((), dtype=norm_dtype(p.dtype), device=p.device)
         self.sink = nothing.expand(p.shape).detach().requires_grad_()
         # Or a compiler takes its sizes for open numbers, the same as a batch's that equals one.
         torch._dynamo.mark_static(self.sink)

@@ -135,7 +135,7 @@ def test_a_pass(capsys, tmp_path):
     assert f"page: {files[1]}\nplot: {files[2]}\ndata: {files[0]}\n" in out
     (found,) = json.loads(files[0].read_text())["verdicts"]
     assert (found["outcome"], found["task"]["case"]) == ("pass", "embedding")
-    assert files[1].read_text().startswith("# Audit report\n\n    opacus-bpclip ")
+    assert files[1].read_text().startswith("# Audit report\n\n    opacus-bpclip")
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 

@@ -228,7 +228,7 @@ def test_a_compiled_graph_of_another_form_than_was_run_is_refused():
     trainer.optimizer.zero_grad()
     with pytest.raises(
         PrivacyViolationError,
-        match=r"table\.weight is used by functions outside of a layer with a rule.*Train without "
+        match=r"table\.weight got gradient from outside its layer's call.*Train without "
         r"torch\.compile, or register a rule",
     ):
         _train_on(compiled, trainer, ids)
