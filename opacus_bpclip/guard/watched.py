@@ -50,11 +50,13 @@ class WatchedParameter:
         # Or a compiler takes its sizes for open numbers, the same as a batch's that equals one.
         torch._dynamo.mark_static(self.sink)
         self.sink.register_post_accumulate_grad_hook(self._collect)
-        self._handle = p.register_hook(self._arrive)
+        # Where a pass goes on after a refusal, nobody may take what has arrived for a gradient.
+        drop = p.register_post_accumulate_grad_hook(_drop)
+        self._handles = [p.register_hook(self._arrive), drop]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy starts with, which has no gradients at hand."""
-        at_hand = {"_handle", "sink", "arrivals", "_collected"}
+        at_hand = {"_handles", "sink", "arrivals", "_collected"}
         return {name: value for name, value in vars(self).items() if name not in at_hand}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -65,7 +67,8 @@ class WatchedParameter:
 
     def remove(self) -> None:
         """Stop watching."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def clear(self) -> None:
         """Forget the gradient at hand."""
@@ -98,3 +101,7 @@ class WatchedParameter:
         self._check(self, total)
         self.add(total)
         self.arrivals += 1
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
