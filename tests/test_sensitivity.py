@@ -7,54 +7,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.budgets import layerwise
-from tests.checks import Trainer, check_sensitivity, check_silent, joint, linear_loss, squared_loss
+from tests.checks import Trainer, check_sensitivity, check_silent, joint
+from tests.joint.helpers import outputs_of
+from tests.neighbours import REDUCTIONS, neighbours
 from tests.strategies import (
     BOUNDS,
     MODES,
-    NO_EMPTY_BATCH,
     Branches,
     architectures,
-    clippings,
-    hostile_batches,
-    hostile_examples,
-    scales,
 )
 
 
-def _outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    like = next(model.parameters())
-    with torch.no_grad():
-        return model(like.new_zeros(1, *shape)).numel()
-
-
-@st.composite
-def neighbours(draw, dtype=torch.float64):
-    case = draw(architectures())
-    model = case.layer.to(dtype)
-    trainer = Trainer(
-        model,
-        case.shape,
-        draw(clippings()),
-        max_grad_norm=draw(st.sampled_from([1e-3, 1.0, 1e3])),
-        reduction=draw(st.sampled_from(["mean", "sum"])),
-        loss=draw(st.sampled_from([linear_loss, squared_loss])),
-        dtype=dtype,
-    )
-    alone = not any(isinstance(module, NO_EMPTY_BATCH) for module in model.modules())
-    companions = draw(hostile_batches(case.shape, dtype, min_size=0 if alone else 1))
-    x = torch.cat([companions, draw(hostile_examples(case.shape, dtype))[None]])
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-    target = torch.randn(len(x), _outputs(model, case.shape), dtype=dtype, generator=generator)
-    rows = torch.tensor([draw(scales) for _ in range(len(x))], dtype=dtype)
-    return trainer, x, target * rows[:, None]
-
-
-@given(neighbours())
+@given(neighbours(reduction=REDUCTIONS))
 def test_one_example_moves_the_sum_by_at_most_its_sensitivity(case):
     check_sensitivity(*case)
 
 
-@given(neighbours(dtype=torch.float32))
+@given(neighbours(dtype=torch.float32, reduction=REDUCTIONS))
 def test_the_bound_holds_in_float32_at_every_scale(case):
     check_sensitivity(*case)
 
@@ -129,7 +98,7 @@ def normalized(draw):
     trainer = Trainer(case.layer, case.shape, clipping)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     x = torch.randn(1, *case.shape, dtype=torch.float64, generator=generator) * draw(sizes)
-    outputs = _outputs(trainer.plain, case.shape)
+    outputs = outputs_of(trainer.plain, case.shape)
     target = torch.randn(1, outputs, dtype=torch.float64, generator=generator) * draw(sizes)
     return trainer, x, target
 

@@ -21,27 +21,15 @@ _IN_A_GRAPH = (
 )
 
 
-def foreign_gradient(
-    watched: WatchedParameter, *, compiled: bool, by_functions: bool = False
-) -> str | None:
-    """Say why a gradient that arrives through autograd is not a layer's, ``None`` if it is.
-
-    Args:
-        watched: the parameter.
-        compiled: whether part of the forward pass was traced, and so unseen.
-        by_functions: whether functions are called on it outside of layers with a rule.
-    """
-    if compiled and by_functions:
-        return (
-            f"{watched.name} is used by functions outside of a layer with a rule, which cannot be "
-            f"followed {_IN_A_GRAPH}."
-        )
-    if not compiled:
-        return foreign(watched, graphs=False)
-    return None
+def functions_in_a_graph(watched: WatchedParameter) -> str:
+    """Say that functions outside of layers with a rule use a parameter of a compiled model."""
+    return (
+        f"{watched.name} is used by functions outside of a layer with a rule, which cannot be "
+        f"followed {_IN_A_GRAPH}."
+    )
 
 
-def foreign(watched: WatchedParameter, *, graphs: bool) -> str:
+def foreign_gradient(watched: WatchedParameter, *, graphs: bool) -> str:
     """Say that a gradient has arrived at a parameter itself.
 
     Args:

@@ -27,7 +27,7 @@ from opacus_bpclip.guard.call_checks import (
     used_too_often,
 )
 from opacus_bpclip.guard.forms import Form, Forms
-from opacus_bpclip.guard.gradient_checks import foreign, unusable_gradient
+from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
 from opacus_bpclip.guard.parameters import GuardedParameters
 from opacus_bpclip.guard.passes import MIXED, BackwardPasses
 from opacus_bpclip.guard.precision import Roundings, backward_under_autocast, unfit
@@ -268,7 +268,7 @@ class GradientGuard:
     def _refuse_foreign(self, watched: WatchedParameter, _: Tensor) -> None:
         """Refuse a gradient that arrives at a parameter: those of layers do not."""
         self._check_loss(watched)
-        self.fail(foreign(watched, graphs=self.ran_compiled or self.forms.have_graphs))
+        self.fail(foreign_gradient(watched, graphs=self.ran_compiled or self.forms.have_graphs))
 
     def _check_arrival(self, watched: WatchedParameter, gradient: Tensor) -> None:
         """Check a sum that a compiled graph has sent."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.forms import Form, Unvouched
 from opacus_bpclip.guard.gradient_checks import (
-    foreign_gradient,
+    functions_in_a_graph,
     unconfirmed_gradient,
     unrehearsed,
 )
@@ -59,8 +59,8 @@ def vouch(model: nn.Module, guard: GradientGuard) -> None:
         guard.forms.settle(form.form)
     for watched in guard.arrived:
         # In what was rehearsed functions may have been found, too.
-        by_functions = watched.parameter in guard.by_functions
-        guard.require(foreign_gradient(watched, compiled=True, by_functions=by_functions))
+        if watched.parameter in guard.by_functions:
+            guard.fail(functions_in_a_graph(watched))
         if not watched.confirmed:
             guard.fail(unconfirmed_gradient(watched))
 

@@ -15,64 +15,45 @@ from tests.checks import (
     check_sensitivity,
     check_silent,
     joint,
-    linear_loss,
-    squared_loss,
 )
-from tests.joint.helpers import joint_clippings, outputs_of
+from tests.joint.helpers import joint_clippings
+from tests.neighbours import REDUCTIONS, neighbours
 from tests.padding.padded import HOSTILE, Padded
 from tests.padding.training import private_of, train
 from tests.sampling import refused
 from tests.strategies import (
     BOUNDS,
     MODES,
-    NO_EMPTY_BATCH,
-    architectures,
     clippings,
-    hostile_batches,
-    hostile_examples,
-    scales,
 )
 
 
-@st.composite
-def neighbours(draw, dtype=torch.float64):
-    """A private model, a hostile batch whose last example is added, and hostile padding."""
-    case = draw(architectures())
-    model = case.layer.to(dtype)
-    trainer = Padded(
-        model,
-        case.shape,
-        draw(st.one_of(joint_clippings(), clippings())),
-        rows=draw(st.sampled_from([1, 2, 4, 7])),
-        fill=draw(st.sampled_from(HOSTILE)),
-        max_grad_norm=draw(st.sampled_from([1e-3, 1.0, 1e3])),
-        reduction=draw(st.sampled_from(["mean", "sum"])),
-        loss=draw(st.sampled_from([linear_loss, squared_loss])),
-        dtype=dtype,
+def padded(dtype=torch.float64):
+    """Neighbouring batches that are cut and filled up, with hostile padding."""
+    return neighbours(
+        Padded,
+        dtype,
+        st.one_of(joint_clippings(), clippings()),
+        rows=st.sampled_from([1, 2, 4, 7]),
+        fill=st.sampled_from(HOSTILE),
+        reduction=REDUCTIONS,
     )
-    alone = not any(isinstance(module, NO_EMPTY_BATCH) for module in model.modules())
-    companions = draw(hostile_batches(case.shape, dtype, min_size=0 if alone else 1))
-    x = torch.cat([companions, draw(hostile_examples(case.shape, dtype))[None]])
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-    target = torch.randn(len(x), outputs_of(model, case.shape), dtype=dtype, generator=generator)
-    rows = torch.tensor([draw(scales) for _ in range(len(x))], dtype=dtype)
-    return trainer, x, target * rows[:, None]
 
 
 @settings(max_examples=120)
-@given(neighbours())
+@given(padded())
 def test_one_example_moves_the_sum_by_at_most_its_sensitivity(case):
     check_sensitivity(*case)
 
 
 @settings(max_examples=60)
-@given(neighbours(dtype=torch.float32))
+@given(padded(torch.float32))
 def test_the_bound_holds_in_float32_at_every_scale(case):
     check_sensitivity(*case)
 
 
 @settings(max_examples=60)
-@given(neighbours())
+@given(padded())
 def test_a_batch_sums_what_its_examples_contribute_alone(case):
     check_independence(*case)
 

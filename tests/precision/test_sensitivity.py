@@ -3,7 +3,6 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from opacus_bpclip import BackpropClipping
@@ -13,19 +12,9 @@ from tests.checks import (
     check_independence,
     check_sensitivity,
     joint,
-    linear_loss,
-    squared_loss,
 )
 from tests.functions.parts import PARTS, D, Stack, T
-from tests.strategies import (
-    NO_EMPTY_BATCH,
-    architectures,
-    clippings,
-    hostile_batches,
-    hostile_examples,
-    scales,
-    seeds,
-)
+from tests.neighbours import neighbours
 
 LOW = torch.bfloat16
 WAYS = pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16 modules", "autocast"])
@@ -38,33 +27,19 @@ def trainer_of(model: nn.Module, shape: tuple[int, ...], clipping, autocast: boo
     return Trainer(model, shape, clipping, **options)
 
 
-@st.composite
-def neighbours(draw, autocast):
-    case = draw(architectures())
-    trainer = trainer_of(
-        case.layer,
-        case.shape,
-        draw(clippings()),
-        autocast,
-        max_grad_norm=draw(st.sampled_from([1e-3, 1.0, 1e3])),
-        loss=draw(st.sampled_from([linear_loss, squared_loss])),
-    )
-    dtype = next(trainer.plain.parameters()).dtype
-    alone = not any(isinstance(module, NO_EMPTY_BATCH) for module in trainer.plain.modules())
-    companions = draw(hostile_batches(case.shape, dtype, min_size=0 if alone else 1))
-    x = torch.cat([companions, draw(hostile_examples(case.shape, dtype))[None]])
-    with torch.no_grad():
-        outputs = trainer.plain(torch.zeros(1, *case.shape, dtype=dtype)).numel()
-    generator = torch.Generator().manual_seed(draw(seeds))
-    target = torch.randn(len(x), outputs, generator=generator).to(dtype)
-    rows = torch.tensor([draw(scales) for _ in range(len(x))]).to(dtype)
-    return trainer, x, target * rows[:, None]
+def low(autocast: bool):
+    """Neighbouring batches of a model in low precision."""
+
+    def make(model: nn.Module, *args, dtype, **options):
+        return trainer_of(model, *args, autocast, **options)
+
+    return neighbours(make, torch.float32 if autocast else LOW)
 
 
 @WAYS
 def test_one_example_moves_the_sum_by_at_most_its_sensitivity(autocast):
     @settings(max_examples=100)
-    @given(neighbours(autocast))
+    @given(low(autocast))
     def search(case):
         check_sensitivity(*case)
 
@@ -74,7 +49,7 @@ def test_one_example_moves_the_sum_by_at_most_its_sensitivity(autocast):
 @WAYS
 def test_an_examples_contribution_is_its_own(autocast):
     @settings(max_examples=40)
-    @given(neighbours(autocast))
+    @given(low(autocast))
     def search(case):
         check_independence(*case)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from opacus_bpclip import PrivacyViolationError
 from opacus_bpclip.audit.noise_law import SAMPLE, judge
 from opacus_bpclip.optimizer import optimizer
 from opacus_bpclip.sampling.log import Pass
-from tests.ranks.models import Mean, Net, examples, make_private, share
+from tests.ranks.models import Mean, Net, Private, examples, make_private, share
 from tests.ranks.pair import pair
 
 SIGMA, CLIP = 1.3, 0.5
@@ -119,23 +120,24 @@ def check_coins() -> None:
     assert together.max() < 0.4, "the coins of two items fall alike"
 
 
-def stepped_after(rank: int, wrapper: str, where: str) -> dict[str, Any]:
-    """Train a step that rank 1 refuses, then another; return what was raised, and what became."""
-    private = make_private(wrapper, lr=0.1)
-    x, y = share(examples(12), rank, (5, 7))
-    bad = rank == 1
+def step_in_parts(
+    private: Private, x: Tensor, y: Tensor, parts: int, loss_of: Callable[..., Tensor]
+) -> list[str]:
+    """Take one step by physical batches; return what was refused.
+
+    Args:
+        private: trains.
+        x: inputs of all of them.
+        y: their labels.
+        parts: how many there are.
+        loss_of: returns the loss of a part's inputs, labels and number.
+    """
     errors = []
-    private.loader.samples.draw(len(x) - (bad and where == "step"), Pass())
-    parts = 3 if bad and where == "middle of a batch" else 1
-    for index, (own, labels) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
+    for index, part in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
         private.optimizer.zero_grad()
         private.optimizer.signal_skip_step(do_skip=index + 1 < parts)
-        penalty = bad and where != "step" and index == parts // 2
         try:
-            loss = nn.functional.cross_entropy(private.model(own), labels)
-            if penalty:
-                loss = loss + private.optimizer.params[0].sum()
-            loss.backward()
+            loss_of(*part, index).backward()
         except PrivacyViolationError as error:
             errors.append(str(error))
         try:
@@ -143,6 +145,23 @@ def stepped_after(rank: int, wrapper: str, where: str) -> dict[str, Any]:
         except PrivacyViolationError as error:
             errors.append(str(error))
     private.optimizer.zero_grad()
+    return errors
+
+
+def stepped_after(rank: int, wrapper: str, where: str) -> dict[str, Any]:
+    """Train a step that rank 1 refuses, then another; return what was raised, and what became."""
+    private = make_private(wrapper, lr=0.1)
+    x, y = share(examples(12), rank, (5, 7))
+    bad = rank == 1
+    private.loader.samples.draw(len(x) - (bad and where == "step"), Pass())
+    parts = 3 if bad and where == "middle of a batch" else 1
+
+    def loss_of(own: Tensor, labels: Tensor, index: int) -> Tensor:
+        loss = nn.functional.cross_entropy(private.model(own), labels)
+        penalty = bad and where != "step" and index == parts // 2
+        return loss + private.optimizer.params[0].sum() if penalty else loss
+
+    errors = step_in_parts(private, x, y, parts, loss_of)
     before = private.values()
     private.step(*share(examples(12, seed=7), rank, (5, 7)))
     return {

@@ -15,6 +15,7 @@ from opacus_bpclip import BackpropClipping, PrivacyEngine, PrivacyViolationError
 from opacus_bpclip.rules import RULES
 from opacus_bpclip.sampling.log import Pass
 from tests.joint import compiled
+from tests.ranks.checks import step_in_parts
 from tests.ranks.models import Net, Private, examples, make_private, share, wrapped
 from tests.ranks.pair import pair
 
@@ -266,26 +267,18 @@ def penalised(rank: int, where: str, parts: int) -> tuple[list[str], Tensor]:
     model = Penalised()
     private = make_private("FSDP2", model=model, lr=0.1, probe=False)
     x, y = examples(12, seed=rank)
-    errors = []
     private.loader.samples.draw(12, Pass())
-    for index, (own, labels) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
-        private.optimizer.zero_grad()
-        private.optimizer.signal_skip_step(do_skip=index + 1 < parts)
+
+    def loss_of(own: Tensor, labels: Tensor, index: int) -> Tensor:
         bad = rank == 1 and index == 0
         model.penalty = bad and where == "the model"
-        try:
-            loss = nn.functional.cross_entropy(private.model(own), labels)
-            if bad and where == "the loss":
-                (shard,) = (p for p in private.optimizer.params if p.shape == (3, 6))
-                loss = loss + (shard * 1.0).to_local().sum()
-            loss.backward()
-        except PrivacyViolationError as error:
-            errors.append(str(error))
-        try:
-            private.optimizer.step()
-        except PrivacyViolationError as error:
-            errors.append(str(error))
-    private.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(private.model(own), labels)
+        if bad and where == "the loss":
+            (shard,) = (p for p in private.optimizer.params if p.shape == (3, 6))
+            loss = loss + (shard * 1.0).to_local().sum()
+        return loss
+
+    errors = step_in_parts(private, x, y, parts, loss_of)
     model.penalty = False
     private.step(*examples(5, seed=rank))
     assert private.engine.accountant.history == [(0.0, 0.25, 1)]
