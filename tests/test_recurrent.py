@@ -94,18 +94,19 @@ def test_exact_is_the_sequences_own_gradient_clipped_to_each_layers_limit(model,
     clipping = layerwise(bound="exact", max_input_norm=None)
     trainer = Trainer(copy.deepcopy(model), (STEPS, FEATURES), clipping, max_grad_norm=limit)
     released = trainer.released(x, target)
-    for name, layer in model.named_modules():
-        if not isinstance(layer, RNNLinear):
-            continue
-        own_limit = trainer.optimizer.layer_sensitivities[name]
-        expected = torch.zeros_like(released[name])
-        for i in range(len(x)):
-            loss = linear_loss(model(x[i : i + 1]), target[i : i + 1], "sum")
-            gradient = torch.cat(
-                [g.flatten() for g in torch.autograd.grad(loss, [*layer.parameters()])]
-            )
-            expected += gradient * min(1, own_limit / float(gradient.norm() + 1e-300))
-        assert torch.allclose(released[name], expected, rtol=1e-6, atol=1e-9 * limit)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, RNNLinear)}
+    expected = {name: torch.zeros_like(released[name]) for name in layers}
+    for i in range(len(x)):
+        loss = linear_loss(model(x[i : i + 1]), target[i : i + 1], "sum")
+        found = iter(
+            torch.autograd.grad(loss, [p for m in layers.values() for p in m.parameters()])
+        )
+        for name, layer in layers.items():
+            gradient = torch.cat([next(found).flatten() for _ in layer.parameters()])
+            own_limit = trainer.optimizer.layer_sensitivities[name]
+            expected[name] += gradient * min(1, own_limit / float(gradient.norm() + 1e-300))
+    for name in layers:
+        assert torch.allclose(released[name], expected[name], rtol=1e-6, atol=1e-9 * limit)
 
 
 class Saturated(nn.Module):

@@ -35,6 +35,7 @@ from opacus_bpclip.probe.problems import Problem, RefusedError
 from opacus_bpclip.probe.randomness import SEEDS
 from opacus_bpclip.probe.recorder import Recorder, Trials
 from opacus_bpclip.probe.shapes import LayerCall, PairsError, Sizes, aligned, places_of
+from opacus_bpclip.probe.touched import first_look
 from opacus_bpclip.probe.verified import verified
 from opacus_bpclip.rules import FunctionRule
 
@@ -127,6 +128,8 @@ def _plan_of(trials: Trials) -> Plan:
     batch, layers = trials.batch, trials.layers
     rows = next(partitions(batch.size))[0]
     among = Companions(batch.size, len(rows), rows, range(len(rows)))
+    if _is_left_to_rules(trials, rows, among):
+        return Plan({})
     functions, calls = trials.sizes(batch)
     fewer, fewer_calls = trials.sizes(batch.select(rows))
     if not aligned(functions, fewer):
@@ -187,6 +190,20 @@ def _plan_of(trials: Trials) -> Plan:
         # Of a layer that no function meets examples with, its own rule says what is wrong.
         met & passed_by,
     )
+
+
+def _is_left_to_rules(trials: Trials, rows: Sequence[int], among: Companions) -> bool:
+    """Return whether every parameter is used by a layer with a rule, called as its rule says."""
+    if needs_plan(trials.layers):
+        return False
+    touched, calls = first_look(trials, trials.batch)
+    if touched:
+        return False
+    touched, fewer = first_look(trials, trials.batch.select(rows))
+    try:
+        return not (touched or _passed_by(trials.layers, calls, fewer, among))
+    except RefusedError:
+        return False  # The first run may have filled caches: the next ones show it.
 
 
 def _recorded(

@@ -242,7 +242,7 @@ class Trials:
         """Run the model; return what was written down, and what the model returned."""
         mode = Recorder(self.parameters(), meets, self.steady)
         mode.disturbed = disturbed or {}
-        return mode, self._run_with(mode, batch, passed_by)
+        return mode, self.run_with(mode, batch, passed_by)
 
     def replay(
         self,
@@ -261,10 +261,10 @@ class Trials:
             changes: by the number of a call that meets examples, how to change its results.
         """
         mode = Replaying(self.parameters(), plan, changes or {})
-        mode.outputs = self._run_with(mode, batch, plan.passed_by, seed=seed)
+        mode.outputs = self.run_with(mode, batch, plan.passed_by, seed=seed)
         return mode
 
-    def _run_with(
+    def run_with(
         self,
         mode: ParameterFunctions,
         batch: Batch,
@@ -272,6 +272,7 @@ class Trials:
         *,
         seed: int | None = None,
     ) -> list[Tensor]:
+        """Run the model under a mode that the layers with a rule pause, but those passed by."""
         with ExitStack() as stack:
             for name, module in self.modules().items():
                 if name not in passed_by:

@@ -16,6 +16,9 @@ from opacus_bpclip.probe.comparison import Companions, layouts
 # A tensor's shape, a number, or what is neither.
 Size = torch.Size | int | None
 
+# Nothing is inside these.
+_LEAVES = frozenset((Tensor, nn.Parameter, int, float, bool, str, type(None), torch.dtype))
+
 
 class Sizes(NamedTuple):
     """The sizes of what one call was given and returned.
@@ -57,7 +60,24 @@ class SizesOfFunctions(TorchFunctionMode):
 
 def sizes_of(value: Any) -> tuple[Size, ...]:
     """Return the sizes of the leaves of a value."""
-    return tuple(map(_size, pytree.tree_leaves(value)))
+    sizes = list[Size]()
+    _append_sizes(value, sizes)
+    return tuple(sizes)
+
+
+def _append_sizes(value: Any, sizes: list[Size]) -> None:
+    # In the order of pytree's leaves, but many times faster for what most calls are given.
+    kind = type(value)
+    if kind is tuple or kind is list:
+        for item in value:
+            _append_sizes(item, sizes)
+    elif kind is dict:
+        for item in value.values():
+            _append_sizes(item, sizes)
+    elif kind in _LEAVES:
+        sizes.append(_size(value))
+    else:
+        sizes.extend(map(_size, pytree.tree_leaves(value)))
 
 
 def _size(leaf: Any) -> Size:

@@ -1,0 +1,45 @@
+"""Whether a model uses trainable parameters outside the layers that have a rule: a cheap first look.
+
+Most models do not. They need none of the trials that show where functions take up the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from opacus_bpclip.model.function_call import FunctionCall
+from opacus_bpclip.model.functions import ParameterFunctions
+from opacus_bpclip.probe.batches import Batch
+from opacus_bpclip.probe.recorder import Trials
+from opacus_bpclip.probe.shapes import LayerCall, watch_layers
+
+
+class _Touched(ParameterFunctions):
+    """Notes whether any function was called on a trainable parameter; all calls run as they are."""
+
+    touched = False
+
+    def note_arguments(
+        self, without_examples: Iterable[Tensor], examples: Iterable[Tensor] = ()
+    ) -> None:
+        """Note nothing: what a call meets besides the parameter does not matter here."""
+
+    def called(self, call: FunctionCall) -> object:
+        """Note the call, and run it."""
+        self.touched = True
+        args, kwargs = pytree.tree_unflatten(call.leaves, call.spec)
+        return call.func(*args, **kwargs)
+
+
+def first_look(trials: Trials, batch: Batch) -> tuple[bool, list[LayerCall]]:
+    """Run the model; return whether a function met a trainable parameter, and the layers' calls."""
+    mode, calls = _Touched(trials.parameters()), list[LayerCall]()
+    with ExitStack() as stack:
+        for handle in watch_layers(trials.modules(), calls):
+            stack.callback(handle.remove)
+        trials.run_with(mode, batch, ())
+    return mode.touched, calls
