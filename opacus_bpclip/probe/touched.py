@@ -1,4 +1,4 @@
-"""Whether a model uses trainable parameters outside the layers that have a rule: a cheap first look.
+"""Whether a model uses trainable parameters outside layers with a rule: a cheap first look.
 
 Most models do not. They need none of the trials that show where functions take up the batch.
 """
