@@ -173,8 +173,11 @@ def test_a_parameter_put_in_later_is_refused():
 @pytest.mark.parametrize(
     ("dims", "message"),
     [
-        ({}, r"scale, of shape \(4,\), has no first axis of size 1 for the batch\. Say in"),
-        ({"scale": 1}, r"scale, of shape \(4,\), is said to be broadcast against tensors of 1"),
+        ({}, r"scale, of shape \(4,\), has no first axis of size 1 for the batch\. Set ScaleRule"),
+        (
+            {"scale": 1},
+            r"scale, of shape \(4,\), leaves no axis .* of 1 axes\. Set ScaleRule\.dims",
+        ),
     ],
     ids=["no axis", "too few"],
 )

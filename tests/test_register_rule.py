@@ -202,10 +202,10 @@ def test_a_fresh_import_has_every_rule_and_no_package_that_need_not_be_installed
     [
         (Shift, object, "to be a subclass of Rule"),
         (Shift, lambda: None, "to be a subclass of Rule"),
-        (int, ShiftRule, "to be a class of modules"),
-        ("Linear", ShiftRule, "to be a class of modules, or the dotted path of one"),
-        ("package.<locals>.Linear", ShiftRule, "to be a class of modules, or the dotted path"),
-        (".Linear", ShiftRule, "to be a class of modules, or the dotted path"),
+        (int, ShiftRule, "to be a subclass of nn.Module"),
+        ("Linear", ShiftRule, "to be a subclass of nn.Module, or the dotted path of one"),
+        ("package.<locals>.Linear", ShiftRule, "to be a subclass of nn.Module, or the dotted path"),
+        (".Linear", ShiftRule, "to be a subclass of nn.Module, or the dotted path"),
     ],
     ids=["no rule", "function", "no module", "a name", "a local class", "no package"],
 )

@@ -20,7 +20,7 @@ from opacus_bpclip.clipping.use import OwnUse, Use
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import AffineRule, Inputs
-from opacus_bpclip.rules.cancellation import kept
+from opacus_bpclip.rules.cancellation import cancellation_factor
 from opacus_bpclip.rules.norms import row_norms
 from opacus_bpclip.rules.precision import wide
 
@@ -58,6 +58,6 @@ class AffineClip(NodeClip):
         positions = g[0].numel() // weight.numel() if g.shape[0] else 1
         examples = self.examples_of(g, graph)
         limit = target.unscaled() / max(examples, 1)
-        part = kept(row_norms(own), size * math.sqrt(positions), own.dtype, limit)
+        part = cancellation_factor(row_norms(own), size * math.sqrt(positions), own.dtype, limit)
         names = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want]
         return OwnUse(self.layer, examples, own, names, size=size, part=part, inputs=(dx,))

@@ -20,7 +20,7 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind, own_gradients, sent_back
 from opacus_bpclip.model.plan import Template
 from opacus_bpclip.rules.base import per_row, where_needed, zero_rows
-from opacus_bpclip.rules.cancellation import kept
+from opacus_bpclip.rules.cancellation import cancellation_factor
 from opacus_bpclip.rules.exact_norms import chunks
 from opacus_bpclip.rules.norms import row_norms
 from opacus_bpclip.rules.precision import norm_dtype, wide
@@ -169,7 +169,7 @@ class FunctionUse(Use):
             floats = [row_norms(x).square() for x in given if x.is_floating_point()]
             of = of * torch.stack([torch.ones_like(of), *floats]).sum(dim=0).sqrt()
         limit = self._target.unscaled() / max(self.examples, 1)
-        return kept(bound, of, self._upstream[0].dtype, limit)
+        return cancellation_factor(bound, of, self._upstream[0].dtype, limit)
 
     def sums(self, factors: Factors) -> Sums:
         """Multiply the factors with the gradients, which are what has been measured."""

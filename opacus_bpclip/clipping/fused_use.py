@@ -15,7 +15,7 @@ from opacus_bpclip.clipping.use import Clipped, FactorsOf, Sums, Use
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Bound, FusedRule
 from opacus_bpclip.rules.base import per_row, zero_rows
-from opacus_bpclip.rules.cancellation import kept
+from opacus_bpclip.rules.cancellation import cancellation_factor
 from opacus_bpclip.rules.exact_norms import chunks, exact_chunk, gram_is_cheaper
 from opacus_bpclip.rules.fused import Scaled
 from opacus_bpclip.rules.norms import row_norms
@@ -131,7 +131,7 @@ class FusedUse(Use):
         bound = self.rule.bound_of_own(own, g, columns)
         # Where positions cancel, rounding alone may be left of their sum.
         limit = self.target.unscaled() / max(self.examples, 1)
-        part = kept(bound, row_norms(g) * row_norms(columns), g.dtype, limit)
+        part = cancellation_factor(bound, row_norms(g) * row_norms(columns), g.dtype, limit)
         return own, self._measured(bound, g, columns, finite), part
 
     def _measured(

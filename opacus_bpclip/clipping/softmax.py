@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.clipping.base import Clip
-from opacus_bpclip.rules.cancellation import kept
+from opacus_bpclip.rules.cancellation import cancellation_factor
 from opacus_bpclip.rules.first_order import first_order
 
 _KERNEL = "SoftmaxBackward0"
@@ -76,4 +76,4 @@ class _Probabilities(torch.autograd.Function):
         norms = [
             torch.linalg.vector_norm(part, dim=ctx.dim, keepdim=True) for part in (left, cancelled)
         ]
-        return None, None, left * kept(norms[0], norms[1], g.dtype)
+        return None, None, left * cancellation_factor(norms[0], norms[1], g.dtype)
