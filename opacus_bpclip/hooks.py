@@ -104,7 +104,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._guard = GradientGuard(m, layers.values(), whole, ranks)
         self._guard.joint = joint
         self._budget = Budget(config, layers.values(), self._guard)
-        self._budget.whole = Presence(m).of
+        self._budget.gathered = Presence(m).of
         self._targets = {
             name: self._budget.target if joint else target_of(config) for name in layers
         }

@@ -43,7 +43,7 @@ class GroupNormRule(AffineRule):
             layer = cast(nn.InstanceNorm2d, module)
             if layer.track_running_stats:
                 raise CoverageError(
-                    "track_running_stats=True keeps statistics over all examples of a batch, which "
+                    "track_running_stats=True keeps statistics over the examples of a batch, which "
                     "are released without noise. Use track_running_stats=False."
                 )
             groups = channels = layer.num_features

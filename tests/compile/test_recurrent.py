@@ -73,7 +73,7 @@ def test_one_graph_of_a_recurrent_network_is_refused_with_the_cause():
     model = torch.compile(private.model, backend="aot_eager", fullgraph=True)
     with pytest.raises(
         torch._dynamo.exc.Unsupported,
-        match=r"a private recurrent network is a loop over time steps that is left to eager mode: "
+        match=r"a private recurrent network is a loop over time steps, which runs in eager mode: "
         r'without fullgraph=True, BackpropClipping\(allocation="equal"\) compiles the layers',
     ):
         _step(private, model, 5)
