@@ -25,7 +25,7 @@ from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.functions import Followed
-from opacus_bpclip.model.input_clipping import attach_input_clips, take_input_clips
+from opacus_bpclip.model.input_clipping import attach_input_clips, remove_input_clips
 from opacus_bpclip.model.sharding import Presence, gathered, whole_parameters
 from opacus_bpclip.model.tying import tied_groups
 from opacus_bpclip.probe import Batch, Prober, batch_size
@@ -119,7 +119,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             raise
         # Clips that the model brings along give way to ours, and stay where there are none.
         replaced = m if config.max_input_norm is not None else nn.Module()
-        self._put_back_input_clips = take_input_clips(replaced)
+        self._put_back_input_clips = remove_input_clips(replaced)
         enter, leave = self._enter_root, self._leave_root
         if self._budget.recurrent is not None:
             enter, leave = self._enter_root_eagerly, self._leave_root_eagerly

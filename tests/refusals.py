@@ -133,23 +133,22 @@ REFUSALS = {
         {"clipping": "per_layer", "backprop": {}},
     ),
     "allocation": Refusal(
-        "allocation does not fit the model's trainable layers; no such layer: head; no share for: "
-        "2. Name each of: 0, 2.",
+        "allocation does not match the model's trainable layers; no such layer: head; no share "
+        "for: 2. Give a share to each of: 0, 2.",
         {"backprop": layerwise(allocation={"0": 1.0, "head": 1.0})},
         error=CoverageError,
     ),
     "half precision": Refusal(
         "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
-        "- 0 (Linear): its parameters are torch.float16, which does not train without a "
-        "GradScaler, whose scale depends on the data. Keep trainable parameters in torch.float32 "
-        "or torch.bfloat16.",
+        "- 0 (Linear): its parameters are torch.float16. This dtype needs a GradScaler, whose "
+        "scale depends on the data. Keep trainable parameters in torch.float32 or torch.bfloat16.",
         error=CoverageError,
         model=with_half_precision,
         repair=lambda model: model.float(),
     ),
     "batch norm": Refusal(
         "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
-        "- 0 normalises over the batch: each example's value depends on its companions. "
+        "- 0 normalises over the batch, so each example's output depends on the other examples. "
         'PrivacyEngine.get_compatible_module(model, clipping="backprop") replaces it. Or use '
         "GroupNorm, or keep it in evaluation mode with running statistics.",
         error=CoverageError,

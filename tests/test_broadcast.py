@@ -244,10 +244,10 @@ class NestedRule(ScaledRule):
 
 
 AXES = (
-    "0.scale is broadcast against a tensor of {axes} axes, of shape {shape}, but its rule says 3, "
-    "the batch included: one example's copy of it would meet other examples. Say in the rule's "
-    "dims how many axes that tensor has. A module that is used on tensors of several numbers of "
-    "axes needs a class and a rule for each."
+    "0.scale is broadcast against a tensor of {axes} axes, of shape {shape}, but its rule expects "
+    "3 axes, the batch included. One example's copy of the parameter would be combined with other "
+    "examples. Set the rule's dims to the number of axes of that tensor. A module that is used on "
+    "tensors of different numbers of axes needs a class and a rule for each."
 )
 
 

@@ -115,9 +115,12 @@ def _shared_by_the_batch(model):
 @pytest.mark.parametrize(
     ("misuse", "message"),
     [
-        (_patched, r"rnn was changed after make_private: nothing shows that its rows are still"),
+        (
+            _patched,
+            r"rnn was changed after make_private\. It is not known any more whether its rows",
+        ),
         (_called_by_its_cell, r"rnn\.l0\.ih was called outside its recurrent network"),
-        (_two_axes, r"rnn got an input of shape \(5, 3\); it needs 3 axes, the batch first"),
+        (_two_axes, r"rnn got an input of shape \(5, 3\), but needs 3 axes, of which the first"),
         (_shared_by_the_batch, r"rnn got an input of shape \(1, 5, 3\) in a batch of 3 examples"),
     ],
     ids=["patched", "cell", "two axes", "shared"],

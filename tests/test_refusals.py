@@ -119,8 +119,8 @@ def test_a_product_bound_without_input_clipping_is_refused_before_make_private()
         ),
         pytest.param(
             {"config": layerwise(allocation={"0": 1.0})},
-            "allocation does not fit the model's trainable layers; no share for: 2. Name each of: "
-            "0, 2.",
+            "allocation does not match the model's trainable layers; no share for: 2. "
+            "Give a share to each of: 0, 2.",
             id="allocation",
         ),
     ],

@@ -175,7 +175,7 @@ def test_mixup_inside_the_model() -> None:
 
 
 MIXED = (
-    "{} normalises over the batch: each example's value depends on its companions. "
+    "{} normalises over the batch, so each example's output depends on the other examples. "
     'PrivacyEngine.get_compatible_module(model, clipping="backprop") replaces it. Or use '
     "GroupNorm, or keep it in evaluation mode with running statistics."
 )

@@ -117,7 +117,7 @@ REFUSED = {
         {"w": W, "b": W},
         "would be lost|got gradient|got a gradient",
     ),
-    "a selection by values": (_selected, {"w": W}, "no row for each of them"),
+    "a selection by values": (_selected, {"w": W}, "does not have one row for each of them"),
     "rows sorted by a random number": (_sorted_by_a_draw, {"w": W}, "these places"),
     "a loop over the examples": (
         lambda s, x: torch.stack([row * s.w for row in x]),
@@ -127,7 +127,7 @@ REFUSED = {
     "a branch on the values of a batch": (
         lambda s, x: x * s.w if bool((x < 100).all()) else x - s.w,
         {"w": W},
-        "did not show",
+        "did not occur in the trial run",
     ),
 }
 
@@ -181,7 +181,7 @@ def test_data_that_belongs_to_no_example_is_refused_where_a_layer_meets_it():
 
 def test_data_that_belongs_to_no_example_is_refused_where_a_parameter_meets_it():
     trainer = Trainer(Flat(), (4,), BackpropClipping(), probe=True)
-    with pytest.raises(PrivacyViolationError, match=r"raw.*no row for each example"):
+    with pytest.raises(PrivacyViolationError, match=r"raw.*does not have one row for each example"):
         trainer.model(torch.randn(3, 4).double(), torch.ones(7).double())
 
 

@@ -223,7 +223,7 @@ WRAPPED = {
     ),
     "hybrid": (
         hybrid,
-        "places is sharded over a mesh of shape (1, 2) in a process group of 2 ranks: hybrid "
+        "places is sharded over a mesh of shape (1, 2) in a process group of 2 ranks. Hybrid "
         "sharding and tensor parallelism are not supported. Call fully_shard(model) without a "
         "mesh, which shards over all ranks.",
     ),

@@ -154,7 +154,7 @@ def test_what_is_not_replaced_is_refused_with_the_reason_and_a_remedy(module, re
     with pytest.raises(CoverageError) as refusal:
         compatible(nn.Sequential(nn.Linear(4, 4), module))
     assert (
-        "- 1 normalises over the batch: each example's value depends on its companions. "
+        "- 1 normalises over the batch, so each example's output depends on the other examples. "
         f"{METHOD} does not replace it: it {reason}. Or use GroupNorm, or keep it in evaluation "
         "mode with running statistics."
     ) in str(refusal.value)
