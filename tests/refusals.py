@@ -79,17 +79,17 @@ class Refusal:
 
 
 MODE = (
-    'grad_sample_mode={mode!r} does not go with clipping="backprop", which has no per-example '
-    "gradients. Leave grad_sample_mode out."
+    'grad_sample_mode={mode!r} cannot be used with clipping="backprop", which computes no '
+    "grad_sample. Leave grad_sample_mode out."
 )
 COMPILED = (
-    "The model is compiled already, and a compiled graph may ignore hooks added later. Call "
-    "make_private first, then torch.compile what it returns."
+    "The model is compiled already, and a compiled graph may ignore hooks that are added later. "
+    "Call make_private first, then torch.compile the model that it returns."
 )
 NOT_A_NORM = "Expected max_grad_norm={value!r} to be a finite number > 0."
 A_LIST = (
-    "Expected max_grad_norm={value!r} to be one number, the joint sensitivity of all layers. Split "
-    "it over the layers by BackpropClipping(allocation={{name: share}})."
+    "Expected max_grad_norm={value!r} to be one number, the sensitivity of all layers together. "
+    "Split it over the layers with BackpropClipping(allocation={{name: share}})."
 )
 
 REFUSALS = {
@@ -117,8 +117,8 @@ REFUSALS = {
         for mode in ("ghost", "ew", "functorch", "no_op", "ghost_fsdp")
     },
     "rand_on_empty": Refusal(
-        "rand_on_empty=True adds a made-up example to empty batches, which would count as data. "
-        'Leave it out: clipping="backprop" steps on empty batches.',
+        "rand_on_empty=True adds a made-up example to empty batches, which would be treated as "
+        'data. Leave it out: clipping="backprop" takes steps on empty batches.',
         {"rand_on_empty": True},
     ),
     "backprop as a dict": Refusal(
@@ -186,14 +186,14 @@ REFUSALS = {
         repair=lambda model: uncompile(model[0]),
     ),
     "wrapped by Opacus": Refusal(
-        "The model is wrapped already (GradSampleModule). Pass the model itself: "
-        "to_standard_module() or cleanup() undoes the wrapping.",
+        "The model is wrapped already (GradSampleModule). Pass the original model: "
+        "to_standard_module() or cleanup() removes the wrapping.",
         model=lambda: GradSampleModule(mlp()),
         repair=lambda model: model.to_standard_module(),
     ),
     "wrapped by us": Refusal(
-        "The model is wrapped already (BackpropClipModule). Pass the model itself: "
-        "to_standard_module() or cleanup() undoes the wrapping.",
+        "The model is wrapped already (BackpropClipModule). Pass the original model: "
+        "to_standard_module() or cleanup() removes the wrapping.",
         model=lambda: make_private(mlp()).handle,
         repair=lambda model: model.to_standard_module(),
     ),
@@ -250,8 +250,8 @@ REFUSALS = {
         {"data_loader": DataLoader(dataset(), 8, collate_fn=lambda items: collate(3 * items))},
     ),
     "several evaluations a step of one of several": Refusal(
-        "LBFGS evaluates the loss several times a step, and each evaluation would be a release of "
-        "its own. Use an optimizer that takes one gradient a step, such as SGD or Adam.",
+        "LBFGS evaluates the loss several times per step, and each evaluation would be a release "
+        "of its own. Use an optimizer that needs one gradient per step, such as SGD or Adam.",
         {
             "optimizer": SeveralOptimizers(
                 SGD(mlp().parameters(), lr=0.1), LBFGS(mlp().parameters())
@@ -259,8 +259,8 @@ REFUSALS = {
         },
     ),
     "several evaluations a step": Refusal(
-        "LBFGS evaluates the loss several times a step, and each evaluation would be a release of "
-        "its own. Use an optimizer that takes one gradient a step, such as SGD or Adam.",
+        "LBFGS evaluates the loss several times per step, and each evaluation would be a release "
+        "of its own. Use an optimizer that needs one gradient per step, such as SGD or Adam.",
         {"optimizer": LBFGS(mlp().parameters())},
     ),
 }

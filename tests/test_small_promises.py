@@ -83,8 +83,8 @@ def test_a_batch_of_unknown_size_is_refused(value: object) -> None:
     with pytest.raises(CoverageError) as refusal:
         private.model(value)
     assert str(refusal.value) == (
-        "The model's inputs hold no tensor with a batch axis, so the number of examples is "
-        "unknown. Pass the batch as a tensor, batch first."
+        "The model's inputs contain no tensor with a batch axis, so the number of examples is "
+        "unknown. Pass the batch as a tensor whose first axis is the batch."
     )
 
 

@@ -226,7 +226,7 @@ def test_a_broken_promise_is_named(rule, promise):
 
 
 def test_a_rule_that_mixes_examples_in_its_output_alone_is_convicted():
-    with pytest.raises(AssertionError, match=r"independence: what the layer sends for example"):
+    with pytest.raises(AssertionError, match=r"independence: the output or the input's gradient"):
         check_rule(MixesUpwards, _bias_alone, LAYERS[nn.Linear][1])
 
 

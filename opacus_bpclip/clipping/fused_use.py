@@ -31,8 +31,7 @@ class Measurement(NamedTuple):
 
     Attributes:
         factor: the factors of its columns, 0 in rows that are not finite; ``None`` for 1.
-        columns: the norms of the scaled columns, with the bias's constant 1; ``None`` if the bound
-            needs none.
+        columns: the norms of the scaled columns, from `with_one`; ``None`` if the bound needs none.
         finite: ``[B]`` bool, which rows are finite; ``None`` for all.
     """
 
@@ -211,12 +210,9 @@ class FusedUse(Use):
                 joint = joint * self.factor.to(joint.dtype)
         if joint is not None:
             over = self.rule.over_output(joint.to(g.dtype), g)
-            scratch = (
-                self._scratch
-                if self._scratch is not None and self._scratch.dtype == g.dtype
-                else None
-            )
-            g = torch.mul(g, over, out=scratch)
+            scratch = self._scratch
+            fits = scratch is not None and scratch.dtype == g.dtype
+            g = torch.mul(g, over, out=scratch if fits else None)
         # Masked only here: a masked copy made in the forward pass would live as long as the graph.
         x = zero_rows(self.x, self.finite) if wanted[1] else self.x
         # Under autocast, input and weight have another dtype than the output.
@@ -227,8 +223,7 @@ class FusedUse(Use):
         """Note which row of this use each example is in, for packed sequences.
 
         Args:
-            rows: ``[B]``, the row of each example. An example whose sequence has ended has no row
-                in this use, and counts as zeros.
+            rows: ``[B]``, the row of each example; a row that this use does not have is zero.
         """
         self._order = rows
         return self
@@ -283,12 +278,8 @@ class FusedUse(Use):
 
     def _kept_of(self, rows: slice) -> Tensor:
         """Return the upstream gradients of some examples times their cancellation factors."""
-        g = wide(self.g[rows])
-        return (
-            g
-            if self._cancellation is None
-            else g * per_row(self._cancellation[rows].to(g.dtype), g)
-        )
+        g, factor = wide(self.g[rows]), self._cancellation
+        return g if factor is None else g * per_row(factor[rows].to(g.dtype), g)
 
     def matrix_columns(self, rows: slice) -> Tensor:
         """Return the columns of some examples' scaled inputs, ``[b, R, D, P]``."""

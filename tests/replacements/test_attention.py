@@ -184,11 +184,11 @@ def test_nothing_is_broadcast_in_silence():
     ):
         with pytest.raises(ValueError, match=message):
             made(x, x, x, **wrong)
-    with pytest.raises(ValueError, match="must be as long as each other"):
+    with pytest.raises(ValueError, match="to have the same length"):
         made(x, x, x[:, :2])
     with pytest.raises(ValueError, match="for the 2 examples of query"):
         made(x, x[:1], x[:1])
-    with pytest.raises(ValueError, match="all have 3 axes"):
+    with pytest.raises(ValueError, match="to have 3 axes each"):
         made(x, x[0], x[0])
     with pytest.raises(ValueError, match="to be a multiple of 3"):
         MultiheadAttention(WIDTH, 3)

@@ -130,21 +130,19 @@ def test_a_model_of_such_modules_trains():
     [
         (
             nn.BatchNorm1d(1),
-            "has 1 feature, too few to be normalised within one example: leave it out "
-            "(nn.Identity()), or put nn.GroupNorm(1, 1) in its place if its inputs are sequences, "
-            "[B, 1, L]",
+            "has 1 feature, too few to normalise within one example: leave it out "
+            "(nn.Identity()), or use nn.GroupNorm(1, 1) if its inputs are sequences, [B, 1, L]",
             nn.Identity(),
         ),
         (
             nn.BatchNorm1d(2),
-            "has 2 features, too few to be normalised within one example: leave it out "
-            "(nn.Identity()), or put nn.GroupNorm(1, 2) in its place if its inputs are sequences, "
-            "[B, 2, L]",
+            "has 2 features, too few to normalise within one example: leave it out "
+            "(nn.Identity()), or use nn.GroupNorm(1, 2) if its inputs are sequences, [B, 2, L]",
             nn.GroupNorm(1, 2),
         ),
         (
             SplitBatchNorm2d(16),
-            "overrides _BatchNorm.forward, so nobody knows what it computes",
+            "overrides _BatchNorm.forward, so it is not known what it computes",
             nn.GroupNorm(2, 16),
         ),
     ],
