@@ -125,11 +125,11 @@ REFUSALS = {
         "Expected backprop={} to be a BackpropClipping.", {"backprop": {}}
     ),
     "backprop with another clipping": Refusal(
-        f"backprop={layerwise()!r} was given with clipping='flat'; it needs clipping=\"backprop\".",
+        f"backprop={layerwise()!r} was given with clipping='flat', but needs clipping=\"backprop\".",
         {"clipping": "flat", "backprop": layerwise()},
     ),
     "backprop as a dict with another clipping": Refusal(
-        "backprop={} was given with clipping='per_layer'; it needs clipping=\"backprop\".",
+        "backprop={} was given with clipping='per_layer', but needs clipping=\"backprop\".",
         {"clipping": "per_layer", "backprop": {}},
     ),
     "allocation": Refusal(
