@@ -125,7 +125,8 @@ REFUSALS = {
         "Expected backprop={} to be a BackpropClipping.", {"backprop": {}}
     ),
     "backprop with another clipping": Refusal(
-        f"backprop={layerwise()!r} was given with clipping='flat', but needs clipping=\"backprop\".",
+        f"backprop={layerwise()!r} was given with clipping='flat', but needs "
+        'clipping="backprop".',
         {"clipping": "flat", "backprop": layerwise()},
     ),
     "backprop as a dict with another clipping": Refusal(

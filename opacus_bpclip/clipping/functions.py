@@ -121,7 +121,7 @@ class _Following(ParameterFunctions):
             if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(result)):
                 self._guard.fail(function_checks.unseen(call))
             return result
-        if not template.meets:
+        if not template.holds_batch:
             if self.is_of_shared(call):
                 self._guard.fail(function_checks.shared_argument(call))
             return self.derive(call)
@@ -133,7 +133,7 @@ class _Following(ParameterFunctions):
         self._guard.require(function_checks.wrong_results(call, template, leaves, examples))
         leaves = call.as_computed(leaves, drawn=template.method == "graph")
         for index in outs:
-            self._guard.check_precision(function_checks.told(call), leaves[index].dtype)
+            self._guard.check_precision(function_checks.names_of(call), leaves[index].dtype)
         made = self._attached(graph, [leaves[index] for index in outs], call)
         for index, out in zip(outs, made, strict=True):
             leaves[index] = out
@@ -223,7 +223,7 @@ class _Following(ParameterFunctions):
         nodes += [None if edge is None else edge.node for edge in graph.results]
         dtype = low_precision_behind(nodes)
         if dtype is not None:
-            self._guard.check_precision(function_checks.told(call), dtype)
+            self._guard.check_precision(function_checks.names_of(call), dtype)
 
     def _scope(self, layer: Layer) -> Scope:
         if layer.name not in self._scopes:

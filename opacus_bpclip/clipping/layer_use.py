@@ -101,7 +101,7 @@ class LayerUse(Use):
         return self._gradients(g, inputs=True)[1]
 
     def has_changed(self) -> bool:
-        """Return whether somebody has changed the upstream gradient in place."""
+        """Return whether the upstream gradient was changed in place."""
         return self._g._version != self._version
 
     def own(self, rows: slice) -> Sums:

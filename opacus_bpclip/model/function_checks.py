@@ -11,7 +11,7 @@ from opacus_bpclip.model.function_call import FunctionCall
 from opacus_bpclip.model.plan import Template
 
 
-def told(call: FunctionCall) -> str:
+def names_of(call: FunctionCall) -> str:
     """Return the names of the parameters that a function was called on."""
     return ", ".join(sorted(call.names))
 
@@ -19,8 +19,8 @@ def told(call: FunctionCall) -> str:
 def unseen(call: FunctionCall) -> str:
     """Return the message for a call that did not occur in the trial on made-up examples."""
     return (
-        f"{told(call)}: the model calls the function {call.name} on it in a way that did not occur "
-        "in the trial run on made-up examples of these shapes, so it is not known which rows "
+        f"{names_of(call)}: the model calls the function {call.name} on it in a way that did not "
+        "occur in the trial run on made-up examples of these shapes, so it is not known which rows "
         "belong to which example. Compute in the same way for every batch: do not branch on the "
         "values of the data, and compute what depends on parameters anew in each forward pass."
     )
@@ -29,7 +29,7 @@ def unseen(call: FunctionCall) -> str:
 def shared_argument(call: FunctionCall) -> str:
     """Return the message for an argument that was computed from data without a batch axis."""
     return (
-        f"{told(call)}: the function {call.name} combines it with something computed from an "
+        f"{names_of(call)}: the function {call.name} combines it with something computed from an "
         "argument of the model that does not have one row for each example. If it is data, it is "
         "not known which example it belongs to, so nothing can be bounded. If it is public "
         "(positions, an index table), compute it inside the forward pass, register it as a buffer, "
@@ -40,7 +40,7 @@ def shared_argument(call: FunctionCall) -> str:
 def data_argument(call: FunctionCall) -> str:
     """Return the message for an argument computed from examples that has lost the batch axis."""
     return (
-        f"{told(call)}: the function {call.name} combines it with something computed from the "
+        f"{names_of(call)}: the function {call.name} combines it with something computed from the "
         "examples that does not have one row for each of them: a selection by their values, or a "
         "number computed over the batch. It is not known which rows belong to which example. Keep "
         "one row for each example, and multiply by a mask instead of selecting."
@@ -50,8 +50,8 @@ def data_argument(call: FunctionCall) -> str:
 def lost_argument(call: FunctionCall) -> str:
     """Return the message for an argument whose gradient would be lost."""
     return (
-        f"{told(call)}: the function {call.name} has another argument without examples that needs "
-        "a gradient, but it was computed out of sight (by a custom autograd function, by a "
+        f"{names_of(call)}: the function {call.name} has another argument without examples that "
+        "needs a gradient, but it was computed out of sight (by a custom autograd function, by a "
         "scripted function, or outside this forward pass), so its gradient would be lost. Compute "
         "it from the parameters with functions of torch, in the same forward pass."
     )
@@ -60,7 +60,7 @@ def lost_argument(call: FunctionCall) -> str:
 def changed_argument(call: FunctionCall) -> str:
     """Return the message for an argument that was changed after the call."""
     return (
-        f"{told(call)}: an argument of the function {call.name} was changed in place after the "
+        f"{names_of(call)}: an argument of the function {call.name} was changed in place after the "
         "call, but the per-example gradients are computed from it. Do not change it in place "
         "(inplace=False), or pass a copy."
     )
@@ -88,8 +88,8 @@ def wrong_places(call: FunctionCall, template: Template, examples: int) -> str |
                 return _wrong(call, tuple(leaf.shape), examples, place.axis)
         elif leaf != place.entries * examples:
             return (
-                f"{told(call)}: the function {call.name} was called with the number {leaf} instead "
-                f"of the number of examples, {examples}. Compute it from the size of the batch."
+                f"{names_of(call)}: the function {call.name} was called with the number {leaf} "
+                f"instead of the number of examples, {examples}. Compute it from the batch's size."
             )
     return None
 
@@ -112,7 +112,7 @@ def wrong_results(
 
 def _wrong(call: FunctionCall, shape: tuple[int, ...], examples: int, axis: int) -> str:
     return (
-        f"{told(call)}: the function {call.name} got or returned a tensor of shape {shape} in a "
-        f"batch of {examples} examples. Its axis {axis} should hold one part for each of them. "
+        f"{names_of(call)}: the function {call.name} got or returned a tensor of shape {shape} in "
+        f"a batch of {examples} examples. Its axis {axis} should hold one part for each of them. "
         "Keep one row for each example of the batch."
     )

@@ -136,7 +136,7 @@ class ParameterFunctions(TorchFunctionMode):
         return [shared[leaf] for leaf in call.leaves if isinstance(leaf, Tensor) and leaf in shared]
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.paused or not torch.is_grad_enabled() or not self._meets(args, kwargs):
+        if self.paused or not torch.is_grad_enabled() or not self._has_known(args, kwargs):
             return func(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         made = {
@@ -179,7 +179,7 @@ class ParameterFunctions(TorchFunctionMode):
         """Drop all references to parameters and to tensors computed from them."""
         self._known.clear()
 
-    def _meets(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+    def _has_known(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
         return any(map(self._is_known, args)) or any(map(self._is_known, kwargs.values()))
 
     def _is_known(self, value: Any) -> bool:

@@ -50,7 +50,7 @@ class Template(NamedTuple):
         ]
 
     @property
-    def meets(self) -> bool:
+    def holds_batch(self) -> bool:
         """Return whether an argument or a result holds the batch."""
         return any(place is not None for place in (*self.arguments, *self.outputs))
 
@@ -103,13 +103,13 @@ class Plan:
             for place in (*template.arguments, *template.outputs)
         )
 
-    def told(self, layer: str) -> tuple[str, ...]:
+    def functions_of(self, layer: str) -> tuple[str, ...]:
         """Return the functions that combine a layer's parameters with examples, and the methods."""
         found = (
             f"{key.name} ({template.method})"
             for key, templates in self.templates.items()
             for template in templates
-            if template.meets and any(n.rpartition(".")[0] == layer for n in key.parameters)
+            if template.holds_batch and any(n.rpartition(".")[0] == layer for n in key.parameters)
         )
         return tuple(sorted(set(found)))
 

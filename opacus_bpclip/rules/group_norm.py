@@ -100,7 +100,7 @@ class GroupNormRule(AffineRule):
 
         Returns:
             The gradient of the input, and the per-example gradients of weight and bias, each
-            ``[B, C]``; ``None`` for what is not wanted.
+            ``[B, C]``; ``None`` if not wanted.
         """
         batch, positions = x.shape[0], x.shape[2:].numel()
         if not batch:

@@ -186,7 +186,8 @@ def test_each_way_to_make_private_takes_the_size(stock: bool) -> None:
         ),
         (
             {"physical_batch_size": 8, "clipping": "flat", "backprop": None},
-            "physical_batch_size=8 was given with clipping='flat', but needs clipping=\"backprop\".",
+            "physical_batch_size=8 was given with clipping='flat', but needs "
+            'clipping="backprop".',
         ),
     ],
 )
