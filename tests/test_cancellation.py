@@ -1,4 +1,4 @@
-"""What is left after cancellation does not grow: companions that are blank, equal, many."""
+"""Rounding errors after cancellation are not magnified: blank, equal, many other examples."""
 
 from __future__ import annotations
 

@@ -226,7 +226,7 @@ def test_a_criterion_that_couples_examples_is_refused(criterion):
     # 29 times the claim, for a contrastive one and 50 examples.
     trained = training(criterion)
     x, y = batch()
-    trained.criterion(trained.model(x[:1]), y[:1])  # one row shows nothing
+    trained.criterion(trained.model(x[:1]), y[:1])  # with a single row, coupling cannot be seen
     with pytest.raises(ValueError, match="couples examples") as refusal:
         trained.criterion(trained.model(x), y)
     assert str(refusal.value) == (

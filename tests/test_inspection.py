@@ -1,4 +1,4 @@
-"""``opacus-bpclip inspect``: the table, the data, the exit status, and what a typo gets."""
+"""``opacus-bpclip inspect``: the table, the data, the exit status, and the errors for typos."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`CrossEntropy` against torch, one example at a time, and its companions."""
+"""`CrossEntropy` against torch, one example at a time, in different batches."""
 
 from __future__ import annotations
 

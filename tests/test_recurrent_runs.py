@@ -1,4 +1,4 @@
-"""However a recurrent network is run, it is known which row is whose, or the run is refused."""
+"""However a recurrent network is run, its rows are known examples, or the run is refused."""
 
 import copy
 
@@ -75,7 +75,7 @@ class Handmade(nn.Module):
 
 
 def test_cells_in_a_loop_of_ones_own_are_ordinary_layers_used_once_a_step():
-    # Nothing shows that row i is the same example at every step there.
+    # There it is not known that row i is the same example at every step.
     x, target = torch.randn(3, STEPS, FEATURES).double(), torch.randn(3, HIDDEN).double() * 100
     with pytest.raises(PrivacyViolationError, match=r"cell\.ih is used more than once"):
         Trainer(Handmade(), (STEPS, FEATURES), layerwise()).released(x, target)

@@ -1,4 +1,4 @@
-"""``max_grad_norm`` and the noise multiplier may move, but never apart."""
+"""``max_grad_norm`` and the noise multiplier may change between steps, but not within one."""
 
 from __future__ import annotations
 

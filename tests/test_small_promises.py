@@ -1,4 +1,4 @@
-"""Corners of the core that no larger test passes by."""
+"""Corner cases of the core that no larger test covers."""
 
 from __future__ import annotations
 

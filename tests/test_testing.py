@@ -1,4 +1,4 @@
-"""`check_rule` passes every rule of the package, and convicts a rule that breaks a promise."""
+"""`check_rule` accepts every rule of the package, and rejects a rule that breaks a promise."""
 
 import pytest
 import torch
@@ -148,7 +148,7 @@ class PositionsInSquares(LinearRule):
 
 
 class LastEntryOnly(LinearRule):
-    """Looks for nan in the last entry, and lets the rest pass."""
+    """Looks for nan in the last entry only."""
 
     def prepare(self, inputs, max_norm):
         (x,) = inputs
@@ -173,7 +173,7 @@ class MixesUpwards(LinearRule):
 
 
 class MixesDownwards(LinearRule):
-    """Scales what goes on to the layers below by the largest input of the batch."""
+    """Scales the gradient of the input by the largest input of the batch."""
 
     def prepare(self, inputs, max_norm):
         prepared = super().prepare(inputs, max_norm)

@@ -1,4 +1,4 @@
-"""Traps that make examples meet: each is refused by name, with the reason and the remedy.
+"""Models that mix examples: each is refused by name, with the reason and the remedy.
 
 Only positions that the whole batch shares train: each example's part of their gradient is its own.
 """

@@ -1,6 +1,6 @@
-"""Traps that keep a parameter from its layer's rule.
+"""Models in which the rule of a layer does not see all uses of its parameters.
 
-Each is refused with the reason and a remedy, or bounded by the functions that meet the parameter.
+Each is refused with the reason and a remedy, or bounded by the functions that use the parameter.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Scale(nn.Module):
 
 
 class Unknown(nn.Module):
-    """A layer of somebody's own: a matrix product, but not nn.Linear's."""
+    """A user's layer: a matrix product, but not nn.Linear's."""
 
     def __init__(self, features: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Losses that go through a model in other ways than once: what each is told, and what works."""
+"""Losses that go through a model more than once: the errors, and the remedies."""
 
 from __future__ import annotations
 

@@ -30,9 +30,9 @@ def cancellation_factor(
         remainder: the norm of what remains.
         cancelled: a bound on the norm of what has cancelled, of the same shape.
         dtype: the dtype of the numbers that have cancelled.
-        limit: the norm that the remainder is clipped to afterwards, if it is never scaled up. A
-            remainder below it counts as this large: rounding errors of numbers less than
-            `ORDINARY` times larger than the limit are small beside it already.
+        limit: a norm up to which the remainder is not scaled up afterwards. A smaller remainder
+            counts as this large: rounding errors of numbers less than `ORDINARY` times larger than
+            the limit are small beside it already.
     """
     remainder = remainder if limit is None else remainder.clamp(min=limit)
     ulps = remainder / (cancelled * torch.finfo(dtype).eps)

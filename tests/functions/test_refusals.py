@@ -1,4 +1,4 @@
-"""What functions on parameters cannot be followed: refused, with the reason."""
+"""Functions on parameters that cannot be followed are refused, with the reason."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def _sorted_by_a_draw(s: nn.Module, x: Tensor) -> Tensor:
 
 
 def _copies_in(order: Tensor, s: nn.Module, x: Tensor) -> Tensor:
-    """Meet the sorted examples with copies of a parameter, and put them back in order."""
+    """Add copies of a parameter to the sorted examples, and put these back in order."""
     copies = s.w.expand(len(x), -1)
     return (x[order] * copies.view(len(x), *[1] * (x.dim() - 2), -1))[order.argsort()]
 
@@ -110,7 +110,7 @@ REFUSED = {
         {"w": W},
         "these places",
     ),
-    "a function of somebody's own": (lambda s, x: Squared.apply(x, s.w), {"w": W}, "s.w|w got"),
+    "a custom autograd function": (lambda s, x: Squared.apply(x, s.w), {"w": W}, "s.w|w got"),
     "an argument that is changed after the call": (_changed_later, {"w": W}, "changed in place"),
     "an argument that would lose its gradient": (
         lambda s, x: torch.addcmul(s.b, x, Rounded.apply(s.w)),

@@ -106,7 +106,7 @@ def test_outputs_weights_and_gradients_are_pytorchs(call):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_opacus_own_replacement_computes_another_function(batch_first):
-    """Why there is one of ours; with it in its place, every model would be refused."""
+    """Shows why the package has an attention of its own: every model with PyTorch's is refused."""
     torch.manual_seed(0)
     module = attention(batch_first=batch_first).eval()
     x = torch.randn(3, 3, WIDTH, dtype=torch.float64)
@@ -245,5 +245,5 @@ def test_pytorchs_encoder_computes_the_same_in_training_and_evaluation(batch_fir
                     else each(x.transpose(0, 1), **options).transpose(0, 1)
                     for each in (model, made)
                 )
-            # What PyTorch's fused kernel returns for padding is zero, and nobody reads it.
+            # PyTorch's fused kernel returns zeros for padding, which are not used.
             torch.testing.assert_close(y2[~hidden], y[~hidden], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What takes the place of normalisations over the batch works within one example."""
+"""The replacements of normalisations over the batch do not mix examples."""
 
 import copy
 import warnings
