@@ -97,7 +97,7 @@ def measured(
 
 
 def largest_norm(dtype: torch.dtype, examples: int) -> float:
-    """Return the norm from which on a gradient that was divided by ``examples`` is dropped."""
+    """Return the norm from which on a gradient divided by ``examples`` contributes zero."""
     largest: float = torch.finfo(dtype).max ** 0.5 / (16 * max(examples, 1))
     return largest
 
@@ -113,8 +113,8 @@ def clip_factors(
     """Return the factors that scale each example's gradient, times ``examples``, to the limit.
 
     Guarantee: ``factor * examples * bound <= limit``, with a margin for the rounding of gradients
-    of ``dtype``. What the factor makes of an example's gradient depends on ``examples`` by rounding
-    alone. The factor of a row that is not present is 0.
+    of ``dtype``. An example's factor depends on ``examples`` by rounding alone. The factor of a row
+    that is not present is 0.
 
     Args:
         found: the bounds on the gradients' norms.
