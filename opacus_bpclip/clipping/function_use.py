@@ -163,13 +163,14 @@ class FunctionUse(Use):
 
     def _cancellation_of(self, bound: Tensor) -> Tensor:
         """Return the factors that suppress gradients which are only rounding error. ``[B]``."""
-        of = torch.stack([row_norms(g) for g in self._upstream]).sum(dim=0)
+        cancelled = torch.stack([row_norms(g) for g in self._upstream]).sum(dim=0)
         if self._graph.reads_arguments:
             given = self._graph.template.given(self._graph.call.leaves, self._graph.examples)
             floats = [row_norms(x).square() for x in given if x.is_floating_point()]
-            of = of * torch.stack([torch.ones_like(of), *floats]).sum(dim=0).sqrt()
+            one = torch.ones_like(cancelled)
+            cancelled = cancelled * torch.stack([one, *floats]).sum(dim=0).sqrt()
         limit = self._target.unscaled() / max(self.examples, 1)
-        return cancellation_factor(bound, of, self._upstream[0].dtype, limit)
+        return cancellation_factor(bound, cancelled, self._upstream[0].dtype, limit)
 
     def sums(self, factors: Factors) -> Sums:
         """Return the sums of the gradients that have been measured, times their factors."""
