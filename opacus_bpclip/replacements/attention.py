@@ -210,7 +210,7 @@ class MultiheadAttention(nn.Module):
         if {x.dim() for x in (query, key, value)} != {3}:
             raise ValueError(
                 "Expected query, key and value to have 3 axes each, or 2 axes each for a single "
-                f"example, got {query.dim()}, {key.dim()} and {value.dim()}."
+                "example."
             )
         batch, targets, sources = len(query), query.shape[1], key.shape[1]
         if key.shape[:2] != (batch, sources) or value.shape[:2] != (batch, sources):
