@@ -190,7 +190,7 @@ def test_nothing_is_broadcast_in_silence():
         made(x, x[:1], x[:1])
     with pytest.raises(ValueError, match="to have 3 axes each"):
         made(x, x[0], x[0])
-    with pytest.raises(ValueError, match="to be a multiple of 3"):
+    with pytest.raises(ValueError, match="to be a multiple of num_heads=3"):
         MultiheadAttention(WIDTH, 3)
 
 
