@@ -16,7 +16,7 @@ Value = TypeVar("Value", int, float)
 
 
 def is_positive_number(value: object) -> bool:
-    """Return whether ``value`` is a real, finite number above zero (a bool is not a number)."""
+    """Return whether ``value`` is a finite number above zero; a bool does not count as one."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:
@@ -49,39 +49,40 @@ class _Frozen(Mapping[str, Value]):
 
 @dataclass(frozen=True)
 class BackpropClipping:
-    """How layers clip their inputs and upstream gradients.
+    """The options of backpropagation clipping.
 
     Args:
         allocation: how ``max_grad_norm`` is spent. ``"joint"``: one factor for each example scales
-            its gradients of all layers, as in flat DP-SGD. Otherwise each layer has a part of it,
-            fixed beforehand, and clips by itself: ``"equal"``, ``"dimension"`` (proportional to the
-            fourth root of the layer's number of parameters), or a mapping from each trainable
-            layer's dotted name to its positive share of ``max_grad_norm ** 2`` (shares are
-            normalised to sum to one).
-        bound: the upper bound on an example's gradient norm that it is clipped by. ``"exact"``
-            computes the norm itself; ``"weighted"`` is looser and cheaper, ``"product"`` is the
-            paper's and the loosest.
-        max_input_norm: every column that enters a layer's weight product (a vector, a token, a
-            convolution's patch) is scaled down to at most this L2 norm, in training and in
-            evaluation. ``None`` leaves inputs, and so the model, as they are;
+            its gradients of all layers, as in flat DP-SGD. Otherwise each layer clips by itself,
+            with its own part ``Delta_l`` of ``max_grad_norm``, fixed before training: ``"equal"``;
+            ``"dimension"``, proportional to the fourth root of the layer's number of parameters;
+            or a mapping from each trainable layer's dotted name to its positive share of
+            ``max_grad_norm ** 2`` (the shares are normalised to sum to one).
+        bound: the upper bound on the norm of an example's gradient. ``"exact"`` computes the norm
+            itself. ``"weighted"`` is looser and cheaper. ``"product"`` is the paper's bound and the
+            loosest.
+        max_input_norm: the largest L2 norm of the columns that a layer's weight is multiplied with
+            (a vector, a token, a convolution's patch). Larger ones are scaled down, in training and
+            in evaluation. ``None`` leaves the inputs, and so the model, unchanged;
             ``bound="product"`` needs a number.
-        normalize: whether gradients are scaled up, too: an example's factor is the limit over its
-            bound plus ``stability``, instead of at most 1.
-        stability: added to the bound where gradients are normalised, in units of an example's
-            gradient norm; a gradient far below it stays small. That keeps rounding errors of
-            gradients that cancel from being scaled up to the limit.
-        uses: for layers that clip by themselves, how often a layer is used in one forward pass, by
-            dotted name; 1 where it is not named. Each of ``K`` uses is held to ``Delta_l / K``, so
-            that together they stay within ``Delta_l``. More uses than declared are refused, fewer
-            only waste sensitivity. ``"auto"`` lets ``make_private`` count them by running the model
-            on made-up examples. With ``allocation="joint"`` nothing is counted: the uses' gradients
-            are measured together.
-        probe: whether the model is run on made-up examples to see that none influences another.
-            What it would find breaks the guarantee; without it, that there is nothing to be found
-            is your promise. How functions and layers take up the batch is looked at in any case.
+        normalize: whether small gradients are scaled up. An example's factor is then the limit
+            divided by its bound plus ``stability``; otherwise it is at most 1.
+        stability: the constant added to the bound if ``normalize`` is set, in units of the norm of
+            an example's gradient. Gradients far below it stay small, so that rounding errors of
+            gradients that cancel are not scaled up to the limit.
+        uses: the number of uses of a layer in one forward pass, by dotted name, for layers that
+            clip by themselves; 1 for layers that are not named. Each of ``K`` uses is clipped to
+            ``Delta_l / K``, so that together they stay within ``Delta_l``. More uses than declared
+            are refused; fewer waste sensitivity. With ``"auto"``, ``make_private`` counts the uses
+            in a trial on made-up examples. ``allocation="joint"`` needs no counts: the gradients of
+            all uses are measured together.
+        probe: whether to run the model on made-up examples before training, to check that no
+            example influences another. Such an influence breaks the guarantee: with
+            ``probe=False`` it is your responsibility that there is none. The trial that finds the
+            batch axis of layers and functions runs in any case.
 
     Raises:
-        ValueError: an option outside these values; the message names it and what is accepted.
+        ValueError: an option has another value; the message names it and the accepted values.
 
     Example:
         >>> BackpropClipping().allocation
@@ -102,7 +103,8 @@ class BackpropClipping:
     def paper(cls) -> Self:
         """Return the published method: a budget for each layer, the product bound, clipped inputs.
 
-        Its bound is proved here, unlike the paper's (``docs/tutorials/2022.md``).
+        Source: arXiv 2202.05089, whose own figures were withdrawn (``docs/tutorials/2022.md``). The
+        bound is proved in ``docs/guarantee.md``.
         """
         return cls(allocation="dimension", bound="product", max_input_norm=3.0)
 
@@ -119,8 +121,8 @@ class BackpropClipping:
             )
         if self.bound == "product" and self.max_input_norm is None:
             raise ValueError(
-                'bound="product" needs a max_input_norm: its bound is max_input_norm times the '
-                'upstream norm. Set max_input_norm, or choose bound="weighted" or "exact".'
+                'bound="product" needs max_input_norm: the bound is max_input_norm times a norm of '
+                'the upstream gradient. Set max_input_norm, or choose bound="weighted" or "exact".'
             )
         if isinstance(self.allocation, Mapping):
             for name, share in self.allocation.items():

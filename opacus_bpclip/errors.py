@@ -1,15 +1,15 @@
-"""The two ways in which the package refuses to go on."""
+"""The errors that the package raises when it refuses a model or a batch."""
 
 from opacus.validators.errors import UnsupportedModuleError
 
 
 class CoverageError(UnsupportedModuleError, ValueError):
-    """A model, an option or a layer that cannot be bounded; raised before training starts."""
+    """The gradients of a model, a layer or an option cannot be bounded; raised before training."""
 
 
 class PrivacyViolationError(ValueError, RuntimeError):
-    """A batch whose gradient is not covered by the guarantee; raised before it can be used.
+    """The guarantee does not cover a batch; raised before its gradients can be used.
 
-    After it, ``optimizer.step()`` refuses to run until ``optimizer.zero_grad()`` has thrown the
-    batch's gradients away.
+    Afterwards ``optimizer.step()`` refuses to run until ``optimizer.zero_grad()`` has discarded
+    the batch's gradients.
     """

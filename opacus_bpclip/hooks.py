@@ -1,4 +1,4 @@
-"""Attach the rules to a model: `BackpropClipHooks`."""
+"""`BackpropClipHooks`, which attach backpropagation clipping to a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.functions import Followed
-from opacus_bpclip.model.input_clipping import attach_input_clips, take_input_clips
+from opacus_bpclip.model.input_clipping import attach_input_clips, remove_input_clips
 from opacus_bpclip.model.sharding import Presence, gathered, whole_parameters
 from opacus_bpclip.model.tying import tied_groups
 from opacus_bpclip.probe import Batch, Prober, batch_size
@@ -37,27 +37,26 @@ _ATTACHED = "_backprop_clip_hooks"
 
 
 class BackpropClipHooks(AbstractGradSampleHooks):
-    """Make a model's ordinary gradients sums of bounded contributions, one per example.
+    """Hooks that turn a model's gradients into sums of bounded contributions, one per example.
 
-    Guarantee: after one backward pass, ``p.grad`` of all trainable parameters together is a sum
-    over the batch's examples; each term depends on its example and the parameters alone, and has
-    norm at most ``max_grad_norm``, the part of layer ``l`` at most the optimizer's
-    ``layer_sensitivities[l]``.
+    Guarantee: after a backward pass, the gradient of all trainable parameters together is a sum
+    over the examples of the batch. Each term depends on its example and the parameters alone. Its
+    norm is at most ``max_grad_norm``; with layerwise budgets, its part in layer ``l`` has norm at
+    most ``layer_sensitivities[l]``.
 
     Args:
-        m: the model, changed in place by hooks; its layers stay what they are.
-        config: how to clip.
-        max_grad_norm: joint L2 sensitivity of the summed gradient.
+        m: the model; hooks are added to its modules, which are not replaced.
+        config: the options of the clipping; the defaults if ``None``.
+        max_grad_norm: the L2 sensitivity of the summed gradient.
         loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
-        batch_first: whether the batch is the first axis of the inputs of the model and its layers,
-            or the second.
-        criterion: what every loss is computed by, if it keeps the batch's size out of the backward
-            pass; its gradients are those of a sum, whatever ``loss_reduction`` is.
-        ranks: which train the model together; all of them must call this.
+        batch_first: whether the batch is the first axis of all inputs; otherwise the second.
+        criterion: the private criterion, if every loss is computed by one. Its gradients are those
+            of a sum, whatever ``loss_reduction`` is.
+        ranks: the ranks that train the model together; all of them must call this.
 
     Raises:
-        CoverageError: something in the model cannot be bounded, or it has hooks already. The model
-            is left as it was.
+        CoverageError: no rule bounds some trainable parameter, or the model has hooks already. The
+            model is left unchanged.
     """
 
     def __init__(
@@ -71,12 +70,12 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         criterion: BackpropClipCriterion | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        # Not Opacus's own __init__: it gives every parameter a grad_sample.
+        # Opacus's own __init__ is not called: it gives every parameter a grad_sample.
         if hasattr(m, _ATTACHED):
             raise CoverageError(
-                "The model has backpropagation clipping attached already. Call cleanup() on what "
-                "make_private returned for it, or pass a fresh model. Several optimizers over one "
-                "model go into one call: opacus_bpclip.SeveralOptimizers(one, other)."
+                "The model has backpropagation clipping attached already. Call cleanup() on the "
+                "model that make_private returned, or pass a fresh one. For several optimizers of "
+                "one model, pass opacus_bpclip.SeveralOptimizers(one, other) in one call."
             )
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
@@ -104,7 +103,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._guard = GradientGuard(m, layers.values(), whole, ranks)
         self._guard.joint = joint
         self._budget = Budget(config, layers.values(), self._guard)
-        self._budget.whole = Presence(m).of
+        self._budget.gathered = Presence(m).of
         self._targets = {
             name: self._budget.target if joint else target_of(config) for name in layers
         }
@@ -117,14 +116,14 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         except ValueError:
             self._guard.remove()
             raise
-        # Clips that the model brings along give way to ours, and stay where there are none.
+        # With max_input_norm, the layers' clips replace those of an earlier `clip_inputs`.
         replaced = m if config.max_input_norm is not None else nn.Module()
-        self._put_back_input_clips = take_input_clips(replaced)
+        self._put_back_input_clips = remove_input_clips(replaced)
         enter, leave = self._enter_root, self._leave_root
         if self._budget.recurrent is not None:
             enter, leave = self._enter_root_eagerly, self._leave_root_eagerly
         self._handles = [
-            # Ahead of FSDP's: ranks meet before they wait for each other's parameters.
+            # Before FSDP's hooks, so that a refusal on one rank does not leave the others waiting.
             m.register_forward_pre_hook(enter, with_kwargs=True, prepend=bool(whole)),
             m.register_forward_hook(leave, with_kwargs=True, always_call=True),
         ]
@@ -154,11 +153,11 @@ class BackpropClipHooks(AbstractGradSampleHooks):
 
     @property
     def _max_grad_norm(self) -> float:
-        """Joint L2 sensitivity of the summed gradient; setting it moves every layer's.
+        """The L2 sensitivity of the summed gradient; setting it rescales every layer's.
 
         Raises:
-            ValueError: set to anything but a finite number above zero.
-            PrivacyViolationError: set while clipped gradients wait for their noise.
+            ValueError: the new value is not a finite number above zero.
+            PrivacyViolationError: there are clipped gradients that have no noise yet.
         """
         return self._norm
 
@@ -168,7 +167,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             raise ValueError(f"Expected max_grad_norm={value!r} to be a finite number > 0.")
         if self._guard.pending:
             raise PrivacyViolationError(
-                "max_grad_norm was set in the middle of a logical batch: gradients clipped to the "
+                "max_grad_norm was set in the middle of a logical batch. Gradients clipped to the "
                 "old value would get the new value's noise. Set it between step() and backward()."
             )
         self._norm = value
@@ -181,23 +180,23 @@ class BackpropClipHooks(AbstractGradSampleHooks):
 
     @property
     def _layer_sensitivities(self) -> Mapping[str, float]:
-        """Return Delta_l by module name; their squares sum to ``max_grad_norm ** 2``.
+        """Return ``Delta_l`` by module name; their squares sum to ``max_grad_norm ** 2``.
 
-        Layers that share a parameter share one, under the first one's name. Empty with a joint
-        budget, where every layer may use all of it.
+        Layers that share a parameter have one ``Delta_l``, under the name of the first. Empty with
+        a joint budget.
         """
         return {name: part * self._norm for name, part in self._fractions.items()}
 
     def forbid_grad_accumulation(self) -> None:
-        """Make a second backward pass before the optimizer's step an error."""
+        """Refuse a second backward pass before the optimizer's step."""
         self._guard.passes.accumulation_allowed = False
 
     def allow_grad_accumulation(self) -> None:
-        """Let several backward passes over disjoint batches add up before one step."""
+        """Allow several backward passes, over different physical batches, before one step."""
         self._guard.passes.accumulation_allowed = True
 
     def _sample_from(self, samples: SampleLog) -> None:
-        """Train on nothing but the batches that a private loader draws."""
+        """Accept only batches that the private loader has drawn."""
         samples.attached = True
         self._guard.passes.samples = samples
 
@@ -208,7 +207,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         """Do nothing: no parameter has per-example gradients."""
 
     def remove_hooks(self) -> None:
-        """Take every hook away, input clipping included."""
+        """Remove all hooks, those of input clipping included."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -218,9 +217,9 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._attached = False
 
     def cleanup(self) -> None:
-        """End private training; the model keeps its input clipping, which is a part of it.
+        """End private training. Input clipping, which is a part of the model, stays.
 
-        `unclip_inputs` takes that away, too.
+        `unclip_inputs` removes it, too.
         """
         attached = self._attached
         self.remove_hooks()
@@ -231,7 +230,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             attach_input_clips(self._layers.values(), self._config.max_input_norm)
 
     def _undo(self) -> None:
-        """Leave the model as it was before, with the input clipping it had."""
+        """Remove all hooks, and restore the input clipping that the model had before."""
         self.remove_hooks()
         self._put_back_input_clips()
 
@@ -268,13 +267,13 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             return
         self._guard.leave_forward()
         self._guard.check_rounding(output)
-        # Without an output an error is on its way already, and says more.
+        # Without an output the forward pass has raised an error already, which says more.
         if self._trials.untried and output is not None:
             self._guard.fail(self._trials.untried)
         if self._guard.ran_compiled:
             self._guard.forms.note_eager(Batch(args, kwargs, self._guard.examples, self._axis))
 
-    # A compiler leaves recurrent networks to eager mode, whose checks need the forward pass.
+    # Recurrent networks run in eager mode under torch.compile, so these hooks must, too.
 
     @torch.compiler.disable(reason=RECURRENT_IS_EAGER)
     def _enter_root_eagerly(self, *arguments: Any) -> None:
@@ -293,6 +292,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         if size is not None:
             return size
         raise CoverageError(
-            "The model's inputs hold no tensor with a batch axis, so the number of examples is "
-            f"unknown. Pass the batch as a tensor, batch {('first', 'second')[self._axis]}."
+            "The model's inputs contain no tensor with a batch axis, so the number of examples is "
+            "unknown. Pass the batch as a tensor whose "
+            f"{('first', 'second')[self._axis]} axis is the batch."
         )

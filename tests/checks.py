@@ -21,7 +21,7 @@ from tests.devices import device, generator_there, there
 # What cancellation in S(D + z) - S(D) may add, relative to the sensitivity.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-5}
 
-# Far above every clip.
+# Far above every limit.
 HUGE = 1e4
 
 Loss = Callable[[Tensor, Tensor, str], Tensor]
@@ -136,7 +136,7 @@ def check_sensitivity(trainer: Trainer, x: Tensor, target: Tensor) -> None:
 
 
 def check_training(trainer: Trainer, x: Tensor, target: Tensor, steps: int = 3) -> None:
-    """Every step, with parameters that move, is within the sensitivity and independent."""
+    """Every step is within the sensitivity and independent, also after parameters have changed."""
     for _ in range(steps):
         check_sensitivity(trainer, x, target)
         check_independence(trainer, x, target)

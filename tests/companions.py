@@ -92,7 +92,7 @@ def blank_and_one(
 
 
 def check_rounding_is_small(layer: nn.Module, bound: Any) -> None:
-    """A layer's own gradient of which rounding alone is left contributes next to nothing.
+    """A layer's gradient that is nothing but rounding error contributes almost nothing.
 
     Every position's part is far above the limit, and all of them cancel but for some units of the
     last place.

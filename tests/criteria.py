@@ -19,9 +19,9 @@ LENGTH = 3
 
 
 NOT_THROUGH = (
-    "got a gradient that did not come through the criterion that make_private returned: a mean's "
-    "division by the batch's size, which is private, would not be undone. Compute the loss with "
-    "the returned criterion, or leave criterion out of make_private."
+    "got a gradient that did not come through the criterion that make_private returned. If it is "
+    "that of a mean, its division by the private batch size would not be undone. Compute the "
+    "loss with the returned criterion, or leave criterion out of make_private."
 )
 
 

@@ -1,4 +1,4 @@
-"""What is said of a model whose layers meet the examples in another order."""
+"""Models whose layers get the examples in another order, and the messages about them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def turned(order: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor
 
 
 def refusal(model: nn.Module, batch: Batch | None = None) -> str | None:
-    """Return what is said of a model under a joint budget."""
+    """Return the message about a model under a joint budget."""
     batch = batch or made_up(torch.zeros(2, FEATURES))
     layers = trainable_layers(model, batch_first=batch.axis == 0).values()
     problem = find_coupling(model, batch, loss_reduction="mean", layers=layers)

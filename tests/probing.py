@@ -61,7 +61,7 @@ class Recurrent(nn.Module):
 
 
 class OnlyReal(nn.Module):
-    """Runs on what nobody would make up."""
+    """Runs only on inputs that the trial does not make up."""
 
     def __init__(self, coupled: bool) -> None:
         super().__init__()

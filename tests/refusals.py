@@ -79,17 +79,17 @@ class Refusal:
 
 
 MODE = (
-    'grad_sample_mode={mode!r} does not go with clipping="backprop", which has no per-example '
-    "gradients. Leave grad_sample_mode out."
+    'grad_sample_mode={mode!r} cannot be used with clipping="backprop", which computes no '
+    "grad_sample. Leave grad_sample_mode out."
 )
 COMPILED = (
-    "The model is compiled already, and a compiled graph may ignore hooks added later. Call "
-    "make_private first, then torch.compile what it returns."
+    "The model is compiled already, and a compiled graph may ignore hooks that are added later. "
+    "Call make_private first, then torch.compile the model that it returns."
 )
 NOT_A_NORM = "Expected max_grad_norm={value!r} to be a finite number > 0."
 A_LIST = (
-    "Expected max_grad_norm={value!r} to be one number, the joint sensitivity of all layers. Split "
-    "it over the layers by BackpropClipping(allocation={{name: share}})."
+    "Expected max_grad_norm={value!r} to be one number, the sensitivity of all layers together. "
+    "Split it over the layers with BackpropClipping(allocation={{name: share}})."
 )
 
 REFUSALS = {
@@ -117,39 +117,39 @@ REFUSALS = {
         for mode in ("ghost", "ew", "functorch", "no_op", "ghost_fsdp")
     },
     "rand_on_empty": Refusal(
-        "rand_on_empty=True adds a made-up example to empty batches, which would count as data. "
-        'Leave it out: clipping="backprop" steps on empty batches.',
+        "rand_on_empty=True adds a made-up example to empty batches, which would be treated as "
+        'data. Leave it out: clipping="backprop" takes steps on empty batches.',
         {"rand_on_empty": True},
     ),
     "backprop as a dict": Refusal(
         "Expected backprop={} to be a BackpropClipping.", {"backprop": {}}
     ),
     "backprop with another clipping": Refusal(
-        f"backprop={layerwise()!r} was given with clipping='flat'; it needs clipping=\"backprop\".",
+        f"backprop={layerwise()!r} was given with clipping='flat', but needs "
+        'clipping="backprop".',
         {"clipping": "flat", "backprop": layerwise()},
     ),
     "backprop as a dict with another clipping": Refusal(
-        "backprop={} was given with clipping='per_layer'; it needs clipping=\"backprop\".",
+        "backprop={} was given with clipping='per_layer', but needs clipping=\"backprop\".",
         {"clipping": "per_layer", "backprop": {}},
     ),
     "allocation": Refusal(
-        "allocation does not fit the model's trainable layers; no such layer: head; no share for: "
-        "2. Name each of: 0, 2.",
+        "allocation does not match the model's trainable layers; no such layer: head; no share "
+        "for: 2. Give a share to each of: 0, 2.",
         {"backprop": layerwise(allocation={"0": 1.0, "head": 1.0})},
         error=CoverageError,
     ),
     "half precision": Refusal(
         "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
-        "- 0 (Linear): its parameters are torch.float16, which does not train without a "
-        "GradScaler, whose scale depends on the data. Keep trainable parameters in torch.float32 "
-        "or torch.bfloat16.",
+        "- 0 (Linear): its parameters are torch.float16. This dtype needs a GradScaler, whose "
+        "scale depends on the data. Keep trainable parameters in torch.float32 or torch.bfloat16.",
         error=CoverageError,
         model=with_half_precision,
         repair=lambda model: model.float(),
     ),
     "batch norm": Refusal(
         "Backpropagation clipping cannot bound every trainable parameter of this model:\n"
-        "- 0 normalises over the batch: each example's value depends on its companions. "
+        "- 0 normalises over the batch, so each example's output depends on the other examples. "
         'PrivacyEngine.get_compatible_module(model, clipping="backprop") replaces it. Or use '
         "GroupNorm, or keep it in evaluation mode with running statistics.",
         error=CoverageError,
@@ -187,14 +187,14 @@ REFUSALS = {
         repair=lambda model: uncompile(model[0]),
     ),
     "wrapped by Opacus": Refusal(
-        "The model is wrapped already (GradSampleModule). Pass the model itself: "
-        "to_standard_module() or cleanup() undoes the wrapping.",
+        "The model is wrapped already (GradSampleModule). Pass the original model: "
+        "to_standard_module() or cleanup() removes the wrapping.",
         model=lambda: GradSampleModule(mlp()),
         repair=lambda model: model.to_standard_module(),
     ),
     "wrapped by us": Refusal(
-        "The model is wrapped already (BackpropClipModule). Pass the model itself: "
-        "to_standard_module() or cleanup() undoes the wrapping.",
+        "The model is wrapped already (BackpropClipModule). Pass the original model: "
+        "to_standard_module() or cleanup() removes the wrapping.",
         model=lambda: make_private(mlp()).handle,
         repair=lambda model: model.to_standard_module(),
     ),
@@ -251,8 +251,8 @@ REFUSALS = {
         {"data_loader": DataLoader(dataset(), 8, collate_fn=lambda items: collate(3 * items))},
     ),
     "several evaluations a step of one of several": Refusal(
-        "LBFGS evaluates the loss several times a step, and each evaluation would be a release of "
-        "its own. Use an optimizer that takes one gradient a step, such as SGD or Adam.",
+        "LBFGS evaluates the loss several times per step, and each evaluation would be a release "
+        "of its own. Use an optimizer that needs one gradient per step, such as SGD or Adam.",
         {
             "optimizer": SeveralOptimizers(
                 SGD(mlp().parameters(), lr=0.1), LBFGS(mlp().parameters())
@@ -260,8 +260,8 @@ REFUSALS = {
         },
     ),
     "several evaluations a step": Refusal(
-        "LBFGS evaluates the loss several times a step, and each evaluation would be a release of "
-        "its own. Use an optimizer that takes one gradient a step, such as SGD or Adam.",
+        "LBFGS evaluates the loss several times per step, and each evaluation would be a release "
+        "of its own. Use an optimizer that needs one gradient per step, such as SGD or Adam.",
         {"optimizer": LBFGS(mlp().parameters())},
     ),
 }

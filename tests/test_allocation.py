@@ -73,5 +73,6 @@ def test_a_mapping_must_name_exactly_the_layers(allocation: dict[str, float], pr
     with pytest.raises(CoverageError) as refusal:
         layer_fractions({"a": 1, "b": 2}, allocation)
     assert str(refusal.value) == (
-        f"allocation does not fit the model's trainable layers{problem}. Name each of: a, b."
+        f"allocation does not match the model's trainable layers{problem}. "
+        "Give a share to each of: a, b."
     )

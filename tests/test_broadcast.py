@@ -173,8 +173,11 @@ def test_a_parameter_put_in_later_is_refused():
 @pytest.mark.parametrize(
     ("dims", "message"),
     [
-        ({}, r"scale, of shape \(4,\), has no first axis of size 1 for the batch\. Say in"),
-        ({"scale": 1}, r"scale, of shape \(4,\), is said to be broadcast against tensors of 1"),
+        ({}, r"scale, of shape \(4,\), has no first axis of size 1 for the batch\. Set ScaleRule"),
+        (
+            {"scale": 1},
+            r"scale, of shape \(4,\), leaves no axis .* of 1 axes\. Set ScaleRule\.dims",
+        ),
     ],
     ids=["no axis", "too few"],
 )
@@ -241,10 +244,10 @@ class NestedRule(ScaledRule):
 
 
 AXES = (
-    "0.scale is broadcast against a tensor of {axes} axes, of shape {shape}, but its rule says 3, "
-    "the batch included: one example's copy of it would meet other examples. Say in the rule's "
-    "dims how many axes that tensor has. A module that is used on tensors of several numbers of "
-    "axes needs a class and a rule for each."
+    "0.scale is broadcast against a tensor of {axes} axes, of shape {shape}, but its rule expects "
+    "3 axes, the batch included. One example's copy of the parameter would be combined with other "
+    "examples. Set the rule's dims to the number of axes of that tensor. A module that is used on "
+    "tensors of different numbers of axes needs a class and a rule for each."
 )
 
 

@@ -1,4 +1,4 @@
-"""What is left after cancellation does not grow: companions that are blank, equal, many."""
+"""Rounding errors after cancellation are not magnified: blank, equal, many other examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from opacus_bpclip.rules import GroupNormRule, LayerNormRule, RMSNormRule
-from opacus_bpclip.rules.cancellation import ORDINARY, ROUNDING, kept
+from opacus_bpclip.rules.cancellation import ORDINARY, ROUNDING, cancellation_factor
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_sensitivity, joint
 from tests.companions import (
@@ -27,19 +27,19 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6))
-def test_what_is_kept_is_a_part_and_continuous(one, other):
+def test_the_factor_is_between_0_and_1_and_continuous(one, other):
     ulps = torch.tensor([one, other], dtype=torch.float64)
-    parts = kept(ulps * EPS, torch.ones(2).double(), torch.float32)
-    assert ((parts >= 0) & (parts <= 1)).all()
-    assert (parts[0] - parts[1]).abs() <= abs(one - other) / (ORDINARY - ROUNDING) + 1e-9
-    assert one > ROUNDING or parts[0] == 0
-    assert one < ORDINARY or parts[0] == 1
+    factors = cancellation_factor(ulps * EPS, torch.ones(2).double(), torch.float32)
+    assert ((factors >= 0) & (factors <= 1)).all()
+    assert (factors[0] - factors[1]).abs() <= abs(one - other) / (ORDINARY - ROUNDING) + 1e-9
+    assert one > ROUNDING or factors[0] == 0
+    assert one < ORDINARY or factors[0] == 1
 
 
-def test_of_nothing_and_of_what_overflows_all_is_kept():
-    left = torch.tensor([0.0, float("inf"), float("nan"), 1.0])
-    of = torch.tensor([0.0, float("inf"), 1.0, float("nan")])
-    assert torch.equal(kept(left, of, torch.float32), torch.ones(4))
+def test_nothing_is_suppressed_where_nothing_cancelled_or_it_overflows():
+    remainder = torch.tensor([0.0, float("inf"), float("nan"), 1.0])
+    cancelled = torch.tensor([0.0, float("inf"), 1.0, float("nan")])
+    assert torch.equal(cancellation_factor(remainder, cancelled, torch.float32), torch.ones(4))
 
 
 SIZES = st.sampled_from([2, 3, 7, 49, 64, 196, 1024, 3136, 12544, 50176])

@@ -84,7 +84,7 @@ def test_an_optimizer_in_a_hook_finds_nothing_to_step_on(when: str) -> None:
 def test_looking_at_gradients_disturbs_nothing() -> None:
     plain, looked = switchable(), switchable()
     train_step(plain)
-    # The graph that clips has no edge to a parameter: nobody gets a sum without noise to see.
+    # The graph that clips has no edge to a parameter, so no hook sees a sum without noise.
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
         torch.autograd.grad(loss_of(looked.model, *batch()), looked.parameters)
     train_step(looked)
@@ -174,7 +174,7 @@ def test_a_gradient_that_is_replaced_where_it_is_added_up_does_not_count() -> No
 
 def test_a_gradient_that_is_changed_in_place_where_it_is_added_up_does_not_count() -> None:
     plain, changed = switchable(), switchable()
-    node = accumulator(changed)  # which lives as long as somebody holds it
+    node = accumulator(changed)  # it lives as long as there is a reference to it
     node.register_prehook(lambda gradients: tuple(g.mul_(100) for g in gradients))
     train_step(plain)
     train_step(changed)

@@ -1,4 +1,4 @@
-"""Gradients may be cleared in any way; ones that nobody cleared are refused."""
+"""Gradients may be cleared in any way; gradients that were not cleared are refused."""
 
 from __future__ import annotations
 

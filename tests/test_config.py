@@ -83,8 +83,8 @@ def test_options_are_frozen(name: str) -> None:
         ),
         pytest.param(
             {"bound": "product", "max_input_norm": None},
-            'bound="product" needs a max_input_norm: its bound is max_input_norm times the '
-            'upstream norm. Set max_input_norm, or choose bound="weighted" or "exact".',
+            'bound="product" needs max_input_norm: the bound is max_input_norm times a norm of '
+            'the upstream gradient. Set max_input_norm, or choose bound="weighted" or "exact".',
             id="product of unclipped inputs",
         ),
     ],

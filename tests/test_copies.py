@@ -26,7 +26,7 @@ from tests.helpers import CLASSES, FEATURES, dataset, flat
 
 
 class Mixed(nn.Module):
-    """A layer of each kind that is attached in a way of its own, and tied ones."""
+    """A layer of each kind that is clipped in its own way, and tied layers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -67,8 +67,8 @@ def half() -> nn.Module:
 
 def untrained(dtype: str) -> str:
     return (
-        f"its parameters are torch.{dtype}, which does not train without a GradScaler, whose scale "
-        "depends on the data. Keep trainable parameters in torch.float32 or torch.bfloat16."
+        f"its parameters are torch.{dtype}. This dtype needs a GradScaler, whose scale depends on "
+        "the data. Keep trainable parameters in torch.float32 or torch.bfloat16."
     )
 
 

@@ -224,7 +224,7 @@ def test_a_copy_computes_the_same_and_belongs_to_no_model(again):
     other = again(t.criterion)
     with torch.no_grad():
         assert torch.equal(other(t.model(x), y), t.criterion(t.model(x), y))
-    with pytest.raises(ValueError, match="This criterion has seen no forward pass of its model"):
+    with pytest.raises(ValueError, match="The model of this criterion has made no forward pass"):
         other(t.model(x), y)
     other.watch.enter_forward(len(x))  # as a model copied with it would
     with pytest.raises(PrivacyViolationError, match="did not come through the criterion"):

@@ -21,8 +21,8 @@ from tests.helpers import CLASSES, FEATURES, batch, dataset, mlp, snapshot
 from tests.test_compile import fresh_compiler  # noqa: F401
 
 REMEDY = (
-    "Pass a criterion with a `reduction` that gives [B, ...] with reduction='none', one row for "
-    "each example (opacus_bpclip.CrossEntropy, torch's own), or leave criterion out."
+    "Pass a criterion that returns [B, ...] with reduction='none', one row for each example "
+    "(opacus_bpclip.CrossEntropy, or one of torch's), or leave criterion out."
 )
 
 
@@ -32,8 +32,8 @@ def test_flattened_positions_are_refused_and_the_remedies_work():
     with pytest.raises(ValueError, match="The criterion got 18 losses") as refusal:
         t.criterion(t.model(x).transpose(1, 2).reshape(-1, CLASSES), y.view(-1))
     assert str(refusal.value) == (
-        "The criterion got 18 losses for 6 examples: its rows are not the examples, and the mean "
-        "over rows is not one term for each example. Do not flatten examples and positions "
+        "The criterion got 18 losses for 6 examples. Its rows are not the examples, so the loss "
+        "is not a mean of one term for each example. Do not flatten examples and positions "
         "together: pass logits as [B, C, ...] with labels [B, ...], or [B, ..., C] with "
         "opacus_bpclip.CrossEntropy(class_axis=-1)."
     )
@@ -119,8 +119,8 @@ class Trained(Composite):
     [
         (
             F.mse_loss,
-            f"Expected criterion={F.mse_loss!r} to have a `reduction`, so that it can be asked for "
-            f"each example's loss. {REMEDY}",
+            f"Expected criterion={F.mse_loss!r} to have a `reduction`, which is set to 'none' for "
+            f"one loss per example. {REMEDY}",
         ),
         (
             nn.CrossEntropyLoss(reduction="sum"),
@@ -132,8 +132,8 @@ class Trained(Composite):
         ),
         (
             Trained(),
-            "Trained has parameters of its own, and nothing clips their gradient. Make it a part "
-            "of the model, whose forward then returns [B] losses.",
+            "Trained has trainable parameters, whose gradient would not be clipped. Make it a "
+            "part of the model, whose forward then returns [B] losses.",
         ),
     ],
 )
@@ -182,8 +182,8 @@ def test_predictions_that_are_broadcast_against_all_targets_are_refused(kind):
             trained.criterion(trained.model(x).view(output), y.float().view(target))
         assert str(refusal.value) == (
             f"{kind.__name__} broadcast tensors of the shapes {output}, {target} to losses of "
-            "shape (6, 6): an example would meet the targets of others. Give them one shape, for "
-            "example by target.view_as(output)."
+            "shape (6, 6), so an example's loss depends on other examples' targets. Give them one "
+            "shape, for example by target.view_as(output)."
         )
     output = trained.model(x)
     trained.criterion(output, y.float().view_as(output)).backward()
@@ -226,11 +226,12 @@ def test_a_criterion_that_couples_examples_is_refused(criterion):
     # 29 times the claim, for a contrastive one and 50 examples.
     trained = training(criterion)
     x, y = batch()
-    trained.criterion(trained.model(x[:1]), y[:1])  # one row shows nothing
+    trained.criterion(trained.model(x[:1]), y[:1])  # with a single row, coupling cannot be seen
     with pytest.raises(ValueError, match="couples examples") as refusal:
         trained.criterion(trained.model(x), y)
     assert str(refusal.value) == (
         f"{type(criterion).__name__} couples examples: an example's loss changes when others are "
-        "left out of the batch, so one example would move the gradients of others. Compute each "
-        "example's loss from that example alone: no mean, softmax or neighbours over the batch."
+        "left out of the batch, so one example changes the gradients of others. Compute each "
+        "example's loss from that example alone, without means, softmax or neighbours over the "
+        "batch."
     )

@@ -125,7 +125,7 @@ class Flat(nn.Module):
 @pytest.mark.parametrize(
     ("options", "offsets", "message"),
     [
-        ({}, [0, 3, 2], "the offsets must start at 0 and not fall"),
+        ({}, [0, 3, 2], "the offsets must start at 0 and never decrease"),
         ({}, [1, 2, 3], "has to be 0"),
         ({"include_last_offset": True}, [0, 1, 2, 4], "the last offset must be the number of ids"),
     ],

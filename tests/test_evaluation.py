@@ -1,4 +1,4 @@
-"""Evaluation is not the guarantee's business: a private model evaluates in any dtype."""
+"""The guarantee does not concern evaluation: a private model evaluates in any dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For each class of layers: the bound searched and attained, and plain autograd as the measure."""
+"""For each class of layers: search for violations, attainment, comparison with autograd."""
 
 import warnings
 

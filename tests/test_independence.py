@@ -71,7 +71,8 @@ def test_batch_size_does_not_reach_examples_just_below_the_clip(bound):
 def test_what_overflows_does_not_depend_on_the_size_of_the_batch(
     layer, x, target, bound, normalize
 ):
-    # A mean loss divides by the batch's size: what is out of range alone may be in it in company.
+    # A mean loss divides by the batch size: a gradient out of range in a batch of one may be in
+    # range in a larger batch.
     clipping = layerwise(bound=bound, normalize=normalize)
     trainer = Trainer(
         copy.deepcopy(layer), x.shape[1:], clipping, loss=_careful_loss, dtype=torch.float32

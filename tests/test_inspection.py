@@ -1,4 +1,4 @@
-"""``opacus-bpclip inspect``: the table, the data, the exit status, and what a typo gets."""
+"""``opacus-bpclip inspect``: the table, the data, the exit status, and the errors for typos."""
 
 import json
 import sys
@@ -104,7 +104,7 @@ def test_a_model_that_would_be_refused_says_where_why_and_what_to_do(capsys):
     assert main(["inspect", "my_models:bad"]) == 1
     out = capsys.readouterr().out
     assert "1       BatchNorm1d           8  REFUSED" in out
-    assert "- 1 normalises over the batch: each example's value depends on its companions." in out
+    assert "- 1 normalises over the batch, so each example's output depends on the other" in out
     assert "- 2 (LSTM): no rule bounds the gradient of weight_ih_l0" in out
     assert "get_compatible_module" in out
     assert "Or freeze it (requires_grad=False)." in out
@@ -165,7 +165,10 @@ def test_a_model_with_nothing_to_train_would_be_refused(capsys):
         (["my_models:Loop", "--uses", "auto"], "give their --input-shape"),
         (["my_models:Loop", "--uses", "cell"], "neither NAME=K nor auto alone"),
         (["my_models:Loop", "--uses", "cell=0"], "an integer >= 1"),
-        (["my_models:Loop", "--uses", "body=2"], "names no trainable layer of the model: body"),
+        (
+            ["my_models:Loop", "--uses", "body=2"],
+            "names layers that the model does not train: body",
+        ),
         (["my_models:good", "--input-shape", "3"], "does not run on such an input"),
         (["my_models:good", "--json", "no/such/folder.json"], "No such file"),
     ],

@@ -1,4 +1,4 @@
-"""Whether a layer still is what was examined, where a quick look is enough and where it is not."""
+"""Whether a layer has changed since its examination: the quick comparison, and the full one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`CrossEntropy` against torch, one example at a time, and its companions."""
+"""`CrossEntropy` against torch, one example at a time, in different batches."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_logits_are_found_in_what_models_return(wrap):
 
 @pytest.mark.parametrize("outputs", [{"scores": 1}, (torch.tensor(1.0),), None, "logits"])
 def test_outputs_without_logits_are_refused(outputs):
-    with pytest.raises(ValueError, match="Found no logits in the model's outputs"):
+    with pytest.raises(ValueError, match="contain no logits"):
         CrossEntropy()(outputs, torch.zeros(2).long())
 
 
@@ -180,7 +180,7 @@ def test_outputs_without_logits_are_refused(outputs):
 )
 def test_shapes_that_do_not_go_together_are_refused(options, logits, labels):
     with pytest.raises(
-        ValueError, match=r"do not go with labels of shape .* Each example is a row"
+        ValueError, match=r"do not match labels of shape .* Each example is one row"
     ):
         CrossEntropy(**options)(torch.zeros(logits), torch.zeros(labels).long())
 
@@ -198,7 +198,7 @@ def test_logits_without_examples_are_refused():
     ],
 )
 def test_only_sequences_of_classes_can_be_shifted(logits, labels):
-    with pytest.raises(ValueError, match=r"shift=True needs classes as labels, \[B, T\], got"):
+    with pytest.raises(ValueError, match=r"shift=True needs integer labels of shape \[B, T\], got"):
         CrossEntropy(shift=True)(logits, labels)
 
 

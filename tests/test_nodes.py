@@ -1,4 +1,4 @@
-"""A node in the layer's place computes what clipping around the layer computes."""
+"""The node that replaces a layer computes what clipping around the layer computes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_group_norm_tells_examples_apart(
     layer = copy.deepcopy(layer).double()
     nn.init.normal_(layer.weight)
     x, g = torch.randn(2, *shape, dtype=torch.float64)
-    x[1:2, 0] = torch.nan  # nobody else's problem
+    x[1:2, 0] = torch.nan  # must not affect other examples
     rule = GroupNormRule.from_module(layer)
     dx, own = rule.gradients(g, x, layer.weight.detach(), wanted=(wants_input, *trained))
     assert (dx is not None) == wants_input

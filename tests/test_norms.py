@@ -1,4 +1,4 @@
-"""The bounds as mathematics: never below the truth, ordered, and equal to a brute-force sum."""
+"""The bounds as functions of tensors: never below the norm, ordered, equal to a naive sum."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The exact bound from examples' own gradients, which are made, measured and added up."""
+"""The exact bound by per-example gradients, which are computed, measured and summed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_each_is_what_autograd_makes_of_the_example_alone(case, seed, scale, gro
     torch.manual_seed(seed)
     x = torch.randn(4, *case.shape, dtype=torch.float64)
     g = torch.randn_like(layer(x)) * scale
-    x[1].fill_(torch.nan)  # nobody else's problem
+    x[1].fill_(torch.nan)  # must not affect other examples
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConvRule, "_groups_are_fast", lambda self, g: groups_are_fast)
         own = rule.own_gradients(g, x, layer.weight.detach())

@@ -223,7 +223,7 @@ def test_texts_of_the_examples_do_not_tell_calls_apart() -> None:
 
 def test_a_batch_without_a_tensor_is_refused_as_before() -> None:
     private = make_private(Reading())
-    with pytest.raises(CoverageError, match="hold no tensor with a batch axis"):
+    with pytest.raises(CoverageError, match="contain no tensor with a batch axis"):
         private.model(Data("x"))
 
 

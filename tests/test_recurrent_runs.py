@@ -1,4 +1,4 @@
-"""However a recurrent network is run, it is known which row is whose, or the run is refused."""
+"""However a recurrent network is run, its rows are known examples, or the run is refused."""
 
 import copy
 
@@ -75,7 +75,7 @@ class Handmade(nn.Module):
 
 
 def test_cells_in_a_loop_of_ones_own_are_ordinary_layers_used_once_a_step():
-    # Nothing shows that row i is the same example at every step there.
+    # There it is not known that row i is the same example at every step.
     x, target = torch.randn(3, STEPS, FEATURES).double(), torch.randn(3, HIDDEN).double() * 100
     with pytest.raises(PrivacyViolationError, match=r"cell\.ih is used more than once"):
         Trainer(Handmade(), (STEPS, FEATURES), layerwise()).released(x, target)
@@ -115,9 +115,12 @@ def _shared_by_the_batch(model):
 @pytest.mark.parametrize(
     ("misuse", "message"),
     [
-        (_patched, r"rnn was changed after make_private: nothing shows that its rows are still"),
+        (
+            _patched,
+            r"rnn was changed after make_private\. It is not known any more whether its rows",
+        ),
         (_called_by_its_cell, r"rnn\.l0\.ih was called outside its recurrent network"),
-        (_two_axes, r"rnn got an input of shape \(5, 3\); it needs 3 axes, the batch first"),
+        (_two_axes, r"rnn got an input of shape \(5, 3\), but needs 3 axes, of which the first"),
         (_shared_by_the_batch, r"rnn got an input of shape \(1, 5, 3\) in a batch of 3 examples"),
     ],
     ids=["patched", "cell", "two axes", "shared"],

@@ -64,9 +64,9 @@ def test_a_model_with_our_hooks_but_no_wrapper_is_refused_and_goes_on_training()
     with pytest.raises(CoverageError) as refusal:
         make_private(model)
     assert str(refusal.value) == (
-        "The model has backpropagation clipping attached already. Call cleanup() on what "
-        "make_private returned for it, or pass a fresh model. Several optimizers over one model go "
-        "into one call: opacus_bpclip.SeveralOptimizers(one, other)."
+        "The model has backpropagation clipping attached already. Call cleanup() on the model "
+        "that make_private returned, or pass a fresh one. For several optimizers of one model, "
+        "pass opacus_bpclip.SeveralOptimizers(one, other) in one call."
     )
     assert snapshot(model) == before
     train_step(private)
@@ -119,8 +119,8 @@ def test_a_product_bound_without_input_clipping_is_refused_before_make_private()
         ),
         pytest.param(
             {"config": layerwise(allocation={"0": 1.0})},
-            "allocation does not fit the model's trainable layers; no share for: 2. Name each of: "
-            "0, 2.",
+            "allocation does not match the model's trainable layers; no share for: 2. "
+            "Give a share to each of: 0, 2.",
             id="allocation",
         ),
     ],

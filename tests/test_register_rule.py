@@ -202,10 +202,10 @@ def test_a_fresh_import_has_every_rule_and_no_package_that_need_not_be_installed
     [
         (Shift, object, "to be a subclass of Rule"),
         (Shift, lambda: None, "to be a subclass of Rule"),
-        (int, ShiftRule, "to be a class of modules"),
-        ("Linear", ShiftRule, "to be a class of modules, or the dotted path of one"),
-        ("package.<locals>.Linear", ShiftRule, "to be a class of modules, or the dotted path"),
-        (".Linear", ShiftRule, "to be a class of modules, or the dotted path"),
+        (int, ShiftRule, "to be a subclass of nn.Module"),
+        ("Linear", ShiftRule, "to be a subclass of nn.Module, or the dotted path of one"),
+        ("package.<locals>.Linear", ShiftRule, "to be a subclass of nn.Module, or the dotted path"),
+        (".Linear", ShiftRule, "to be a subclass of nn.Module, or the dotted path"),
     ],
     ids=["no rule", "function", "no module", "a name", "a local class", "no package"],
 )
@@ -245,8 +245,8 @@ def test_a_layer_around_another_one_is_refused_and_the_remedy_trains(budget, mon
     with pytest.raises(CoverageError) as refusal:
         Trainer(nn.Sequential(Around(3)), (3,), budget)
     assert str(refusal.value) == (
-        "0 (Around) has a rule for parameters of its own, and holds 0.inner, which would be cut "
-        "off from the loss. Put its own parameters into a module of their own, or write a "
+        "0 (Around) has a rule for parameters of its own and contains 0.inner, which would get no "
+        "gradient from the loss. Put its own parameters into a separate module, or write a "
         "BroadcastRule for them."
     )
     trainer = Trainer(Apart(), (3,), budget)

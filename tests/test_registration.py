@@ -1,4 +1,4 @@
-"""``register`` teaches engines made in somebody else's code; ``unregister`` leaves no trace."""
+"""``register`` extends Opacus's own engines; ``unregister`` undoes it completely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``max_grad_norm`` and the noise multiplier may move, but never apart."""
+"""``max_grad_norm`` and the noise multiplier may change between steps, but not within one."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_max_grad_norm_cannot_change_while_clipped_gradients_wait_for_noise() ->
     with pytest.raises(PrivacyViolationError) as refusal:
         owner.max_grad_norm = 0.01
     assert str(refusal.value) == (
-        "max_grad_norm was set in the middle of a logical batch: gradients clipped to the old "
+        "max_grad_norm was set in the middle of a logical batch. Gradients clipped to the old "
         "value would get the new value's noise. Set it between step() and backward()."
     )
     assert owner.max_grad_norm == 1.0

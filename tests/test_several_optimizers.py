@@ -70,9 +70,9 @@ def test_two_calls_on_one_model_are_refused_with_the_remedy() -> None:
         with pytest.raises(CoverageError) as refusal:
             engine.make_private(**options)
     assert str(refusal.value) == (
-        "The model has backpropagation clipping attached already. Call cleanup() on what "
-        "make_private returned for it, or pass a fresh model. Several optimizers over one model go "
-        "into one call: opacus_bpclip.SeveralOptimizers(one, other)."
+        "The model has backpropagation clipping attached already. Call cleanup() on the model "
+        "that make_private returned, or pass a fresh one. For several optimizers of one model, "
+        "pass opacus_bpclip.SeveralOptimizers(one, other) in one call."
     )
 
 

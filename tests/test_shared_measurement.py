@@ -1,4 +1,4 @@
-"""Layers that are given the same input measure it once, and never a moment too long."""
+"""Layers that get the same input measure it once, and never reuse an outdated measurement."""
 
 from __future__ import annotations
 

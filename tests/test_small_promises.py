@@ -1,4 +1,4 @@
-"""Corners of the core that no larger test passes by."""
+"""Corner cases of the core that no larger test covers."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_a_batch_of_unknown_size_is_refused(value: object) -> None:
     with pytest.raises(CoverageError) as refusal:
         private.model(value)
     assert str(refusal.value) == (
-        "The model's inputs hold no tensor with a batch axis, so the number of examples is "
-        "unknown. Pass the batch as a tensor, batch first."
+        "The model's inputs contain no tensor with a batch axis, so the number of examples is "
+        "unknown. Pass the batch as a tensor whose first axis is the batch."
     )
 
 

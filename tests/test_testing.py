@@ -1,4 +1,4 @@
-"""`check_rule` passes every rule of the package, and convicts a rule that breaks a promise."""
+"""`check_rule` accepts every rule of the package, and rejects a rule that breaks a promise."""
 
 import pytest
 import torch
@@ -148,7 +148,7 @@ class PositionsInSquares(LinearRule):
 
 
 class LastEntryOnly(LinearRule):
-    """Looks for nan in the last entry, and lets the rest pass."""
+    """Looks for nan in the last entry only."""
 
     def prepare(self, inputs, max_norm):
         (x,) = inputs
@@ -173,7 +173,7 @@ class MixesUpwards(LinearRule):
 
 
 class MixesDownwards(LinearRule):
-    """Scales what goes on to the layers below by the largest input of the batch."""
+    """Scales the gradient of the input by the largest input of the batch."""
 
     def prepare(self, inputs, max_norm):
         prepared = super().prepare(inputs, max_norm)
@@ -226,7 +226,7 @@ def test_a_broken_promise_is_named(rule, promise):
 
 
 def test_a_rule_that_mixes_examples_in_its_output_alone_is_convicted():
-    with pytest.raises(AssertionError, match=r"independence: what the layer sends for example"):
+    with pytest.raises(AssertionError, match=r"independence: the output or the input's gradient"):
         check_rule(MixesUpwards, _bias_alone, LAYERS[nn.Linear][1])
 
 

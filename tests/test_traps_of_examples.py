@@ -1,4 +1,4 @@
-"""Traps that make examples meet: each is refused by name, with the reason and the remedy.
+"""Models that mix examples: each is refused by name, with the reason and the remedy.
 
 Only positions that the whole batch shares train: each example's part of their gradient is its own.
 """
@@ -175,7 +175,7 @@ def test_mixup_inside_the_model() -> None:
 
 
 MIXED = (
-    "{} normalises over the batch: each example's value depends on its companions. "
+    "{} normalises over the batch, so each example's output depends on the other examples. "
     'PrivacyEngine.get_compatible_module(model, clipping="backprop") replaces it. Or use '
     "GroupNorm, or keep it in evaluation mode with running statistics."
 )

@@ -1,6 +1,6 @@
-"""Traps that keep a parameter from its layer's rule.
+"""Models in which the rule of a layer does not see all uses of its parameters.
 
-Each is refused with the reason and a remedy, or bounded by the functions that meet the parameter.
+Each is refused with the reason and a remedy, or bounded by the functions that use the parameter.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Scale(nn.Module):
 
 
 class Unknown(nn.Module):
-    """A layer of somebody's own: a matrix product, but not nn.Linear's."""
+    """A user's layer: a matrix product, but not nn.Linear's."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -161,8 +161,8 @@ def test_unfrozen_later() -> None:
     with pytest.raises(PrivacyViolationError) as refusal:
         backward(private)
     assert str(refusal.value) == (
-        "head.bias was frozen when make_private was called and has been unfrozen since: nothing "
-        "clips its gradient. Unfreeze it first, then call make_private again."
+        "head.bias was frozen when make_private was called and has been unfrozen since, so its "
+        "gradient is not clipped. Unfreeze it first, then call make_private again."
     )
     model.head.bias.requires_grad_(False)
     assert_refused_until_zero_grad(private)
@@ -192,9 +192,9 @@ def edit_without_grad(m: Switchable, x: Tensor) -> Tensor:
 
 
 EDITED = (
-    "head.weight was changed by the model's own forward pass: what it takes up from a batch is "
-    "neither bounded nor noised. Compute with a changed copy of it, in a module with a rule, or "
-    "change it between steps, from public values."
+    "head.weight was changed by the model's own forward pass. What the parameter learns about a "
+    "batch in this way is neither bounded nor noised. Compute with a changed copy of it, in a "
+    "module with a rule, or change it between steps, from public values."
 )
 
 

@@ -1,4 +1,4 @@
-"""Losses that go through a model in other ways than once: what each is told, and what works."""
+"""Losses that go through a model more than once: the errors, and the remedies."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ TWO_FORWARDS = (
 )
 PENALTY = (
     "A gradient was taken with create_graph=True through a layer that clips (a gradient penalty, "
-    "as in WGAN-GP or R1, or a second-order optimizer). Its gradient is clipped for each example, "
-    "and a loss made from it has gradients that nothing bounds. Leave the penalty out of the loss; "
-    "the optimizer's weight_decay keeps a model's slope small, too."
+    "as in WGAN-GP or R1, or a second-order optimizer). A loss computed from that gradient has "
+    "gradients that no rule bounds, so they would not be private. Leave the penalty out of the "
+    "loss; the optimizer's weight_decay keeps a model's slope small, too."
 )
 
 

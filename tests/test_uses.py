@@ -115,7 +115,9 @@ def test_the_limit_of_each_use_follows_max_grad_norm():
 
 
 def test_uses_of_a_layer_that_does_not_exist_are_refused_before_training():
-    with pytest.raises(CoverageError, match="uses names no trainable layer of the model: body"):
+    with pytest.raises(
+        CoverageError, match="uses names layers that the model does not train: body"
+    ):
         _trainer(Recurrent(1), {"body": 2})
 
 

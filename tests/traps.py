@@ -1,4 +1,4 @@
-"""What the traps share: models that train in ordinary PyTorch, and would break the guarantee."""
+"""Shared by the tests of models that train in ordinary PyTorch but would break the guarantee."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What stands in the place of a layer and bounds its gradient."""
+"""Clipping: the autograd nodes that replace layers, and the budgets that they share."""

@@ -1,9 +1,8 @@
-"""Normalisation layers: each example's own gradient is small, so it is made, clipped and added up.
+"""Clip normalisation layers by their per-example gradients, which are small.
 
-An affine map's gradient has one entry for each channel: as many numbers for an example as one of
-its positions has. So nothing is estimated. What is measured is the very gradient that is summed,
-whatever rounding has made of it, in every mode of ``bound``. Proof:
-``docs/rules/normalization.md``.
+The gradient of an affine map has one entry per channel: per example as many numbers as one
+position has. So no bound is needed: for every value of ``bound``, the gradient that is measured is
+the one that is summed, rounding errors included. Proof: ``docs/rules/normalization.md``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from opacus_bpclip.clipping.use import OwnUse, Use
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import AffineRule, Inputs
-from opacus_bpclip.rules.cancellation import kept
+from opacus_bpclip.rules.cancellation import cancellation_factor
 from opacus_bpclip.rules.norms import row_norms
 from opacus_bpclip.rules.precision import wide
 
@@ -34,7 +33,7 @@ class AffineClip(NodeClip):
         self.rule = layer.rule
 
     def call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
-        """Leave the output as it is."""
+        """Keep the layer's output unchanged."""
         inputs = self.layer.arguments.get(args, kwargs)
         (x,) = inputs
         weight = module._parameters["weight"]
@@ -45,19 +44,22 @@ class AffineClip(NodeClip):
     def use(
         self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
     ) -> Use:
-        """Make the examples' gradients, and the input's."""
+        """Compute the per-example gradients of the parameters, and the gradient of the input."""
         x, weight = (wide(tensor) for tensor in saved)
         g = wide(g)
         assert x is not None
         assert weight is not None
-        # First, while the gradient is in the processor's cache.
+        # Before anything else, while the upstream gradient is in the cache.
         size = row_norms(g)
         wanted = (wants[0], self.rule.weight, self.rule.bias)
         dx, own = self.rule.gradients(g, x, weight, wanted=wanted)
-        # Of many positions' sum rounding alone may be left.
+        # Where the positions cancel, their sum may be nothing but rounding error.
         positions = g[0].numel() // weight.numel() if g.shape[0] else 1
         examples = self.examples_of(g, graph)
         limit = target.unscaled() / max(examples, 1)
-        part = kept(row_norms(own), size * math.sqrt(positions), own.dtype, limit)
+        cancelled = size * math.sqrt(positions)
+        cancellation = cancellation_factor(row_norms(own), cancelled, own.dtype, limit)
         names = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want]
-        return OwnUse(self.layer, examples, own, names, size=size, part=part, inputs=(dx,))
+        return OwnUse(
+            self.layer, examples, own, names, size=size, cancellation=cancellation, inputs=(dx,)
+        )

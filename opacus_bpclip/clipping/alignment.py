@@ -1,9 +1,9 @@
-"""While a module runs on one copy of its parameters for each example: does row i meet example i?
+"""Check that the copies of a broadcast parameter are aligned with the examples.
 
-A copy has the batch on its first axis, and broadcasting pairs axes from the last one on. So the
-copy's batch meets another axis of a tensor with more axes than the copy has, and the batch of a
-tensor with fewer axes meets an inner axis of the copy. Both run without an error where the sizes
-happen to agree, and both give an example's copy the gradient of other examples.
+The batch is the first axis of a copy, and broadcasting pairs axes from the last one on. If the
+other tensor has more axes than the copy, the copy's batch axis is paired with an inner axis of that
+tensor. If it has fewer, its batch axis is paired with an inner axis of the copy. Neither raises an
+error where the sizes happen to agree, and both mix the gradients of different examples.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-# They read a tensor's dtype or device.
+# These functions only read a tensor's dtype or device.
 _NO_ARITHMETIC = (Tensor.to, Tensor.type_as)
 
 
 class Alignment(TorchFunctionMode):
-    """Watches what the copies meet.
+    """Checks the number of axes of every tensor that is combined with a copy.
 
     Args:
-        copies: each ``[B, ...]``, by the parameter's name.
+        copies: the copies, each ``[B, ...]``, by the parameter's name.
         data: the module's inputs.
-        fail: called with what is wrong; raises.
+        fail: raises an error with the given message.
     """
 
     def __init__(self, copies: dict[str, Tensor], data: Any, fail: Callable[[str], Any]) -> None:
         super().__init__()
-        # By identity; the tensors are kept, so that no other gets the same.
+        # By id. The tensors are kept alive, so that no new tensor gets the same id.
         self._copies = {id(copy): (name, copy) for name, copy in copies.items()}
         self._data = {id(x): x for x in tree_leaves(data) if isinstance(x, Tensor)}
         self._fail = fail
@@ -55,7 +55,7 @@ class Alignment(TorchFunctionMode):
         return out
 
     def _is_data(self, x: Tensor) -> bool:
-        # What a child's own autograd function returned was made out of sight, but has a graph.
+        # The inside of a custom autograd function is not seen, but its result requires a gradient.
         return id(x) in self._data or x.requires_grad
 
     def _check(self, name: str, copy: Tensor, other: Tensor) -> None:
@@ -63,8 +63,8 @@ class Alignment(TorchFunctionMode):
         if other.dim() > copy.dim() or fewer:
             self._fail(
                 f"{name} is broadcast against a tensor of {other.dim()} axes, of shape "
-                f"{tuple(other.shape)}, but its rule says {copy.dim()}, the batch included: one "
-                "example's copy of it would meet other examples. Say in the rule's dims how many "
-                "axes that tensor has. A module that is used on tensors of several numbers of axes "
-                "needs a class and a rule for each."
+                f"{tuple(other.shape)}, but its rule expects {copy.dim()} axes, the batch "
+                "included. One example's copy of the parameter would be combined with other "
+                "examples. Set the rule's dims to the number of axes of that tensor. A module that "
+                "is used on tensors of different numbers of axes needs a class and a rule for each."
             )

@@ -1,4 +1,4 @@
-"""Split the joint sensitivity over the layers: ``max_grad_norm`` -> Delta_l."""
+"""Split the sensitivity over the layers: from ``max_grad_norm`` to ``Delta_l``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from opacus_bpclip.errors import CoverageError
 def layer_fractions(
     sizes: Mapping[str, int], allocation: str | Mapping[str, float]
 ) -> dict[str, float]:
-    """Return each layer's part ``f_l`` of ``max_grad_norm``, with ``sum(f_l ** 2) == 1``.
+    """Return each layer's fraction ``f_l`` of ``max_grad_norm``, with ``sum(f_l ** 2) == 1``.
 
     ``"dimension"`` takes ``f_l ** 2`` proportional to ``sqrt(d_l)`` for a layer of ``d_l``
     parameters. It minimises the total noise-to-signal power ``sum(d_l / Delta_l ** 2)`` under
     ``sum(Delta_l ** 2) == Delta ** 2``: the Lagrangian condition is ``d_l / Delta_l ** 4 = const``.
 
     Args:
-        sizes: trainable parameters of each layer, by dotted module name.
-        allocation: ``"equal"``, ``"dimension"``, or the share of ``max_grad_norm ** 2`` by name.
+        sizes: the number of trainable parameters of each layer, by dotted module name.
+        allocation: ``"equal"``, ``"dimension"``, or each layer's share of ``max_grad_norm ** 2``.
 
     Raises:
-        CoverageError: the mapping misses a layer or names one that does not exist.
+        CoverageError: the mapping leaves a layer out, or names one that does not exist.
 
     Example:
         >>> layer_fractions({"a": 1, "b": 16}, "equal")["a"] ** 2
@@ -37,10 +37,10 @@ def layer_fractions(
 
 
 def limit_of_each_use(sensitivity: float, uses: int) -> float:
-    """Return what each of ``uses`` calls of a layer may contribute: ``Delta_l / K``.
+    """Return the clipping limit of each use of a layer: ``Delta_l / K`` for ``K`` uses.
 
-    The calls' contributions to one example's gradient add up, and may point the same way: by the
-    triangle inequality their sum has norm at most ``K * Delta_l / K``.
+    An example's gradient is the sum over the uses. By the triangle inequality its norm is at most
+    ``K * Delta_l / K``, even if all uses point the same way.
     """
     return sensitivity / uses
 
@@ -55,9 +55,9 @@ def _shares(sizes: Mapping[str, int], allocation: str | Mapping[str, float]) -> 
     missing = sorted(set(sizes) - set(allocation))
     if unknown or missing:
         raise CoverageError(
-            "allocation does not fit the model's trainable layers"
+            "allocation does not match the model's trainable layers"
             + (f"; no such layer: {', '.join(unknown)}" if unknown else "")
             + (f"; no share for: {', '.join(missing)}" if missing else "")
-            + f". Name each of: {', '.join(sizes)}."
+            + f". Give a share to each of: {', '.join(sizes)}."
         )
     return {name: float(allocation[name]) for name in sizes}

@@ -1,4 +1,4 @@
-"""A linear layer or convolution clipped by itself: measured, scaled and added up at once."""
+"""Clip a linear layer or convolution that has a budget of its own, as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def clip_at_once(use: FusedUse, factors_of: FactorsOf) -> Clipped:
-    """Clip a use with as few passes over the gradients as there can be.
+    """Measure, scale and sum the gradients of one use, with few passes over memory.
 
     Args:
         use: the use.
-        factors_of: returns the factors for what was measured.
+        factors_of: returns the factors for the measured bounds.
     """
     if not torch.compiler.is_compiling():
-        use._room = torch.empty_like(use.g, dtype=use.dtype)
+        use._scratch = torch.empty_like(use.g, dtype=use.dtype)
     if use.rule.sums_own(use.bound, use.g):
         return _clip_own(use, factors_of)
     factors = factors_of(use.measure_by_bound())
     g = zero_rows(wide(use.g), factors.keep)
     sums = {}
-    # Before the products, which drive the gradient out of the processor's cache.
+    # Before the products, which evict the gradient from the cache.
     if use.rule.bias:
         sums["bias"] = use.rule.bias_gradient(g, factors.factor) * use.examples
     wanted = (use.wants_input, use.rule.weight)
@@ -44,9 +44,10 @@ def clip_at_once(use: FusedUse, factors_of: FactorsOf) -> Clipped:
 def _products(
     use: FusedUse, g: Tensor, by: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of input and weight by one scaled upstream gradient.
+    """Return the gradients of input and weight from one scaled upstream gradient.
 
-    In low precision the input's is made in that, as the model makes it, the weight's is not.
+    If the model computes in low precision, so is the gradient of the input. The gradient of the
+    weight, a sum over the batch, is not.
     """
     if not any(wanted):
         return None, None
@@ -61,28 +62,28 @@ def _products(
 
 
 def _clip_own(use: FusedUse, factors_of: FactorsOf) -> Clipped:
-    """Make, measure, scale and add up a few examples' own gradients at a time.
+    """Compute the per-example gradients of a few examples at a time; measure, scale and add them.
 
-    What is measured is the very thing that is added up, whatever rounding has made of it.
+    The gradients that are measured are the ones that are summed, rounding errors included.
     """
     found: list[Factors] = []
-    parts: list[Tensor] = []
+    cancellations: list[Tensor] = []
     total: Tensor | None = None
     bytes_of_own = use.rule.own_bytes(use.g, use.weight)
     for rows in chunks(use.g.shape[0], exact_chunk(bytes_of_own, use.g.device)):
-        own, each, part = use._own_of(rows)
+        own, each, cancellation = use._own_of(rows)
         factors = factors_of(each, rows)
         flat = zero_rows(own.flatten(1), factors.keep)
-        by = (factors.factor * part.to(factors.factor.dtype)).to(flat.dtype)
+        by = (factors.factor * cancellation.to(factors.factor.dtype)).to(flat.dtype)
         total = by @ flat if total is None else total.add_(by @ flat)
         found.append(factors)
-        parts.append(part)
+        cancellations.append(cancellation)
     assert total is not None
     keep = joined_keep([each.keep for each in found], [each.factor.shape[0] for each in found])
     by = torch.cat([each.factor for each in found])
     sums = {"weight": total.view(use.weight.shape) * use.examples}
     if use.rule.bias:
-        part = torch.cat(parts).to(by.dtype)
+        cancellation = torch.cat(cancellations).to(by.dtype)
         g = zero_rows(wide(use.g), keep)
-        sums["bias"] = use.rule.bias_gradient(g, by * part) * use.examples
+        sums["bias"] = use.rule.bias_gradient(g, by * cancellation) * use.examples
     return Clipped(sums, use.input_gradients(Factors(by, keep)))

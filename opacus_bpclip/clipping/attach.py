@@ -1,4 +1,4 @@
-"""Attach a rule to its layer: one file for each way that a parameter meets the examples."""
+"""Choose how each layer is clipped: by a closed form, by its own autograd, or otherwise."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from opacus_bpclip.rules import (
 
 __all__ = ["frozen_normalizations", "layer_clips", "softmaxes"]
 
-# By the rule's very class, since one that inherits may describe another layer; and only where the
-# layer's forward is the one that the closed form belongs to.
+# Looked up by the exact class of the rule: a subclass may describe another layer. The closed form
+# also needs the layer to have the forward of one of these classes.
 CLOSED_FORMS: dict[type[Rule], tuple[type[NodeClip], tuple[type[nn.Module] | str, ...]]] = {
     LinearRule: (FusedClip, (nn.Linear, RNNLinear)),
     TransposedLinearRule: (FusedClip, ("transformers.pytorch_utils.Conv1D",)),
@@ -48,18 +48,18 @@ CLOSED_FORMS: dict[type[Rule], tuple[type[NodeClip], tuple[type[nn.Module] | str
 
 
 def layer_clips(layers: Iterable[Layer], settings: Settings) -> Iterator[Clip]:
-    """Yield what clips each layer; the layers of one recurrent network are clipped together.
+    """Yield the `Clip` of each layer, and one for all layers of a recurrent network.
 
     Args:
-        layers: the layers.
-        settings: how to clip them.
+        layers: the trainable layers.
+        settings: the settings of the clipping.
     """
     networks: dict[int, list[Layer]] = {}
     for layer in layers:
         if layer.recurrence is not None:
             networks.setdefault(id(layer.recurrence), []).append(layer)
         elif isinstance(layer.rule, FunctionRule):
-            continue  # No call of the module: `functions` follows what it calls.
+            continue  # `clipping.functions` handles the functions that this module calls.
         elif isinstance(layer.rule, BroadcastRule):
             yield ParameterClip(layer, layer.rule, settings)
         else:
@@ -69,17 +69,17 @@ def layer_clips(layers: Iterable[Layer], settings: Settings) -> Iterator[Clip]:
 
 
 def _closed_form(layer: Layer) -> type[NodeClip] | None:
-    """Return what clips the layer if its gradient is known in closed form."""
+    """Return the `Clip` class of a layer whose gradient has a closed form, otherwise ``None``."""
     clip, kinds = CLOSED_FORMS.get(type(layer.rule), (None, ()))
-    if not any(_runs_as(type(layer.module), kind) for kind in kinds):
+    if not any(_same_forward(type(layer.module), kind) for kind in kinds):
         return None
     if isinstance(layer.rule, FusedRule) and not layer.rule.is_closed():
         return None
     return clip
 
 
-def _runs_as(kind: type[nn.Module], known: type[nn.Module] | str) -> bool:
-    """Return whether a class has a known class's forward."""
+def _same_forward(kind: type[nn.Module], known: type[nn.Module] | str) -> bool:
+    """Return whether a class has the forward of a known class."""
     if isinstance(known, str):
         return f"{kind.__module__}.{kind.__qualname__}" == known
     return kind.forward is known.forward

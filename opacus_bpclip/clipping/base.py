@@ -1,4 +1,4 @@
-"""What the ways of clipping a layer have in common."""
+"""The interface of all ways to clip a layer, and the settings that they share."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from opacus_bpclip.model.functions import Followed
 
 
 class Settings(NamedTuple):
-    """How to clip, and who watches.
+    """The settings of the clipping, one object for a model.
 
     Attributes:
         config: the public options.
-        targets: what one use of a layer is scaled to, by the layer's name; with a joint budget,
-            what all layers together are.
-        groups: by the layer's name, the name of the layers that it shares parameters with.
-        guard: watches the layers.
+        targets: by the layer's name, the clipping limit of one use of the layer; with a joint
+            budget, that of the whole model.
+        groups: by the layer's name, the name of its group: layers that share parameters.
+        guard: checks every call and every gradient.
         mean: whether the loss is a mean over the batch.
-        shared: what the layers measure of inputs that they have in common.
-        budget: opens scopes.
-        followed: which functions are followed in the forward pass at hand.
+        shared: measurements of inputs that several layers have in common.
+        budget: opens the scopes in which uses share their factors.
+        followed: the functions on parameters that are followed in this forward pass.
     """
 
     config: BackpropClipping
@@ -42,7 +42,7 @@ class Settings(NamedTuple):
 
 
 class Clip(ABC):
-    """Keeps an example's contribution to some parameters within their limit."""
+    """Clips each example's contribution to the gradients of some parameters."""
 
     @abstractmethod
     def attach(self) -> list[RemovableHandle]:

@@ -1,4 +1,4 @@
-"""Which uses of layers share one factor for each example: a model's scopes, eager and traced."""
+"""The budget of a model: it decides which uses of layers share their factors in one scope."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip.clipping.ends import Ends
 from opacus_bpclip.clipping.factors import Target
-from opacus_bpclip.clipping.scope import Scope, Whole, always_whole
+from opacus_bpclip.clipping.scope import Gathered, Scope, always_gathered
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.guard.forms import Forms
 from opacus_bpclip.guard.guard import GradientGuard
@@ -20,47 +20,47 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import bound_of
 
 _NEEDS_ONE_GRAPH = (
-    'allocation="joint" measures all layers before it clips any, so that a compiled model must be '
-    "one graph, and this one breaks in two. torch.compile(model, fullgraph=True) says where. Mend "
-    'that, or train without torch.compile, or with BackpropClipping(allocation="dimension").'
+    'allocation="joint" measures all layers before it clips any, so a compiled model must be one '
+    "graph, but this model has graph breaks. torch.compile(model, fullgraph=True) shows where. Fix "
+    "them, or train without torch.compile, or with "
+    'BackpropClipping(allocation="dimension").'
 )
 
 _RECURRENT = (
-    "{} belongs to a recurrent network, which torch.compile leaves to eager mode, since it is a "
-    'loop over time steps: the model is no single graph, and allocation="joint" needs one to '
+    "{} belongs to a recurrent network, a loop over time steps, which runs in eager mode under "
+    'torch.compile. So the model is not one graph, but allocation="joint" needs one graph to '
     "measure all layers before it clips any. Train without torch.compile, or with "
     'BackpropClipping(allocation="equal"), which compiles the layers around the network.'
 )
 
 _ANOTHER_FORWARD = (
-    "The model was called inside its own forward pass, with gradients: nothing shows which rows of "
-    "the two calls belong to one example. Call it under torch.no_grad(), or give the model one "
-    "forward that runs its layers as often as they are needed."
+    "The model was called inside its own forward pass, with gradients. It cannot be known which "
+    "rows of the two calls belong to one example. Make the inner call under torch.no_grad(), or "
+    "write one forward that calls the layers as often as they are needed."
 )
 
 
 class Budget:
-    """Opens a scope for every use of a layer, or one for all.
+    """Opens scopes: one for each use of a layer, or with a joint budget one for all uses.
 
     Args:
         config: the public options.
         layers: the trainable layers.
-        guard: watches them.
+        guard: checks every call and every gradient.
 
     Attributes:
-        recurrent: the name of a layer of a recurrent network, if there is one.
-        key: by which a traced graph, which holds strings and tensors only, finds this object.
+        recurrent: the name of a layer of a recurrent network, ``None`` if there is none.
+        key: the key in `BUDGETS`: a traced graph holds strings and tensors only.
         joint: whether all layers share one factor for each example.
-        target: what it scales to, with a joint budget.
-        bound: how gradients are bounded.
-        parameters: all that the layers train.
-        clips: what clips the layers; a traced graph finds them by their index.
-        whole: has a layer's parameters at hand for a while, where they come and go.
+        target: the limit of the whole model, with a joint budget.
+        bound: the bound on an example's gradient.
+        parameters: all trainable parameters of the layers.
+        clips: the clips of the layers; a traced graph refers to them by index.
+        gathered: returns a context in which a layer's sharded parameters are gathered.
         token: the token of the forward pass that is being traced, with a joint budget.
-        present: ``[B]`` bool, which rows of the forward pass at hand are not padding; ``None`` for
-            all.
-        rows: of the batch that the model was traced for, 0 if unknown; ``None`` where it runs in
-            eager mode, and only parts of it are traced.
+        present: ``[B]`` bool, which rows of the current batch are not padding; ``None`` for all.
+        rows: the number of rows of the batch that the model was traced for, 0 if unknown; ``None``
+            if the model runs in eager mode and only parts of it are traced.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class Budget:
         self.rows: int | None = None
         self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
         self.bound = bound_of(config.bound)
-        self.whole: Whole = always_whole
+        self.gathered: Gathered = always_gathered
         self._guard = guard
         guard.forget = self.forget
         self._scope: Scope | None = None  # of the eager forward pass
         self._traced: Callable[[], Scope | None] = _nothing
-        self._trace: Callable[[], object] = _nothing  # that the traced scope belongs to
+        self._trace: Callable[[], object] = _nothing  # the trace of the traced scope
         note_rows = guard.passes.note_rows
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         watched = {p: guard.parameters[p] for p in self.parameters}
@@ -123,17 +123,17 @@ class Budget:
             self._scope = self._watched(self._new(self.target, self.present, at_once=False))
 
     def close_forward(self) -> None:
-        """End a forward pass: its graph holds the scope now."""
+        """End a forward pass; from here on its autograd graph keeps the scope alive."""
         if self._scope is not None:
             self._scope.close()
         self._scope = self.token = None
 
     def scope_of(self, target: Target, *, at_once: bool) -> Scope:
-        """Return the scope of a layer's use.
+        """Return the scope of a use of a layer.
 
         Args:
-            target: what it is scaled to, if it has a scope of its own.
-            at_once: whether nothing else is in that scope.
+            target: the limit, if the use gets a scope of its own.
+            at_once: whether the use is the only one in that scope.
         """
         if not self.joint:
             return self._watched(self._new(target, self.present, at_once=at_once))
@@ -149,34 +149,35 @@ class Budget:
         scope.begin = self._guard.begin_backward()
         scope.deliver = self._guard.collector()
         scope.fail = self._guard.fail
-        scope.whole = self.whole
+        scope.gathered = self.gathered
         self._open.add(scope)
         return scope.open(device=self.parameters[0].device)
 
     def ends_of(self, layer: Layer) -> tuple[Tensor, ...]:
-        """Return what a layer's scopes in a traced graph send their ends to."""
+        """Return the tensors of `Ends` that count a layer's scopes in a traced graph."""
         return self._ends[layer.name].tensors(with_rows=self.present is not None)
 
     def sinks_of(self, layer: Layer) -> tuple[Tensor, ...]:
-        """Return what a layer's scopes in a traced graph send their sums to."""
+        """Return the tensors that receive a layer's clipped sums from a traced graph."""
         return tuple([watched.sink for watched in self._of_layer[layer.name]])
 
     @property
     def forms(self) -> Forms:
-        """Return the ways in which the model was called."""
+        """Return the guard's record of the forms in which the model was called."""
         return self._guard.forms
 
     def forget(self) -> None:
-        """Forget what has arrived of backward passes that broke off: nothing else frees it."""
+        """Free what interrupted backward passes have left in their scopes."""
         for scope in self._open:
             scope.forget()
 
-    # In a traced graph, where autograd carries the sums to where they are collected
+    # In a traced graph, where autograd carries the sums to the sinks
 
     def traced_token(self) -> Tensor | None:
-        """Return the token of the forward pass, opened by its first layer; ``None`` if not joint.
+        """Return the token of the forward pass; ``None`` without a joint budget.
 
-        Not by the model's own hook: where that is attached to what is compiled, it runs outside.
+        The first layer opens the scope. The model's own hook cannot, since it may run outside the
+        traced graph.
         """
         if self.joint and self.token is None:
             ends = self._ends_of_all.tensors(with_rows=self.present is not None)
@@ -191,13 +192,15 @@ class Budget:
         ends: Sequence[Tensor],
         sinks: Sequence[Tensor],
     ) -> Tensor:
-        """Open the scope of a forward pass; return its token.
+        """Open the scope of a traced forward pass; return its token.
+
+        All arguments are the traced graph's own tensors.
 
         Args:
-            limit: the target's, as the graph has it.
-            present: as the attribute, as the graph has it.
-            ends: what it sends its end to, as the graph has it.
-            sinks: what it sends its sums to, as the graph has them.
+            limit: the limit of the target.
+            present: ``[B]`` bool, which rows are not padding; ``None`` for all.
+            ends: the tensors of `Ends` that count the scope.
+            sinks: the tensors that receive the sums.
         """
         trace = _this_trace()
         if self._scope is not None or trace is None:
@@ -205,7 +208,7 @@ class Budget:
         scope = self._new(self.target._replace(limit=limit), present, at_once=False)
         token = scope.open(self.parameters, sinks, ends).token
         assert token is not None
-        # The token's graph holds the scope. Nothing of the trace outlives it.
+        # The token's graph keeps the scope alive. The references here must not outlive the trace.
         scope.close()
         self._traced = weakref.ref(scope)
         self._trace = weakref.ref(trace)
@@ -224,15 +227,17 @@ class Budget:
         token: Tensor | None,
         sinks: Sequence[Tensor],
     ) -> Scope:
-        """Return the scope of a layer's use.
+        """Return the scope of a use of a layer in a traced graph.
+
+        All tensors are the traced graph's own.
 
         Args:
             layer: the layer.
-            target: what it is scaled to, if it has a scope of its own, as the graph has it.
-            present: as the attribute, as the graph has it.
-            ends: from `ends_of`, as the graph has it.
-            token: of the forward pass, with a joint budget.
-            sinks: from `sinks_of`, as the graph has them.
+            target: the limit, if the use gets a scope of its own.
+            present: ``[B]`` bool, which rows are not padding; ``None`` for all.
+            ends: the tensors from `ends_of`.
+            token: the token of the forward pass, with a joint budget.
+            sinks: the tensors from `sinks_of`.
         """
         if not self.joint:
             scope = self._new(target, present, at_once=True)
@@ -250,7 +255,7 @@ _NUMBERS = itertools.count()
 
 
 def target_of(config: BackpropClipping) -> Target:
-    """Return a target of a model; its limit is still to be set."""
+    """Return a target with the options of ``config``; the caller sets its limit."""
     limit = torch.zeros((), dtype=torch.float64, device="cpu")
     return Target(limit, config.normalize, config.stability)
 

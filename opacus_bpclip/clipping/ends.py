@@ -1,9 +1,9 @@
-"""How many scopes of traced graphs end in one backward pass: each spends its budget once.
+"""Count the scopes of traced graphs that end in one backward pass.
 
-Inside a traced graph nothing can be counted. But each scope sends a 1 to a tensor, and autograd
-adds up what a backward pass sends there. So two forward passes of a compiled model that join in one
-loss are found, where each would use the whole of its budget for the same examples. Where batches
-are filled up, it also sends how many rows it took for examples.
+Each scope spends its budget once, so two forward passes of a compiled model in one loss would spend
+it twice for the same examples. Code inside a traced graph cannot count, but each scope sends a
+gradient of 1 to a tensor, and autograd adds up these gradients. If batches are padded, the scope
+also sends the number of rows that it treated as examples.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from opacus_bpclip.guard.passes import TWO_FORWARDS
 
 
 class Ends:
-    """Counts for one budget.
+    """The counters of one budget.
 
     Args:
-        allowed: how many scopes may end in one backward pass.
-        fail: called with what is wrong; raises.
+        allowed: the number of scopes that may end in one backward pass.
+        fail: raises an error with the given message.
         note_rows: called with the number of rows, a scalar tensor.
-        device: on which rows are counted.
+        device: the device on which rows are counted.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Ends:
         self._rows.register_hook(self._arrive_rows)
 
     def tensors(self, *, with_rows: bool) -> tuple[Tensor, ...]:
-        """Return what the scopes send to.
+        """Return the tensors that the scopes send their counts to.
 
         Args:
-            with_rows: whether they send how many rows they took for examples, too.
+            with_rows: whether the scopes also send the number of rows treated as examples.
         """
         return (self._ends, self._rows) if with_rows else (self._ends,)
 
@@ -61,16 +61,16 @@ class Ends:
 
     def _arrive(self, count: Tensor | None) -> Tensor | None:
         if count is None:
-            return None  # A layer's, where all share one budget.
+            return None  # With a joint budget the layers' own counters receive no gradient.
         if int(count) > self._allowed:
             self._fail(TWO_FORWARDS)
-        # What is accumulated does not count.
+        # Accumulate nothing in the tensor's grad.
         return torch.zeros_like(count)
 
     def _arrive_rows(self, found: Tensor | None) -> Tensor | None:
         if found is None:
             return None
         ends, rows = found
-        # Several uses of a layer have the same rows.
+        # The mean: several uses of a layer have the same rows.
         self._note_rows(rows / ends.clamp(min=1))
         return torch.zeros_like(found)

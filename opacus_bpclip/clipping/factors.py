@@ -1,4 +1,4 @@
-"""From a bound on each example's gradient to the factor that it is multiplied by."""
+"""Compute the factor that scales each example's gradient, from a bound on its norm."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from opacus_bpclip.rules.precision import rounding_margin
 
 
 class Measured(NamedTuple):
-    """How large each example's gradient is.
+    """A bound on the norm of each example's gradient.
 
     Attributes:
-        bound: ``[B]``, an upper bound on its norm.
-        usable: ``[B]`` bool, whether the bound holds: the example is finite, and nothing overflows
-            on the way to the bound. ``None`` for all.
+        bound: ``[B]``, an upper bound on the norm.
+        usable: ``[B]`` bool, whether the bound holds: the example is finite, and nothing has
+            overflowed in the computation of the bound. ``None`` for all.
     """
 
     bound: Tensor
@@ -26,12 +26,12 @@ class Measured(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What the examples' gradients are to be multiplied by.
+    """The factors of the examples' gradients.
 
     Attributes:
-        factor: ``[B]``; 0 where nothing is kept.
-        keep: ``[B]`` bool; where false, the gradient may not be finite and is to be replaced by
-            zeros. ``None`` where it is nowhere false.
+        factor: ``[B]``; 0 where ``keep`` is false.
+        keep: ``[B]`` bool. Where it is false, the gradient may not be finite, so it must be
+            replaced by zeros, not multiplied by 0. ``None`` if it is true for all.
     """
 
     factor: Tensor
@@ -39,12 +39,12 @@ class Factors(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What the examples' gradients are scaled to.
+    """The norm that the examples' gradients are scaled to.
 
     Attributes:
         limit: the largest norm of a contribution, a scalar tensor.
-        normalize: whether to scale up, too.
-        stability: added to the norm that a normalised gradient is divided by.
+        normalize: whether smaller gradients are scaled up.
+        stability: the constant added to the norm that a normalised gradient is divided by.
     """
 
     limit: Tensor
@@ -52,7 +52,11 @@ class Target(NamedTuple):
     stability: float = 0.0
 
     def unscaled(self) -> Tensor | float:
-        """Return up to which norm a gradient is multiplied by one number, whatever its norm."""
+        """Return the norm below which the factor hardly depends on the norm.
+
+        With clipping, the factor is 1 up to the limit. With normalisation, it is nearly
+        ``limit / stability`` for norms far below ``stability``.
+        """
         if self.normalize:
             return self.stability
         return self.limit if torch.compiler.is_compiling() else self.limit.item()
@@ -66,18 +70,18 @@ def measured(
     least: float = 0.0,
     examples: int = 1,
 ) -> Measured:
-    """Find the examples whose bound is to be relied on.
+    """Find the examples whose bound can be trusted.
 
     Args:
-        bound: ``[B]``, on the norms of the gradients at hand.
+        bound: ``[B]``, upper bounds on the norms of the gradients.
         finite: ``[B]`` bool, which examples' inputs are finite; ``None`` for all.
-        size: returns ``[B]``, a number that must be in range, too, for the bound to be right: see
-            `Rule.size`. Called only if needed. ``None`` for the bound itself.
-        least: what part of ``size`` the bound is at least.
-        examples: by what a mean loss has divided the gradients at hand.
+        size: returns ``[B]``, numbers that must be in range, too, for the bound to be right: see
+            `Rule.size`. Called only if needed. ``None`` if the bound is its own size.
+        least: a lower bound on the ratio ``bound / size``; 0 if none is known.
+        examples: the number that a mean loss has divided the gradients by.
     """
-    # No square of what is below overflows, so that this threshold is the first to be met, and it is
-    # the same for every `examples`. Comparing with nan gives False.
+    # Below this threshold no square overflows. Multiplied by `examples` it is the same number for
+    # every batch size. nan compares as False.
     largest = largest_norm(bound.dtype, examples)
     if size is None:
         least = 1.0
@@ -93,7 +97,7 @@ def measured(
 
 
 def largest_norm(dtype: torch.dtype, examples: int) -> float:
-    """Return the largest norm that is taken for a number, of gradients divided by ``examples``."""
+    """Return the norm from which on a gradient divided by ``examples`` contributes zero."""
     largest: float = torch.finfo(dtype).max ** 0.5 / (16 * max(examples, 1))
     return largest
 
@@ -106,43 +110,43 @@ def clip_factors(
     examples: int = 1,
     present: Tensor | None = None,
 ) -> Factors:
-    """Return what brings each example's gradient, times ``examples``, within the limit.
+    """Return the factors that scale each example's gradient, times ``examples``, to the limit.
 
-    Guarantee: ``factor * examples * bound <= limit``, with room for the rounding of gradients of
-    ``dtype``; an example's factor depends on ``examples`` by rounding alone. The factor of a row
+    Guarantee: ``factor * examples * bound <= limit``, with a margin for the rounding of gradients
+    of ``dtype``. An example's factor depends on ``examples`` by rounding alone. The factor of a row
     that is not present is 0.
 
     Args:
-        found: how large they are.
-        target: what they are scaled to.
-        dtype: of the gradients, and of the factors.
-        examples: by what a mean loss has divided the gradients at hand.
+        found: the bounds on the gradients' norms.
+        target: the limit.
+        dtype: the dtype of the gradients and of the factors.
+        examples: the number that a mean loss has divided the gradients by.
         present: ``[B]`` bool, which rows are not padding; ``None`` for all.
     """
     bound, usable = found
     divided = max(examples, 1)
     part = (1 - rounding_margin(dtype, bound.device)) / divided
-    # As a number where that is possible: a scalar tensor costs a kernel for each operation.
+    # A Python number where possible: a scalar tensor costs a kernel for each operation.
     limit = target.limit if torch.compiler.is_compiling() else target.limit.item()
     if target.normalize:
         factor = limit * part / (bound + target.stability / divided)
     else:
         factor = (limit * part / bound).clamp(max=1)
     if present is not None:
-        # What is usable is finite, so that zero times it is zero: no gradient is to be rewritten.
+        # Usable gradients are finite, so that a factor of 0 suffices and `keep` need not change.
         factor = zero_rows(factor, present.to(factor.device))
     return Factors(zero_rows(factor, usable).to(dtype), usable)
 
 
 def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """Return where both are true, ``None`` for everywhere."""
+    """Return the logical and of two masks, where ``None`` means all true."""
     if one is None or other is None:
         return other if one is None else one
     return one & other
 
 
 def everywhere(flags: Iterable[Tensor | None]) -> Tensor | None:
-    """Return where all are true, ``None`` for everywhere."""
+    """Return the logical and of several masks, where ``None`` means all true."""
     known = [flag for flag in flags if flag is not None]
     if len(known) < 2:
         return known[0] if known else None
@@ -150,14 +154,14 @@ def everywhere(flags: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def joined(found: Sequence[Measured]) -> Measured:
-    """Return what was measured of several parts of a batch as one."""
+    """Concatenate the measurements of several parts of a batch."""
     sizes = [each.bound.shape[0] for each in found]
     usable = joined_keep([each.usable for each in found], sizes)
     return Measured(torch.cat([each.bound for each in found]), usable)
 
 
 def joined_keep(keeps: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
-    """Return the flags of several parts of a batch as one; ``None`` if all are true."""
+    """Concatenate the masks of several parts of a batch, where ``None`` means all true."""
     known = [keep for keep in keeps if keep is not None]
     if not known:
         return None
@@ -170,14 +174,14 @@ def joined_keep(keeps: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor 
 
 
 def padded(x: Tensor, rows: int, *, fill: bool = False) -> Tensor:
-    """Add rows of zeros, or of ``fill``, up to a number."""
+    """Append rows of ``fill`` to ``x`` until it has ``rows`` rows."""
     if x.shape[0] == rows:
         return x
     return torch.cat([x, x.new_full((rows - x.shape[0], *x.shape[1:]), fill)])
 
 
 def _all_below(bound: Tensor, limit: float) -> bool:
-    """Return whether it costs nothing to know that every bound is below a limit, and it is."""
+    """Return whether every bound is below a limit; False where the check would cost a stall."""
     if torch.compiler.is_compiling() or bound.device.type != "cpu" or not len(bound):
         return False
     return bool(bound.max() < limit)

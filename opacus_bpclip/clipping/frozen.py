@@ -1,9 +1,9 @@
-"""Normalisation layers without trainable parameters: their input's gradient, free of cancellation.
+"""Normalisation layers without trainable parameters: compute the input's gradient accurately.
 
-Nothing of theirs is clipped. But torch's backward kernels subtract ``mean * sum g`` from
-``sum g x``, and the mean of the gradient from the gradient. That leaves rounding errors that change
-with the size of a mean loss's batch, and so with every example's companions, and the layers below
-would clip a gradient with those in it. See ``docs/rules/normalization.md``.
+These layers have nothing to clip. But PyTorch's backward kernels subtract ``mean * sum g`` from
+``sum g x``, and the mean of the gradient from the gradient. That leaves rounding errors which, with
+a mean loss, depend on the batch's private size, and which reach the layers below. The node here
+avoids them. See ``docs/rules/normalization.md``.
 """
 
 from __future__ import annotations
@@ -22,44 +22,45 @@ from opacus_bpclip.rules import AffineRule, GroupNormRule, LayerNormRule
 from opacus_bpclip.rules.first_order import first_order
 from opacus_bpclip.rules.precision import norm_dtype
 
-# By the very forward that the rule's closed form belongs to. RMSNorm has no mean.
+# By the layer's forward method. RMSNorm is left out: it subtracts no mean.
 _RULES: dict[Any, type[LayerNormRule | GroupNormRule]] = {
     nn.LayerNorm.forward: LayerNormRule,
     nn.GroupNorm.forward: GroupNormRule,
     nn.InstanceNorm2d.forward: GroupNormRule,
 }
 _KERNELS = ("NativeLayerNormBackward0", "NativeGroupNormBackward0")
-# Instance norms are batch norms of examples' channels, and a view of those.
+# An instance norm runs a batch norm on a view of the batch.
 _VIEWED_KERNELS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 
 class FrozenNormalization(Clip):
-    """The hook of one layer, which puts a node in the place of its part of the graph.
+    """The hook of one layer, which replaces the layer's autograd graph by one node.
 
     Args:
-        module: the layer. Nobody watches it, so its rule is read anew in each forward pass.
+        module: the layer. The guard does not check it for changes, so its rule is made anew in each
+            forward pass.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def attach(self) -> list[RemovableHandle]:
-        """Register the hook; first, so that nothing comes between the layer and it."""
+        """Register the hook before all others, so that it sees the layer's own output."""
         hook = self.module.register_forward_hook
         return [hook(self.leave, with_kwargs=True, prepend=True)]
 
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
-        """Put the node behind the layer's output."""
+        """Replace the layer's graph by the node."""
         (x,) = (*args, *kwargs.values())
         if not torch.is_grad_enabled() or not x.requires_grad:
             return None
         if "forward" in vars(module) or not _made_by_the_layer(y):
-            # Somebody has given it another forward, or changed its output before this hook.
+            # The layer has another forward, or a hook has changed its output.
             return None
         if isinstance(module, _InstanceNorm) and (
             module.track_running_stats or x.dim() == module._get_no_batch_dim()
         ):
-            # What is no normalisation of one example's channels, or of an example without a batch.
+            # It normalises by running statistics, or its input has no batch axis.
             return None
         rule = _RULES[type(module).forward].from_module(module)
         out: Tensor = _Normalized.apply(rule, y.detach(), x, getattr(module, "weight", None))
@@ -69,11 +70,11 @@ class FrozenNormalization(Clip):
 def frozen_normalizations(
     model: nn.Module, clipped: Collection[nn.Module]
 ) -> Iterator[FrozenNormalization]:
-    """Yield what attaches to each normalisation layer that is not clipped.
+    """Yield a `FrozenNormalization` for each normalisation layer that is not clipped.
 
     Args:
         model: the model.
-        clipped: its layers with trainable parameters.
+        clipped: the layers with trainable parameters, which are clipped.
     """
     for module in model.modules():
         if type(module).forward in _RULES and module not in clipped:
@@ -101,7 +102,7 @@ class _Normalized(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        # In one precision: a frozen layer's weight may have another than what flows through it.
+        # A frozen layer's weight may have another dtype than its input.
         dtype = norm_dtype(x.dtype)
         weight = None if weight is None else weight.to(dtype)
         dx = ctx.rule.input_gradient(g.to(dtype), x.to(dtype), weight)

@@ -1,7 +1,7 @@
-"""Calls of functions that are what a layer computes: the layer's rule measures them.
+"""Find the rule for a function call that computes what a known layer computes.
 
-Only for speed and memory. ``F.linear(x, embedding.weight)`` is a linear layer without a module; its
-gradient is measured without being made for each example.
+This saves time and memory: ``F.linear(x, embedding.weight)`` is a linear layer without a module,
+and the rule measures its gradient without building it for each example.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RuledCall(NamedTuple):
     Attributes:
         rule: the rule.
         input: the index of the argument that holds the examples.
-        unfolded: whether the rule takes the examples' own entries for its first axis: there is one.
+        unfolded: whether the rule takes ``[B, ...]`` where `Place.rows` has ``[B, 1, ...]``.
     """
 
     rule: Rule
@@ -34,7 +34,7 @@ class RuledCall(NamedTuple):
     unfolded: bool
 
     def prepared(self, arguments: Sequence[Any], template: Template, examples: int) -> Prepared:
-        """Return the input as the rule takes it, with its norms, and which examples are finite."""
+        """Return the input, prepared by the rule."""
         place = template.arguments[self.input]
         assert place is not None
         x = self.rows(place.rows(arguments[self.input].detach(), examples))
@@ -42,7 +42,7 @@ class RuledCall(NamedTuple):
             return self.rule.prepare((x,), None)
 
     def rows(self, x: Tensor) -> Tensor:
-        """Return rows as the rule takes them."""
+        """View the examples' rows in the shape that the rule takes."""
         return x.squeeze(1) if self.unfolded else x
 
 
@@ -96,8 +96,8 @@ _NAMES_OF_EMBEDDING = (
     "sparse",
 )
 
-# By the function: the names of its arguments, the layer that computes it, and the fewest axes that
-# follow the examples' own.
+# By the function's name: the names of its arguments, a constructor of the layer that computes the
+# same, and how many axes must follow the batch axis. `None`: the batch must be the first axis.
 _LAYERS: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], nn.Module], int | None]] = {
     "linear": (("input", "weight", "bias"), _linear, 1),
     "embedding": (_NAMES_OF_EMBEDDING, _embedding, 0),
@@ -110,12 +110,12 @@ _LAYERS: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], nn.Module], int
 def rule_of_call(
     call: FunctionCall, template: Template, upstream: Sequence[Tensor]
 ) -> RuledCall | None:
-    """Return the rule that describes a call, if its parameters enter it as they are.
+    """Return the rule for a call whose weight and bias are parameters themselves, or ``None``.
 
     Args:
         call: the call.
-        template: where it has the batch.
-        upstream: gradients of the results, as `Place.rows` has them.
+        template: the places of the batch in its arguments and results.
+        upstream: the gradients of the results, in the shape of `Place.rows`.
     """
     names, make, behind = _LAYERS.get(call.name, ((), None, None))
     if make is None or any(made.value.grad_fn is not None for made in call.made.values()):

@@ -1,4 +1,4 @@
-"""A call of a function on parameters, as the backward pass sees it."""
+"""Measure and sum the gradients of one call of a function on parameters."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.own_gradients import leaves_behind, own_gradients, sent_back
 from opacus_bpclip.model.plan import Template
 from opacus_bpclip.rules.base import per_row, where_needed, zero_rows
-from opacus_bpclip.rules.cancellation import kept
+from opacus_bpclip.rules.cancellation import cancellation_factor
 from opacus_bpclip.rules.exact_norms import chunks
 from opacus_bpclip.rules.norms import row_norms
 from opacus_bpclip.rules.precision import norm_dtype, wide
 
-# An upper limit for the gradients of a chunk of examples, in bytes, and for those that are kept
+# Upper limits in bytes: for the gradients of a chunk of examples, and for gradients that are kept
 # until their factors are known.
 _CHUNK = 32 * 2**20
 _KEPT = 2**20
@@ -33,15 +33,15 @@ _KEPT = 2**20
 
 @dataclass
 class FunctionGraph:
-    """A call that was made on a private graph.
+    """A call with an autograd graph of its own, which is detached from the model's.
 
     Attributes:
-        call: the call, on tensors that are cut off from all others.
-        template: where it has the batch.
-        results: where the graphs of its flattened results begin: edges, so that no tensor is kept
-            for them; ``None`` for those without a gradient.
-        versions: of the arguments, at the call.
-        examples: how many examples it was over.
+        call: the call, on detached tensors.
+        template: the places of the batch in its arguments and results.
+        results: the gradient edges of its flattened results, which keep no tensor alive; ``None``
+            for results without a gradient.
+        versions: the versions of the arguments at the call.
+        examples: the number of examples in the call.
     """
 
     call: FunctionCall
@@ -60,10 +60,10 @@ class FunctionGraph:
         ]
 
     def input_gradients(self, upstream: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
-        """Return the gradients of some arguments.
+        """Return the gradients of some arguments, ``None`` for those that require none.
 
         Args:
-            upstream: of the results that hold the batch, ``[B, *]``.
+            upstream: the gradients of the results that hold the batch, ``[B, *]``.
             inputs: the arguments.
         """
         asked = [x for x in inputs if x.requires_grad]
@@ -80,33 +80,33 @@ class FunctionGraph:
 
     @property
     def has_changed(self) -> bool:
-        """Return whether somebody has changed an argument in place that gradients are made from."""
+        """Return whether an argument that the gradients depend on was changed in place."""
         return self.reads_arguments and self.versions != versions_of(self.call.leaves)
 
     @property
     def reads_arguments(self) -> bool:
-        """Return whether gradients are made from the arguments at all."""
+        """Return whether the gradients depend on the values of the arguments."""
         return self.template.method != "known" or self.call.name not in SUMS_AND_COPIES
 
 
 def versions_of(leaves: Sequence[Any]) -> tuple[int, ...]:
-    """Return how often each tensor has been changed in place."""
+    """Return autograd's version of each tensor, which counts changes in place."""
     return tuple(x._version for x in leaves if isinstance(x, Tensor))
 
 
 class FunctionUse(Use):
-    """A call of a function, as far as one layer's parameters are concerned.
+    """One call of a function, as a use of one layer's parameters.
 
     Args:
         layer: the layer.
-        examples: by what a mean loss has divided the upstream gradients.
+        examples: the number that a mean loss has divided the upstream gradients by.
         graph: the call.
-        upstream: gradients of the results that hold the batch, each ``[B, *]``.
-        names: by the index of an argument, for each leaf behind it the parameter's name in the
-            layer; ``None`` where it is another layer's.
+        upstream: the gradients of the results that hold the batch, each ``[B, *]``.
+        names: by the index of an argument, the names in the layer of the parameters that the
+            argument is computed from; ``None`` for another layer's parameter.
         inputs: the gradients of the arguments that hold the batch.
-        target: what gradients are scaled to.
-        fail: called with what is wrong; raises.
+        target: the norm that gradients are scaled to.
+        fail: raises an error with the given message.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class FunctionUse(Use):
             graph.examples,
         )
         self._kept: Sums | None = None
-        self._part: Tensor | None = None
+        self._cancellation: Tensor | None = None
         owned = all(None not in own and own for own in names.values())
         self._ruled = rule_of_call(graph.call, graph.template, upstream) if owned else None
         self._versions = versions_of(upstream)
@@ -143,7 +143,7 @@ class FunctionUse(Use):
         return norm_dtype(self.layer.parameters[0].dtype)
 
     def measure(self) -> Measured:
-        """Return the norm of the gradients, a chunk of examples at a time."""
+        """Return the norms of the per-example gradients, computed for a chunk at a time."""
         if self._graph.has_changed:
             self._fail(changed_argument(self._graph.call))
         if self._ruled is not None:
@@ -158,24 +158,27 @@ class FunctionUse(Use):
         if keeps:
             self._kept = {name: torch.cat([own[name] for own in made]) for name in made[0]}
         bound = torch.cat(norms)
-        self._part = self._part_of(bound)
-        return measured(bound * self._part, None, examples=self.examples)
+        self._cancellation = self._cancellation_of(bound)
+        return measured(bound * self._cancellation, None, examples=self.examples)
 
-    def _part_of(self, bound: Tensor) -> Tensor:
-        """Return what part of each example's gradient to keep, where it may be rounding alone."""
-        of = torch.stack([row_norms(g) for g in self._upstream]).sum(dim=0)
+    def _cancellation_of(self, bound: Tensor) -> Tensor:
+        """Return the factors that suppress gradients which are only rounding error. ``[B]``."""
+        cancelled = torch.stack([row_norms(g) for g in self._upstream]).sum(dim=0)
         if self._graph.reads_arguments:
             given = self._graph.template.given(self._graph.call.leaves, self._graph.examples)
             floats = [row_norms(x).square() for x in given if x.is_floating_point()]
-            of = of * torch.stack([torch.ones_like(of), *floats]).sum(dim=0).sqrt()
+            one = torch.ones_like(cancelled)
+            cancelled = cancelled * torch.stack([one, *floats]).sum(dim=0).sqrt()
         limit = self._target.unscaled() / max(self.examples, 1)
-        return kept(bound, of, self._upstream[0].dtype, limit)
+        return cancellation_factor(bound, cancelled, self._upstream[0].dtype, limit)
 
     def sums(self, factors: Factors) -> Sums:
-        """Multiply the factors with the gradients, which are what has been measured."""
+        """Return the sums of the gradients that have been measured, times their factors."""
         by, keep = factors
         if self._ruled is not None and keep is None:
-            return self._sums_in_one(by if self._part is None else by * self._part.to(by.dtype))
+            return self._sums_in_one(
+                by if self._cancellation is None else by * self._cancellation.to(by.dtype)
+            )
         sums: dict[str, Tensor] = {}
         for rows in self._chunks():
             few = None if keep is None else keep[rows]
@@ -190,7 +193,7 @@ class FunctionUse(Use):
         prepared = ruled.prepared(graph.call.leaves, graph.template, graph.examples)
         g = ruled.rows(self._upstream[0])
         bound = ruled.rule.exact(g, prepared.inputs, prepared.norms)
-        self._part = self._part_of(bound)
+        self._cancellation = self._cancellation_of(bound)
         return measured(
             bound,
             where_needed(prepared.finite),
@@ -214,19 +217,19 @@ class FunctionUse(Use):
 
     def input_gradients(self, factors: Factors | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of the arguments that hold the batch."""
-        assert factors is None  # What flows on is not clipped.
+        assert factors is None  # The gradients of the inputs are not clipped.
         return self._inputs
 
     def own(self, rows: slice) -> Sums:
-        """Return the gradients of some examples, as far as they are kept."""
+        """Return the gradients of some examples, with rounding errors suppressed."""
         made = self._made(rows)
-        if self._part is None:
+        if self._cancellation is None:
             return made
-        part = self._part[rows]
-        return {name: own * per_row(part.to(own.dtype), own) for name, own in made.items()}
+        factor = self._cancellation[rows]
+        return {name: own * per_row(factor.to(own.dtype), own) for name, own in made.items()}
 
     def _made(self, rows: slice) -> Sums:
-        """Make the gradients of some examples, and send them back to the parameters."""
+        """Compute some examples' gradients of the call's arguments, then of the parameters."""
         if self._kept is not None:
             return {name: own[rows] for name, own in self._kept.items()}
         found: dict[str, Tensor] = {}
@@ -246,7 +249,7 @@ class FunctionUse(Use):
         return found
 
     def has_changed(self) -> bool:
-        """Return whether somebody has changed the upstream gradients in place."""
+        """Return whether the upstream gradients or the arguments were changed in place."""
         changed = self._graph.has_changed or versions_of(self._upstream) != self._versions
         return self._kept is None and changed
 
@@ -254,7 +257,7 @@ class FunctionUse(Use):
         return chunks(len(self._upstream[0]), max(1, _CHUNK // max(1, self._bytes())))
 
     def _bytes(self) -> int:
-        """Return how many bytes an example takes."""
+        """Return the bytes of temporary memory that one example takes."""
         values = [made.value for made in self._graph.call.made.values()]
         behind = [leaf for value in values for leaf in leaves_behind(value)]
         sizes = sum(x.numel() for x in (*values, *behind))

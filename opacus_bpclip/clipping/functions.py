@@ -1,8 +1,8 @@
-"""Functions that the model calls on parameters: a node for each call that meets examples.
+"""Clip the functions that a model calls on parameters outside of layers with a rule.
 
-The rest of the model runs as it is. What was computed from parameters alone stays on a private
-graph, and so does the call itself; the node in its place makes the gradients of its inputs there,
-and hands each layer's part of the parameters' gradients to the layer's scope.
+A call whose arguments hold examples runs on an autograd graph of its own, as do calls that compute
+something from parameters alone. One node replaces the call in the model's graph. It computes the
+gradients of the call's inputs, and hands the parameters' gradients to the scopes of their layers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Functions:
 
     Args:
         layers: the trainable layers, by name.
-        settings: how to clip.
+        settings: the settings of the clipping.
     """
 
     def __init__(self, layers: Mapping[str, Layer], settings: Settings) -> None:
@@ -49,14 +49,14 @@ class Functions:
         """Begin a forward pass.
 
         Args:
-            plan: what trial runs have shown of such a pass.
-            without_examples: those of the model's arguments that hold no examples.
+            plan: what the trial on made-up examples has found about such a pass.
+            without_examples: the model's arguments that hold no examples.
         """
         self.end()
         max_input_norm = self.settings.config.max_input_norm
         self.settings.guard.require(unclipped_inputs(self.layers, plan.passed_by, max_input_norm))
         self.followed.plan = plan
-        # All that was ever followed: a compiled graph may be of another form than this batch.
+        # Added to, not replaced: a compiled graph may be of another form than this batch.
         self.settings.guard.by_functions |= {
             parameter
             for name in plan.layers | plan.passed_by
@@ -90,7 +90,7 @@ class _Following(ParameterFunctions):
                 for own, parameter in layers[name].named_parameters.items()
             }
         )
-        # By the identity of what stands for a parameter: its layer, and its name there.
+        # By the id of the leaf that replaces a parameter: its layer, and its name there.
         self._owners: dict[int, tuple[Layer, str]] = {}
         for name, leaf in self.leaves.items():
             owner, _, own = name.rpartition(".")
@@ -106,7 +106,7 @@ class _Following(ParameterFunctions):
         return refuse
 
     def close(self) -> None:
-        """End the pass: the nodes hold what is still needed."""
+        """End the pass; the nodes in the graph keep what is still needed."""
         if not self._settings.budget.joint:
             for scope in self._scopes.values():
                 scope.close()
@@ -114,14 +114,14 @@ class _Following(ParameterFunctions):
         self.forget()
 
     def called(self, call: FunctionCall) -> Any:
-        """Derive, or put a node in the place of a call that meets examples."""
+        """Run a call. If its arguments hold examples, replace it by a node in the graph."""
         template = self._template(call)
         if template is None:
             result = self.derive(call)
             if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(result)):
                 self._guard.fail(function_checks.unseen(call))
             return result
-        if not template.meets:
+        if not template.holds_batch:
             if self.is_of_shared(call):
                 self._guard.fail(function_checks.shared_argument(call))
             return self.derive(call)
@@ -133,7 +133,7 @@ class _Following(ParameterFunctions):
         self._guard.require(function_checks.wrong_results(call, template, leaves, examples))
         leaves = call.as_computed(leaves, drawn=template.method == "graph")
         for index in outs:
-            self._guard.check_precision(function_checks.told(call), leaves[index].dtype)
+            self._guard.check_precision(function_checks.names_of(call), leaves[index].dtype)
         made = self._attached(graph, [leaves[index] for index in outs], call)
         for index, out in zip(outs, made, strict=True):
             leaves[index] = out
@@ -165,7 +165,7 @@ class _Following(ParameterFunctions):
         with torch.enable_grad(), full_precision():
             result = call.run(arguments)
         edges = [_edge(x) for x in pytree.tree_leaves(result)]
-        # Without a gradient on this batch: nothing comes back for it.
+        # A result may have no gradient on this batch; then it needs no place.
         outputs = (None if e is None else p for e, p in zip(edges, template.outputs, strict=True))
         graph = FunctionGraph(
             replace(call, leaves=arguments),
@@ -179,7 +179,7 @@ class _Following(ParameterFunctions):
     def _attached(
         self, graph: FunctionGraph, results: Sequence[Tensor], call: FunctionCall
     ) -> tuple[Tensor, ...]:
-        """Return the results with the node behind them."""
+        """Return the results, attached to the node."""
         names: dict[str, dict[int, list[str | None]]] = {}
         self._check_rounding(graph, call)
         for index, made in graph.call.made.items():
@@ -216,14 +216,14 @@ class _Following(ParameterFunctions):
         return tuple(outs)
 
     def _check_rounding(self, graph: FunctionGraph, call: FunctionCall) -> None:
-        """Check in which precision gradients go back to the parameters, or through the call."""
+        """Refuse low precision on the way back to the parameters if the loss is a mean."""
         if not self._guard.undoes_mean:
             return
         nodes = [made.value.grad_fn for made in graph.call.made.values()]
         nodes += [None if edge is None else edge.node for edge in graph.results]
         dtype = low_precision_behind(nodes)
         if dtype is not None:
-            self._guard.check_precision(function_checks.told(call), dtype)
+            self._guard.check_precision(function_checks.names_of(call), dtype)
 
     def _scope(self, layer: Layer) -> Scope:
         if layer.name not in self._scopes:

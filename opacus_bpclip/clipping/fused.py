@@ -1,6 +1,6 @@
-"""Linear layers and convolutions: the output is scaled, not the input, and one product clips.
+"""Clip linear layers and convolutions by closed forms, whose equations are in ``rules/fused.py``.
 
-The equations are in `FusedRule`.
+Input clipping scales the output, which is equivalent to scaling the input.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FusedClip(NodeClip):
             if factor is not None:
                 rows = self.rule.rescaled(rows, factor, bias)
             if finite is not None:
-                # The use multiplies zeros there; nobody may take those for an output.
+                # `FusedUse` replaces these rows by zeros. The output must not look valid.
                 rows = torch.where(per_row(finite, rows), rows, float("nan"))
             y = rows.movedim(0, self.layer.arguments.batch_axis)
         weight = module._parameters["weight"]
@@ -55,13 +55,13 @@ class FusedClip(NodeClip):
         return Call(y, inputs, (x, weight.detach(), factor, columns, finite))
 
     def _measured(self, x: Tensor) -> Measurement:
-        # Only then is it known which forward pass this is.
+        # Measurements are shared only within a forward pass that the guard has counted.
         if not self.followed:
             return self.measured(x.detach())
         return self.shared.of(x, self.rule, self.guard.forward, self.measured)
 
     def measured(self, x: Tensor) -> Measurement:
-        """Measure an input, without its graph, as it will have been scaled."""
+        """Return the norms of an input's columns after input clipping, and their factors."""
         norms, total = self.rule.measure(wide(x))
         finite = where_finite(total)
         factor = None
@@ -69,14 +69,14 @@ class FusedClip(NodeClip):
             largest = self.config.max_input_norm * (1 - rounding_margin(x.dtype, x.device))
             factor = zero_rows(self.rule.clip_factor(norms, largest), finite)
             norms = norms * factor
-        # Not finite where the example is not: they measure it, and it is not relied on.
+        # Norms of examples that are not finite are not finite either; they are not used.
         columns = self.rule.with_one(norms) if self.bound.needs_norms else None
         return Measurement(factor, columns, finite)
 
     def use(
         self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
     ) -> Use:
-        """Take the upstream gradient that has arrived."""
+        """Return the use for the upstream gradient that has arrived."""
         x, weight, factor, columns, finite = saved
         assert x is not None
         assert weight is not None

@@ -1,4 +1,4 @@
-"""A use of a linear layer or a convolution: bounds, sums and own gradients by products."""
+"""A use of a linear layer or a convolution: bounds, sums and gradients as matrix products."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from opacus_bpclip.clipping.use import Clipped, FactorsOf, Sums, Use
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Bound, FusedRule
 from opacus_bpclip.rules.base import per_row, zero_rows
-from opacus_bpclip.rules.cancellation import kept
+from opacus_bpclip.rules.cancellation import cancellation_factor
 from opacus_bpclip.rules.exact_norms import chunks, exact_chunk, gram_is_cheaper
 from opacus_bpclip.rules.fused import Scaled
 from opacus_bpclip.rules.norms import row_norms
 from opacus_bpclip.rules.precision import norm_dtype, wide
 
-# Examples' own gradients are kept until their factors are known, if they have at most so many times
-# as many numbers as input and upstream gradient, which they take the place of.
+# Per-example gradients are kept until their factors are known if they have at most this many times
+# the numbers of input and upstream gradient, which are then not needed any more.
 _OWN_KEPT = 1
 
 
 class Measurement(NamedTuple):
-    """What a node needs to know of an input.
+    """The measurement of an input.
 
     Attributes:
-        factor: by what to scale its columns, 0 in rows that are not finite; ``None`` for 1.
-        columns: their norms after that, with the bias's entry; ``None`` if the bound needs none.
+        factor: the factors of its columns, 0 in rows that are not finite; ``None`` for 1.
+        columns: the norms of the scaled columns, from `with_one`; ``None`` if the bound needs none.
         finite: ``[B]`` bool, which rows are finite; ``None`` for all.
     """
 
@@ -45,14 +45,14 @@ class FusedUse(Use):
 
     Args:
         layer: the layer; its rule is a `FusedRule`.
-        bound: how gradients are bounded.
-        max_input_norm: what the input's columns are scaled down to, if they are.
-        target: what gradients are scaled to.
-        examples: by what a mean loss has divided the upstream gradient.
+        bound: the bound on an example's gradient.
+        max_input_norm: the norm that the input's columns are clipped to; ``None`` for no clipping.
+        target: the norm that gradients are scaled to.
+        examples: the number that a mean loss has divided the upstream gradient by.
         g: upstream gradient, batch first.
         x: the input, not scaled.
-        weight: the layer's.
-        measurement: of the input.
+        weight: the layer's weight.
+        measurement: the measurement of the input.
         wants_input: whether the input's gradient is needed.
     """
 
@@ -78,12 +78,12 @@ class FusedUse(Use):
         self.g, self.x, self.weight = g, x, weight
         self.factor, self.columns, self.finite = measurement
         self.wants_input = wants_input
-        # Temporaries make room for the products: fresh memory is slow.
-        self._room: Tensor | None = None
-        self._part: Tensor | None = None
+        # Memory that temporaries reuse: fresh memory is slow.
+        self._scratch: Tensor | None = None
+        self._cancellation: Tensor | None = None
         self._order: Tensor | None = None
         self._versions = () if torch.compiler.is_compiling() else (g._version, x._version)
-        self._own: list[Tensor] | None = None  # the examples' gradients of the weight, if kept
+        self._own: list[Tensor] | None = None  # per-example gradients of the weight, if kept
         self._bias_sums: Tensor | None = None
 
     @property
@@ -92,22 +92,22 @@ class FusedUse(Use):
         return norm_dtype(self.g.dtype)
 
     def measure(self) -> Measured:
-        """Bound the gradients by the bound that is asked for."""
+        """Return the bounds of the option ``bound``."""
         rule = self.rule
         keeps = self.weight.numel() <= _OWN_KEPT * (self.x[:1].numel() + self.g[:1].numel())
         if not self._makes_own(keeps=keeps):
             return self.measure_by_bound()
         found: list[Measured] = []
-        parts, gradients = [], []
+        cancellations, gradients = [], []
         for rows in chunks(
             self.g.shape[0], exact_chunk(rule.own_bytes(self.g, self.weight), self.g.device)
         ):
-            own, each, part = self._own_of(rows)
+            own, each, cancellation = self._own_of(rows)
             found.append(each)
-            parts.append(part)
+            cancellations.append(cancellation)
             if keeps:
                 gradients.append(own)
-        self._part = torch.cat(parts)
+        self._cancellation = torch.cat(cancellations)
         if keeps:
             self._own = gradients
             if rule.bias:
@@ -115,7 +115,7 @@ class FusedUse(Use):
         return joined(found)
 
     def _makes_own(self, *, keeps: bool) -> bool:
-        """Return whether to make the examples' own gradients in order to measure them."""
+        """Return whether to build the per-example gradients in order to measure them."""
         rule = self.rule
         if not rule.sums_own(self.bound, self.g):
             return False
@@ -123,16 +123,17 @@ class FusedUse(Use):
         return keeps or not gram_is_cheaper(positions, channels, rule.column_size())
 
     def _own_of(self, rows: slice) -> tuple[Tensor, Measured, Tensor]:
-        """Return some examples' own gradients, how large they are, and what part is kept."""
+        """Return the gradients of some examples, their bounds, and their cancellation factors."""
         assert self.columns is not None
         g, columns = wide(self.g[rows]), self.columns[rows]
         finite = None if self.finite is None else self.finite[rows]
         own = self.rule.own_gradients(self._scaled(g, rows), wide(self.x[rows]), self.weight)
         bound = self.rule.bound_of_own(own, g, columns)
-        # Where positions cancel, rounding alone may be left of their sum.
+        # Where the positions cancel, their sum may be nothing but rounding error.
         limit = self.target.unscaled() / max(self.examples, 1)
-        part = kept(bound, row_norms(g) * row_norms(columns), g.dtype, limit)
-        return own, self._measured(bound, g, columns, finite), part
+        cancelled = row_norms(g) * row_norms(columns)
+        cancellation = cancellation_factor(bound, cancelled, g.dtype, limit)
+        return own, self._measured(bound, g, columns, finite), cancellation
 
     def _measured(
         self, bound: Tensor, g: Tensor, columns: Tensor | None, finite: Tensor | None
@@ -146,10 +147,10 @@ class FusedUse(Use):
         )
 
     def measure_by_bound(self) -> Measured:
-        """Bound the gradients without making them for each example."""
+        """Return the bounds without building per-example gradients."""
         g = wide(self.g)
         scaled = Scaled(wide(self.x), self.columns, self.factor, self.max_input_norm)
-        bound = self.bound.of_scaled(self.rule, g, scaled, self._room)
+        bound = self.bound.of_scaled(self.rule, g, scaled, self._scratch)
         return self._measured(bound, g, self.columns, self.finite)
 
     def _scaled(self, g: Tensor, rows: slice) -> Tensor:
@@ -159,10 +160,10 @@ class FusedUse(Use):
         return g * self.rule.over_output(self.factor[rows].to(g.dtype), g)
 
     def sums(self, factors: Factors) -> Sums:
-        """Make the gradients in one product for all examples."""
+        """Return the sums, each made by one product over all examples."""
         by, keep = factors
-        if self._part is not None:
-            by = by * self._part.to(by.dtype)
+        if self._cancellation is not None:
+            by = by * self._cancellation.to(by.dtype)
         if self._own is not None:
             return self._sums_of_own(by, keep)
         sums = {}
@@ -198,9 +199,9 @@ class FusedUse(Use):
         """Return the gradients of the input and the weight, if wanted.
 
         Args:
-            g: upstream gradient, finite where a weight's gradient is wanted.
-            by: ``[B]``, by what to multiply each example's; ``None`` for 1.
-            wanted: which of the two.
+            g: upstream gradient; must be finite if the weight's gradient is wanted.
+            by: ``[B]``, the examples' factors; ``None`` for 1.
+            wanted: whether the gradients of input and weight are wanted.
         """
         joint = self.factor
         if by is not None:
@@ -209,25 +210,26 @@ class FusedUse(Use):
                 joint = joint * self.factor.to(joint.dtype)
         if joint is not None:
             over = self.rule.over_output(joint.to(g.dtype), g)
-            room = self._room if self._room is not None and self._room.dtype == g.dtype else None
-            g = torch.mul(g, over, out=room)
-        # Masked here and not before: a copy of the input would be kept as long as the graph is.
+            scratch = self._scratch
+            fits = scratch is not None and scratch.dtype == g.dtype
+            g = torch.mul(g, over, out=scratch if fits else None)
+        # Masked only here: a masked copy made in the forward pass would live as long as the graph.
         x = zero_rows(self.x, self.finite) if wanted[1] else self.x
-        # Autocast gives a layer's input and weight another dtype than its output.
+        # Under autocast, input and weight have another dtype than the output.
         x, weight = x.to(g.dtype), self.weight.to(g.dtype)
         return self.rule.gradients(g, x, weight, multiplier=self.examples, wanted=wanted)
 
     def sorted_by(self, rows: Tensor) -> FusedUse:
-        """Note where in this use's rows the examples are.
+        """Note which row of this use each example is in, for packed sequences.
 
         Args:
-            rows: ``[B]``, of each example; a row that is not there holds zeros.
+            rows: ``[B]``, the row of each example; a row that this use does not have is zero.
         """
         self._order = rows
         return self
 
     def in_order(self) -> FusedUse:
-        """Return the use with example ``i`` in row ``i``; its inputs' gradients are made."""
+        """Return the use with example ``i`` in row ``i``, without gradients of its inputs."""
         if self._order is None:
             return self
         order, rows = self._order, self._order.shape[0]
@@ -250,8 +252,8 @@ class FusedUse(Use):
         )
 
     def has_changed(self) -> bool:
-        """Return whether somebody has changed the upstream gradient or the input in place."""
-        # What is kept in the place of both is nobody else's.
+        """Return whether the upstream gradient or the input was changed in place."""
+        # If per-example gradients are kept, the sums depend on neither.
         return self._own is None and self._versions != (self.g._version, self.x._version)
 
     def input_gradients(self, factors: Factors | None) -> tuple[Tensor | None, ...]:
@@ -265,7 +267,7 @@ class FusedUse(Use):
         return (dx,)
 
     def own(self, rows: slice) -> Sums:
-        """Make the gradients of some examples, as far as they are kept."""
+        """Return the gradients of some examples, with rounding errors suppressed."""
         g, x = self._kept_of(rows), wide(self.x[rows])
         sums = {}
         if self.rule.weight:
@@ -275,9 +277,9 @@ class FusedUse(Use):
         return sums
 
     def _kept_of(self, rows: slice) -> Tensor:
-        """Return some examples' upstream gradients times what part of their gradients is kept."""
-        g = wide(self.g[rows])
-        return g if self._part is None else g * per_row(self._part[rows].to(g.dtype), g)
+        """Return the upstream gradients of some examples times their cancellation factors."""
+        g, factor = wide(self.g[rows]), self._cancellation
+        return g if factor is None else g * per_row(factor[rows].to(g.dtype), g)
 
     def matrix_columns(self, rows: slice) -> Tensor:
         """Return the columns of some examples' scaled inputs, ``[b, R, D, P]``."""
@@ -287,12 +289,12 @@ class FusedUse(Use):
         return self.rule.columns(x)
 
     def matrices(self, rows: slice) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Return the weight's gradient as a product."""
+        """Return the factors of the weight's gradient, in the order of the weight's axes."""
         if not self.rule.weight:
             return {}
         pair = self.rule.upstream(self._kept_of(rows)), self.matrix_columns(rows)
         return {"weight": self.rule.oriented(*pair)}
 
     def clip(self, factors_of: FactorsOf) -> Clipped:
-        """Clip with as few passes over the gradients as there can be."""
+        """Clip this use by itself, with few passes over memory."""
         return clip_at_once(self, factors_of)

@@ -1,4 +1,4 @@
-"""A use of a layer whose own autograd makes the gradients."""
+"""A use of a layer without closed forms: the layer's own autograd computes the gradients."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from opacus_bpclip.rules.precision import norm_dtype, wide
 
 
 class Graph(NamedTuple):
-    """What the layer's own autograd goes through: edges, so that no tensor is kept for them.
+    """The autograd graph of one call of a layer, held by edges, which keep no tensor alive.
 
     Attributes:
-        y: the layer's output.
-        leaves: its inputs, as the layer has them; ``None`` for those without a gradient.
-        parameters: the trainable ones, by name.
-        dtype: of the output.
-        is_low: whether gradients go through low precision there, so that it may not make sums.
+        y: the edge of the layer's output.
+        leaves: the edges of its inputs; ``None`` for inputs without a gradient.
+        parameters: the trainable parameters, by name.
+        dtype: the dtype of the output.
+        is_low: whether the graph computes in low precision, so that it may not sum over the batch.
     """
 
     y: GradientEdge
@@ -36,17 +36,17 @@ class Graph(NamedTuple):
 
 
 class LayerUse(Use):
-    """A use of a layer whose own autograd makes the gradients.
+    """A use of a layer whose own autograd computes the gradients.
 
     Args:
-        clip: of the layer.
-        examples: by what a mean loss has divided the upstream gradient.
+        clip: the clip of the layer.
+        examples: the number that a mean loss has divided the upstream gradient by.
         g: upstream gradient, batch first.
-        graph: the layer's.
-        norms: of the inputs' columns, as the rule has them.
+        graph: the autograd graph of the call.
+        norms: the norms of the inputs' columns, from `Rule.prepare`.
         finite: ``[B]`` bool, which examples are finite.
-        scales: by what the inputs were multiplied, batch first.
-        inputs: as they were clipped, batch first.
+        scales: the factors of the inputs, batch first.
+        inputs: the clipped inputs, batch first.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LayerUse(Use):
         return norm_dtype(self._g.dtype)
 
     def measure(self) -> Measured:
-        """Bound the gradients as the rule does."""
+        """Return the rule's bounds."""
         rule, g, norms = self.layer.rule, wide(self._g), self._norms
         return measured(
             self._bound.of(rule, g, self._inputs, norms, self._max_norm),
@@ -82,7 +82,7 @@ class LayerUse(Use):
         )
 
     def clip(self, factors_of: FactorsOf) -> Clipped:
-        """Make all gradients in one backward pass."""
+        """Compute all gradients in one backward pass through the layer."""
         factors = factors_of(self.measure())
         if all(leaf is None for leaf in self._graph.leaves):
             return Clipped(self.sums(factors), (None,) * len(self._graph.leaves))
@@ -91,7 +91,7 @@ class LayerUse(Use):
 
     def sums(self, factors: Factors) -> Sums:
         """Run the layer's backward pass on scaled upstream gradients."""
-        # Not the sums afterwards, which may be larger than the upstream gradients.
+        # Scale the upstream gradients: the sums may be larger.
         g = self._scaled(factors._replace(factor=factors.factor * self.examples))
         return self._gradients(g, parameters=True)[0]
 
@@ -101,11 +101,11 @@ class LayerUse(Use):
         return self._gradients(g, inputs=True)[1]
 
     def has_changed(self) -> bool:
-        """Return whether somebody has changed the upstream gradient in place."""
+        """Return whether the upstream gradient was changed in place."""
         return self._g._version != self._version
 
     def own(self, rows: slice) -> Sums:
-        """Make the gradients of some examples; at worst by a backward pass for each."""
+        """Return the gradients of some examples; unless the rule knows them, one by one."""
         known = self.layer.rule.by_example(
             wide(self._g[rows]), tuple(x if x is None else x[rows] for x in self._inputs)
         )
@@ -123,12 +123,12 @@ class LayerUse(Use):
         return {name: torch.stack(own) for name, own in found.items()}
 
     def matrices(self, rows: slice) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Return what the rule knows for a product."""
+        """Return the gradients that the rule knows as products."""
         inputs = tuple(x if x is None else x[rows] for x in self._inputs)
         return self.layer.rule.products(wide(self._g[rows]), inputs)
 
     def by_example(self) -> OwnUse:
-        """Return a use that makes each example's gradient, where the graph may not add them up."""
+        """Return a use with per-example gradients, for a graph that may not sum over the batch."""
         own = self.own(slice(0, len(self._g)))
         joint = torch.cat([wide(gradient).flatten(1) for gradient in own.values()], dim=1)
         inputs = self.input_gradients(None)

@@ -1,4 +1,4 @@
-"""Any other layer with a rule: its own autograd makes the gradients, on a graph that is cut off."""
+"""Clip layers that have a rule but no closed form, by their own autograd on a detached graph."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from opacus_bpclip.rules.scaling import prepare_inputs
 
 
 class LayerClip(NodeClip):
-    """Clips one layer whose gradient has no closed form here."""
+    """Clips one layer whose gradients its own autograd computes."""
 
     def __init__(self, layer: Layer, settings: Settings) -> None:
         super().__init__(layer, settings)
         self.changes_output = self.config.max_input_norm is not None and layer.rule.clips_input
-        # What stands for the parameters while the layer runs, so that its graph ends there: a hook
-        # on a parameter could change what the graph sends it.
-        self.stand_ins: dict[str, Tensor] = {}
+        # Detached leaves that replace the parameters while the layer runs, so that the layer's
+        # graph ends there. With the parameters, their hooks could change the sums.
+        self.own_leaves: dict[str, Tensor] = {}
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks."""
@@ -42,36 +42,36 @@ class LayerClip(NodeClip):
         return [*super().attach(), restore]
 
     def enter(self, module: nn.Module, args: Args) -> None:
-        """Put tensors in the parameters' place."""
+        """Replace the parameters by detached leaves."""
         super().enter(module, args)
-        self.stand_ins = {}
+        self.own_leaves = {}
         if self.passed_by:
             return
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.guard.require(replaced_parameter(self.layer))
-            self.stand_ins = _stand_ins(self.layer.named_parameters)
-            for stand_in in self.stand_ins.values():
-                stand_in.register_post_accumulate_grad_hook(self.went_around)
-            module._parameters.update(self.stand_ins)  # type: ignore[arg-type]
+            self.own_leaves = _leaves_of(self.layer.named_parameters)
+            for leaf in self.own_leaves.values():
+                leaf.register_post_accumulate_grad_hook(self.went_around)
+            module._parameters.update(self.own_leaves)  # type: ignore[arg-type]
 
     def went_around(self, _: Tensor) -> None:
-        """Refuse a gradient that comes to the layer by another way than its node."""
+        """Refuse a gradient that reaches the layer's parameters on a way around its node."""
         self.guard.fail(went_around(self.layer))
 
     def restore(self, module: nn.Module, args: Args, output: Any) -> None:
         """Put the parameters back, also after an error."""
-        if self.stand_ins:
+        if self.own_leaves:
             module._parameters.update(self.layer.named_parameters)
 
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
-        """Put the parameters back, and the node in the place of the layer's graph."""
+        """Put the parameters back, and replace the layer's graph by the node."""
         self.restore(module, args, y)
         out = super().leave(module, args, kwargs, y)
-        self.stand_ins = {}
+        self.own_leaves = {}
         return out
 
     def call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
-        """Clip the inputs; run the layer again where that or low precision asks for it."""
+        """Clip the inputs; run the layer again if that changed them, or in low precision."""
         arguments, rule = self.layer.arguments, self.layer.rule
         passed = arguments.passed(args, kwargs)
         inputs = arguments.get(args, kwargs)
@@ -85,9 +85,9 @@ class LayerClip(NodeClip):
         leaves = tuple(x if x is not None and x.requires_grad else None for x in passed)
         traced = torch.compiler.is_compiling()
         made = y
-        # Where a graph is traced there is no memory to compare.
-        changed = traced or not _are_alike(silenced, inputs)
-        # One of several inputs may be made from another, or be the same: each needs a leaf.
+        # Tensors in a trace have no memory that could be compared.
+        changed = traced or not _same_memory(silenced, inputs)
+        # One input may be computed from another, or be the same tensor: each needs its own leaf.
         several = sum(leaf is not None for leaf in leaves) > 1
         if several or widened or changed:
             given = [x if x is None else arguments.as_passed(x).detach() for x in silenced]
@@ -101,14 +101,14 @@ class LayerClip(NodeClip):
                 own = {name: wide(p) for name, p in own.items()}  # type: ignore[misc]
             if traced or widened:
                 trained = {name: _present(own, name) for name in self.layer.named_parameters}
-                self.stand_ins = _stand_ins(trained)
-            with parameters_replaced(module, {**own, **self.stand_ins}):
+                self.own_leaves = _leaves_of(trained)
+            with parameters_replaced(module, {**own, **self.own_leaves}):
                 made = module.forward(*args, **kwargs)
             ends = set()
         keep = where_needed(prepared.finite)
         out = made.detach().to(y.dtype)
         if keep is not None:
-            # Zeros where the layer multiplies; nobody may take those for an output.
+            # The layer computed these rows from zeros. The output must not look valid.
             rows = out.movedim(arguments.batch_axis, 0)
             rows = torch.where(per_row(keep, rows), rows, float("nan"))
             out = rows.movedim(0, arguments.batch_axis)
@@ -122,15 +122,18 @@ class LayerClip(NodeClip):
         return Call(out, passed, (norms, prepared.finite, *scales, *detached), graph)
 
     def _can_be_widened(self, module: nn.Module, args: Args, kwargs: Kwargs) -> bool:
-        """Return whether all that a layer computes with is its parameters and its inputs."""
+        """Return whether the layer computes with nothing but its parameters and its inputs."""
         given = sum(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
         known = sum(x is not None for x in self.layer.arguments.passed(args, kwargs))
         return given == known and not module._modules and not module._buffers
 
     def _graph(self, made: Tensor, leaves: Inputs, ends: set[Node | None]) -> Graph:
-        """Return the layer's own graph; its gradients may not be summed in low precision."""
+        """Return the layer's own graph, and refuse low precision where it must sum over the batch.
+
+        In eager mode a graph in low precision is used example by example instead.
+        """
         if self.followed:
-            own = (*self.stand_ins.values(), *leaves)
+            own = (*self.own_leaves.values(), *leaves)
             self.guard.require(foreign_parameter(self.layer, made, own))
         dtype = low_precision_behind([made.grad_fn], ends)
         if dtype is not None:
@@ -138,12 +141,12 @@ class LayerClip(NodeClip):
             if torch.compiler.is_compiling():
                 self.guard.fail(low_in_a_graph(self.layer, dtype))
         edges = tuple(None if leaf is None else get_gradient_edge(leaf) for leaf in leaves)
-        return Graph(get_gradient_edge(made), edges, self.stand_ins, made.dtype, dtype is not None)
+        return Graph(get_gradient_edge(made), edges, self.own_leaves, made.dtype, dtype is not None)
 
     def use(
         self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
     ) -> Use:
-        """Take the upstream gradient that has arrived."""
+        """Return the use for the upstream gradient that has arrived."""
         norms, finite, *rest = saved
         assert finite is not None
         count = len(wants)
@@ -153,13 +156,13 @@ class LayerClip(NodeClip):
         return use.by_example() if graph.is_low else use
 
 
-def _are_alike(some: Inputs, others: Inputs) -> bool:
-    """Return whether the inputs are the same numbers in the same memory."""
+def _same_memory(some: Inputs, others: Inputs) -> bool:
+    """Return whether both hold the same tensors, in the same memory."""
     pairs = zip(some, others, strict=True)
     return all(x is None or (y is not None and x.is_set_to(y)) for x, y in pairs)
 
 
-def _stand_ins(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _leaves_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.detach().requires_grad_() for name, p in parameters.items()}
 
 

@@ -1,7 +1,8 @@
-"""One autograd node stands in a layer's place, and makes the gradients of its inputs itself.
+"""Replace a layer's autograd graph by one node, which computes the gradients itself.
 
-The layer runs as it is. Its part of the graph is cut off: no gradient reaches a parameter through
-autograd but in a traced graph, where the sums leave by the scope's token.
+The layer runs unchanged, but its output is detached and attached to the node. So autograd sends no
+gradient to the layer's parameters. (In a traced graph it sends them the sums, through the scope's
+token.)
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ class Call(NamedTuple):
     """One call of a layer.
 
     Attributes:
-        out: what the layer's output is to be.
-        inputs: the layer's inputs, whose gradients the node makes.
+        out: the output to return in the place of the layer's.
+        inputs: the layer's inputs, whose gradients the node computes.
         saved: tensors for the backward pass.
-        graph: what else the backward pass needs, as the layer's own graph.
+        graph: other objects for the backward pass, such as the layer's own graph.
     """
 
     out: Tensor
@@ -55,12 +56,13 @@ class NodeClip(Clip):
 
     Args:
         layer: the layer.
-        settings: how to clip.
+        settings: the settings of the clipping.
 
     Attributes:
-        changes_output: whether the layer's output changes, and so in evaluation, too.
-        followed: whether the call at hand is one that a backward pass will come to.
-        passed_by: whether functions are followed in it, in the place of the layer's rule.
+        changes_output: whether clipping changes the layer's output; then also in evaluation.
+        followed: whether a backward pass will go through the current call.
+        passed_by: whether the current call is clipped by the functions that it calls, not by the
+            layer's rule.
     """
 
     def __init__(self, layer: Layer, settings: Settings) -> None:
@@ -79,31 +81,31 @@ class NodeClip(Clip):
 
     @abstractmethod
     def call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
-        """Prepare a call that the layer has made.
+        """Return what the node needs of a call that the layer has just made.
 
         Args:
             module: the layer.
-            args: of the call.
-            kwargs: of the call.
-            y: what the layer made of them.
+            args: the positional arguments of the call.
+            kwargs: the keyword arguments of the call.
+            y: the layer's output.
         """
 
     @abstractmethod
     def use(
         self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
     ) -> Use:
-        """Take the upstream gradient that has arrived.
+        """Return the use for the upstream gradient that has arrived.
 
         Args:
             g: the gradient, batch first.
-            graph: the call's.
-            saved: the call's tensors.
-            target: what gradients are scaled to.
+            graph: `Call.graph`.
+            saved: `Call.saved`.
+            target: the norm that gradients are scaled to.
             wants: which inputs need a gradient.
         """
 
     def attach(self) -> list[RemovableHandle]:
-        """Register the hooks; the second is the first after the layer, nothing may come between."""
+        """Register the hooks; `leave` before all others, so that it sees the layer's own output."""
         module = self.layer.module
         before = module.register_forward_pre_hook(self.enter)
         after = module.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
@@ -111,7 +113,7 @@ class NodeClip(Clip):
         return [before, after]
 
     def enter(self, _: nn.Module, args: Args) -> None:
-        """Let the guard see the layer before it runs."""
+        """Let the guard check and count the call before the layer runs."""
         self.followed = self.passed_by = False
         if not torch.is_grad_enabled():
             return
@@ -124,7 +126,7 @@ class NodeClip(Clip):
             self.functions.pause()
 
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
-        """Put the node in the place of the layer's part of the graph."""
+        """Replace the layer's graph by the node."""
         followed = self.followed
         if self.passed_by:
             return None
@@ -144,7 +146,7 @@ class NodeClip(Clip):
             return self.call(module, args, kwargs, y)
 
     def leave_traced(self, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor:
-        """Do the same in a graph that is being traced."""
+        """Do what `leave` does, in a graph that is being traced."""
         passed = self.layer.arguments.passed(args, kwargs)
         sinks = self.budget.sinks_of(self.layer)
         own = self.layer.module._parameters.values()
@@ -163,35 +165,35 @@ class NodeClip(Clip):
         )
 
     def check(self, args: Args, kwargs: Kwargs, y: Tensor) -> None:
-        """Check a call that is to be followed."""
+        """Check a call that a backward pass will go through."""
         inputs = self.layer.arguments.get(args, kwargs)
         self.guard.require(earlier_hook(self.layer, self._key))
         self.guard.require(wrong_batch(self.layer, inputs, self.guard.examples))
         self.guard.check_output(self.layer, y)
 
     def scope(self) -> Scope:
-        """Return the scope of the call at hand."""
+        """Return the scope of the current call."""
         return self.budget.scope_of(self.target, at_once=True)
 
     def attached(self, call: Call, scope: Scope | None) -> Tensor:
-        """Return the layer's output with the node behind it.
+        """Return the layer's output, attached to the node.
 
         Args:
-            call: the layer's.
-            scope: of the call; ``None`` for activation checkpointing's second run, which only makes
-                the saved tensors of a call again.
+            call: the call of the layer.
+            scope: the scope of the call; ``None`` in activation checkpointing's second run, which
+                only recomputes the saved tensors.
         """
         token = enter(scope, self.layer, self.group)
         out: Tensor = _Node.apply(self, scope, call, token, *call.inputs)
         return out
 
     def examples_of(self, g: Tensor, graph: Any) -> int:
-        """Return by what the loss has divided an upstream gradient, batch first."""
+        """Return the number that the loss has divided an upstream gradient by, batch first."""
         return g.shape[0] if self.mean else 1
 
 
 def enter(scope: Scope | None, layer: Layer, group: str) -> Tensor:
-    """Enter a layer into a scope, if there is one; return the token for its node."""
+    """Register a call of a layer in its scope, if there is one; return the token for its node."""
     if scope is None:
         return unwatched_token()
     scope.enter(layer, group)
@@ -210,7 +212,7 @@ class _Node(torch.autograd.Function):
         ctx.clip, ctx.scope, ctx.spent = clip, scope, False
         ctx.save_for_backward(*call.saved)
         ctx.graph = call.graph
-        # Not a view of an input, so that an activation may work in place on it.
+        # Detached, so that it is not a view of an input: activations may then work in place on it.
         return call.out.detach()
 
     @staticmethod
@@ -239,18 +241,19 @@ def _traced(
     count: int,
     *tensors: Tensor | None,
 ) -> Tensor:
-    """Attach the node of a layer; run while the graph is traced, with what stands for tensors.
+    """Attach the node of a layer while the graph is traced, with the trace's tensors.
 
     Args:
-        key: of the budget.
-        index: of the clip.
+        key: the budget's key.
+        index: the index of the layer's clip in the budget.
         y: the layer's output.
-        limit: the target's.
-        present: which rows are not padding; ``None`` for all.
-        ends: what the layer's scopes send their ends to.
-        token: of the forward pass, with a joint budget.
-        count: how many of the layer's parameters are trainable.
-        tensors: what their sums are sent to, all of the layer's parameters, and its inputs.
+        limit: the limit of the target.
+        present: ``[B]`` bool, which rows are not padding; ``None`` for all.
+        ends: the tensors of `Ends` that count the layer's scopes.
+        token: the token of the forward pass, with a joint budget.
+        count: the number of the layer's trainable parameters.
+        tensors: the sinks of the trainable parameters' sums, all of the layer's parameters, and
+            its inputs.
     """
     budget = BUDGETS[key]
     clip: NodeClip = budget.clips[index]
@@ -276,7 +279,7 @@ def _traced(
 
 @contextmanager
 def parameters_replaced(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
-    """Run with tensors in the place of some of a module's own parameters."""
+    """Replace some of a module's own parameters by other tensors inside this context."""
     before = dict(module._parameters)
     module._parameters.update(cast("Mapping[str, nn.Parameter | None]", tensors))
     try:

@@ -1,4 +1,4 @@
-"""Parameters that a module broadcasts over the batch: each example meets a copy of its own."""
+"""Clip parameters that a module broadcasts over the batch, by one copy for each example."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from opacus_bpclip.rules.precision import wide
 
 
 class ParameterClip(Clip):
-    """Hands a module's forward one copy of its parameters for each example.
+    """Gives a module's forward one copy of its parameters for each example.
 
-    All uses of a copy add up in its gradient before it is clipped, so it matters neither how often
-    the forward uses the parameter nor how.
+    Autograd adds up all uses of a copy before its gradient is clipped. So the forward may use the
+    parameter in any way and as often as it likes.
     """
 
     def __init__(self, layer: Layer, rule: BroadcastRule, settings: Settings) -> None:
@@ -50,12 +50,12 @@ class ParameterClip(Clip):
         module = self.layer.module
         return [
             module.register_forward_pre_hook(self.enter, with_kwargs=True),
-            # First after the module: FSDP takes the parameters away.
+            # Before all other hooks: FSDP's own takes the parameters away.
             module.register_forward_hook(self.leave, always_call=True, prepend=True),
         ]
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Put the copies in the parameters' place."""
+        """Replace the parameters by the copies."""
         if not torch.is_grad_enabled():
             return
         inputs = self.layer.arguments.get(args, kwargs)
@@ -93,12 +93,12 @@ class ParameterClip(Clip):
     def copies(
         self, scope: Scope | None, batch_size: int, parameters: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """Return one row of each parameter for each example, with a node behind them.
+        """Return the copies of the parameters, ``[B, ...]`` each, attached to a node.
 
         Args:
-            scope: of the call; ``None`` for activation checkpointing's second run.
-            batch_size: how many examples there are.
-            parameters: the layer's.
+            scope: the scope of the call; ``None`` in activation checkpointing's second run.
+            batch_size: the number of examples ``B``.
+            parameters: the layer's broadcast parameters.
         """
         token = enter(scope, self.layer, self.group)
         detached = (parameter.detach() for parameter in parameters)
@@ -113,7 +113,7 @@ class ParameterClip(Clip):
 
 
 class _Copies(torch.autograd.Function):
-    """Expand parameters over the batch; take each example's gradient of all of them."""
+    """Expand parameters over the batch; receive the per-example gradients of all of them."""
 
     @staticmethod
     def forward(
@@ -156,7 +156,19 @@ def _traced_copies(
     count: int,
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Make the copies while the graph is traced; the arguments are those of ``node._traced``."""
+    """Make the copies while the graph is traced.
+
+    Args:
+        key: the budget's key.
+        index: the index of the layer's clip in the budget.
+        batch_size: the number of examples.
+        limit: the limit of the target.
+        present: ``[B]`` bool, which rows are not padding; ``None`` for all.
+        ends: the tensors of `Ends` that count the layer's scopes.
+        token: the token of the forward pass, with a joint budget.
+        count: the number of the layer's trainable parameters.
+        tensors: the sinks of the parameters' sums, and the broadcast parameters.
+    """
     budget = BUDGETS[key]
     clip: ParameterClip = budget.clips[index]
     target = clip.target._replace(limit=limit)

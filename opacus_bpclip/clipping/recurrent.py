@@ -1,9 +1,10 @@
-"""Recurrent networks: a layer of theirs is used once a time step, and clipped once.
+"""Recurrent networks: their linear layers are called once per time step, and clipped once.
 
-The layer's gradient is ``sum_t g_t u_t^T``: the gradient of one linear layer over a sequence, with
-time steps for positions. Clipping each step to a part of the limit would be a bound as well, and a
-bad one. So all steps are in one scope, also where each layer has a budget of its own; what flows on
-to the layers below is then not clipped. Proof: ``docs/rules/recurrent.md``.
+The gradient of such a layer is ``sum_t g_t u_t^T``, that of one linear layer over a sequence with
+the time steps as positions. So all time steps share one scope, also where each layer has a budget
+of its own. The gradient that flows on to the layers below is then not clipped. (To clip each step
+to its share of the limit would be valid, too, but would clip far too much.) Proof:
+``docs/rules/recurrent.md``.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.recurrence import aligns_rows, is_packed
 from opacus_bpclip.rules import Inputs
 
-# Shown by torch, where it is asked for one graph.
+# PyTorch shows this text under fullgraph=True.
 RECURRENT_IS_EAGER = (
-    "a private recurrent network is a loop over time steps that is left to eager mode: without "
+    "a private recurrent network is a loop over time steps, which runs in eager mode: without "
     'fullgraph=True, BackpropClipping(allocation="equal") compiles the layers around it'
 )
 
@@ -38,14 +39,14 @@ class RecurrentClip(Clip):
     """Clips the layers of one recurrent network.
 
     Args:
-        layers: its trainable linear layers.
-        settings: how to clip.
+        layers: the trainable linear layers of the network.
+        settings: the settings of the clipping.
 
     Attributes:
-        running: whether the network runs.
-        batch_size: over how many examples; a step of packed sequences may have fewer rows.
-        order: ``[B]``, the row of each example, where packed sequences were sorted by length.
-        scopes: of the layers, by name; empty in activation checkpointing's second run.
+        running: whether the network's forward is running.
+        batch_size: the number of examples; a step of packed sequences may have fewer rows.
+        order: ``[B]``, the row of each example if packed sequences were sorted by length.
+        scopes: the layers' scopes by name; empty in activation checkpointing's second run.
     """
 
     def __init__(self, layers: list[Layer], settings: Settings) -> None:
@@ -60,7 +61,7 @@ class RecurrentClip(Clip):
         self.network: nn.Module = network
 
     def attach(self) -> list[RemovableHandle]:
-        """Register the network's hooks, which open and close the scopes, and the layers'."""
+        """Register the network's hooks, which open and close the scopes, and the layers' hooks."""
         handles = [
             self.network.register_forward_pre_hook(self.enter, with_kwargs=True),
             self.network.register_forward_hook(self.leave, always_call=True),
@@ -71,15 +72,16 @@ class RecurrentClip(Clip):
 
     @torch.compiler.disable(reason=RECURRENT_IS_EAGER)
     def enter(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Open the scopes of a run."""
+        """Open the scopes of one forward pass of the network."""
         if not torch.is_grad_enabled():
             return
         layers = [step.layer for step in self.steps]
         name = layers[0].name.removesuffix(_below(network, layers[0].module))
         if not aligns_rows(network):
             self.guard.fail(
-                f"{name} was changed after make_private: nothing shows that its rows are still the "
-                "same examples at every time step. Change the model first, then call make_private."
+                f"{name} was changed after make_private. It is not known any more whether its rows "
+                "are the same examples at every time step. Change the model first, then call "
+                "make_private."
             )
         followed = [self.guard.enter_layer(layer) for layer in layers]
         x = args[0] if args else kwargs["input"]
@@ -87,8 +89,8 @@ class RecurrentClip(Clip):
         shape = tuple(x.data.shape if is_packed(x) else x.shape)
         if not is_packed(x) and len(shape) != 3:
             self.guard.fail(
-                f"{name} got an input of shape {shape}; it needs 3 axes, the batch "
-                f"{('first', 'second')[axis]}. Add the batch axis."
+                f"{name} got an input of shape {shape}, but needs 3 axes, of which the "
+                f"{('first', 'second')[axis]} is the batch. Add the batch axis."
             )
         self.batch_size = int(x.batch_sizes[0]) if is_packed(x) else shape[axis]
         self.order = x.unsorted_indices if is_packed(x) else None
@@ -102,7 +104,7 @@ class RecurrentClip(Clip):
             }
 
     def leave(self, network: nn.Module, args: Args, output: Any) -> None:
-        """End the run, also after an error."""
+        """Close the scopes, also after an error."""
         for scope in self.scopes.values():
             if not self.steps[0].budget.joint:
                 scope.close()
@@ -111,11 +113,11 @@ class RecurrentClip(Clip):
 
 
 class _Run(NamedTuple):
-    """What a step's backward pass needs to know of the network's run.
+    """What the backward pass of a time step needs to know about the network's forward pass.
 
     Attributes:
-        batch_size: over how many examples it is.
-        order: ``[B]``, the row of each example, where packed sequences were sorted by length.
+        batch_size: the number of examples.
+        order: ``[B]``, the row of each example if packed sequences were sorted by length.
     """
 
     batch_size: int
@@ -123,7 +125,7 @@ class _Run(NamedTuple):
 
 
 class _Step(FusedClip):
-    """The hooks of one layer, called once a time step."""
+    """The hooks of one layer, which is called once per time step."""
 
     def __init__(self, layer: Layer, run: RecurrentClip, settings: Settings) -> None:
         super().__init__(layer, settings)
@@ -131,26 +133,26 @@ class _Step(FusedClip):
 
     @torch.compiler.disable(reason=RECURRENT_IS_EAGER)
     def enter(self, _: nn.Module, args: Args) -> None:
-        """Check that the network runs; it has been counted."""
+        """Check that the network is running; its hook has counted the call."""
         if torch.is_grad_enabled() and not self.run.running:
             self.guard.fail(
-                f"{self.layer.name} was called outside its recurrent network, where nothing shows "
-                "which example a row belongs to. Call the network."
+                f"{self.layer.name} was called outside its recurrent network. It cannot be known "
+                "which example a row belongs to. Call the network instead."
             )
         self.followed = torch.is_grad_enabled() and self.layer.name in self.run.scopes
         self.functions.pause()
 
     @torch.compiler.disable(reason=RECURRENT_IS_EAGER)
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Tensor | None:
-        """Put the node in the place of the layer's part of the graph."""
+        """Replace the layer's graph by the node."""
         return super().leave(module, args, kwargs, y)
 
     def check(self, args: Args, kwargs: Kwargs, y: Tensor) -> None:
-        """Check the output; the rows were checked when the network began."""
+        """Check the output; the network's hook has checked the rows."""
         self.guard.check_output(self.layer, y)
 
     def call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
-        """Note over how many examples the network runs."""
+        """Add the batch size and the order of the examples to the call."""
         return (
             super()
             .call(module, args, kwargs, y)
@@ -160,18 +162,18 @@ class _Step(FusedClip):
     def use(
         self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
     ) -> Use:
-        """Take the upstream gradient, and note where the examples are in packed sequences."""
+        """Return the use, with the order of the examples in packed sequences."""
         use = super().use(g, graph, saved, target, wants)
         assert isinstance(use, FusedUse)
         order = graph.order
         return use if order is None else use.sorted_by(order)
 
     def scope(self) -> Scope:
-        """Return the run's."""
+        """Return the layer's scope, which all time steps share."""
         return self.run.scopes[self.layer.name]
 
     def examples_of(self, g: Tensor, graph: Any) -> int:
-        """Return by what the loss has divided: the examples of the batch, not of this step."""
+        """Return the batch size if the loss is a mean; a time step may have fewer rows."""
         return int(graph.batch_size) if self.mean else 1
 
 

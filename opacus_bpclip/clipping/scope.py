@@ -1,10 +1,10 @@
-"""One factor for each example, over some uses of layers: what is measured, and what is added up.
+"""A scope: the uses of layers that share one factor for each example.
 
-A scope is one use of a layer (each layer has a budget of its own), one run of a recurrent network
-(so has each of its layers, over all time steps), or one forward pass of the model (all layers share
-one budget). Its `token` is an input of every node in it. Autograd therefore runs the token's
-backward function after those of the nodes: by then everything has been measured, and the sums can
-be made.
+With a joint budget a scope is one forward pass of the model. With a budget for each layer it is one
+use of a layer or, for the layers of a recurrent network, all time steps of a forward pass.
+
+The scope's `token` is an input of every node in it. So autograd runs the token's backward function
+after those of all nodes. By then all uses have been measured, and the clipped sums can be computed.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from opacus_bpclip.rules import Bound
 from opacus_bpclip.rules.first_order import first_order
 
 _ENDED_BEFORE = (
-    "Two backward passes went through parts of one forward pass: each would use the whole of "
-    "max_grad_norm, and one example would contribute twice. Add the losses and call backward once."
+    "Two backward passes went through parts of one forward pass. Each would use the whole of "
+    "max_grad_norm, so one example would contribute twice. Add the losses and call backward once."
 )
 
 Deliver = Callable[[dict[nn.Parameter, Tensor]], None]
-Whole = Callable[[Layer], AbstractContextManager[None]]
+Gathered = Callable[[Layer], AbstractContextManager[None]]
 
 
 class Scope:
     """The uses of layers whose gradients are scaled by one factor for each example.
 
     Args:
-        target: what an example's joint gradient is scaled to.
-        bound: how it is measured.
-        at_once: whether a use is clipped when its gradient arrives, since there is no other. What
-            flows on to the layers below is then clipped, too.
+        target: the norm that an example's joint gradient is scaled to.
+        bound: the bound on an example's gradient.
+        at_once: whether the scope has a single use, which is clipped as soon as its gradient
+            arrives. The gradient that flows on to the layers below is then clipped, too.
         present: ``[B]`` bool, which rows are not padding; ``None`` for all.
 
     Attributes:
-        token: for the nodes; see the module.
+        token: an input of every node in the scope.
         begin: called when a gradient arrives at a node.
         deliver: called with the sums, in eager mode.
-        fail: called with what is wrong; raises.
-        whole: has a layer's parameters at hand for a while, where they come and go.
+        fail: raises an error with the given message.
+        gathered: returns a context in which a layer's sharded parameters are gathered.
     """
 
     token: Tensor | None = None
@@ -64,13 +64,13 @@ class Scope:
         self.begin: Callable[[], None] = _nothing
         self.deliver: Deliver | None = None
         self.fail: Callable[[str], None] = _raise
-        self.whole: Whole = always_whole
-        self._task: int | None = None  # the backward pass that the kept uses are of
+        self.gathered: Gathered = always_gathered
+        self._task: int | None = None  # the backward pass that `_kept` belongs to
         self._ended = False
-        self._calls: dict[str, int] = {}  # of the layers that share parameters, by group
-        self._groups: dict[str, str] = {}  # by layer
-        self._kept: dict[str, list[Use]] = {}  # by group
-        self._found: dict[str, Measured] = {}  # of groups that were called once
+        self._calls: dict[str, int] = {}  # the number of calls, by group
+        self._groups: dict[str, str] = {}  # the group, by layer
+        self._kept: dict[str, list[Use]] = {}  # the uses, by group
+        self._found: dict[str, Measured] = {}  # the measurements of groups called once
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     def open(
@@ -83,25 +83,26 @@ class Scope:
         """Make the token.
 
         Args:
-            parameters: those that a traced graph makes sums for. None in eager mode: there the
-                sums are delivered. Either way whatever arrives at a parameter is foreign.
-            traced: what their sums are sent to through autograd.
-            counters: what stands there for the tensors of `Ends`.
-            device: of the token in eager mode, the layers' own. Autograd runs a token's backward
-                function where the token is, and on an accelerator in the stream that made it.
+            parameters: the parameters that a traced graph makes sums for; empty in eager mode,
+                where `deliver` gets the sums.
+            traced: in a traced graph, the tensors that autograd sends these sums to.
+            counters: in a traced graph, the tensors of `Ends`.
+            device: the device of the token in eager mode, that of the layers. Autograd runs the
+                token's backward function on this device, on an accelerator in the stream that
+                created the token.
         """
         self._parameters = tuple(parameters)
-        # Something that requires a gradient, or autograd would leave all of it out.
+        # An input must require a gradient, or autograd would never call the backward function.
         start = (*traced, *counters) if counters else (unwatched_token(device),)
         self.token = _End.apply(self, *start)
         return self
 
     def enter(self, layer: Layer, group: str) -> None:
-        """Note that a layer is called.
+        """Count a call of a layer.
 
         Args:
             layer: the layer.
-            group: the name that it has in common with the layers that share its parameters.
+            group: the name of its group, the layers that share its parameters.
         """
         self._calls[group] = self._calls.get(group, 0) + 1
         self._groups[layer.name] = group
@@ -124,17 +125,17 @@ class Scope:
         return inputs
 
     def _keep_one_task(self) -> None:
-        """Forget what another backward pass has left: it only looked at some inputs' gradients."""
+        """Drop uses of an earlier backward pass, which only computed gradients of some inputs."""
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._kept, self._found, self._task = {}, {}, task
 
     def close(self) -> None:
-        """Let the token go: no more nodes come. The graph keeps it."""
+        """Drop the token: no more nodes are added. The graph keeps the token alive."""
         self.token = None
 
     def forget(self) -> None:
-        """Forget what has arrived: its backward pass will not end."""
+        """Drop all uses and sums: their backward pass was interrupted."""
         self._kept, self._found, self._sums = {}, {}, {}
 
     def finish(self) -> dict[nn.Parameter, Tensor]:
@@ -148,7 +149,7 @@ class Scope:
         return sums
 
     def _clip_kept(self) -> None:
-        """Measure what is left to be, find the factors, and make the sums one after another."""
+        """Measure groups with several uses, compute the factors, then the sums one by one."""
         kept, self._kept = self._kept, {}
         found, self._found = self._found, {}
         if not torch.compiler.is_compiling():
@@ -160,26 +161,26 @@ class Scope:
                 kept[group] = list(merged(kept[group]))
                 with ExitStack() as stack:
                     for layer in {use.layer.name: use.layer for use in kept[group]}.values():
-                        stack.enter_context(self.whole(layer))
+                        stack.enter_context(self.gathered(layer))
                     found[group] = measure_together(kept[group], self.bound)
         usable = everywhere(each.usable for each in found.values())
-        # Orthogonal parts of one gradient: the squares add up. In double precision, in which the
-        # sum over any number of layers is right to the last place of the bounds.
+        # The groups are orthogonal parts of one gradient: the squares add up. In double precision
+        # the rounding errors of this sum are negligible for any number of layers.
         parts = torch.stack([each.bound for each in found.values()]).double()
-        # Relative to the largest, or squares might overflow.
+        # Divided by the largest part, so that no square overflows.
         largest = parts.amax(dim=0).clamp(min=torch.finfo(parts.dtype).tiny)
         total = Measured(torch.linalg.vector_norm(parts / largest, dim=0) * largest, usable)
         shared: dict[tuple[torch.dtype, int], Factors] = {}
         while kept:
             for use in kept.pop(next(iter(kept))):
-                with self.whole(use.layer) if use.reads_parameters else nullcontext():
+                with self.gathered(use.layer) if use.reads_parameters else nullcontext():
                     self._add(use, use.sums(self._shared_factors(total, use, shared)))
 
     def _shared_factors(
         self, total: Measured, use: Use, shared: dict[tuple[torch.dtype, int], Factors]
     ) -> Factors:
-        """Return the factors of a use, found once for all uses that are alike."""
-        if torch.compiler.is_compiling():  # where sizes are symbols, and the compiler shares
+        """Return the factors of a use, computed once for all uses that need the same."""
+        if torch.compiler.is_compiling():  # sizes are symbols; the compiler merges equal factors
             return self._factors(total, use)
         key = use.dtype, use.examples
         if key not in shared:
@@ -191,10 +192,10 @@ class Scope:
         return clip_factors(found, self.target, use.dtype, examples=use.examples, present=present)
 
     def counted(self, device: torch.device) -> Sequence[Tensor]:
-        """Return what to send to the tensors of `Ends`: one end, and of how many rows.
+        """Return the gradients for the tensors of `Ends`: one end, and its number of rows.
 
         Args:
-            device: of the last of them.
+            device: the device of the tensor for the rows.
         """
         one = torch.ones(())
         if self.present is None:
@@ -215,7 +216,7 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scope: Scope, *start: Tensor) -> Tensor:
         ctx.scope, ctx.count, ctx.device = scope, len(start), start[-1].device
-        return start[0].new_empty(())  # nobody reads it
+        return start[0].new_empty(())  # its value is never read
 
     @staticmethod
     @first_order
@@ -230,12 +231,12 @@ class _End(torch.autograd.Function):
 
 
 def unwatched_token(device: torch.device | str = "cpu") -> Tensor:
-    """Return a token of no scope, for a graph that no backward pass will go through."""
+    """Return a token that belongs to no scope."""
     return torch.empty((), device=device, requires_grad=True)
 
 
-def always_whole(_: Layer) -> AbstractContextManager[None]:
-    """Do nothing: parameters are where they were."""
+def always_gathered(_: Layer) -> AbstractContextManager[None]:
+    """Do nothing: the parameters are not sharded."""
     return nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""Layers that are given the same input share what is measured of it: query, key and value do."""
+"""Share the measurement of an input between the layers that get it, such as query, key, value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class SharedMeasurement(Generic[T]):
-    """The latest measurement of an input, for the next layer that is given the very same one."""
+    """The latest measurement of an input, for the next layer that gets the same tensor."""
 
     def __init__(self) -> None:
         self._input: Callable[[], Tensor | None] = _nothing
@@ -20,19 +20,19 @@ class SharedMeasurement(Generic[T]):
         self._result: T | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Return nothing of what was measured: a copy has seen no input."""
+        """Return an empty state: a copy starts without a measurement."""
         return vars(SharedMeasurement())
 
     def of(self, x: Tensor, how: Hashable, forward: int, measure: Callable[[Tensor], T]) -> T:
-        """Return ``measure(x)``, from memory if that is what was measured last.
+        """Return ``measure(x)``, or the last result if it was computed from the same values.
 
         Args:
             x: the input.
-            how: stands for ``measure``.
-            forward: the number of the forward pass. Between two of them somebody may fill a
-                tensor's memory with another batch, and nothing shows it; within one, a change in
-                place shows in the tensor's version.
-            measure: called with the input, without its graph.
+            how: identifies ``measure``.
+            forward: the number of the forward pass. Between two forward passes the memory of a
+                tensor may be filled with another batch without a change of its version. Within one
+                forward pass, the version shows changes in place.
+            measure: called with the detached input.
         """
         key = (how, forward, x._version)
         if self._result is None or self._input() is not x or self._key != key:

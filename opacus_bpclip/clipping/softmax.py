@@ -1,8 +1,8 @@
-"""Softmax layers: what their backward pass leaves of a gradient that cancels does not grow.
+"""Softmax layers: suppress the rounding errors of gradients that cancel in their backward pass.
 
-A softmax's probabilities sum to one, so it passes nothing on of a gradient that is equal over the
-classes. In floating point some rounding is left of that, which changes with the size of a mean
-loss's batch. See ``docs/rules/normalization.md``, "What cancels".
+The probabilities sum to one, so a gradient that is equal over all classes cancels. In floating
+point, rounding errors remain, which depend on the batch's private size if the loss is a mean. See
+``docs/rules/normalization.md``, "What cancels".
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.clipping.base import Clip
-from opacus_bpclip.rules.cancellation import kept
+from opacus_bpclip.rules.cancellation import cancellation_factor
 from opacus_bpclip.rules.first_order import first_order
 
 _KERNEL = "SoftmaxBackward0"
 
 
 class Softmax(Clip):
-    """The hook of one layer, which puts a node in the place of its part of the graph.
+    """The hook of one layer, which replaces the layer's autograd graph by one node.
 
     Args:
         module: an ``nn.Softmax``.
@@ -32,11 +32,11 @@ class Softmax(Clip):
         self.module = module
 
     def attach(self) -> list[RemovableHandle]:
-        """Register the hook; first, so that nothing comes between the layer and it."""
+        """Register the hook before all others, so that it sees the layer's own output."""
         return [self.module.register_forward_hook(self.leave, prepend=True)]
 
     def leave(self, module: nn.Softmax, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-        """Put the node behind the layer's output."""
+        """Replace the layer's graph by the node."""
         x = args[0] if args else None
         if not torch.is_grad_enabled() or not isinstance(x, Tensor) or not x.requires_grad:
             return None
@@ -48,7 +48,7 @@ class Softmax(Clip):
 
 
 def softmaxes(model: nn.Module) -> Iterator[Softmax]:
-    """Yield what attaches to each softmax layer of a model."""
+    """Yield a `Softmax` for each softmax layer of a model."""
     for module in model.modules():
         if type(module).forward is nn.Softmax.forward:
             yield Softmax(module)  # type: ignore[arg-type]
@@ -66,14 +66,15 @@ class _Probabilities(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor]:
         (y,) = ctx.saved_tensors
-        # Less the likeliest class's gradient, which changes nothing in real numbers: what is equal
-        # cancels exactly, and where one class has nearly all, nothing else cancels.
+        # Subtract the gradient of the likeliest class. In real numbers this changes nothing. In
+        # floating point, equal gradients then cancel exactly, and where one class has nearly all
+        # the probability, nothing else cancels.
         likeliest = y.argmax(dim=ctx.dim, keepdim=True)
         common = g.gather(ctx.dim, likeliest)
         weighted = y * (g - common)
-        left = weighted - y * weighted.sum(dim=ctx.dim, keepdim=True)
+        dx = weighted - y * weighted.sum(dim=ctx.dim, keepdim=True)
         cancelled = (y * (g.abs() + common.abs())).scatter(ctx.dim, likeliest, 0.0)
         norms = [
-            torch.linalg.vector_norm(part, dim=ctx.dim, keepdim=True) for part in (left, cancelled)
+            torch.linalg.vector_norm(part, dim=ctx.dim, keepdim=True) for part in (dx, cancelled)
         ]
-        return None, None, left * kept(norms[0], norms[1], g.dtype)
+        return None, None, dx * cancellation_factor(norms[0], norms[1], g.dtype)

@@ -1,8 +1,7 @@
-"""Several uses of the same parameters in one forward pass: their gradients add up, and then count.
+"""Measure the sum of several uses of the same parameters in one forward pass.
 
-By the triangle inequality the sum's norm is at most the sum of the norms. That is all that the
-product and the weighted bound can say of different layers. In the exact bound the sum itself is
-measured. Proof: ``docs/guarantee.md``, "Uses that add up".
+The product and the weighted bound add the bounds of the uses, by the triangle inequality. The exact
+bound measures the sum of the gradients itself. Proof: ``docs/guarantee.md``, "Uses that add up".
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from opacus_bpclip.rules.precision import norm_dtype, rounding_margin
 
 
 def merged(uses: Sequence[Use]) -> Sequence[Use]:
-    """Return uses of one linear layer as one use, whose positions are those of all."""
+    """Merge all uses of one linear layer into one use; return other uses unchanged."""
     linear = [use for use in uses if isinstance(use, FusedUse) and isinstance(use.rule, LinearRule)]
     if len(linear) < len(uses) or len({use.layer.name for use in uses}) > 1:
         return uses
@@ -31,9 +30,9 @@ def merged(uses: Sequence[Use]) -> Sequence[Use]:
 
 
 def _positions_of_all(uses: Sequence[FusedUse]) -> FusedUse:
-    """Return one use of a linear layer, whose positions are those of all the uses.
+    """Return one use of a linear layer with the positions of all uses.
 
-    Where a use has fewer rows, its sequences have ended: zeros are added.
+    A use with fewer rows is padded with zeros: the other sequences have ended there.
     """
     first, rows = uses[0], max(use.g.shape[0] for use in uses)
 
@@ -70,11 +69,11 @@ def _positions_of_all(uses: Sequence[FusedUse]) -> FusedUse:
 
 
 def measure_together(uses: Sequence[Use], bound: Bound) -> Measured:
-    """Bound the norm of each example's gradient, summed over some uses of the same parameters.
+    """Bound the norm of each example's gradient, summed over uses of the same parameters.
 
     Args:
-        uses: of one layer, or of layers that share parameters; `merged`.
-        bound: how each of them is bounded.
+        uses: uses of one layer or of layers that share parameters, from `merged`.
+        bound: the bound on an example's gradient.
     """
     each = [use.measure() for use in uses]
     if len(each) == 1:
@@ -96,7 +95,7 @@ def _summed(uses: Sequence[Use], bounds: Sequence[Tensor]) -> Tensor:
     parts = []
     for rows in chunks(bounds[0].shape[0], exact_chunk(needed, bounds[0].device)):
         parts.append(_norm_of_sum(uses, rows))
-    # What cancels leaves rounding errors of what was added.
+    # The uses' gradients may cancel, but their rounding errors do not.
     margin = rounding_margin(bounds[0].dtype, bounds[0].device)
     return torch.cat(parts) + margin * reduce(torch.add, bounds)
 
@@ -132,7 +131,7 @@ def _always_products(uses: Sequence[Use], matrices: Sequence[object]) -> set[Ten
 
 
 def _norm_of_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the norm of a sum of products, by the cheapest way to it."""
+    """Return the norm of a sum of products, computed in the cheapest way. ``[B]``."""
     left = torch.cat([one for one, _ in pairs], dim=3)
     right = torch.cat([other for _, other in pairs], dim=3)
     dtype = norm_dtype(left.dtype)

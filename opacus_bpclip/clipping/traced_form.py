@@ -1,4 +1,4 @@
-"""Note, while a model is traced, in which way it is called, and make up an example of it."""
+"""While a model is traced, record the form of its call, and make up examples of that form."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from opacus_bpclip.probe.leaves import batch_leaves, batch_size, map_leaves
 def note_form(
     key: str, axis: int, training: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:  # pragma: no cover (traced, unseen by coverage)
-    """Note how a model is called; traced itself.
+    """Record how a model is called. This function is traced itself.
 
     Args:
-        key: of the model's budget.
-        axis: which axis of a tensor is the batch.
+        key: the key of the model's budget.
+        axis: the batch axis of tensors.
         training: whether the model is in training mode.
-        args: by position.
-        kwargs: by name.
+        args: the positional arguments of the call.
+        kwargs: the keyword arguments of the call.
     """
     _note(key, axis, training, shown(args), shown(kwargs))
 
@@ -38,7 +38,7 @@ def _note(
     args, kwargs = _unlocked(args), _unlocked(kwargs)
     budget = BUDGETS[key]
     form = form_of(training, args, kwargs)
-    # What is made here is to be real: no stand-ins of the tracer's.
+    # Without the tracer's modes: these tensors must be real ones.
     with _disable_current_modes():
         args, kwargs = map_leaves((args, kwargs), _real)
         budget.rows = batch_size(args, kwargs, axis) or 0
@@ -47,7 +47,7 @@ def _note(
 
 
 def _unlocked(value: Any) -> Any:
-    """Return a value with numbers, tuples, lists and dictionaries in the place of the tracer's."""
+    """Replace the tracer's numbers, tuples, lists and dictionaries by Python's own."""
     if isinstance(value, torch.SymInt):
         return number(value)
     if isinstance(value, torch.SymFloat):
@@ -62,13 +62,13 @@ def _unlocked(value: Any) -> Any:
 
 
 def _example_of(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Batch | None:
-    """Return made-up examples of the shapes of some tensors; ``None`` where there can be none."""
+    """Return made-up examples of these arguments' shapes; ``None`` if there can be none."""
     if any(isinstance(x, str) and x == NOT_SHOWN for x in batch_leaves((args, kwargs))):
         return None
     try:
         size = batch_size(args, kwargs, axis)
         return None if size is None else Batch(args, kwargs, size, axis).invent(EXAMPLES)
-    except Exception:  # whatever the arguments are
+    except Exception:  # the arguments may be anything
         return None
 
 

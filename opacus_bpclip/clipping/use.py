@@ -1,4 +1,4 @@
-"""One use of a layer, as the backward pass sees it: how large, and the sum with given factors."""
+"""The interface of a use: it bounds each example's gradient, and sums them with given factors."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ ALL = slice(None)
 
 
 class FactorsOf(Protocol):
-    """Returns the factors for what was measured of a use, of all its examples or of some."""
+    """Returns the factors for the measurement of a use, of all its examples or of some."""
 
     def __call__(self, found: Measured, rows: slice = ALL) -> Factors:
-        """Return them for what was measured of these rows."""
+        """Return the factors for the measurement of these rows."""
 
 
 class Clipped(NamedTuple):
-    """What becomes of a use that is clipped by itself.
+    """The result of clipping a use by itself.
 
     Attributes:
-        sums: of the examples' clipped gradients, by the parameter's name in the layer.
-        inputs: the gradients of the layer's inputs, clipped; ``None`` for those without.
+        sums: the sums of the examples' clipped gradients, by the parameter's name in the layer.
+        inputs: the clipped gradients of the layer's inputs; ``None`` for inputs without one.
     """
 
     sums: Sums
@@ -38,12 +38,12 @@ class Clipped(NamedTuple):
 
 
 class Use(ABC):
-    """A call of a layer, and the upstream gradient that has arrived at it.
+    """One call of a layer, with the upstream gradient that has arrived at it.
 
     Attributes:
         layer: the layer.
-        examples: by what a mean loss has divided the upstream gradient; 1 for a sum.
-        reads_parameters: whether the sum depends on the parameters' values.
+        examples: the number that a mean loss has divided the upstream gradient by; 1 for a sum.
+        reads_parameters: whether `sums` reads the parameters' values.
     """
 
     layer: Layer
@@ -57,13 +57,13 @@ class Use(ABC):
 
     @abstractmethod
     def measure(self) -> Measured:
-        """Bound the norm of each example's gradient, as divided by `examples`."""
+        """Bound the norm of each example's gradient, still divided by `examples`."""
 
     @abstractmethod
     def sums(self, factors: Factors) -> Sums:
-        """Return the sum of the examples' gradients times ``factors`` and `examples`.
+        """Return the sums of the examples' gradients times ``factors`` and `examples`.
 
-        The last thing that a use is asked for.
+        It is called after all other methods.
         """
 
     @abstractmethod
@@ -71,7 +71,7 @@ class Use(ABC):
         """Return the gradients of the layer's inputs.
 
         Args:
-            factors: by what to multiply each example's; ``None`` for 1.
+            factors: the examples' factors; ``None`` for 1.
         """
 
     @abstractmethod
@@ -79,17 +79,18 @@ class Use(ABC):
         """Return the gradients of some examples, each ``[b, *parameter.shape]``."""
 
     def in_order(self) -> Use:
-        """Return the use with example ``i`` in row ``i``; its inputs' gradients are made."""
+        """Return the use with example ``i`` in row ``i``, without gradients of its inputs."""
         return self
 
     def has_changed(self) -> bool:
-        """Return whether somebody has changed what is kept, after it was measured."""
+        """Return whether a tensor that `sums` reads was changed in place since the measurement."""
         return False
 
     def matrices(self, rows: slice) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Return parameters whose gradients are products: ``[b, R, C, P]`` and ``[b, R, D, P]``.
+        """Return, by name, the factors of the gradients that are matrix products.
 
-        The gradient is their product over ``P``, in the shape ``[R, C, D]``.
+        Two tensors ``[b, R, C, P]`` and ``[b, R, D, P]``: their product over ``P`` is the example's
+        gradient, in the shape ``[R, C, D]``.
         """
         return {}
 
@@ -97,22 +98,23 @@ class Use(ABC):
         """Clip this use by itself.
 
         Args:
-            factors_of: returns the factors for what was measured.
+            factors_of: returns the factors for the measured bounds.
         """
         factors = factors_of(self.measure())
         return Clipped(self.sums(factors), self.input_gradients(factors))
 
 
 class OwnUse(Use):
-    """A use whose examples' gradients are at hand.
+    """A use with per-example gradients.
 
     Args:
         layer: the layer.
-        examples: as the attribute.
-        own: ``[B, K]``, the gradients of the parameters, one after the other.
-        names: of the parameters.
-        size: as for `measured`.
-        part: ``[B]``, by what to multiply each example's gradient beforehand.
+        examples: the number that a mean loss has divided the upstream gradient by; 1 for a sum.
+        own: ``[B, K]``, the gradients of the parameters, flattened and concatenated.
+        names: the names of these parameters.
+        size: ``[B]``, numbers that must be in range for the norms to be right; ``None`` for the
+            norms themselves.
+        cancellation: ``[B]``, factors that suppress rounding errors, from `cancellation_factor`.
         inputs: the gradients of the layer's inputs; may be changed in place.
     """
 
@@ -126,12 +128,12 @@ class OwnUse(Use):
         names: Sequence[str],
         *,
         size: Tensor | None = None,
-        part: Tensor | None = None,
+        cancellation: Tensor | None = None,
         inputs: tuple[Tensor | None, ...] = (),
     ) -> None:
         self.layer, self.examples = layer, examples
         self._own, self._names, self._inputs = own, names, inputs
-        self._size, self._part = size, part
+        self._size, self._cancellation = size, cancellation
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,25 +141,25 @@ class OwnUse(Use):
         return self._own.dtype
 
     def measure(self) -> Measured:
-        """Return the norm of the gradients."""
+        """Return the norms of the per-example gradients."""
         bound = row_norms(self._own)
-        if self._part is not None:
-            bound = bound * self._part
+        if self._cancellation is not None:
+            bound = bound * self._cancellation
         size = self._size
         return measured(
             bound, None, size=None if size is None else lambda: size, examples=self.examples
         )
 
     def sums(self, factors: Factors) -> Sums:
-        """Multiply the factors with the gradients."""
+        """Return the sums of the gradients times their factors."""
         by = factors.factor
-        if self._part is not None:
-            by = by * self._part.to(by.dtype)
+        if self._cancellation is not None:
+            by = by * self._cancellation.to(by.dtype)
         total = by @ zero_rows(self._own, factors.keep)
         return self._split(total * self.examples)
 
     def input_gradients(self, factors: Factors | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients that came with the parameters' own."""
+        """Return the gradients of the inputs that the caller has computed."""
         if factors is None:
             return self._inputs
         by, keep = factors
@@ -168,8 +170,8 @@ class OwnUse(Use):
     def own(self, rows: slice) -> Sums:
         """Return the gradients of some examples."""
         own = self._own[rows]
-        if self._part is not None:
-            own = own * self._part[rows].to(own.dtype)[:, None]
+        if self._cancellation is not None:
+            own = own * self._cancellation[rows].to(own.dtype)[:, None]
         return self._split(own)
 
     def _split(self, joint: Tensor) -> Sums:

@@ -1,1 +1,1 @@
-"""Opacus's engine, extended: what `make_private` checks, makes and hands back."""
+"""Opacus's privacy engine, extended by ``clipping="backprop"``."""

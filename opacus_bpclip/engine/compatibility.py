@@ -1,4 +1,4 @@
-"""Whether a model can be trained within the guarantee, before anything is attached to it."""
+"""Check before anything is attached whether a model can be trained within the guarantee."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from opacus_bpclip.probe import Prober, with_uses
 def require_compatible(
     module: nn.Module, config: BackpropClipping | None = None, data_loader: object = None
 ) -> None:
-    """Check that every trainable parameter has a rule, and that examples keep apart.
+    """Check that a rule bounds every trainable parameter, and that examples are independent.
 
     Args:
         module: the model; it is not changed.
-        config: how it would be clipped.
-        data_loader: for the shapes of its examples; without one, the model is not run.
+        config: the options of the clipping; the defaults if ``None``.
+        data_loader: gives the shapes of the made-up examples; without one, the model is not run.
 
     Raises:
-        CoverageError: the model would be refused; the message names each module, says why, and
-            what to do.
+        CoverageError: the model would be refused; the message says for each module why, and what
+            to do.
     """
     config = config or BackpropClipping()
     module = inner(module)
@@ -47,14 +47,23 @@ def try_out(
     loss_outside: bool = False,
     **_: Any,
 ) -> tuple[BackpropClipping, dict[object, Plan]]:
-    """Run a model on made-up examples of a data loader's shapes.
+    """Try a model on made-up examples that have the shapes of a data loader's items.
+
+    Args:
+        config: the options of the clipping.
+        module: the model; it is not changed.
+        data_loader: gives the shapes of the examples.
+        loss_reduction: ``"mean"`` or ``"sum"``.
+        batch_first: whether the batch is the first axis of the model's inputs; otherwise the
+            second.
+        loss_outside: whether the loss is computed by a criterion of `make_private`.
 
     Returns:
-        The options with the uses counted, and the ways of calling the model that were searched,
-        with what was found of the functions that it calls on parameters.
+        The options with the uses counted; and, by the form of the call, the plan for the functions
+        that the model calls on parameters.
 
     Raises:
-        CoverageError: examples are coupled, or uses are to be counted and cannot be.
+        CoverageError: examples are coupled, or the uses cannot be counted.
     """
     prober = Prober(
         module,

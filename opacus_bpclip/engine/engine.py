@@ -1,4 +1,4 @@
-"""``make_private(..., clipping="backprop")``: Opacus's engine, with one clipping method more."""
+"""`PrivacyEngine`: Opacus's engine, which also accepts ``clipping="backprop"``."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ from opacus_bpclip.replacements import compatible_copy
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
-    """Opacus's engine, with one clipping method more.
+    """Opacus's engine with one more clipping method.
 
     ``make_private`` and ``make_private_with_epsilon`` accept ``clipping="backprop"`` and
     ``backprop=BackpropClipping(...)``; every other call is Opacus's own.
+
+    Guarantee: ``max_grad_norm`` is the L2 sensitivity of a step's summed gradient, as with
+    ``clipping="flat"``; the noise and the accounting are Opacus's. See ``docs/guarantee.md``.
 
     Example:
         >>> import torch, warnings
@@ -69,34 +72,34 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
         Args:
             module: the model.
-            optimizer: over its parameters.
-            criterion: the loss, whose gradients then do not depend on the batch's size: see
-                `BackpropClipCriterion`. For Opacus's own clippings, as in Opacus.
-            data_loader: the data set's loader; Poisson sampling takes its place.
-            noise_multiplier: the noise's standard deviation over ``max_grad_norm``.
-            max_grad_norm: joint L2 sensitivity of the summed gradient. One number with
-                ``clipping="backprop"``.
-            batch_first: whether the batch is the first axis of the model's inputs, or the second.
+            optimizer: the optimizer of its parameters.
+            criterion: the loss, whose gradients then do not depend on the size of the batch: see
+                `BackpropClipCriterion`. With Opacus's own clippings, as in Opacus.
+            data_loader: the loader of the data set; it is replaced by one with Poisson sampling.
+            noise_multiplier: the standard deviation of the noise, divided by ``max_grad_norm``.
+            max_grad_norm: the L2 sensitivity of the summed gradient; with ``clipping="backprop"``
+                one number.
+            batch_first: whether the batch is the first axis of the inputs; otherwise the second.
             loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
-            poisson_sampling: whether every example enters a batch by a coin of its own.
+            poisson_sampling: whether examples enter a batch independently of each other.
             clipping: ``"backprop"``, or one of Opacus's own.
-            backprop: the options of ``clipping="backprop"``; its defaults if left out.
-            physical_batch_size: with ``clipping="backprop"``, the loader yields batches of exactly
-                so many rows: a sample is cut into parts, filled up with rows of zeros that count
-                for nothing. One step for each batch, as with `BatchMemoryManager`.
-            noise_generator: what the noise is drawn from.
+            backprop: the options of ``clipping="backprop"``; the defaults if ``None``.
+            physical_batch_size: with ``clipping="backprop"``, the number of rows in every batch
+                that the loader yields. A logical batch is split into physical batches, and padded
+                with rows that contribute zero. The training loop is that of `BatchMemoryManager`.
+            noise_generator: the generator of the noise.
             grad_sample_mode: as in Opacus; ``"hooks"`` with ``clipping="backprop"``.
-            wrap_model: whether to return the model wrapped, or the hooks that were attached to it.
+            wrap_model: whether to return the wrapped model; otherwise the hooks attached to it.
             rand_on_empty: as in Opacus; not with ``clipping="backprop"``.
-            **kwargs: what else Opacus takes for the other clippings.
+            **kwargs: further arguments of Opacus for the other clippings.
 
         Returns:
-            ``(module or hooks, optimizer, data_loader)``, as Opacus does; with a ``criterion``,
+            ``(module or hooks, optimizer, data_loader)``, as in Opacus; with a ``criterion``,
             ``(module or hooks, optimizer, criterion, data_loader)``. Every loss must then be
-            computed with the one that is returned.
+            computed with the returned criterion.
 
         Raises:
-            CoverageError: the model has a trainable parameter that nothing bounds.
+            CoverageError: no rule bounds some trainable parameter, or examples are coupled.
             ValueError: another argument is wrong. In both cases model and optimizer are unchanged.
         """
         made = extensions.make_private(
@@ -145,26 +148,26 @@ class PrivacyEngine(opacus.PrivacyEngine):
         wrap_model: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Make training private for a target epsilon.
+        """Make training private for a target epsilon; results and errors are `make_private`'s.
 
         Args:
-            module: as for `make_private`, like every argument that is not described here.
-            optimizer: see there.
-            criterion: see there.
-            data_loader: see there.
-            target_epsilon: what all epochs together may spend.
-            target_delta: at this delta.
-            epochs: how many there will be.
-            max_grad_norm: see there.
-            batch_first: see there.
-            loss_reduction: see there.
-            poisson_sampling: see there.
-            clipping: see there.
-            backprop: see there.
-            physical_batch_size: see there.
-            noise_generator: see there.
-            grad_sample_mode: see there.
-            wrap_model: see there.
+            module: the model.
+            optimizer: the optimizer of its parameters.
+            criterion: the loss.
+            data_loader: the loader of the data set.
+            target_epsilon: the epsilon to spend in all epochs together.
+            target_delta: the delta of that epsilon.
+            epochs: the number of epochs.
+            max_grad_norm: the L2 sensitivity of the summed gradient.
+            batch_first: whether the batch is the first axis of the inputs; otherwise the second.
+            loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
+            poisson_sampling: whether examples enter a batch independently of each other.
+            clipping: ``"backprop"``, or one of Opacus's own.
+            backprop: the options of ``clipping="backprop"``; the defaults if ``None``.
+            physical_batch_size: the number of rows in every batch that the loader yields.
+            noise_generator: the generator of the noise.
+            grad_sample_mode: as in Opacus; ``"hooks"`` with ``clipping="backprop"``.
+            wrap_model: whether to return the wrapped model; otherwise the hooks attached to it.
             **kwargs: options of the accountant's search for the noise multiplier.
         """
         return extensions.make_private_with_epsilon(
@@ -193,31 +196,31 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def save_checkpoint(
         self, *, checkpoint_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Save as Opacus does, and the settings that privacy was spent under.
+        """Save what Opacus saves, and the settings that decide the privacy spent.
 
         Args:
-            checkpoint_dict: what else to save.
-            **kwargs: as for ``opacus.PrivacyEngine.save_checkpoint``.
+            checkpoint_dict: further entries to save.
+            **kwargs: the arguments of ``opacus.PrivacyEngine.save_checkpoint``.
         """
         settings = {} if self._settings is None else {fingerprint.KEY: self._settings}
         super().save_checkpoint(checkpoint_dict={**(checkpoint_dict or {}), **settings}, **kwargs)
 
     def load_checkpoint(self, *, optimizer: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Load as Opacus does; warn if the settings were others.
+        """Load what Opacus loads; warn if the saved settings differ from the present ones.
 
         Args:
             optimizer: the private optimizer, if its state is to be loaded.
-            **kwargs: as for ``opacus.PrivacyEngine.load_checkpoint``.
+            **kwargs: the arguments of ``opacus.PrivacyEngine.load_checkpoint``.
         """
         checkpoint: dict[str, Any] = super().load_checkpoint(optimizer=optimizer, **kwargs)
-        # An optimizer has compared them already.
+        # If an optimizer is loaded, it has compared the settings already.
         if optimizer is None and self._settings is not None:
             fingerprint.compare(checkpoint.get(fingerprint.KEY), self._settings)
         return checkpoint
 
     @property
     def _settings(self) -> fingerprint.Settings | None:
-        """Return the settings of the latest private training; ``None`` without any of ours."""
+        """Return the settings of the latest call with ``clipping="backprop"``, or ``None``."""
         optimizer = getattr(self, "_optimizer", None)
         return optimizer._settings() if isinstance(optimizer, OptimizerWrapper) else None
 
@@ -234,15 +237,16 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
         Args:
             module: the model; it is not changed.
-            optimizer: not looked at, as in Opacus.
-            data_loader: for ``clipping="backprop"``, gives the shapes of the made-up examples that
-                the model is tried out on; without one it is not run.
-            clipping: the clipping that it is meant for; ``"backprop"`` has requirements of its own.
-            backprop: its options.
+            optimizer: not used, as in Opacus.
+            data_loader: with ``clipping="backprop"``, gives the shapes of the made-up examples on
+                which the model is tried; without one, it is not run.
+            clipping: the intended clipping; ``"backprop"`` has requirements of its own.
+            backprop: the options of ``clipping="backprop"``.
 
         Raises:
-            CoverageError: with ``clipping="backprop"``, something nobody bounds.
-            UnsupportedModuleError: what Opacus itself refuses.
+            CoverageError: with ``clipping="backprop"``, no rule bounds some trainable parameter,
+                or examples are coupled.
+            UnsupportedModuleError: Opacus refuses the model.
         """
         if clipping == "backprop":
             require_compatible(module, backprop, data_loader)
@@ -251,7 +255,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         super().validate(module=module, optimizer=optimizer, data_loader=data_loader)
 
     def is_compatible(self, **kwargs: Any) -> bool:
-        """Return whether `validate`, with the same arguments, would raise nothing."""
+        """Return whether `validate` with the same arguments raises no error."""
         try:
             self.validate(**kwargs)
         except (CoverageError, UnsupportedModuleError):
@@ -260,21 +264,21 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
     @classmethod
     def get_compatible_module(cls, module: nn.Module, *, clipping: str = "flat") -> nn.Module:
-        """Return a copy in which what can be replaced is, and which is checked.
+        """Return a checked copy of a model in which replaceable layers are replaced.
 
         With ``clipping="backprop"``, ``MultiheadAttention``, ``RNN``, ``LSTM`` and ``GRU`` become
-        networks of layers that have rules; they compute the same, which is compared on made-up
-        inputs, and have the same state dict. BatchNorm becomes GroupNorm, a frozen one keeps its
-        running statistics (``docs/supported-layers.md``). Without it, this is Opacus's own method.
+        networks of layers that have rules. They have the same state dict and compute the same,
+        which is checked on made-up inputs. BatchNorm becomes GroupNorm; a frozen one keeps its
+        running statistics (``docs/supported-layers.md``). Otherwise this is Opacus's own method.
 
         Args:
-            module: the model.
-            clipping: the clipping that it is meant for.
+            module: the model; it is not changed.
+            clipping: the intended clipping.
 
         Raises:
-            CoverageError: with ``clipping="backprop"``, something nobody bounds is left, or a
-                replacement would compute something else than what it replaces.
-            UnsupportedModuleError: what Opacus itself refuses is left.
+            CoverageError: with ``clipping="backprop"``, the copy still has a trainable parameter
+                that no rule bounds, or a replacement computes something else.
+            UnsupportedModuleError: Opacus refuses the copy.
         """
         if clipping != "backprop":
             return super().get_compatible_module(module)

@@ -1,7 +1,8 @@
-"""The engine's methods as this package extends them: everything is checked before it is touched.
+"""The methods of Opacus's engine, extended by ``clipping="backprop"``.
 
-Each public function here extends the method of the same name. It takes the method that it extends,
-bound, so that `PrivacyEngine` and `register` share it.
+Each public function here extends the engine's method of the same name, and gets the bound original
+as its first argument. So `PrivacyEngine` and `register` share it. All arguments are checked before
+anything is changed.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ _REQUEST = "_backprop_request"
 
 
 def _options(function: Callable[..., Any]) -> set[str]:
-    """Return the names that a function declares, without ``**kwargs``."""
+    """Return the names of a function's parameters, without ``**kwargs``."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
 
 
-# Read before `register` puts functions in place that take anything.
+# Read at import: the functions that `register` installs accept any name.
 _MAKE_PRIVATE_OPTIONS = _options(opacus.PrivacyEngine.make_private)
 _WITH_EPSILON_OPTIONS = _options(opacus.PrivacyEngine.make_private_with_epsilon)
 
@@ -58,7 +59,7 @@ def make_private(
     physical_batch_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Extend ``make_private``."""
+    """Extend ``make_private``; see `PrivacyEngine.make_private`."""
     request: Request | None = getattr(engine, _REQUEST, None)
     if clipping != "backprop":
         refuse_options(clipping, backprop, physical_batch_size)
@@ -76,7 +77,7 @@ def make_private(
         with gathered(inside["module"]), request.ranks.together():
             checked_options(engine, request.config, request.physical_batch_size, **inside)
     kwargs["grad_sample_mode"] = "hooks"
-    kwargs.pop("criterion", None)  # Opacus's own; the request carries ours.
+    kwargs.pop("criterion", None)  # Opacus's own; the request carries the private one.
     with _requested(engine, replace(request, entered=True)) as request:
         try:
             module, optimizer, data_loader = original(clipping=clipping, **kwargs)
@@ -100,14 +101,14 @@ def make_private_with_epsilon(
     physical_batch_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Extend ``make_private_with_epsilon``."""
+    """Extend ``make_private_with_epsilon``; see `PrivacyEngine.make_private_with_epsilon`."""
     if clipping != "backprop":
         refuse_options(clipping, backprop, physical_batch_size)
         return original(clipping=clipping, **kwargs)
     if getattr(engine, _REQUEST, None) is not None:
         return original(clipping=clipping, **kwargs)
     _refuse_unknown_for_epsilon(kwargs)
-    # Opacus hands unknown options to the noise search as well: the request carries ours past it.
+    # Opacus passes unknown options to the noise search, too. So the request carries this package's.
     options = {"noise_multiplier": 1.0, **kwargs}
     request = checked(engine, backprop, physical_batch_size, kwargs, options)
     with _requested(engine, request):
@@ -125,7 +126,7 @@ def prepare_model(
     wrap_model: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Extend ``_prepare_model``."""
+    """Extend ``_prepare_model``: attach the hooks."""
     request: Request | None = getattr(engine, _REQUEST, None)
     if request is None:
         return original(
@@ -161,7 +162,7 @@ def prepare_data_loader(
     distributed: bool,
     **kwargs: Any,
 ) -> DataLoader[Any]:
-    """Extend ``_prepare_data_loader``."""
+    """Extend ``_prepare_data_loader``: make a loader that records what it samples."""
     request: Request | None = getattr(engine, _REQUEST, None)
     if request is None or not poisson_sampling:
         return original(
@@ -172,7 +173,7 @@ def prepare_data_loader(
     private = PrivateDataLoader.from_data_loader(
         data_loader,
         distributed=distributed,
-        generator=_generator_of_coins(engine, data_loader, request.ranks),
+        generator=_sampling_generator(engine, data_loader, request.ranks),
         **kwargs,
     )
     if request.physical_batch_size is not None:
@@ -184,7 +185,7 @@ def prepare_data_loader(
 def prepare_optimizer(
     original: Original, engine: opacus.PrivacyEngine, *, optimizer: Any, **kwargs: Any
 ) -> Any:
-    """Extend ``_prepare_optimizer``."""
+    """Extend ``_prepare_optimizer``: make the optimizer that adds the noise."""
     request: Request | None = getattr(engine, _REQUEST, None)
     if request is None:
         return original(optimizer=optimizer, **kwargs)
@@ -192,7 +193,7 @@ def prepare_optimizer(
         optimizer = optimizer.original_optimizer
     assert request.hooks is not None
     ranks = request.ranks
-    # Opacus rounds down what the division by a rate such as 1/49 has made 0.99.
+    # Opacus rounds down: a rate such as 1/49 may make the expected batch size 0 instead of 1.
     expected = max(kwargs["expected_batch_size"], 1 / ranks.size)
     generator = engine.secure_rng if engine.secure_mode else kwargs["noise_generator"]
     if ranks.sharded and ranks.size > 1 and not engine.secure_mode:
@@ -211,10 +212,10 @@ def prepare_optimizer(
     )
 
 
-def _generator_of_coins(
+def _sampling_generator(
     engine: opacus.PrivacyEngine, loader: DataLoader[Any], ranks: Ranks
 ) -> torch.Generator | None:
-    """Return what a rank draws its part of each sample from."""
+    """Return the generator from which a rank samples its examples."""
     if ranks.size == 1 or engine.secure_mode:
         return engine.secure_rng
     return generator_of_rank(ranks, loader.generator, torch.device("cpu"), Purpose.COINS)
@@ -234,22 +235,22 @@ def _requested(engine: opacus.PrivacyEngine, request: Request) -> Iterator[Reque
 
 
 def refuse_options(clipping: str, backprop: object, physical_batch_size: object = None) -> None:
-    """Refuse this package's options for any other clipping.
+    """Refuse the options of ``clipping="backprop"`` with any other clipping.
 
     Raises:
-        ValueError: there are some.
+        ValueError: one of them is set.
     """
     given = {"backprop": backprop, "physical_batch_size": physical_batch_size}
     for name, value in given.items():
         if value is not None:
             raise ValueError(
-                f'{name}={value!r} was given with clipping={clipping!r}; it needs clipping="'
-                'backprop".'
+                f"{name}={value!r} was given with clipping={clipping!r}, but needs "
+                'clipping="backprop".'
             )
 
 
 def _note_dataset(engine: opacus.PrivacyEngine, dataset: Any) -> None:
-    """Warn, as Opacus does, if an engine has accounted for another data set before."""
+    """Warn, as Opacus does, if the engine was used with another data set before."""
     if isinstance(dataset, Subset):
         dataset = dataset.dataset
     if engine.dataset is None:
@@ -257,14 +258,14 @@ def _note_dataset(engine: opacus.PrivacyEngine, dataset: Any) -> None:
     elif engine.dataset != dataset:
         warnings.warn(
             f"PrivacyEngine detected new dataset object. Was: {engine.dataset}, got: {dataset}. "
-            "Its accountant adds up what was spent on one data set. Make a new engine for another "
-            "one; if both are the same data, this does not matter.",
+            "The accountant adds up the privacy spent on one data set. Make a new engine for "
+            "another one. If both objects hold the same data, ignore this warning.",
             stacklevel=2,
         )
 
 
 def _refuse_unknown_for_epsilon(kwargs: dict[str, Any]) -> None:
-    # Opacus hands options of its own to the noise search, and of those one to RDP's.
+    # Opacus passes some options to the noise search, and `alphas` to the RDP accountant.
     known = _MAKE_PRIVATE_OPTIONS | _WITH_EPSILON_OPTIONS | _options(get_noise_multiplier)
     unknown = sorted(set(kwargs) - known - {"alphas"})
     if unknown:

@@ -1,4 +1,4 @@
-"""A model with its hooks attached, behind Opacus's interface of a module."""
+"""`BackpropClipModule`: a wrapped model with Opacus's module interface."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from opacus_bpclip.hooks import BackpropClipHooks
 
 
 class BackpropClipModule(BackpropClipHooks, AbstractGradSampleModule):
-    """A model with `BackpropClipHooks` attached, behind Opacus's module interface.
+    """A model with `BackpropClipHooks` attached, with Opacus's module interface.
 
     Args:
         m: the model.
-        **options: as for `BackpropClipHooks`.
+        **options: the options of `BackpropClipHooks`.
     """
 
     def __init__(self, m: nn.Module, **options: Any) -> None:
@@ -28,6 +28,6 @@ class BackpropClipModule(BackpropClipHooks, AbstractGradSampleModule):
         try:
             return super().__getattr__(item)
         except AttributeError:
-            if item == "_module":  # not there yet: this object is being copied
+            if item == "_module":  # not set yet, while this object is being copied
                 raise
             return getattr(self._module, item)

@@ -1,4 +1,4 @@
-"""Models that are wrapped for several ranks: which wrappers there are, and what is inside."""
+"""The supported wrappers for training on several ranks, and the models inside them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _SHELLS = (DifferentiallyPrivateDistributedDataParallel, DistributedDataParallel
 
 _GRAPHS = {
     DistributedDataParallel: (
-        "A graph of torch.compile sends its sums through autograd, where DistributedDataParallel "
-        "takes part in them. Wrap the model in opacus.distributed's "
+        "A graph of torch.compile sends its clipped sums through autograd, where "
+        "DistributedDataParallel interferes with them. Wrap the model in opacus.distributed's "
         "DifferentiallyPrivateDistributedDataParallel instead, or train without torch.compile."
     ),
     FSDPModule: (
-        "A graph of torch.compile sends its sums through autograd, where FSDP would average them. "
-        "Train without torch.compile, or without fully_shard."
+        "A graph of torch.compile sends its clipped sums through autograd, where FSDP would "
+        "average them. Train without torch.compile, or without fully_shard."
     ),
 }
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """Return the model inside a wrapper for data parallelism; itself without one.
+    """Return the model inside a wrapper for data parallelism, or the model itself without one.
 
-    Such wrappers compute nothing. They have made the ranks' parameters equal; gradients and noise
-    are the private optimizer's.
+    All that such a wrapper contributes is to make the ranks' parameters equal; the private
+    optimizer reduces the gradients and adds the noise.
     """
     return module.module if isinstance(module, _SHELLS) else module
 
@@ -39,12 +39,12 @@ def ranks_of(module: nn.Module, *, called: bool = False) -> Ranks:
     """Return the ranks that train a model together. All of them must call this.
 
     Args:
-        module: the model, in a wrapper where there are several ranks.
-        called: whether the wrapper itself is called in training.
+        module: the model, wrapped if there are several ranks.
+        called: whether training calls the wrapper itself.
 
     Raises:
-        ValueError: it is wrapped in a way that is not supported, or not wrapped at all though the
-            process group has several ranks.
+        ValueError: the wrapper is not supported, or there is none although the process group has
+            several ranks.
     """
     problem = _wrapping_problem(module) or (_buffers_problem(module) if called else None)
     if problem is None and not isinstance(module, (*_SHELLS, FSDPModule)):
@@ -62,7 +62,7 @@ def ranks_of(module: nn.Module, *, called: bool = False) -> Ranks:
 
 
 def _buffers_problem(module: nn.Module) -> str | None:
-    """Say that each forward pass of a wrapper would wait for the other ranks' buffers."""
+    """Return a message if each forward pass of a wrapper would wait for the other ranks."""
     if (
         isinstance(module, DistributedDataParallel)
         and module.broadcast_buffers
@@ -70,17 +70,17 @@ def _buffers_problem(module: nn.Module) -> str | None:
         and dist.get_world_size() > 1
     ):
         return (
-            "DistributedDataParallel sends rank 0's buffers to all ranks before each forward pass, "
-            "and waits for them; but ranks may have other numbers of physical batches in a step, "
-            "which their private samples decide, and then wait for ever. Wrap the model with "
-            "DistributedDataParallel(model, broadcast_buffers=False), or leave wrap_model=False "
-            "out."
+            "DistributedDataParallel broadcasts rank 0's buffers before each forward pass, and "
+            "each rank waits for them. But the ranks' private samples may give them different "
+            "numbers of physical batches in a step, and then a rank would wait forever. Wrap the "
+            "model with DistributedDataParallel(model, broadcast_buffers=False), or leave "
+            "wrap_model=False out."
         )
     return None
 
 
 def _wrapping_problem(module: nn.Module) -> str | None:
-    """Say why a wrapper is not supported."""
+    """Return a message if the model is wrapped in a way that is not supported."""
     original = getattr(module, "_orig_mod", module)
     if isinstance(original, (DataParallel, FullyShardedDataParallel)):
         return (
@@ -90,12 +90,12 @@ def _wrapping_problem(module: nn.Module) -> str | None:
         )
     if isinstance(module, _SHELLS) and is_sharded(module):
         return (
-            f"{type(module).__name__} is around a model that fully_shard has sharded. Use one of "
-            "the two."
+            f"{type(module).__name__} wraps a model that is sharded by fully_shard. Use one of the "
+            "two."
         )
     if is_sharded(module) and not isinstance(module, FSDPModule):
         return (
-            "A part of the model is sharded, the model itself is not. Call fully_shard(model) on "
-            "the whole model, too, as the last."
+            "A part of the model is sharded, but the model itself is not. Call fully_shard on the "
+            "parts first, and on the whole model last."
         )
     return sharding_problem(module)

@@ -1,4 +1,4 @@
-"""Teach stock ``opacus.PrivacyEngine`` objects, wherever they are made, ``clipping="backprop"``."""
+"""Add ``clipping="backprop"`` to Opacus's own ``PrivacyEngine``, and remove it again."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _originals: dict[str, Callable[..., Any]] = {}
 
 
 def register() -> None:
-    """Make every ``opacus.PrivacyEngine``, existing ones and subclasses too, accept our clipping.
+    """Make every ``opacus.PrivacyEngine`` accept ``clipping="backprop"``, also existing ones.
 
-    For engines that are made in somebody else's code. Other values of ``clipping`` behave as
-    before. A second call does nothing.
+    It is for engines that other libraries create, and extends subclasses, too. Other values of
+    ``clipping`` behave as before. A second call does nothing.
 
     Example:
         >>> register()
@@ -39,7 +39,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo `register` to the last attribute; harmless without it."""
+    """Undo `register` completely; do nothing without it."""
     while _originals:
         name, original = _originals.popitem()
         setattr(opacus.PrivacyEngine, name, original)

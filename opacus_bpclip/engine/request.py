@@ -1,4 +1,4 @@
-"""What one call of make_private asks for: checked and tried out on all ranks, before it is done."""
+"""The request of one call of make_private, which all ranks check before anything is changed."""
 
 from __future__ import annotations
 
@@ -22,15 +22,25 @@ from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
 from opacus_bpclip.sampling.identity import ONE_DATA_SET, identity, not_dealt_out
 
 _ONE_ORDER = (
-    "The ranks' sums are added up one parameter after another: the sum of one would become the "
-    "gradient of another, whose noise is not made for it. Give the optimizer the same "
-    "parameters in the same order on each rank, for example model.parameters(), not a set."
+    "The ranks' sums are added in the order of the optimizer's parameters. In different orders, "
+    "the sums of different parameters would be added, and get the wrong noise. Give the optimizer "
+    "the same parameters in the same order on each rank, for example model.parameters(), not a set."
 )
 
 
 @dataclass
 class Request:
-    """What one call of make_private hands to the engine's inner steps."""
+    """The state of one call of make_private, which the engine's inner methods share.
+
+    Attributes:
+        config: the options, with the uses counted.
+        passed: by the form of the call, the plans from the trial on made-up examples.
+        ranks: the ranks that train the model together.
+        criterion: the private criterion, if one was passed.
+        physical_batch_size: the option.
+        entered: whether the original make_private is running.
+        hooks: the hooks, once they are attached.
+    """
 
     config: BackpropClipping
     passed: dict[object, Plan]
@@ -48,14 +58,19 @@ def checked(
     kwargs: dict[str, Any],
     options: dict[str, Any],
 ) -> Request:
-    """Check and try out everything, on all ranks alike.
+    """Check all arguments and try the model on made-up examples, in the same way on all ranks.
 
     Args:
         engine: the engine.
         backprop: the option.
         physical_batch_size: the option.
-        kwargs: of the call; gets the loader to sample from, and loses the criterion.
-        options: to be checked.
+        kwargs: the arguments of the call. The loader is replaced by the one to sample from, and
+            the criterion is removed.
+        options: the arguments to check.
+
+    Raises:
+        CoverageError: the model is refused.
+        ValueError: another argument is wrong, or the ranks differ.
     """
     ranks = ranks_of(kwargs["module"], called=not kwargs.get("wrap_model", True))
     module = inner(kwargs["module"])
@@ -80,10 +95,10 @@ def checked(
 def require_equal_ranks(
     request: Request, optimizer: BackpropClipOptimizer, loader: DataLoader[Any]
 ) -> None:
-    """Compare between ranks what the accountant goes by, what is added up, and the items.
+    """Check that the ranks agree on the settings, the order of parameters and the data set.
 
     Raises:
-        ValueError: it differs.
+        ValueError: they differ.
     """
     ranks = request.ranks
     if ranks.size == 1:
@@ -103,7 +118,7 @@ def require_equal_ranks(
 
 
 def _private_criterion(kwargs: dict[str, Any]) -> BackpropClipCriterion | None:
-    """Take the criterion out of the arguments, made private; ``None`` if none was passed."""
+    """Remove the criterion from the arguments; return the private one, or ``None``."""
     criterion = kwargs.pop("criterion", None)
     if criterion is None:
         return None

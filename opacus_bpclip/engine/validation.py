@@ -1,4 +1,4 @@
-"""The arguments of ``make_private(clipping="backprop")``, checked before anything is touched."""
+"""Check the arguments of ``make_private(clipping="backprop")`` before anything is changed."""
 
 from __future__ import annotations
 
@@ -37,13 +37,15 @@ def checked_options(
     rand_on_empty: bool = False,
     **_: Any,
 ) -> BackpropClipping:
-    """Check a call of ``make_private`` as far as can be without touching anything.
+    """Check the arguments of ``make_private``, without running the model or changing anything.
+
+    The arguments are those of `PrivacyEngine.make_private`.
 
     Returns:
         The options, ``BackpropClipping()`` if none were given.
 
     Raises:
-        CoverageError: the model has a trainable parameter that nothing bounds.
+        CoverageError: no rule bounds some trainable parameter.
         ValueError: another argument is wrong; the message says which, why, and what to do.
     """
     if backprop is None:
@@ -52,8 +54,9 @@ def checked_options(
         raise ValueError(f"Expected backprop={backprop!r} to be a BackpropClipping.")
     if isinstance(max_grad_norm, (list, tuple)):
         raise ValueError(
-            f"Expected max_grad_norm={max_grad_norm!r} to be one number, the joint sensitivity of "
-            "all layers. Split it over the layers by BackpropClipping(allocation={name: share})."
+            f"Expected max_grad_norm={max_grad_norm!r} to be one number, the sensitivity of all "
+            "layers together. Split it over the layers with "
+            "BackpropClipping(allocation={name: share})."
         )
     if not is_positive_number(max_grad_norm):
         raise ValueError(f"Expected max_grad_norm={max_grad_norm!r} to be a finite number > 0.")
@@ -65,13 +68,13 @@ def checked_options(
         raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
     if grad_sample_mode != "hooks":
         raise ValueError(
-            f'grad_sample_mode={grad_sample_mode!r} does not go with clipping="backprop", which '
-            "has no per-example gradients. Leave grad_sample_mode out."
+            f'grad_sample_mode={grad_sample_mode!r} cannot be used with clipping="backprop", which '
+            "computes no grad_sample. Leave grad_sample_mode out."
         )
     if rand_on_empty:
         raise ValueError(
-            "rand_on_empty=True adds a made-up example to empty batches, which would count as "
-            'data. Leave it out: clipping="backprop" steps on empty batches.'
+            "rand_on_empty=True adds a made-up example to empty batches, which would be treated "
+            'as data. Leave it out: clipping="backprop" takes steps on empty batches.'
         )
     _require_physical_batch_size(physical_batch_size, poisson_sampling=poisson_sampling)
     _refuse_optimizer(optimizer)
@@ -82,7 +85,7 @@ def checked_options(
         _refuse_rounded_mean(module)
     if backprop.allocation != "joint":
         layer_fractions({name: group.size for name, group in groups.items()}, backprop.allocation)
-    # What Opacus asks of every model; ours, on the guarantee, came first.
+    # Opacus's own checks come last, since this package's messages are more specific.
     engine.validate(module=module, optimizer=None, data_loader=None)
     return backprop
 
@@ -94,13 +97,14 @@ def checked_loader(
     poisson_sampling: bool = True,
     **_: Any,
 ) -> dict[str, Any]:
-    """Check the data loader that Poisson sampling is to replace.
+    """Check the data loader that a private loader is to replace.
 
     Returns:
-        ``data_loader``, over the items that it reaches.
+        The argument ``data_loader`` for Opacus: a loader over exactly the items that the given one
+        yields. Empty without Poisson sampling.
 
     Raises:
-        ValueError: it cannot be replaced, or makes several rows of one item.
+        ValueError: the loader cannot be replaced, or makes several rows of one item.
     """
     if not poisson_sampling:
         return {}
@@ -132,8 +136,8 @@ def _require_physical_batch_size(value: object, *, poisson_sampling: bool) -> No
         )
     if not poisson_sampling:
         raise ValueError(
-            f"physical_batch_size={value} fills the batches of the loader that make_private "
-            "returns, and poisson_sampling=False keeps your own. Leave one of them out."
+            f"physical_batch_size={value} pads the batches of the private loader, but "
+            "poisson_sampling=False keeps your own loader. Leave one of them out."
         )
 
 
@@ -144,9 +148,9 @@ def _refuse_optimizer(optimizer: Any) -> None:
     step = inspect.signature(type(optimizer).step).parameters.get("closure")
     if step is not None and step.default is inspect.Parameter.empty:
         raise ValueError(
-            f"{type(optimizer).__name__} evaluates the loss several times a step, and each "
-            "evaluation would be a release of its own. Use an optimizer that takes one gradient a "
-            "step, such as SGD or Adam."
+            f"{type(optimizer).__name__} evaluates the loss several times per step, and each "
+            "evaluation would be a release of its own. Use an optimizer that needs one gradient "
+            "per step, such as SGD or Adam."
         )
 
 
@@ -155,13 +159,13 @@ def _refuse_wrapped(module: nn.Module) -> None:
         module, "autograd_grad_sample_hooks"
     ):
         raise ValueError(
-            f"The model is wrapped already ({type(module).__name__}). Pass the model itself: "
-            "to_standard_module() or cleanup() undoes the wrapping."
+            f"The model is wrapped already ({type(module).__name__}). Pass the original model: "
+            "to_standard_module() or cleanup() removes the wrapping."
         )
     if hasattr(module, "_orig_mod") or any(
         child._compiled_call_impl is not None for child in module.modules()
     ):
         raise ValueError(
-            "The model is compiled already, and a compiled graph may ignore hooks added later. "
-            "Call make_private first, then torch.compile what it returns."
+            "The model is compiled already, and a compiled graph may ignore hooks that are added "
+            "later. Call make_private first, then torch.compile the model that it returns."
         )

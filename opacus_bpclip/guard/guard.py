@@ -263,7 +263,7 @@ class GradientGuard:
         if self.loss is not None:
             self.require(self.loss.problem(watched.name))
         elif self.undoes_mean:
-            self.require(LossWatch.foreign(watched.name))
+            self.require(LossWatch.other_criterion(watched.name))
 
     def _refuse_foreign(self, watched: WatchedParameter, _: Tensor) -> None:
         """Refuse a gradient that arrives at a parameter: those of layers do not."""

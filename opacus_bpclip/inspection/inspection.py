@@ -133,7 +133,7 @@ def inspect(
             uses=uses.get(found.name, 1),
             sensitivity=sensitivities.get(found.name),
             problem=" ".join(found.problems),
-            functions=plan.told(found.name),
+            functions=plan.functions_of(found.name),
         )
         for found in findings.values()
     ]

@@ -1,10 +1,10 @@
 """``make_private(criterion=...)``: a loss that keeps the batch's size out of the backward pass.
 
 The mean over ``n`` examples divides every gradient by ``n``, which is private, and rounds the
-quotient. What comes back is the same example's gradient with other last bits in every company, and
-an ill-conditioned backward pass makes much of those. A criterion that `make_private` knows has the
-mean for its value, and the gradient of the sum: ``n`` never enters. Proof: ``docs/guarantee.md``,
-"A mean loss".
+quotient. So the last bits of an example's gradient depend on the other examples, and an
+ill-conditioned backward pass magnifies them. A criterion that `make_private` returns has the value
+of the mean, but the gradient of the sum, which does not depend on ``n``. Proof:
+``docs/guarantee.md``, "A mean loss".
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from opacus_bpclip.rules.first_order import first_order
 from opacus_bpclip.rules.precision import wide
 
 _PER_EXAMPLE = (
-    "Pass a criterion with a `reduction` that gives [B, ...] with reduction='none', one row for "
-    "each example (opacus_bpclip.CrossEntropy, torch's own), or leave criterion out."
+    "Pass a criterion that returns [B, ...] with reduction='none', one row for each example "
+    "(opacus_bpclip.CrossEntropy, or one of torch's), or leave criterion out."
 )
 
 
 class LossWatch:
-    """What the criterion and the guard of one model know of the batch at hand.
+    """What the criterion and the guard of one model share about the current batch.
 
-    Holds no model. A copy knows nothing: where the model is copied with it, the next
-    forward pass tells it.
+    It holds no reference to the model. A copy starts empty: the next forward pass fills it.
     """
 
     def __init__(self) -> None:
@@ -43,7 +42,7 @@ class LossWatch:
         self._task: int | None = None
         self._traced = False
 
-    # In which backward pass a criterion of any model was last.
+    # The latest backward pass that went through a criterion of any model.
     latest_task: ClassVar[int | None] = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -53,7 +52,7 @@ class LossWatch:
         """Begin a forward pass.
 
         Args:
-            examples: over how many rows; ``None`` where a compiled graph hides that.
+            examples: the number of rows; ``None`` if a compiled graph hides it.
             present: ``[B]`` bool, which rows are not padding; ``None`` for all.
         """
         self.present = present
@@ -63,88 +62,89 @@ class LossWatch:
         self._traced = False
 
     def note_traced(self) -> None:
-        """Note that the criterion is part of a compiled graph: its backward pass is not seen."""
+        """Note that the criterion is inside a compiled graph, where no backward pass is seen."""
         self._traced = True
 
     def note_backward(self) -> None:
-        """Note that a backward pass has come through the criterion."""
+        """Note that the current backward pass has gone through the criterion."""
         self._task = LossWatch.latest_task = torch._C._current_graph_task_id()
 
     @classmethod
-    def foreign(cls, name: str) -> str | None:
-        """Say that a mean's gradient is expected, and a criterion has sent a sum's.
+    def other_criterion(cls, name: str) -> str | None:
+        """Return a message if another model's criterion was used for a model that has none.
 
         Args:
-            name: of the parameter that it arrives at.
+            name: the name of the parameter that the gradient has arrived at.
         """
         if cls.latest_task != torch._C._current_graph_task_id():
             return None
         return (
             f"{name} got a gradient through a criterion that make_private returned for another "
-            "model: it is a sum's, and would be taken for a mean's. Pass criterion to make_private "
-            "for each model, and use the one that came with it."
+            "model. It is the gradient of a sum, but this model expects that of a mean. Pass "
+            "criterion to make_private for each model, and use the one that it returns."
         )
 
     def require_examples(self, losses: Tensor) -> None:
-        """Check that each loss is one example's.
+        """Check that there is one loss for each example.
 
         Args:
             losses: ``[B]``.
 
         Raises:
-            ValueError: they are not.
+            ValueError: there is not, or the model has not been called.
         """
         if not self._entered:
             raise ValueError(
-                "This criterion has seen no forward pass of its model. Use the one that "
-                "make_private returned with the model, or that was copied together with it."
+                "The model of this criterion has made no forward pass. Use the criterion that "
+                "make_private returned together with the model; to copy them, copy both in one "
+                "call."
             )
         rows = self._examples
         if rows is None and self.present is not None:
             rows = len(self.present)
         if rows is not None and rows != len(losses):
             raise ValueError(
-                f"The criterion got {len(losses)} losses for {rows} examples: its rows "
-                "are not the examples, and the mean over rows is not one term for each example. "
-                "Do not flatten examples and positions together: pass logits as [B, C, ...] with "
-                "labels [B, ...], or [B, ..., C] with opacus_bpclip.CrossEntropy(class_axis=-1)."
+                f"The criterion got {len(losses)} losses for {rows} examples. Its rows are not the "
+                "examples, so the loss is not a mean of one term for each example. Do not flatten "
+                "examples and positions together: pass logits as [B, C, ...] with labels [B, ...], "
+                "or [B, ..., C] with opacus_bpclip.CrossEntropy(class_axis=-1)."
             )
 
     def problem(self, name: str) -> str | None:
-        """Say that the gradient that arrives at a parameter is not the criterion's.
+        """Return a message if a gradient did not come through the criterion.
 
         Args:
-            name: of the parameter.
+            name: the name of the parameter that the gradient has arrived at.
         """
         if self._traced or self._task == torch._C._current_graph_task_id():
             return None
         return (
             f"{name} got a gradient that did not come through the criterion that make_private "
-            "returned: a mean's division by the batch's size, which is private, would not be "
-            "undone. Compute the loss with the returned criterion, or leave criterion out of "
+            "returned. If it is that of a mean, its division by the private batch size would not "
+            "be undone. Compute the loss with the returned criterion, or leave criterion out of "
             "make_private."
         )
 
 
 class BackpropClipCriterion(nn.Module):
-    """A criterion as `make_private` returns it: the value of the mean, the gradient of the sum.
+    """The criterion that `make_private` returns: the value of the mean, the gradient of the sum.
 
-    Each example's loss is the criterion's with ``reduction="none"``, averaged over all axes but the
-    first; for ``CrossEntropyLoss`` and ``NLLLoss``, over the example's positions that are not
-    ignored, without the class weights in the divisor; for ``CTCLoss``, divided by the example's
-    target length. With ``loss_reduction="sum"`` it is their sum. The value is the mean (the sum)
-    over the examples, without the rows that a batch is filled up with; 0 for an empty batch.
+    An example's loss is the criterion's with ``reduction="none"``, averaged over all axes but the
+    first. For ``CrossEntropyLoss`` and ``NLLLoss`` it is averaged over the example's positions that
+    are not ignored, without class weights in the divisor; for ``CTCLoss`` it is divided by the
+    example's target length. With ``loss_reduction="sum"`` it is summed instead. The value is the
+    mean (the sum) over the examples, without padding; 0 for an empty batch.
 
-    Guarantee: no gradient that leaves it depends on how many examples there are. It belongs to the
-    model that it was returned with, whose layers take the gradients for those of a sum, and whose
-    guard refuses gradients that come from elsewhere.
+    Guarantee: the gradients that it sends back do not depend on the number of examples. It belongs
+    to the model that it was returned with: the layers of this model treat the gradients as those of
+    a sum, and its guard refuses gradients that do not come through this criterion.
 
     Args:
         criterion: any object with a ``reduction``; it is copied.
         loss_reduction: ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: the criterion has another reduction, none, or parameters to train.
+        ValueError: the criterion has no ``reduction``, another one, or trainable parameters.
     """
 
     def __init__(self, criterion: Any, *, loss_reduction: str = "mean") -> None:
@@ -152,8 +152,8 @@ class BackpropClipCriterion(nn.Module):
         reduction = getattr(criterion, "reduction", None)
         if reduction is None:
             raise ValueError(
-                f"Expected criterion={criterion!r} to have a `reduction`, so that it can be asked "
-                f"for each example's loss. {_PER_EXAMPLE}"
+                f"Expected criterion={criterion!r} to have a `reduction`, which is set to 'none' "
+                f"for one loss per example. {_PER_EXAMPLE}"
             )
         if reduction != loss_reduction:
             raise ValueError(
@@ -164,20 +164,21 @@ class BackpropClipCriterion(nn.Module):
             p.requires_grad for p in criterion.parameters()
         ):
             raise ValueError(
-                f"{type(criterion).__name__} has parameters of its own, and nothing clips their "
-                "gradient. Make it a part of the model, whose forward then returns [B] losses."
+                f"{type(criterion).__name__} has trainable parameters, whose gradient would not be "
+                "clipped. Make it a part of the model, whose forward then returns [B] losses."
             )
         self.reduction = loss_reduction
         self.criterion = copy.deepcopy(criterion)
         self.criterion.reduction = "none"
         self.watch = LossWatch()
-        self._tried: set[object] = set()  # the forms of call that were searched
+        self._tried: set[object] = set()  # the forms of calls that were tried
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss, a scalar; the arguments are the criterion's own.
+        """Return the loss, a scalar; the arguments are those of the criterion.
 
         Raises:
-            ValueError: what the criterion returns is not one row of losses for each example.
+            ValueError: the criterion does not return one row of losses for each example, or a row
+                depends on other examples.
         """
         losses = self.criterion(*args, **kwargs)
         if not isinstance(losses, Tensor) or not losses.dim():
@@ -207,17 +208,18 @@ class BackpropClipCriterion(nn.Module):
         return total
 
     def _require_no_broadcast(self, losses: Tensor, arguments: Iterable[Any]) -> None:
-        """Check that predictions were not broadcast against everybody's targets.
+        """Check that each prediction was compared with its own target only.
 
-        ``[B, 1]`` and ``[B]`` give ``[B, B]``: more losses than either has numbers.
+        Broadcasting ``[B, 1]`` against ``[B]`` gives ``[B, B]``, more losses than numbers in
+        either.
         """
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         if tensors and losses.numel() > max(x.numel() for x in tensors):
             shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
             raise ValueError(
                 f"{type(self.criterion).__name__} broadcast tensors of the shapes {shapes} to "
-                f"losses of shape {tuple(losses.shape)}: an example would meet the targets of "
-                "others. Give them one shape, for example by target.view_as(output)."
+                f"losses of shape {tuple(losses.shape)}, so an example's loss depends on other "
+                "examples' targets. Give them one shape, for example by target.view_as(output)."
             )
 
     def _require_own_rows(
@@ -225,12 +227,12 @@ class BackpropClipCriterion(nn.Module):
     ) -> None:
         """Check, once for each form of call, that no row of losses depends on another example.
 
-        Left out is ``CTCLoss``, whose inputs have the batch on different axes.
+        ``CTCLoss`` is not checked, since its inputs have the batch on different axes.
         """
         if torch.compiler.is_compiling() or size < 2 or isinstance(self.criterion, nn.CTCLoss):
             return
         if present is not None and len(present) != size:
-            return  # Refused next, with the reason.
+            return  # `LossWatch.require_examples` refuses it, with the reason.
         form = Batch(args, kwargs, size, 0).signature
         if form in self._tried:
             return
@@ -240,14 +242,14 @@ class BackpropClipCriterion(nn.Module):
         if rows_are_coupled(self.criterion, batch.args, batch.kwargs, batch.size):
             raise ValueError(
                 f"{type(self.criterion).__name__} couples examples: an example's loss changes when "
-                "others are left out of the batch, so one example would move the gradients of "
-                "others. Compute each example's loss from that example alone: no mean, softmax or "
+                "others are left out of the batch, so one example changes the gradients of others. "
+                "Compute each example's loss from that example alone, without means, softmax or "
                 "neighbours over the batch."
             )
         self._tried.add(form)
 
     def _mean(self, losses: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the mean of each example's losses, ``[B]``, in the criterion's sense."""
+        """Return the mean of each example's losses, ``[B]``, as the criterion averages them."""
         if isinstance(self.criterion, nn.CTCLoss):
             lengths = torch.as_tensor(args[3] if len(args) > 3 else kwargs["target_lengths"])
             return losses / lengths.to(losses.device).clamp(min=1)
@@ -260,7 +262,7 @@ class BackpropClipCriterion(nn.Module):
 
 
 class _Undivided(torch.autograd.Function):
-    """The quotient of a sum over the examples, and the gradient of the sum."""
+    """The sum over the examples divided by ``divisor``, with the gradient of the sum itself."""
 
     @staticmethod
     def forward(

@@ -1,8 +1,8 @@
-"""Cross-entropy that is one term for each example, and their mean over the examples.
+"""Cross-entropy as a mean of one term for each example.
 
-torch's own mean is over positions, and weighted: with ignored positions or class weights, what one
-example's gradient is divided by is a sum over all of them, and nothing bounds what one does to the
-others.
+torch's own mean is over positions, and weighted. With ignored positions or class weights, its
+divisor is a sum over all examples, so one example changes the gradients of the others by an amount
+that nothing bounds.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class CrossEntropy(nn.Module):
-    """Cross-entropy whose term for an example depends on that example alone.
+    """Cross-entropy in which an example's term depends on that example alone.
 
     With ``ce`` the cross-entropy of one position, smoothed and weighted by its class as torch does
     with ``reduction="none"``, an example's loss is the mean of ``ce`` over its own positions that
-    are not ignored, and 0 if there are none; ``[B, C]`` logits have one position. Neither class
-    weights nor other examples' positions enter a divisor. Without either, and without ignored
-    positions, the mean is torch's ``F.cross_entropy``.
+    are not ignored; 0 if there are none. ``[B, C]`` logits have one position. The divisors contain
+    neither class weights nor other examples' positions. Without class weights and ignored
+    positions, the mean equals torch's ``F.cross_entropy``.
 
     It has the signature that Hugging Face's ``Trainer(compute_loss_func=...)`` calls.
 
     Args:
         ignore_index: the label of positions that do not count.
-        weight: ``[C]``, one for each class; ``None`` for ones.
+        weight: ``[C]``, the weights of the classes; ``None`` for ones.
         label_smoothing: in [0, 1], as in torch.
         reduction: over the examples: ``"mean"``, ``"sum"``, or ``"none"`` for ``[B]``.
-        shift: predict the next token: the logits at a position meet the label of the next one.
-        class_axis: which axis of the logits has the classes, 1 (``[B, C, ...]``) or -1
-            (``[B, ..., C]``). By default torch's 1, and -1 with ``shift``, as language models have
-            it.
+        shift: whether to compare the logits at a position with the label of the next position, as
+            in next-token prediction.
+        class_axis: the axis of the logits that holds the classes, 1 (``[B, C, ...]``) or -1
+            (``[B, ..., C]``). The default is 1, as in torch, and -1 with ``shift``, as in language
+            models.
 
     Raises:
-        ValueError: an argument outside these values.
+        ValueError: an argument has another value.
 
     Example:
         >>> import torch
@@ -80,17 +81,17 @@ class CrossEntropy(nn.Module):
         """Return the loss.
 
         Args:
-            outputs: logits, ``[B, C]``, ``[B, C, ...]`` or ``[B, ..., C]``, or what holds them: an
-                object with ``.logits``, a mapping with ``"logits"``, or a tuple.
+            outputs: logits, ``[B, C]``, ``[B, C, ...]`` or ``[B, ..., C]``, or an output that
+                contains them: an object with ``.logits``, a mapping with ``"logits"``, or a tuple.
             labels: classes, ``[B]`` or ``[B, ...]``, or probabilities of the logits' shape.
-            num_items_in_batch: accepted, since ``Trainer`` passes it, and not used: how many tokens
-                a batch holds is private.
+            num_items_in_batch: accepted, since ``Trainer`` passes it, but not used: the number of
+                tokens in a batch is private.
 
         Returns:
             A scalar, or ``[B]`` with ``reduction="none"``. An empty batch gives 0.
 
         Raises:
-            ValueError: the shapes do not go together, or their first axis is not the examples.
+            ValueError: the shapes do not match, or their first axis is not the examples.
         """
         losses = self._of_examples(_logits(outputs), labels)
         if self.reduction == "none":
@@ -107,7 +108,7 @@ class CrossEntropy(nn.Module):
         self._require_shapes(logits, labels)
         soft = labels.is_floating_point()
         if self.shift:
-            # The labels move, not the logits: many times smaller. The last position meets none.
+            # Shift the labels, which are much smaller than the logits. The last position has none.
             labels = F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
         rows, targets = logits, labels
         last = logits.dim() > 2 and self.class_axis == -1
@@ -138,23 +139,23 @@ class CrossEntropy(nn.Module):
         if list(labels.shape) != (list(logits.shape) if soft else positions):
             raise ValueError(
                 f"Logits of shape {tuple(logits.shape)} with classes on axis {self.class_axis} do "
-                f"not go with labels of shape {tuple(labels.shape)}. Each example is a row of both:"
-                " labels [B, ...] with logits [B, C, ...], or [B, ..., C] with class_axis=-1; do "
-                "not flatten examples and positions together."
+                f"not match labels of shape {tuple(labels.shape)}. Each example is one row of "
+                "both: pass labels [B, ...] with logits [B, C, ...], or [B, ..., C] with "
+                "class_axis=-1. Do not flatten examples and positions together."
             )
         if self.shift and (soft or labels.dim() != 2):
             raise ValueError(
-                f"shift=True needs classes as labels, [B, T], got {labels.dtype} of shape "
+                f"shift=True needs integer labels of shape [B, T], got {labels.dtype} of shape "
                 f"{tuple(labels.shape)}."
             )
 
 
 def mean_of_counted(losses: Tensor, counted: Tensor | None) -> Tensor:
-    """Return each example's mean loss over the positions that count; 0 where none does. ``[B]``.
+    """Return each example's mean loss over its counted positions, 0 without any. ``[B]``.
 
     Args:
-        losses: ``[B, ...]``, 0 where a position does not count.
-        counted: bool, of the same shape; ``None`` for all.
+        losses: ``[B, ...]``, 0 at positions that do not count.
+        counted: bool, of the same shape, which positions count; ``None`` for all.
     """
     if losses.dim() == 1:
         return losses
@@ -165,18 +166,18 @@ def mean_of_counted(losses: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def _logits(outputs: Any) -> Tensor:
-    """Return the logits in what a model returned."""
+    """Return the logits in a model's output."""
     found = getattr(outputs, "logits", None)
     if isinstance(outputs, Tensor):
         found = outputs
     elif found is None and isinstance(outputs, Mapping):
         found = outputs.get("logits")
     elif found is None and isinstance(outputs, (tuple, list)):
-        # A loss of the model's own comes before the logits, without axes.
+        # Skip the model's own loss, a scalar in front of the logits.
         found = next((x for x in outputs if isinstance(x, Tensor) and x.dim() > 1), None)
     if not isinstance(found, Tensor):
         raise ValueError(
-            f"Found no logits in the model's outputs ({type(outputs).__name__}): pass a tensor, an "
-            'object with .logits, a mapping with "logits", or a tuple that holds them.'
+            f"The model's outputs ({type(outputs).__name__}) contain no logits. Pass a tensor, an "
+            'object with .logits, a mapping with "logits", or a tuple that contains them.'
         )
     return found

@@ -1,1 +1,1 @@
-"""A model as the method sees it: its layers, their calls, and what nobody bounds."""
+"""A model's trainable layers, their calls, and the parameters that no rule bounds."""

@@ -1,6 +1,6 @@
-"""Attention whose layers are called, and PyTorch's transformer: on which axis is the batch.
+"""Find the batch axis of the layers inside attention and PyTorch's transformer layers.
 
-These modules say ``batch_first`` for themselves, whatever the layout of the model around them.
+These modules have a ``batch_first`` of their own, whatever the layout of the model around them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import nn
 
 from opacus_bpclip.replacements.attention import MultiheadAttention
 
-# Opacus's attention calls its layers in its own layout, ours always batch first.
+# Opacus's attention calls its layers in its own layout; this package's always batch first.
 _PROJECTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     DPMultiheadAttention: ("qlinear", "klinear", "vlinear", "out_proj"),
     MultiheadAttention: ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
-# The layers of PyTorch's transformer, and the methods that call them, in the layout of its first
-# attention.
+# The layers of PyTorch's transformer classes, and the methods that call them. Their layout is that
+# of the first attention inside.
 _PARTS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
     nn.TransformerEncoderLayer: (
         ("norm1", "norm2", "linear1", "linear2"),
@@ -36,7 +36,8 @@ _PARTS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
 def attention_axes(model: nn.Module) -> dict[nn.Module, int]:
     """Return the batch axis of the layers inside attention and PyTorch's transformers.
 
-    Left out is a module whose code is another's: its layers are taken for layers of the model.
+    A module that overrides one of the known methods is left out: its layers get the batch axis of
+    the model.
     """
     return dict(_axes(model))
 

@@ -1,4 +1,4 @@
-"""A layer's call: the arguments that its rule looks at, with the batch moved to the front."""
+"""Read the inputs of a rule from a layer's call, and move the batch to the first axis."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Kwargs = dict[str, Any]
 
 @dataclass(frozen=True)
 class CallArguments:
-    """Where in a call the inputs of a layer's rule are.
+    """The arguments of a layer's call that are the inputs of its rule.
 
     Attributes:
-        names: of the forward's first arguments.
-        batch_axis: which of their axes is the batch.
+        names: the names of the first arguments of the layer's forward.
+        batch_axis: the batch axis of these arguments.
     """
 
     names: tuple[str, ...]
@@ -29,12 +29,12 @@ class CallArguments:
 
     @classmethod
     def of(cls, module: nn.Module, rule: Rule, batch_axis: int) -> Self:
-        """Read the names off the layer's forward."""
+        """Read the names from the signature of the layer's forward."""
         _, *names = inspect.signature(type(module).forward).parameters
         return cls(tuple(names[: rule.arguments]), batch_axis)
 
     def passed(self, args: Args, kwargs: Kwargs) -> Inputs:
-        """Return the inputs of a call as they are.
+        """Return the inputs of a call, in the layer's own layout.
 
         Raises:
             TypeError: the first one is missing.
@@ -59,7 +59,7 @@ class CallArguments:
         return self.replaced(args, kwargs, passed)
 
     def replaced(self, args: Args, kwargs: Kwargs, passed: Inputs) -> tuple[Args, Kwargs]:
-        """Return the arguments of a call with other inputs, given as the layer takes them."""
+        """Return the arguments of a call with other inputs, given in the layer's own layout."""
         positional, named = list(args), dict(kwargs)
         for index, (name, value) in enumerate(zip(self.names, passed, strict=True)):
             if index < len(args):
@@ -69,9 +69,9 @@ class CallArguments:
         return tuple(positional), named
 
     def as_passed(self, x: Tensor) -> Tensor:
-        """Move the batch from the front to where the layer has it."""
+        """Move the batch from the first axis to the layer's batch axis."""
         return x.movedim(0, self.batch_axis) if self.batch_axis else x
 
     def _batch_first(self, x: Tensor) -> Tensor:
-        # Too few axes are refused with the layer's name, by the guard.
+        # The guard refuses tensors with too few axes, with the layer's name.
         return x.movedim(self.batch_axis, 0) if self.batch_axis < x.dim() else x

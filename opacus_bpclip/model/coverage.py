@@ -1,7 +1,7 @@
-"""Before training: every module that owns a trainable parameter has a rule.
+"""Check before training that a rule bounds every trainable parameter.
 
-Backpropagation clipping fails open by nature, since ``p.grad`` exists whether or not anything
-clipped it. These checks, and those that `guard` makes on every batch, make it fail closed.
+Without such checks, backpropagation clipping fails open: autograd computes ``p.grad`` for every
+parameter, clipped or not. These checks, and those of `guard` on every batch, make it fail closed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from opacus_bpclip.rules.precision import ACCEPTED
 
 @dataclass(frozen=True)
 class Finding:
-    """What the examination of a model found at one module.
+    """The result of the examination of one module.
 
     Attributes:
         name: dotted path in the model, ``"(root)"`` for the model itself.
         module: the module.
         parameters: its own trainable parameters, by name.
-        rule: what bounds their gradient, ``None`` where nothing does.
-        problems: why the model is refused, each a sentence with the remedy.
+        rule: the rule that bounds their gradient, ``None`` if there is none.
+        problems: the reasons to refuse the model, each with its remedy.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Finding:
 
 
 def examine(model: nn.Module) -> list[Finding]:
-    """Return a finding for each module with trainable parameters, and for what mixes examples."""
+    """Return a finding for each module that has trainable parameters or mixes examples."""
     findings: list[Finding] = []
     mixing = {
         name: norm for name, norm in batch_normalizations(model).items() if mixes_examples(norm)
@@ -73,13 +73,14 @@ def trainable_layers(
 
     Args:
         model: the model.
-        uses: how often a layer is used in one forward pass, where that is more than once.
-        batch_first: whether the batch is the first axis of the layers' inputs, or the second.
+        uses: the number of uses in one forward pass, by layer, where it is more than one.
+        batch_first: whether the batch is the first axis of the layers' inputs; otherwise the
+            second.
 
     Raises:
-        CoverageError: a trainable parameter has an owner without a rule, or the model has nothing
-            to train, or ``uses`` names a layer that it does not have. The message lists every
-            problem with its remedy.
+        CoverageError: no rule bounds a trainable parameter, the model has no trainable parameter,
+            or ``uses`` names a layer that the model does not have. The message lists every problem
+            with its remedy.
     """
     uses = uses or {}
     findings = examine(model)
@@ -95,7 +96,7 @@ def trainable_layers(
     for found in findings:
         if found.rule is None:
             continue
-        # Functions are followed one by one, in a recurrent network, too.
+        # A module without a rule is clipped call by call, also in a recurrent network.
         followed = isinstance(found.rule, FunctionRule)
         recurrence = None if followed else recurrences.get(found.module)
         default = axes.get(found.module, 0 if batch_first else 1)
@@ -116,17 +117,20 @@ def trainable_layers(
     unknown = sorted(set(uses) - set(layers))
     if unknown:
         raise CoverageError(
-            f"uses names no trainable layer of the model: {', '.join(unknown)}. There are: "
-            f"{', '.join(layers)}."
+            f"uses names layers that the model does not train: {', '.join(unknown)}. The trainable "
+            f"layers are: {', '.join(layers)}."
         )
     return layers
 
 
 def _refuse_layers_inside_layers(layers: Mapping[str, Layer]) -> None:
-    """Refuse a layer whose own graph would cut off layers inside it.
+    """Refuse a layer with a rule that has other trainable layers inside it.
+
+    Clipping detaches the outer layer's output, so the inner layers would get no gradient. Broadcast
+    parameters are an exception: they are replaced by copies, and nothing is detached.
 
     Raises:
-        CoverageError: there is one. Parameters that are broadcast are copied, and cut nothing off.
+        CoverageError: there is such a layer.
     """
     modules = {layer.module: layer.name for layer in layers.values()}
     for layer in layers.values():
@@ -136,35 +140,36 @@ def _refuse_layers_inside_layers(layers: Mapping[str, Layer]) -> None:
         if inside:
             raise CoverageError(
                 f"{layer.name} ({type(layer.module).__name__}) has a rule for parameters of its "
-                f"own, and holds {', '.join(inside)}, which would be cut off from the loss. Put "
-                "its own parameters into a module of their own, or write a BroadcastRule for them."
+                f"own and contains {', '.join(inside)}, which would get no gradient from the loss. "
+                "Put its own parameters into a separate module, or write a BroadcastRule for them."
             )
 
 
 def unclipped_inputs(
     layers: Mapping[str, Layer], passed_by: Iterable[str], max_input_norm: float | None
 ) -> str | None:
-    """Say which layer's input cannot be clipped, since its rule does not hold for its calls.
+    """Return a message if ``max_input_norm`` is set, but some layers' inputs cannot be clipped.
 
     Args:
-        layers: by name.
-        passed_by: those of them that are called with the batch elsewhere.
+        layers: the layers, by name.
+        passed_by: the names of layers whose rule does not hold for their calls, see `Plan`.
         max_input_norm: the option.
     """
     clipped = [name for name in passed_by if layers[name].rule.clips_input]
     if max_input_norm is None or not clipped:
         return None
     return (
-        f"{', '.join(sorted(clipped))}: the batch is not on the first axis of the input alone (it "
-        "is on another axis, folded with others, or the input is the same for every example), and "
-        f"max_input_norm={max_input_norm!r} clips such inputs only. Leave max_input_norm out."
+        f"{', '.join(sorted(clipped))}: max_input_norm={max_input_norm!r} clips an input only if "
+        "its first axis is the batch alone. Here the batch is on another axis or folded with "
+        "others, or the input is the same for every example. Leave max_input_norm out."
     )
 
 
 def declared_uses(config: BackpropClipping) -> Mapping[str, int]:
     """Return the option ``uses`` as a mapping.
 
-    Empty for ``"auto"``, if nobody has counted: a layer is then used once, and more is refused.
+    It is empty for ``"auto"``, if no trial has counted the uses: then a layer may be used once, and
+    more uses are refused.
     """
     return {} if isinstance(config.uses, str) else config.uses
 
@@ -179,16 +184,19 @@ def batch_normalizations(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def batch_normalization_problem(name: str, norm: nn.Module) -> str:
-    """Say what is wrong with a batch normalisation that mixes examples."""
+    """Return the message for a batch normalisation that mixes examples."""
     return (
-        f"{name} normalises over the batch: each example's value depends on its companions. "
-        f"{_replacement(norm)} Or use GroupNorm, or keep it in evaluation mode with running "
-        "statistics."
+        f"{name} normalises over the batch, so each example's output depends on the other "
+        f"examples. {_replacement(norm)} Or use GroupNorm, or keep it in evaluation mode with "
+        "running statistics."
     )
 
 
 def _replacement(module: nn.Module) -> str:
-    """Say whether `get_compatible_module` replaces a module, and if not, why; empty if never."""
+    """Say whether `get_compatible_module` replaces this module, and if not, why.
+
+    Empty if it never replaces modules of this class.
+    """
     replacer = replacer_of(module)
     if replacer is None:
         return ""
@@ -198,19 +206,19 @@ def _replacement(module: nn.Module) -> str:
 
 
 def unfrozen_problem(name: str) -> str:
-    """Say what is wrong with a parameter that nobody examined."""
+    """Return the message for a parameter that was unfrozen after the examination."""
     return (
-        f"{name} was frozen when make_private was called and has been unfrozen since: "
-        "nothing clips its gradient. Unfreeze it first, then call make_private again."
+        f"{name} was frozen when make_private was called and has been unfrozen since, so its "
+        "gradient is not clipped. Unfreeze it first, then call make_private again."
     )
 
 
 def edited_problem(name: str) -> str:
-    """Say what is wrong with a parameter that a forward pass changes."""
+    """Return the message for a parameter that a forward pass changes."""
     return (
-        f"{name} was changed by the model's own forward pass: what it takes up from a batch is "
-        "neither bounded nor noised. Compute with a changed copy of it, in a module with a rule, "
-        "or change it between steps, from public values."
+        f"{name} was changed by the model's own forward pass. What the parameter learns about a "
+        "batch in this way is neither bounded nor noised. Compute with a changed copy of it, in a "
+        "module with a rule, or change it between steps, from public values."
     )
 
 
@@ -245,13 +253,13 @@ def _rule_for(
             "(requires_grad=False)."
         )
     kind, rule = registered or (None, FunctionRule)
-    if kind is not None and not _runs_as(module, kind, rule, own):
+    if kind is not None and not _fits(module, kind, rule, own):
         rule = FunctionRule
     dtypes = {parameter.dtype for parameter in own.values()}
     if not dtypes <= set(ACCEPTED):
         return None, (
-            f"its parameters are {', '.join(str(dtype) for dtype in dtypes)}, which does not train "
-            "without a GradScaler, whose scale depends on the data. Keep trainable parameters in "
+            f"its parameters are {', '.join(str(dtype) for dtype in dtypes)}. This dtype needs a "
+            "GradScaler, whose scale depends on the data. Keep trainable parameters in "
             "torch.float32 or torch.bfloat16."
         )
     try:
@@ -260,17 +268,18 @@ def _rule_for(
         return None, str(error)
 
 
-def _runs_as(
+def _fits(
     module: nn.Module,
     kind: type[nn.Module],
     rule: type[Rule],
     own: Mapping[str, nn.Parameter],
 ) -> bool:
-    """Return whether a module computes what the class does that its rule describes."""
+    """Return whether a module computes what the rule of its class describes."""
     overridden = any(
         getattr(type(module), method) is not getattr(kind, method) or method in vars(module)
         for method in rule.methods
     )
-    # A reparametrization (weight_norm, spectral_norm, pruning) computes the weight from others.
-    foreign = set(own) - set(rule.parameters)
-    return not (overridden or foreign or is_parametrized(module))
+    # A parametrization (weight_norm, spectral_norm, pruning) computes the weight from parameters
+    # that the rule does not know.
+    unknown = set(own) - set(rule.parameters)
+    return not (overridden or unknown or is_parametrized(module))

@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 from opacus_bpclip.model.plan import CallKey, Site, Template
 from opacus_bpclip.rules.precision import is_autocast, is_low
 
-# Whose names do not end in an underscore, though they work on their first argument.
+# Functions that change their first argument in place, although their names do not end in "_".
 _IN_PLACE = frozenset(
     {"__setitem__"}
     | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
 )
-# Calls come through these.
+# Files of PyTorch that a call passes through; they are not part of the model's code.
 _THROUGH = ("overrides.py", "functional.py", "_tensor.py", "nn/functional.py", "utils")
 _OWN_FILES = (
     f"{Path(__file__).parents[1]}{os.sep}",
@@ -32,12 +32,12 @@ _MODULE_CALL = str(Path(torch.nn.Module.__init__.__code__.co_filename))
 
 
 class Made(NamedTuple):
-    """What was computed from parameters alone.
+    """A tensor that was computed from parameters alone.
 
     Attributes:
-        shown: the tensor that the model has: a parameter, or what a function returned.
-        value: the same on the private graph, whose leaves stand for the parameters.
-        names: of the parameters behind it.
+        shown: the tensor that the model sees: a parameter, or the result of a function.
+        value: the same tensor on a detached graph, whose leaves replace the parameters.
+        names: the names of the parameters that it was computed from.
     """
 
     shown: Tensor
@@ -52,9 +52,9 @@ class FunctionCall:
     Attributes:
         func: the function.
         leaves: its flattened arguments.
-        spec: how to put them together.
-        made: by index, those that were computed from parameters alone.
-        site: the files and the lines that call it, up to the module's forward.
+        spec: the tree structure of the arguments.
+        made: by index, the arguments that were computed from parameters alone.
+        site: the files and lines of the call, up to the module's forward.
     """
 
     func: Callable[..., Any]
@@ -70,18 +70,18 @@ class FunctionCall:
 
     @property
     def is_in_place(self) -> bool:
-        """Return whether it works on its first argument."""
+        """Return whether the function changes its first argument in place."""
         name = self.name
         return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
     @property
     def names(self) -> frozenset[str]:
-        """Return the parameters behind it."""
+        """Return the names of the parameters that the arguments were computed from."""
         return frozenset[str]().union(*(made.names for made in self.made.values()))
 
     @property
     def key(self) -> CallKey:
-        """Return what two calls have in common that take up the batch alike."""
+        """Return the key under which `Plan` finds the call's template."""
         kinds = tuple(
             (leaf.dim(), leaf.is_floating_point()) if isinstance(leaf, Tensor) else type(leaf)
             for leaf in self.leaves
@@ -89,7 +89,7 @@ class FunctionCall:
         return CallKey(self.name, self.names, tuple(self.made), kinds, self.site)
 
     def run(self, leaves: Sequence[Any]) -> Any:
-        """Call the function on other arguments; in place it works on a copy, which is returned."""
+        """Call the function on other arguments; an in-place function changes and returns a copy."""
         if not self.is_in_place:
             args, kwargs = pytree.tree_unflatten(leaves, self.spec)
             return self.func(*args, **kwargs)
@@ -99,12 +99,12 @@ class FunctionCall:
         return own
 
     def as_computed(self, results: list[Any], *, drawn: bool) -> list[Any]:
-        """Return the results as the model has them, where that computes in low precision.
+        """Return the results in the low precision that the model computes in, if it does.
 
         Args:
-            results: in the precision of gradients, flattened.
-            drawn: whether the function draws numbers. Then the results are those of the numbers
-                whose gradients are made.
+            results: the flattened results, in the precision of the gradients.
+            drawn: whether the function draws random numbers. Then the results are rounded, not
+                computed again, so that they belong to the same random numbers as the gradients.
         """
         tensors = (x for x in self.leaves if isinstance(x, Tensor))
         if not (is_autocast() or any(is_low(x.dtype) for x in tensors)):
@@ -124,9 +124,9 @@ class FunctionCall:
         """Call the function on one example.
 
         Args:
-            template: where the batch is.
-            rows: of the arguments that hold the batch, in their order.
-            values: what was computed from parameters alone, in the order of `made`.
+            template: the places of the batch in arguments and results.
+            rows: the example's rows of the arguments that hold the batch, in their order.
+            values: the arguments computed from parameters alone, in the order of `made`.
 
         Returns:
             The flattened results that have a row for each example.
@@ -148,7 +148,7 @@ class FunctionCall:
 
 
 def site_of_call() -> Site:
-    """Return the lines of the code that calls a function, from the module's forward to the call."""
+    """Return the files and lines of the current call, up to the module's forward."""
     found = []
     frame = sys._getframe(1)
     while frame.f_back is not None:

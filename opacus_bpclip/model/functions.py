@@ -1,10 +1,10 @@
-"""Functions that a model calls on trainable parameters outside the layers that have a rule.
+"""Follow the functions that a model calls on trainable parameters outside of layers with a rule.
 
-A class token, a position table, a layer scale, the weight of a normalisation written by hand, a
-weight that a parametrization computes: sooner or later such a parameter, or what was computed from
-parameters alone, meets the examples in one call of a function of torch. `ParameterFunctions` sees
-every call. What is computed from parameters alone stays on a graph of its own (`Made`). A subclass
-says what happens where that meets the examples (`called`).
+Such parameters are class tokens, position tables, layer scales, the weights of a normalisation
+written by hand, or of a parametrization. At some point a function of torch combines such a
+parameter, or a tensor computed from parameters alone, with the examples. `ParameterFunctions` sees
+every call. It keeps tensors computed from parameters alone on a detached graph (`Made`). Its
+subclasses handle the calls that combine them with examples (`called`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from opacus_bpclip.model.function_call import FunctionCall, Made, site_of_call
 from opacus_bpclip.model.plan import Plan
 
-# Attributes are set on the parameter itself.
+# These functions set attributes of the parameter itself.
 _OF_PARAMETERS = frozenset({"__set__", "__delete__", "requires_grad_", "register_hook"})
 
 
 class Followed:
-    """What is followed in the forward pass at hand.
+    """The functions that are followed in the current forward pass.
 
     Attributes:
-        plan: what trial runs have shown of such a pass.
-        mode: sees the functions; ``None`` if none is called on parameters.
+        plan: what the trial on made-up examples has found about such a pass.
+        mode: the mode that sees the calls; ``None`` if no function is called on parameters.
     """
 
     def __init__(self) -> None:
@@ -39,33 +39,33 @@ class Followed:
         self.mode: ParameterFunctions | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy starts with, outside a forward pass."""
+        """Return the state of a copy: it starts outside of a forward pass."""
         return {"plan": self.plan, "mode": None}
 
     def passes_by(self, name: str) -> bool:
-        """Return whether functions are followed in a layer, in the place of its own rule."""
+        """Return whether a layer is clipped by the functions that it calls, not by its rule."""
         return name in self.plan.passed_by
 
     def pause(self) -> None:
-        """Let a layer with a rule run as it is."""
+        """Stop following while a layer with a rule runs."""
         if self.mode is not None:
             self.mode.paused = True
 
     def resume(self) -> None:
-        """End that."""
+        """Continue following."""
         if self.mode is not None:
             self.mode.paused = False
 
 
 class ParameterFunctions(TorchFunctionMode):
-    """Sees every function that a model calls on some parameters.
+    """A mode that sees every function that a model calls on some parameters.
 
     Args:
-        parameters: by name. A parameter with two names has the first.
+        parameters: the parameters, by name. A parameter with two names gets the first.
 
     Attributes:
-        paused: whether a layer with a rule runs, which uses its parameters itself.
-        leaves: what stands for the parameters on the private graph, by name.
+        paused: whether a layer with a rule is running, whose calls are not followed.
+        leaves: by name, the leaves that replace the parameters on the detached graph.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -92,9 +92,13 @@ class ParameterFunctions(TorchFunctionMode):
     ) -> None:
         """Note which of the model's arguments hold no examples, and which do.
 
-        What is computed from those without may be data, of nobody in particular: it must not be all
-        that a function meets a parameter with. Nor must what is computed from examples, but has
-        lost their number.
+        A tensor computed from an argument without examples may still be data, but it is not known
+        of which example. A function must not combine a parameter with such tensors alone, nor with
+        tensors alone that were computed from examples but have lost the batch axis.
+
+        Args:
+            without_examples: the arguments that hold no examples.
+            examples: the arguments that hold examples.
         """
         noted = {**dict.fromkeys(examples, False), **dict.fromkeys(without_examples, True)}
         if noted:
@@ -108,7 +112,7 @@ class ParameterFunctions(TorchFunctionMode):
         result = self._follow(func, args, kwargs)
         name = str(getattr(func, "__name__", func))
         if name.startswith("new_") or name.endswith("_like"):
-            return result  # Of the sizes alone.
+            return result  # The result depends on sizes, not on data.
         leaves = pytree.tree_leaves((args, kwargs))
         of = [shared[leaf] for leaf in leaves if isinstance(leaf, Tensor) and leaf in shared]
         if of:
@@ -118,11 +122,11 @@ class ParameterFunctions(TorchFunctionMode):
         return result
 
     def is_of_shared(self, call: FunctionCall) -> bool:
-        """Return whether an argument was computed from the model's arguments without examples."""
+        """Return whether an argument was computed from a model's argument without examples."""
         return any(self._noted(call))
 
     def is_of_examples(self, call: FunctionCall) -> bool:
-        """Return whether an argument was computed from examples, where these are noted."""
+        """Return whether an argument was computed from examples that have been noted."""
         return False in self._noted(call)
 
     def _noted(self, call: FunctionCall) -> list[bool]:
@@ -132,7 +136,7 @@ class ParameterFunctions(TorchFunctionMode):
         return [shared[leaf] for leaf in call.leaves if isinstance(leaf, Tensor) and leaf in shared]
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.paused or not torch.is_grad_enabled() or not self._meets(args, kwargs):
+        if self.paused or not torch.is_grad_enabled() or not self._has_known(args, kwargs):
             return func(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         made = {
@@ -147,20 +151,20 @@ class ParameterFunctions(TorchFunctionMode):
 
     @abstractmethod
     def called(self, call: FunctionCall) -> Any:
-        """Return the result of a call that has something made from parameters among its arguments.
+        """Return the result of a call with an argument that was computed from parameters alone.
 
         Args:
             call: the call.
         """
 
     def derive(self, call: FunctionCall) -> Any:
-        """Return the result of a call that meets no examples, and know it by sight from now on."""
+        """Run a call without examples on the detached graph, and remember its result."""
         leaves = list(call.leaves)
         for index, made in call.made.items():
             leaves[index] = made.value
         with torch.enable_grad():
             if call.is_in_place:
-                # On the model's own tensor: it is what the model looks at afterwards.
+                # Change the model's own tensor, which the model uses afterwards.
                 args, kwargs = pytree.tree_unflatten(leaves, call.spec)
                 result = call.func(*args, **kwargs)
             else:
@@ -172,10 +176,10 @@ class ParameterFunctions(TorchFunctionMode):
         return result
 
     def forget(self) -> None:
-        """Let go of what was computed from parameters."""
+        """Drop all references to parameters and to tensors computed from them."""
         self._known.clear()
 
-    def _meets(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+    def _has_known(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
         return any(map(self._is_known, args)) or any(map(self._is_known, kwargs.values()))
 
     def _is_known(self, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a tensor was computed from, by autograd's graph."""
+"""Search autograd's graph for what a tensor was computed from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from opacus_bpclip.rules.precision import is_low
 
 
 def leaves_of(y: Tensor, stop: Collection[Node | None] = ()) -> Iterator[Tensor]:
-    """Yield the leaf tensors behind ``y``, each once.
+    """Yield each leaf tensor that ``y`` was computed from once.
 
     Args:
-        y: the tensor; a leaf has none behind it.
-        stop: the nodes that are not crossed.
+        y: the tensor; nothing is yielded if it is a leaf itself.
+        stop: nodes at which the search stops.
     """
     if y.grad_fn is None:
         return
@@ -36,11 +36,11 @@ def leaves_of(y: Tensor, stop: Collection[Node | None] = ()) -> Iterator[Tensor]
 def low_precision_behind(
     nodes: Iterable[Node | None], stop: Collection[Node | None] = ()
 ) -> torch.dtype | None:
-    """Return the low precision that gradients go through on their way from some nodes, if any.
+    """Return a low-precision dtype that gradients pass on their way from some nodes, if any.
 
     Args:
-        nodes: where they start.
-        stop: the nodes that are not looked at.
+        nodes: the nodes where the gradients start.
+        stop: nodes at which the search stops.
     """
     waiting, seen = list(nodes), {None, *stop}
     while waiting:

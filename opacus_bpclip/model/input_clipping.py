@@ -1,7 +1,7 @@
-"""Input clipping on its own: the part of the method that belongs to the model.
+"""Input clipping as a part of the model, independent of how it is trained.
 
-It acts like a parameter-free normalisation, so a model trained with it needs it in evaluation,
-after export, and in any comparison with another clipping method.
+It acts like a normalisation without parameters. So a model that was trained with it also needs it
+in evaluation, after export, and in any comparison with another clipping method.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from opacus_bpclip.rules.scaling import scale_input
 
 
 class InputClip:
-    """A forward pre-hook that clips the inputs of one layer; picklable with its model.
+    """A forward pre-hook that clips the inputs of one layer; it is pickled with the model.
 
     Args:
         rule: the layer's rule.
-        arguments: where the inputs are in its call.
-        max_norm: largest L2 norm of a column of the input.
+        arguments: the arguments of the layer's call that are the rule's inputs.
+        max_norm: the largest L2 norm of a column of the input.
     """
 
     def __init__(self, rule: Rule, arguments: CallArguments, max_norm: float) -> None:
@@ -41,13 +41,14 @@ class InputClip:
 def clip_inputs(model: nn.Module, max_input_norm: float, *, batch_first: bool = True) -> nn.Module:
     """Make every trainable layer of the model clip its input, in training and in evaluation.
 
-    The same clipping as ``BackpropClipping(max_input_norm=...)``, for any way of training; a
-    second call replaces the first. `unclip_inputs` takes it away.
+    It is the clipping of ``BackpropClipping(max_input_norm=...)``, for any way of training. A
+    second call replaces the first. `unclip_inputs` removes it.
 
     Args:
         model: a model whose trainable layers all have a rule; changed in place.
-        max_input_norm: largest L2 norm of a column of a layer's input.
-        batch_first: whether the batch is the first axis of the layers' inputs, or the second.
+        max_input_norm: the largest L2 norm of a column of a layer's input.
+        batch_first: whether the batch is the first axis of the layers' inputs; otherwise the
+            second.
 
     Returns:
         The model.
@@ -73,8 +74,8 @@ def clip_inputs(model: nn.Module, max_input_norm: float, *, batch_first: bool = 
 
 
 def unclip_inputs(model: nn.Module) -> nn.Module:
-    """Take the effect of `clip_inputs` away; harmless where there is none."""
-    take_input_clips(model)
+    """Remove the hooks of `clip_inputs`, if there are any; return the model."""
+    remove_input_clips(model)
     return model
 
 
@@ -86,32 +87,32 @@ def attach_input_clips(layers: Iterable[Layer], max_input_norm: float) -> None:
             layer.module.register_forward_pre_hook(clip, with_kwargs=True)
 
 
-class TakenClips:
-    """Input clips that were taken off their modules; a call puts them back as they were.
+class RemovedClips:
+    """Input clips that were removed from their modules; a call puts them back.
 
     Args:
-        clips: each with its module and its key there.
+        clips: the module of each clip, its key in the module's hooks, and the clip.
     """
 
     def __init__(self, clips: list[tuple[nn.Module, int, InputClip]]) -> None:
         self._clips = clips
 
     def __call__(self) -> None:
-        """Put them back."""
+        """Put the clips back."""
         for module, key, clip in self._clips:
             module._forward_pre_hooks[key] = clip
             module._forward_pre_hooks_with_kwargs[key] = True
 
 
-def take_input_clips(model: nn.Module) -> TakenClips:
-    """Take every input clip off a model; return what puts them back."""
-    taken = [
+def remove_input_clips(model: nn.Module) -> RemovedClips:
+    """Remove every input clip from a model; call the result to put them back."""
+    removed = [
         (module, key, hook)
         for module in model.modules()
         for key, hook in module._forward_pre_hooks.items()
         if isinstance(hook, InputClip)
     ]
-    for module, key, _ in taken:
+    for module, key, _ in removed:
         del module._forward_pre_hooks[key]
         del module._forward_pre_hooks_with_kwargs[key]
-    return TakenClips(taken)
+    return RemovedClips(removed)

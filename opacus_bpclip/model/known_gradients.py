@@ -1,7 +1,7 @@
-"""The examples' gradients of some functions in closed form: sums, products, normalisations, copies.
+"""Closed forms of per-example gradients for sums, products, normalisations and copies.
 
-Only for speed: trial runs compare them with autograd's, one example at a time, like those of any
-other function.
+They save time. The trial on made-up examples compares them with autograd's gradients, one example
+at a time, as it does for any other function.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from opacus_bpclip.model.function_call import FunctionCall
 from opacus_bpclip.model.plan import Template
 
-# Takes the rows of the arguments and the upstream gradient of some examples; returns their
-# gradients of the values, in the order of `FunctionCall.made`.
+# Takes some examples' rows of the arguments and of the upstream gradient. Returns the examples'
+# gradients of the arguments in `FunctionCall.made`, in that order.
 Known = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]]
 
 
@@ -26,15 +26,15 @@ def known_gradients(call: FunctionCall, template: Template) -> Known | None:
     """Return the closed form for a call, ``None`` if there is none.
 
     Args:
-        call: the call; its arguments are what it was called on.
-        template: where it has the batch.
+        call: the call, with its arguments.
+        template: the places of the batch in arguments and results.
     """
     make = _FORMS.get(call.name)
     return None if make is None else make(call, template)
 
 
 def summed_to(g: Tensor, shape: torch.Size) -> Tensor:
-    """Sum each row of ``g``, ``[B, *]``, to a shape that was broadcast against it."""
+    """Sum each row of ``g``, ``[B, *]``, to ``shape``, which was broadcast to the row's shape."""
     extra = g.dim() - 1 - len(shape)
     axes = [*range(1, 1 + extra)]
     axes += [
@@ -76,7 +76,7 @@ def _copies(call: FunctionCall, template: Template) -> Known | None:
 
 
 def _given(call: FunctionCall, names: Sequence[str]) -> Mapping[str, Any]:
-    """Return the arguments by name, each as its index among the flattened ones."""
+    """Return, by name, the index of each argument among the flattened arguments."""
     args, kwargs = pytree.tree_unflatten(list(range(len(call.leaves))), call.spec)
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -105,7 +105,7 @@ def _normalization(
                 if owners[index] == "weight":
                     own = g * normalize(flat, shape_or_groups, eps).view_as(x)
                 if channels is not None:
-                    # Channels come first, and are one axis of several.
+                    # Move the channels behind the positions, which are summed.
                     own = own.transpose(1, channels).flatten(2).sum(dim=2)
                 found.append(summed_to(own, shape))
             return tuple(found)
@@ -129,7 +129,7 @@ def _rms_norm(x: Tensor, shape: Any, eps: float | None) -> Tensor:
 
 _SUMS = ("add", "__add__", "__radd__", "add_", "__iadd__")
 _COPIES = ("expand", "expand_as", "broadcast_to")
-# Whose gradients do not depend on what they are called on.
+# Functions whose gradients do not depend on the values of their arguments.
 SUMS_AND_COPIES = frozenset((*_SUMS, *_COPIES))
 
 _FORMS: dict[str, Callable[[FunctionCall, Template], Known | None]] = {

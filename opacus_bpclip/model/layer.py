@@ -1,4 +1,4 @@
-"""A module whose own parameters are trained, and whether it still is what was examined."""
+"""A trainable layer: a module with trainable parameters of its own, as it was examined."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from opacus_bpclip.rules import Rule
 
 State = Mapping[str, object]
 
-# What can be no other value tomorrow while it is the same object.
+# Immutable types.
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
-# Whose layers hold their options as plain attributes.
+# Libraries whose layers hold their options as plain attributes.
 _LIBRARIES = ("torch", "opacus", "transformers")
-# What every module keeps for itself, whatever it computes.
+# Attributes that every module has, whatever it computes.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module whose own parameters are trained.
+    """A module with trainable parameters of its own.
 
     Attributes:
         name: dotted path in the model, ``"(root)"`` for the model itself.
         module: the module.
-        kind: its class when it was examined.
-        code: the methods that the rule relies on, by name, as they were then.
-        state: all that the rule was made from; ``None`` where it may be more than can be compared.
-        rule: what bounds its gradient.
+        kind: its class at the examination.
+        code: the methods that the rule relies on, by name, at the examination.
+        state: the module's attributes that the rule was made from; ``None`` if it may depend on
+            more than these.
+        rule: the rule that bounds its gradient.
         named_parameters: its trainable parameters, by name.
-        arguments: where a call of it has the inputs that its rule looks at.
-        uses: how often it may be used in one forward pass.
-        recurrence: the recurrent network that it is a part of.
+        arguments: the arguments of its calls that are the rule's inputs.
+        uses: the number of uses allowed in one forward pass.
+        recurrence: the recurrent network that it is a part of, if any.
     """
 
     name: str
@@ -65,20 +66,20 @@ class Layer:
         uses: int = 1,
         recurrence: nn.Module | None = None,
     ) -> Self:
-        """Take down what a module is.
+        """Make a layer, and record what the module is at this time.
 
         Args:
-            name: as the attribute.
-            module: as the attribute.
-            rule: as the attribute.
-            parameters: as ``named_parameters``.
-            batch_axis: which axis of its inputs is the batch, in the model's layout.
-            uses: as the attribute.
-            recurrence: as the attribute.
+            name: dotted path in the model, ``"(root)"`` for the model itself.
+            module: the module.
+            rule: the rule that bounds its gradient.
+            parameters: its trainable parameters, by name.
+            batch_axis: the batch axis of its inputs in the model's layout.
+            uses: the number of uses allowed in one forward pass.
+            recurrence: the recurrent network that it is a part of, if any.
         """
         kind = type(module)
-        # The rules of this package read what `_state` holds of a library's layers; another rule may
-        # read anything, and another class compute its attributes.
+        # For a library's layer, this package's rules read nothing but what `_state` holds. Rules of
+        # the user's may read anything, and other classes may compute their attributes.
         own = str(type(rule).from_module.__module__).startswith("opacus_bpclip.")
         known = kind.__module__.partition(".")[0] in _LIBRARIES
         return cls(
@@ -101,7 +102,7 @@ class Layer:
 
     @property
     def is_patched(self) -> bool:
-        """Return whether the module computes something else than when it was examined."""
+        """Return whether the module may compute something else than at the examination."""
         if type(self.module) is not self.kind:
             return True
         for method, code in self.code:
@@ -115,11 +116,11 @@ class Layer:
             now = type(self.rule).from_module(self.module)
         except CoverageError:
             return True
-        # A parameter may be frozen since: the rule then bounds more than there is.
+        # A parameter may have been frozen since. The old rule is still an upper bound.
         return replace(now, weight=self.rule.weight, bias=self.rule.bias) != self.rule
 
     def replaced_parameter(self) -> str | None:
-        """Return the name of a parameter that the module no longer uses as it is, if any."""
+        """Return the name of a parameter that is no longer an attribute of the module, if any."""
         for name, parameter in self.named_parameters.items():
             if getattr(self.module, name, None) is not parameter:
                 return name
@@ -127,13 +128,14 @@ class Layer:
 
 
 def _state(module: nn.Module) -> State | None:
-    """Return all that a rule may read of a module, to be compared with its ``vars`` later.
+    """Return the attributes that a rule may read, to be compared with the module's ``vars`` later.
 
-    Two equal states, of the same class, make the same rule. ``None`` if there may be more to it.
+    Modules of the same class with equal states have the same rule. ``None`` if the rule may depend
+    on more than these attributes.
     """
     if _has_parts(module):
         return None
-    # A list may change within; what every module keeps for itself makes no rule.
+    # Copy lists, which may be changed in place.
     state = {
         name: list(value) if type(value) is list else value for name, value in vars(module).items()
     }

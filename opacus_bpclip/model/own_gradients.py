@@ -1,4 +1,4 @@
-"""Each example's gradient of what a function was called with besides the examples."""
+"""Per-example gradients of a function's arguments that were computed from parameters alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opacus_bpclip.model.graphs import leaves_of
 from opacus_bpclip.model.known_gradients import known_gradients
 from opacus_bpclip.model.plan import Template
 
-# Returns, for some examples, their gradients of each value: ``[b, *value.shape]``.
+# Returns some examples' gradients of each value: ``[b, *value.shape]``.
 OwnGradients = Callable[[slice], tuple[Tensor, ...]]
 
 
@@ -24,15 +24,15 @@ def own_gradients(
     upstream: Sequence[Tensor],
     examples: int,
 ) -> OwnGradients:
-    """Return what makes the examples' gradients of a call, for some of them at a time.
+    """Return a function that computes the gradients of some examples at a time.
 
     Args:
-        call: the call, on tensors that are cut off from all others.
-        template: where it has the batch, and by which method the gradients are made.
-        results: what it returned, or where the graphs of that begin; for the method ``"graph"``.
-        upstream: gradients of the results that hold the batch, each ``[B, *]``, as `Place.rows`
-            has them.
-        examples: how many there are.
+        call: the call, on detached tensors.
+        template: the places of the batch, and the method for the gradients.
+        results: the results of the call, or their gradient edges; used by the method ``"graph"``.
+        upstream: the gradients of the results that hold the batch, each ``[B, *]``, in the shape
+            of `Place.rows`.
+        examples: the number of examples ``B``.
     """
     values = [call.leaves[index] for index in call.made]
     if template.method == "graph":
@@ -77,7 +77,7 @@ def _of_graph(
     values: Sequence[Tensor],
     upstream: Sequence[Tensor],
 ) -> OwnGradients:
-    """Send the call's own graph one example's upstream gradient after the other."""
+    """Run the call's own graph backward once for each example."""
     placed = template.placed(results)
 
     def of(rows: slice) -> tuple[Tensor, ...]:
@@ -104,21 +104,20 @@ def _of_graph(
 
 
 def leaves_behind(value: Tensor) -> list[Tensor]:
-    """Return the leaves that a tensor was computed from, in a fixed order; of a leaf itself."""
+    """Return the leaves that a tensor was computed from, or a leaf itself, in a fixed order."""
     return [value] if value.grad_fn is None else list(leaves_of(value))
 
 
 def sent_back(value: Tensor, own: Tensor, *, batched: bool) -> list[Tensor]:
-    """Return the examples' gradients of the leaves behind a tensor, from those of the tensor.
+    """Propagate per-example gradients of a tensor back to the leaves that it was computed from.
 
     Args:
         value: the tensor.
-        own: ``[b, *value.shape]``, of the tensor's dtype or a wider one.
-        batched: whether to send them through the graph together.
+        own: the per-example gradients, ``[b, *value.shape]``, in the tensor's dtype or a wider one.
+        batched: whether to propagate them together, or one by one.
 
     Returns:
-        ``[b, *leaf.shape]`` for each leaf, in the order of `leaves_behind`; as they have been made,
-        so that they may be of either dtype.
+        ``[b, *leaf.shape]`` for each leaf, in the order of `leaves_behind`, in either dtype.
     """
     if value.grad_fn is None:
         return [own]

@@ -1,4 +1,4 @@
-"""Where a tensor holds the examples of the batch."""
+"""The place of the batch in a tensor."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from torch import Tensor
 
 
 class Place(NamedTuple):
-    """The axis of a tensor that holds the examples.
+    """The axis of a tensor that holds the examples, perhaps folded with another axis.
 
     Attributes:
-        axis: which one.
-        entries: how many entries of each example it holds, as windows of an image.
-        inner: whether an example's entries are a stride apart, not side by side.
+        axis: the axis.
+        entries: the number of entries of each example on it, such as windows of an image.
+        inner: whether the examples vary fastest along the axis, so that the entries of one example
+            are not adjacent.
     """
 
     axis: int = 0
@@ -21,13 +22,13 @@ class Place(NamedTuple):
     inner: bool = False
 
     def fits(self, x: Tensor, examples: int) -> bool:
-        """Return whether a tensor may hold so many examples at this place."""
+        """Return whether the size of the axis is right for this number of examples."""
         return x.dim() > self.axis and x.shape[self.axis] == self.entries * examples
 
     def rows(self, x: Tensor, examples: int) -> Tensor:
         """Return a tensor with one row for each example, ``[B, *]``.
 
-        A row has the axes that ``x`` has: on `axis` it holds its own entries alone.
+        A row has the same axes as ``x``, with the example's own entries on `axis`.
 
         Example:
             >>> import torch
@@ -40,6 +41,6 @@ class Place(NamedTuple):
         return x.unflatten(self.axis, sizes).movedim(self.axis + self.inner, 0)
 
     def put_back(self, rows: Tensor) -> Tensor:
-        """Return the tensor that `rows` was made from."""
+        """Undo `rows`: return the tensor that these rows were taken from."""
         x = rows.movedim(0, self.axis + self.inner)
         return x.flatten(self.axis, self.axis + 1)

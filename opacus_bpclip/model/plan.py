@@ -1,4 +1,4 @@
-"""What trial runs have shown of the functions that a model calls on parameters."""
+"""What the trial on made-up examples has found about functions that are called on parameters."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from torch import Tensor
 
 from opacus_bpclip.model.places import Place
 
-# Files and lines, the innermost first.
+# Files and lines of a call, the innermost first.
 Site = tuple[tuple[str, int], ...]
 
-# In closed form; by `torch.func.vmap` over the function on one example; by autograd on one example
-# after the other; or, where the function draws numbers, by autograd on the call that was made.
+# How per-example gradients are computed: in closed form; by `torch.func.vmap` over a function of
+# one example; by autograd, one example after the other; or, if the function draws random numbers,
+# by autograd on the graph of the call itself.
 Method = Literal["known", "vmap", "loop", "graph"]
 
 
 class Template(NamedTuple):
-    """How one call of a function takes up the batch.
+    """The places of the batch in one call of a function, and how its gradients are computed.
 
     Attributes:
-        arguments: for each of its flattened arguments, where the batch is: a `Place` in a tensor,
-            also for a number that counts the batch's rows (``expand(B, -1)``), else ``None``.
-        outputs: the same for each of its flattened results.
-        method: how the examples' gradients are made.
-        batched: whether those of what was computed from parameters are sent back to the parameters
-            together, or one after the other.
+        arguments: for each flattened argument, the `Place` of the batch in it. A number that counts
+            rows of the batch (``expand(B, -1)``) has a place, too. ``None`` for other arguments.
+        outputs: the same for each flattened result.
+        method: how the per-example gradients are computed.
+        batched: whether gradients of tensors computed from parameters are propagated to the
+            parameters together, or one by one.
     """
 
     arguments: tuple[Place | None, ...]
@@ -36,12 +37,12 @@ class Template(NamedTuple):
     batched: bool = True
 
     def placed(self, results: Sequence[Any]) -> list[tuple[Any, Place]]:
-        """Return the results that hold the batch, each with where it is."""
+        """Return the results that hold the batch, each with its place."""
         pairs = zip(results, self.outputs, strict=True)
         return [(x, place) for x, place in pairs if place is not None]
 
     def given(self, arguments: Sequence[Any], examples: int) -> list[Tensor]:
-        """Return the rows of the arguments that hold the batch, without their graph."""
+        """Return the rows of the arguments that hold the batch, detached."""
         return [
             place.rows(x.detach(), examples)
             for x, place in zip(arguments, self.arguments, strict=True)
@@ -49,20 +50,20 @@ class Template(NamedTuple):
         ]
 
     @property
-    def meets(self) -> bool:
-        """Return whether the function meets examples, or makes one copy for each."""
+    def holds_batch(self) -> bool:
+        """Return whether an argument or a result holds the batch."""
         return any(place is not None for place in (*self.arguments, *self.outputs))
 
 
 class CallKey(NamedTuple):
-    """What calls have in common that take up the batch alike.
+    """The key of a call in `Plan.templates`.
 
     Attributes:
-        name: of the function.
-        parameters: the names of those behind its arguments.
+        name: the name of the function.
+        parameters: the names of the parameters that its arguments were computed from.
         made: the indices of the arguments that were computed from parameters alone.
-        kinds: what its flattened arguments are.
-        site: the files and the lines that call it, up to the module's forward.
+        kinds: the types of its flattened arguments.
+        site: the files and lines of the call, up to the module's forward.
     """
 
     name: str
@@ -74,13 +75,15 @@ class CallKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What trial runs have shown of the functions that a model calls on parameters.
+    """What the trial has found about the functions that a model calls on parameters.
 
     Attributes:
-        templates: by `FunctionCall.key`, in the order of the calls; one if they are all alike.
-        layers: by name, those whose parameters functions meet examples with.
-        passed_by: those of them whose own rule does not hold for how they are called: examples are
-            on another axis, folded with others, or the input is the same for every example.
+        templates: by `FunctionCall.key`, the templates in the order of the calls; a single one if
+            they are all equal.
+        layers: the names of the layers whose parameters are combined with examples by functions.
+        passed_by: the names of those of them that have a rule which does not hold for their calls:
+            the batch is on another axis or folded with others, or the input is the same for every
+            example.
     """
 
     templates: Mapping[CallKey, tuple[Template, ...]]
@@ -89,7 +92,10 @@ class Plan:
 
     @property
     def is_folded(self) -> bool:
-        """Return whether some tensor holds several entries of each example: as lengths have it."""
+        """Return whether some tensor holds several entries of each example on the batch axis.
+
+        Their number then depends on the lengths of the inputs.
+        """
         return any(
             place is not None and place.entries > 1
             for templates in self.templates.values()
@@ -97,20 +103,20 @@ class Plan:
             for place in (*template.arguments, *template.outputs)
         )
 
-    def told(self, layer: str) -> tuple[str, ...]:
-        """Return which functions meet examples with a layer's parameters, and by which method."""
+    def functions_of(self, layer: str) -> tuple[str, ...]:
+        """Return the functions that combine a layer's parameters with examples, and the methods."""
         found = (
             f"{key.name} ({template.method})"
             for key, templates in self.templates.items()
             for template in templates
-            if template.meets and any(n.rpartition(".")[0] == layer for n in key.parameters)
+            if template.holds_batch and any(n.rpartition(".")[0] == layer for n in key.parameters)
         )
         return tuple(sorted(set(found)))
 
     def joined(self, other: Plan) -> Plan:
-        """Return what holds for passes of both kinds.
+        """Return the plan for passes of both kinds.
 
-        Calls that take up the batch in one way here and in another there are left out of it.
+        Calls whose templates differ between the two are left out.
         """
         templates = {**other.templates, **self.templates}
         for key, own in self.templates.items():

@@ -1,8 +1,9 @@
-"""Recurrent networks of Opacus's cells: which layers run once a time step, rows always aligned.
+"""Find the layers of recurrent networks, whose rows are the same examples at every time step.
 
-`DPRNN`, `DPLSTM` and `DPGRU`, and what `replacements` makes of PyTorch's, call the layers of their
-cells once for each time step. Row ``i`` of every call belongs to the same example, also in packed
-sequences, where later steps have the first rows only. Code of anybody else promises no such thing.
+Opacus's `DPRNN`, `DPLSTM` and `DPGRU`, and this package's replacements of PyTorch's networks, call
+the layers of their cells once per time step. Row ``i`` of every call belongs to the same example,
+also in packed sequences, where later time steps have only the first rows. Networks that override
+the code which guarantees this are not treated as recurrent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing_extensions import TypeIs
 from opacus_bpclip.replacements.recurrent import Recurrent
 
 _CELL_FORWARDS = {cell.forward for cell in (DPRNNCell, DPLSTMCell, DPGRUCell)}
-# What aligns the rows, by the class that it is known of.
+# The methods that keep the rows aligned, by the class that is known to do so.
 _NETWORK_METHODS: dict[type[DPRNNBase], tuple[str, ...]] = {
     DPRNNBase: ("forward", "forward_layer", "iterate_layers"),
     Recurrent: ("forward", "_run"),
@@ -26,7 +27,7 @@ _NETWORK_METHODS: dict[type[DPRNNBase], tuple[str, ...]] = {
 def recurrent_linears(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Return the linear layers of the model's recurrent networks, each with its network.
 
-    Left out is every network or cell that overrides what aligns the rows.
+    Networks for which `aligns_rows` is false are left out.
     """
     return {
         linear: network
@@ -38,7 +39,7 @@ def recurrent_linears(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def renamed_parameters(module: nn.Module) -> set[str]:
-    """Return the names under which a module only repeats the parameters of its submodules."""
+    """Return the names of a module's parameters that belong to its submodules, too."""
     if not isinstance(module, RenameParamsMixin):
         return set()
     below = {parameter for child in module.children() for parameter in child.parameters()}
@@ -47,7 +48,7 @@ def renamed_parameters(module: nn.Module) -> set[str]:
 
 
 def aligns_rows(network: DPRNNBase) -> bool:
-    """Return whether a network is code that is known to keep each example in one row."""
+    """Return whether a network runs code that is known to keep each example in one row."""
     own = any(
         all(
             getattr(type(network), method, None) is getattr(kind, method)
@@ -64,5 +65,5 @@ def aligns_rows(network: DPRNNBase) -> bool:
 
 
 def is_packed(value: object) -> TypeIs[PackedSequence]:
-    """Return whether a value is a batch of sequences of several lengths."""
+    """Return whether a value is a ``PackedSequence``."""
     return isinstance(value, PackedSequence)

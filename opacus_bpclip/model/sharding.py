@@ -1,8 +1,8 @@
-"""Parameters that FSDP2 (``fully_shard``) keeps in parts, and the whole ones of the layers.
+"""Models sharded by FSDP2 (``fully_shard``), and their unsharded parameters.
 
-While a module runs, FSDP puts a whole parameter in the place of the sharded one. It is always the
-same object, whose memory comes and goes. So the model is examined, and layers are clipped, with
-whole parameters; the optimizer alone knows of shards.
+While a module runs, FSDP replaces each sharded parameter by an unsharded one. This is always the
+same object, whose memory FSDP allocates and frees. So the model is examined and clipped with its
+unsharded parameters, and only the optimizer handles shards.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP2 keeps some of the model's parameters in parts."""
+    """Return whether FSDP2 shards some of the model's parameters."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def sharding_problem(model: nn.Module) -> str | None:
-    """Say which way of sharding a model is not supported."""
+    """Return a message if the model is sharded in a way that is not supported."""
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             continue
@@ -36,12 +36,12 @@ def sharding_problem(model: nn.Module) -> str | None:
         if mesh.ndim != 1 or mesh.size() != dist.get_world_size():
             return (
                 f"{name} is sharded over a mesh of shape {tuple(mesh.shape)} in a process group of "
-                f"{dist.get_world_size()} ranks: hybrid sharding and tensor parallelism are not "
+                f"{dist.get_world_size()} ranks. Hybrid sharding and tensor parallelism are not "
                 "supported. Call fully_shard(model) without a mesh, which shards over all ranks."
             )
         if parameter.device.type != mesh.device_type:
             return (
-                f"{name} is offloaded to {parameter.device.type}, and the noise would be drawn on "
+                f"{name} is offloaded to {parameter.device.type}, but the noise is drawn on "
                 f"{mesh.device_type}. Call fully_shard without an offload_policy."
             )
     return None
@@ -49,7 +49,7 @@ def sharding_problem(model: nn.Module) -> str | None:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Have all parameters whole for a while. All ranks must enter this."""
+    """Unshard all parameters inside this context. All ranks must enter it."""
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     try:
         for shard in shards:
@@ -62,14 +62,14 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Have an ordinary model for a while, no call of which waits for another rank.
+    """Make the model an ordinary one inside this context: its calls do not wait for other ranks.
 
-    All ranks must enter this. Hooks that are added inside do not stay.
+    All ranks must enter it. Hooks that are added inside are lost at its end.
     """
     if not is_sharded(model):
         yield
         return
-    with gathered(model):  # which makes FSDP register the last of its hooks
+    with gathered(model):  # also makes FSDP register the last of its hooks
         taken = []
         for hooks in (getattr(module, kind) for module in model.modules() for kind in _HOOKS):
             if any(map(_is_fsdp, hooks.values())):
@@ -85,7 +85,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def whole_parameters(model: nn.Module) -> Mapping[nn.Parameter, nn.Parameter]:
-    """Return the whole parameter of each sharded one. All ranks must call this."""
+    """Map each sharded parameter to its unsharded one. All ranks must call this."""
     sharded = [(module, dict(module._parameters)) for module in model.modules()]
     with gathered(model):
         return {
@@ -99,14 +99,14 @@ def whole_parameters(model: nn.Module) -> Mapping[nn.Parameter, nn.Parameter]:
 
 
 class Presence:
-    """Makes layers' parameters whole again where FSDP has taken them apart too early.
+    """Unshards layers' parameters again if FSDP has resharded them before the sums are computed.
 
     Args:
         model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._shards: dict[nn.Module, FSDPModule] = {}  # the nearest around each module
+        self._shards: dict[nn.Module, FSDPModule] = {}  # the innermost one around each module
         names = dict(model.named_modules())
         for name, module in names.items():
             around = names[name.rpartition(".")[0]]
@@ -116,7 +116,7 @@ class Presence:
 
     @contextmanager
     def of(self, layer: Layer) -> Iterator[None]:
-        """Have a layer's parameters whole for a while. All ranks must enter this."""
+        """Unshard a layer's parameters inside this context. All ranks must enter it."""
         shard = self._shards.get(layer.module)
         if shard is None or layer.replaced_parameter() is None:
             yield

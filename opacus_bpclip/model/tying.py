@@ -1,8 +1,8 @@
-"""Layers that share parameters share one sensitivity.
+"""Group layers that share parameters: they share one sensitivity.
 
-Contributions to different parameters are orthogonal and add up in squares; contributions to the
-same one may point the same way. So tied layers form one group with one Delta_l, and each use of
-each of them gets the same part of it.
+Contributions to different parameters are orthogonal, so their squares add up. Contributions to the
+same parameter may point the same way. So tied layers form one group with one ``Delta_l``, and each
+use of each of these layers gets the same share of it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from opacus_bpclip.model.layer import Layer
 
 @dataclass(frozen=True)
 class Group:
-    """Layers tied by shared parameters; most often a single layer.
+    """Layers that share parameters; most often a single layer.
 
     Attributes:
-        name: the first layer's.
+        name: the name of the first layer.
         layers: the layers, in the model's order.
     """
 
@@ -29,7 +29,7 @@ class Group:
 
     @property
     def uses(self) -> int:
-        """Return how many uses of its layers one forward pass may make."""
+        """Return the number of uses of its layers that are allowed in one forward pass."""
         return sum(layer.uses for layer in self.layers)
 
     @property
@@ -45,7 +45,7 @@ class Group:
 
 
 def tied_groups(layers: Mapping[str, Layer]) -> dict[str, Group]:
-    """Return the groups that the layers fall into, by name; no two share a parameter.
+    """Return the groups of layers that share parameters, by name.
 
     Example:
         >>> from torch import nn

@@ -160,7 +160,7 @@ class Replaying(ParameterFunctions):
     def called(self, call: FunctionCall) -> Any:
         """Write down a call that meets examples, and return what it does."""
         template = self._template(call)
-        if template is None or not template.meets:
+        if template is None or not template.holds_batch:
             result = self.derive(call)
             made = pytree.tree_leaves(result)
             grows = any(isinstance(x, Tensor) and x.requires_grad for x in made)

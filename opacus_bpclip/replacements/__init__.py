@@ -1,4 +1,4 @@
-"""Layers that take the place of what cannot be trained privately as it is."""
+"""Replacements of layers that cannot be trained privately."""
 
 from opacus_bpclip.replacements.copying import compatible_copy
 from opacus_bpclip.replacements.kinds import replacer_of

@@ -1,7 +1,7 @@
-"""Attention that computes what ``nn.MultiheadAttention`` does, by linear layers that it calls.
+"""Attention that computes what ``nn.MultiheadAttention`` does, by calling its linear layers.
 
-``nn.MultiheadAttention`` uses its layers' weights without calling the layers, so nothing can clip
-them. The batch axis of the projections, and their proof: ``docs/rules/attention.md``.
+``nn.MultiheadAttention`` uses the weights of its layers without calling the layers, so hooks cannot
+clip them. Batch axis and proof: ``docs/rules/attention.md``.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from opacus_bpclip.replacements.base import Copies
 class MultiheadAttention(nn.Module):
     """Drop-in replacement of ``nn.MultiheadAttention``: the same arguments, outputs, state dict.
 
-    Its projections are ordinary linear layers and are called, batch first, so each is clipped like
-    any other. The parameters' names differ; ``state_dict`` has the names, shapes and values of
-    ``nn.MultiheadAttention``'s, as copies, and ``load_state_dict`` takes them.
+    Its projections are linear layers that are called, batch first, so they are clipped like any
+    other. The parameters have other names, but ``state_dict`` returns copies with the names, shapes
+    and values of ``nn.MultiheadAttention``'s, and ``load_state_dict`` accepts them.
 
     Attributes:
         q_proj: projects queries, ``[B, T, embed_dim]``.
         k_proj: projects keys, ``[B, S, kdim]``.
         v_proj: projects values, ``[B, S, vdim]``.
-        added_k: puts ``bias_k`` behind the keys; ``None`` without ``add_bias_kv``.
-        added_v: puts ``bias_v`` behind the values; ``None`` without ``add_bias_kv``.
+        added_k: appends ``bias_k`` to the keys; ``None`` without ``add_bias_kv``.
+        added_v: appends ``bias_v`` to the values; ``None`` without ``add_bias_kv``.
         out_proj: projects the heads' results, ``[B, T, embed_dim]``.
     """
 
-    # PyTorch's transformer layers ask for these, and then leave their fused kernel, which would
-    # use the weights without calling the layers, alone.
+    # PyTorch's transformer layers read these, and then do not use their fused kernel, which reads
+    # the weights without calling the layers.
     in_proj_weight: None = None
     in_proj_bias: None = None
     _qkv_same_embed_dim: bool = False
@@ -56,25 +56,28 @@ class MultiheadAttention(nn.Module):
     ) -> None:
         """Make the layers, with PyTorch's initialisation for linear layers.
 
+        The arguments are those of ``nn.MultiheadAttention``.
+
         Args:
-            embed_dim: as for ``nn.MultiheadAttention``, like all others.
-            num_heads: number of heads.
-            dropout: of the attention weights.
-            bias: of all projections.
-            add_bias_kv: whether a learned token is added to keys and values.
-            add_zero_attn: whether a token of zeros is added to keys and values.
-            kdim: width of the keys; ``embed_dim`` if ``None``.
-            vdim: width of the values; ``embed_dim`` if ``None``.
-            batch_first: whether the batch is the first axis of inputs and outputs, or the second.
-            device: of the parameters.
-            dtype: of the parameters.
+            embed_dim: the width of queries and outputs.
+            num_heads: the number of heads.
+            dropout: the dropout probability of the attention weights.
+            bias: whether the projections have biases.
+            add_bias_kv: whether a learned token is appended to keys and values.
+            add_zero_attn: whether a token of zeros is appended to keys and values.
+            kdim: the width of the keys; ``embed_dim`` if ``None``.
+            vdim: the width of the values; ``embed_dim`` if ``None``.
+            batch_first: whether the batch is the first axis of inputs and outputs; otherwise the
+                second.
+            device: the device of the parameters.
+            dtype: the dtype of the parameters.
 
         Raises:
             ValueError: ``embed_dim`` is not a multiple of ``num_heads``.
         """
         super().__init__()
         if embed_dim % num_heads:
-            raise ValueError(f"Expected embed_dim={embed_dim} to be a multiple of {num_heads}.")
+            raise ValueError(f"Expected embed_dim={embed_dim} to be a multiple of {num_heads=}.")
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.head_dim = embed_dim // num_heads
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
@@ -98,11 +101,11 @@ class MultiheadAttention(nn.Module):
         """Return the replacement of a module, with copies of its parameters.
 
         Args:
-            module: what is replaced.
-            copies: makes the copies, each parameter's once.
+            module: the module to replace.
+            copies: makes one copy of each parameter.
         """
         width = module.embed_dim
-        # Without memory, and without drawing numbers: every parameter is put in below.
+        # On the meta device: no memory, no random numbers. Every parameter is replaced below.
         with torch.device("meta"):
             made = cls(
                 width,
@@ -154,17 +157,17 @@ class MultiheadAttention(nn.Module):
             attn_mask: ``[T, S]`` or ``[B * num_heads, T, S]``; true where a query ignores a key, or
                 numbers that are added.
             average_attn_weights: whether the returned weights are the mean over the heads.
-            is_causal: a promise that ``attn_mask`` is the causal mask, which saves using it.
+            is_causal: whether ``attn_mask`` is the causal mask; a faster kernel is then used.
 
         Returns:
-            The result, shaped like ``query``, and the weights, ``[B, T, S]`` or ``[B, num_heads, T,
-            S]``, ``None`` if they were not asked for.
+            The result, of the shape of ``query``, and the weights, ``[B, T, S]`` or
+            ``[B, num_heads, T, S]``; ``None`` without ``need_weights``.
 
         Raises:
-            ValueError: shapes or dtypes do not fit; ``is_causal`` without ``attn_mask``.
+            ValueError: shapes or dtypes do not match; ``is_causal`` without ``attn_mask``.
         """
         if is_causal and attn_mask is None:
-            raise ValueError("is_causal=True needs attn_mask, which it promises to be causal.")
+            raise ValueError("is_causal=True needs attn_mask. Pass the causal mask, too.")
         alone = query.dim() == 2
         if alone:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -203,33 +206,39 @@ class MultiheadAttention(nn.Module):
     def _require_shapes(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, mask: Tensor | None
     ) -> None:
-        """Refuse what would be broadcast. Batch first."""
+        """Refuse shapes, with the batch first, that would be broadcast and so mix examples."""
         if {x.dim() for x in (query, key, value)} != {3}:
-            raise ValueError("query, key and value must all have 3 axes, or all 2 for one example.")
+            raise ValueError(
+                "Expected query, key and value to have 3 axes each, or 2 axes each for a single "
+                "example."
+            )
         batch, targets, sources = len(query), query.shape[1], key.shape[1]
         if key.shape[:2] != (batch, sources) or value.shape[:2] != (batch, sources):
             raise ValueError(
-                f"key, {tuple(key.shape)}, and value, {tuple(value.shape)}, must be as long as "
-                f"each other, for the {batch} examples of query (shapes with the batch first)."
+                f"Expected key, {tuple(key.shape)}, and value, {tuple(value.shape)}, to have the "
+                f"same length, and the {batch} examples of query (shapes with the batch first)."
             )
         if padding is not None and padding.shape != (batch, sources):
             raise ValueError(
-                f"Expected key_padding_mask of shape {tuple(padding.shape)} to be of "
+                f"Expected key_padding_mask of shape {tuple(padding.shape)} to have shape "
                 f"{(batch, sources)}."
             )
         shapes = [(targets, sources), (batch * self.num_heads, targets, sources)]
         if mask is not None and mask.shape not in shapes:
             raise ValueError(
-                f"Expected attn_mask of shape {tuple(mask.shape)} to be of {shapes[0]} or "
+                f"Expected attn_mask of shape {tuple(mask.shape)} to have shape {shapes[0]} or "
                 f"{shapes[1]}."
             )
 
     def _mask(self, query: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """Return what is added to the scores, ``[B or 1, num_heads or 1, T or 1, S + added]``."""
+        """Return the numbers to add to the scores, ``[B or 1, num_heads or 1, T or 1, S + added]``.
+
+        Queries, with the batch first, give their dtype and the batch size.
+        """
         parts = []
         if mask is not None:
             view = (1, 1) if mask.dim() == 2 else (-1, self.num_heads)
-            # Not -1: a batch may be empty.
+            # Not -1: the batch may be empty.
             view = (len(query), self.num_heads) if mask.dim() == 3 else view
             parts.append(_as_numbers(mask, query.dtype).reshape(*view, *mask.shape[-2:]))
         if padding is not None:
@@ -249,7 +258,7 @@ def _as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _transposed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Put the batch first; what is one tensor stays one, and so is measured once."""
+    """Move the batch to the first axis; a shared tensor stays shared, so it is measured once."""
     q = query.transpose(0, 1)
     k = q if key is query else key.transpose(0, 1)
     return q, k, k if value is key else value.transpose(0, 1)

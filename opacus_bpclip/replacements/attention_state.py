@@ -1,4 +1,4 @@
-"""Hooks that give our attention the state dict of ``nn.MultiheadAttention``, both ways."""
+"""Hooks that convert the state dict of this package's attention to PyTorch's, and back."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The parameters that nn.MultiheadAttention keeps in one piece, and ours in three.
+# nn.MultiheadAttention keeps the parameters of these projections in one tensor.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-# Names in nn.MultiheadAttention's state dict, and in ours without the hooks below.
+# From the names in nn.MultiheadAttention's state dict to this package's.
 _SEPARATE = {f"{name}_weight": f"{name}.weight" for name in PROJECTIONS}
 _ADDED = {"bias_k": "added_k.bias", "bias_v": "added_v.bias"}
 _LAST = ("out_proj.weight", "out_proj.bias")
 
 
 def to_pytorch(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: Any) -> None:
-    """Put a state dict under the names that nn.MultiheadAttention has, in its order."""
+    """Give a state dict the names and the order of nn.MultiheadAttention's, in place."""
     weights = [state.pop(f"{prefix}{name}.weight") for name in PROJECTIONS]
     if len({weight.shape for weight in weights}) == 1:
         state[f"{prefix}in_proj_weight"] = torch.cat(weights)
@@ -34,7 +34,7 @@ def to_pytorch(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: Any) ->
 
 
 def from_pytorch(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: Any) -> None:
-    """Put a state dict with the names of nn.MultiheadAttention under the layers' own."""
+    """Give a state dict of nn.MultiheadAttention the names of the layers here, in place."""
     for kind in ("weight", "bias"):
         packed = state.pop(f"{prefix}in_proj_{kind}", None)
         if packed is not None:

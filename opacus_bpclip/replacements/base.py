@@ -1,4 +1,4 @@
-"""What a replacement is made of: copies of parameters, and what each kind of layer must answer."""
+"""The interface of a replacer, and the copies of parameters that it makes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Copies:
-    """Copies of a model's objects, one of each, however often the model refers to it.
+    """Copies of a model's objects: one copy of each, however often the model refers to it.
 
     Attributes:
-        memo: copies by the original's ``id``, as ``copy.deepcopy`` keeps them.
+        memo: the copies by the original's ``id``, the memo of ``copy.deepcopy``.
     """
 
     def __init__(self) -> None:
@@ -27,12 +27,12 @@ class Copies:
         return copied
 
     def rows(self, parameter: nn.Parameter | None, rows: slice) -> nn.Parameter:
-        """Return a copy of some rows, trainable where the parameter is."""
+        """Return a copy of some rows, trainable if the parameter is."""
         assert parameter is not None
         return self._part(parameter, rows.start, parameter.detach()[rows])
 
     def flat(self, parameter: Tensor | None) -> nn.Parameter:
-        """Return a copy with one axis, trainable where the parameter is."""
+        """Return a flattened copy, trainable if the parameter is."""
         assert isinstance(parameter, nn.Parameter)
         return self._part(parameter, None, parameter.detach().flatten())
 
@@ -45,23 +45,23 @@ class Copies:
 
 
 class Replacer(ABC):
-    """How layers of one kind are replaced.
+    """Replaces layers of one kind.
 
     Attributes:
-        keeps_state: whether a replacement's state dict is that of what it replaces.
+        keeps_state: whether a replacement has the state dict of the module that it replaces.
     """
 
     keeps_state: ClassVar[bool] = False
 
     @abstractmethod
     def is_needed(self, module: nn.Module) -> bool:
-        """Return whether a module is of this kind and cannot be trained, or trained with."""
+        """Return whether a module is of this kind and must be replaced for private training."""
 
     @abstractmethod
     def obstacle(self, module: nn.Module) -> str | None:
-        """Say why a module of this kind cannot be replaced, and what to do; ``None`` if it can.
+        """Return why a module of this kind cannot be replaced, and what to do; ``None`` if it can.
 
-        The sentence goes on after the module's name.
+        The text continues a sentence that begins with the module's name.
         """
 
     @abstractmethod
@@ -69,36 +69,36 @@ class Replacer(ABC):
         """Return the replacement, with the parameters' values, flags, dtypes and devices.
 
         Args:
-            module: what is replaced; it is not changed.
-            copies: of everything that the replacement takes over.
+            module: the module to replace; it is not changed.
+            copies: makes copies of everything that the replacement takes over.
         """
 
     @abstractmethod
     def difference(self, module: nn.Module, made: nn.Module) -> str | None:
-        """Say how a replacement computes something else than it must, ``None`` if it does not.
+        """Return how a replacement differs from what it must compute, ``None`` if it does not.
 
-        The values of the parameters do not matter: they are made up.
+        The comparison draws the values of the parameters; their present values do not matter.
         """
 
 
 def common_obstacle(module: nn.Module, kind: type[nn.Module], *parts: nn.Module) -> str | None:
-    """Say why a module is not simply one of its kind, and what to do; ``None`` if it is.
+    """Return why a module is not an ordinary one of its kind, and what to do; ``None`` if it is.
 
     Args:
         module: the module.
-        kind: the class whose forward is understood.
-        *parts: what is inside and will be replaced with it.
+        kind: the class whose forward the replacement knows.
+        *parts: the modules inside that are replaced with it.
     """
     if type(module).forward is not kind.forward or "forward" in vars(module):
-        return f"overrides {kind.__name__}.forward, so nobody knows what it computes"
+        return f"overrides {kind.__name__}.forward, so it is not known what it computes"
     if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
         return "is not initialised yet: run one batch through the model first"
     if any(hasattr(each, "parametrizations") for each in (module, *parts)):
-        return "is reparametrized (weight_norm, spectral_norm, pruning): remove that first"
+        return "is parametrized (weight_norm, spectral_norm, pruning): remove that first"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(each, name) for each in (module, *parts) for name in hooks):
         return (
-            "has hooks, which a replacement would lose: remove them, and register them on what "
-            "get_compatible_module returns"
+            "has hooks, which a replacement would lose: remove them, and register them on the "
+            "model that get_compatible_module returns"
         )
     return None

@@ -1,4 +1,4 @@
-"""A copy of a model in which every layer that cannot be trained privately is replaced."""
+"""Copy a model, and replace the layers that cannot be trained privately."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from opacus_bpclip.replacements.verify import changed_state, geometry
 
 
 def compatible_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with what can be replaced replaced, and compared.
+    """Return a copy of a model in which replaceable modules are replaced and compared.
 
-    What a module's several names, lists and other references refer to is one object in the copy,
-    too, and shared parameters stay shared. What cannot be replaced is copied as it is. A fixer of
-    one's own, registered with Opacus, is used as it is and not compared.
+    Modules and parameters to which the model refers several times stay shared in the copy. Modules
+    that cannot be replaced are copied unchanged. A fixer that the user has registered with Opacus
+    is applied, but its result is not compared.
 
     Args:
         model: the model; neither it nor any random number generator is changed.
 
     Raises:
-        CoverageError: a replacement would compute something else, or a lazy module is not
-            initialised; the message names the module.
+        CoverageError: a replacement computes something else than the module, or a lazy module is
+            not initialised; the message names the module.
     """
     _require_initialised(model)
     copies = Copies()
     done: list[_Replaced] = []
     _copy_computed_tensors(model, copies)
-    # One's own fixers may draw parameters; the package's makers draw nothing.
+    # The user's fixers may draw random numbers; this package's replacers draw none.
     with torch.random.fork_rng(devices=[]):
-        # What is inside first: a module that is replaced takes over its parts.
+        # Inner modules first: a replacement takes over the copies of its parts.
         for name, module in reversed(list(model.named_modules())):
             fixer = _own_fixer(module)
             replacer = replacer_of(module)
@@ -71,13 +71,17 @@ def _require_initialised(model: nn.Module) -> None:
 
 
 def _own_fixer(module: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
-    """Return what somebody else than Opacus has registered for modules of this class."""
+    """Return the fixer for modules of this class, if it was registered by the user."""
     fixer: Callable[[nn.Module], nn.Module] | None = ModuleValidator.FIXERS.get(type(module))
     return None if fixer is None or fixer.__module__.startswith("opacus.") else fixer
 
 
 def _require_same(done: list[_Replaced]) -> None:
-    """Compare once what computes the same but for the values of its parameters."""
+    """Compare replacements with the originals, once for each set of options.
+
+    Raises:
+        CoverageError: a replacement differs.
+    """
     known: list[object] = []
     for name, module, made, replacer in done:
         problem = changed_state(module, made) if replacer.keeps_state else None
@@ -87,14 +91,14 @@ def _require_same(done: list[_Replaced]) -> None:
             known.append(options)
         if problem:
             raise CoverageError(
-                f"{name} ({type(module).__name__}): its replacement, {type(made).__name__}, is not "
-                f"the same, {problem}. Put a layer there that has a rule, and please report this "
-                "as a bug."
+                f"{name} ({type(module).__name__}): its replacement, {type(made).__name__}, does "
+                f"not compute the same, {problem}. Use a layer that has a rule instead, and please "
+                "report this as a bug."
             )
 
 
 def _copy_computed_tensors(model: nn.Module, copies: Copies) -> None:
-    """Enter copies of tensors that autograd made, which ``deepcopy`` refuses to copy."""
+    """Add copies of tensors with a graph to the memo: ``deepcopy`` refuses to copy them."""
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -102,7 +106,7 @@ def _copy_computed_tensors(model: nn.Module, copies: Copies) -> None:
 
 
 def _leave_fast_path(model: nn.Module) -> None:
-    """Have evaluation use the layers: PyTorch's encoder would hand them nested tensors."""
+    """Turn off the encoders' nested tensors in evaluation, which the layers do not accept."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
             isinstance(part, MultiheadAttention) for part in module.modules()

@@ -1,4 +1,4 @@
-"""The kinds of layers that are replaced: when, by what, and what is checked."""
+"""The replacers: for each kind of layer, when it is replaced, by what, and how it is compared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NETWORKS: dict[type[nn.RNNBase], type[recurrent.Recurrent]] = {
 
 
 def replacer_of(module: nn.Module) -> Replacer | None:
-    """Return how a module is replaced, ``None`` if it needs no replacement, or none is known."""
+    """Return the replacer of a module; ``None`` if it needs no replacement or none is known."""
     return next((replacer for replacer in _REPLACERS if replacer.is_needed(module)), None)
 
 
@@ -54,8 +54,8 @@ class _Network(Replacer):
         assert isinstance(module, nn.RNNBase)
         if module.proj_size:
             return (
-                "has a proj_size, which no cell computes: leave proj_size out, and put a Linear "
-                "layer behind it"
+                "has a proj_size, which is not supported: leave proj_size out, and apply a Linear "
+                "layer to its outputs"
             )
         return common_obstacle(module, self._kind(module))
 
@@ -87,9 +87,9 @@ class _OfTheBatch(Replacer):
             return common
         if features < normalization.FEWEST_FEATURES:
             return (
-                f"has {features} feature{'s' * (features > 1)}, too few to be normalised within "
-                "one example: leave it out (nn.Identity()), or put nn.GroupNorm(1, "
-                f"{features}) in its place if its inputs are sequences, [B, {features}, L]"
+                f"has {features} feature{'s' * (features > 1)}, too few to normalise within one "
+                "example: leave it out (nn.Identity()), or use nn.GroupNorm(1, "
+                f"{features}) if its inputs are sequences, [B, {features}, L]"
             )
         return None
 

@@ -1,7 +1,7 @@
-"""What takes the place of layers that use statistics of the batch.
+"""Replacements of normalisation layers that use statistics of the batch.
 
-The function changes on purpose; ``docs/supported-layers.md`` says to what. Proof: the replacements
-are layers that have rules, ``docs/rules/normalization.md``.
+They compute another function: ``docs/supported-layers.md`` says which. Proof: the replacements are
+layers that have rules, ``docs/rules/normalization.md``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from opacus_bpclip.replacements.base import Copies
 
-# Channels of one example that are normalised together. On a plain vector they are all that a group
-# has: two would always become 1 and -1, and the layers below would get no gradient.
+# The smallest number of channels that are normalised together. For plain vectors they are all the
+# entries of a group: two entries would always become 1 and -1, so the layers below would get no
+# gradient.
 SMALLEST_GROUP = 8
 MOST_GROUPS = 32
 FEWEST_FEATURES = 3
 
-# Batch normalisations that go on with modules `drop` and `act` of their own, by dotted path.
+# Batch normalisations that also apply their modules `drop` and `act`, by dotted path.
 _WITH_ACTIVATION = {
     "timm.layers.norm_act.BatchNormAct2d",
     "timm.layers.norm_act.SyncBatchNormAct",
@@ -32,7 +33,7 @@ _WITH_ACTIVATION = {
 class FixedBatchNorm(_BatchNorm):
     """A frozen batch normalisation, for any number of axes, that stays in evaluation mode.
 
-    Its running statistics and parameters are constants, so each example keeps to itself.
+    Its running statistics and parameters are constants, so it does not mix examples.
     """
 
     def train(self, mode: bool = True) -> FixedBatchNorm:
@@ -45,9 +46,10 @@ class FixedBatchNorm(_BatchNorm):
 
 
 def groups_of(channels: int) -> int:
-    """Return how many groups to normalise this many channels in.
+    """Return the number of groups of a GroupNorm that replaces a BatchNorm.
 
-    As many as divide them evenly and leave each group `SMALLEST_GROUP` channels, one at least.
+    It is the largest number up to `MOST_GROUPS` that divides the channels evenly into groups of at
+    least `SMALLEST_GROUP`; 1 if there is none.
 
     Example:
         >>> [groups_of(channels) for channels in (3, 16, 17, 64, 512)]
@@ -58,13 +60,13 @@ def groups_of(channels: int) -> int:
 
 
 def mixes_examples(norm: nn.Module) -> bool:
-    """Return whether a batch normalisation would use its batch's statistics now."""
+    """Return whether a batch normalisation, in its present mode, uses the batch's statistics."""
     assert isinstance(norm, _BatchNorm)
     return norm.training or norm.running_mean is None
 
 
 def forward_kind(norm: nn.Module) -> type[nn.Module]:
-    """Return the class whose forward a batch normalisation must have to be understood."""
+    """Return the class whose forward a batch normalisation must have to be replaced."""
     for base in type(norm).__mro__:
         if f"{base.__module__}.{base.__qualname__}" in _WITH_ACTIVATION:
             return base
@@ -72,14 +74,14 @@ def forward_kind(norm: nn.Module) -> type[nn.Module]:
 
 
 def per_example(norm: _BatchNorm, copies: Copies) -> nn.Module:
-    """Return what takes the place of a batch normalisation.
+    """Return the replacement of a batch normalisation.
 
-    `FixedBatchNorm` where it has parameters that are all frozen, and statistics; else a group
-    normalisation. What it does after normalising stays.
+    It is a `FixedBatchNorm` if all parameters are frozen and there are running statistics;
+    otherwise a ``nn.GroupNorm``. Modules that run after the normalisation are kept.
 
     Args:
-        norm: what is replaced.
-        copies: of its parameters.
+        norm: the module to replace.
+        copies: makes copies of its parameters.
     """
     own = [parameter for parameter in norm._parameters.values() if parameter is not None]
     frozen = bool(own) and not any(parameter.requires_grad for parameter in own)
@@ -103,11 +105,11 @@ def per_example(norm: _BatchNorm, copies: Copies) -> nn.Module:
 
 
 def without_statistics(norm: _InstanceNorm, copies: Copies) -> nn.Module:
-    """Return an instance normalisation as it is in training, which tracks nothing.
+    """Return the same instance normalisation without running statistics, as it is in training.
 
     Args:
-        norm: what is replaced.
-        copies: of its parameters.
+        norm: the module to replace.
+        copies: makes copies of its parameters.
     """
     kind = next(base for base in type(norm).__mro__ if base in _INSTANCE_NORMS)
     made = kind(norm.num_features, norm.eps, affine=norm.affine, device="meta")
@@ -116,7 +118,7 @@ def without_statistics(norm: _InstanceNorm, copies: Copies) -> nn.Module:
 
 
 def bare(norm: _NormBase) -> nn.Module:
-    """Return a copy that only normalises, and of an instance normalisation without statistics."""
+    """Return a copy without inner modules and, of an instance norm, without running statistics."""
     copied = copy.deepcopy(norm)
     copied._modules.clear()
     if isinstance(norm, _InstanceNorm):
@@ -126,12 +128,12 @@ def bare(norm: _NormBase) -> nn.Module:
 
 
 def dead(norm: nn.Module, shapes: list[tuple[int, ...]], generator: torch.Generator) -> str | None:
-    """Say on which made-up batch a normalisation gives next to no gradient, ``None`` if on none.
+    """Return on which made-up batch the input gets almost no gradient; ``None`` if on none.
 
     Args:
         norm: the replacement; it is not changed.
-        shapes: of the batches.
-        generator: draws them.
+        shapes: the shapes of the batches.
+        generator: draws the batches.
     """
     trial = copy.deepcopy(norm).to_empty(device="cpu").double()
     for name, value in (*trial.named_parameters(), *trial.named_buffers()):

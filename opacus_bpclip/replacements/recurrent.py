@@ -1,7 +1,7 @@
-"""Recurrent networks that compute what PyTorch's do, from the cells of Opacus's.
+"""Recurrent networks that compute what PyTorch's do, built from Opacus's cells.
 
-Opacus's own networks differ where dropout is on: they drop out the last layer's outputs, too, and
-feed the holes back into the next time step.
+Opacus's own networks differ from PyTorch's with dropout: they apply it to the last layer's outputs,
+too, and pass the result on to the next time step.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing_extensions import Self
 
 from opacus_bpclip.replacements.base import Copies
 
-State = tuple[Tensor, ...]  # of h, and of c for an LSTM
+State = tuple[Tensor, ...]  # h, and c for an LSTM
 
 
 class Recurrent(DPRNNBase):
-    """What the three networks have in common; parameters and state dict are PyTorch's.
+    """Base class of the three networks; names of parameters and state dict are PyTorch's.
 
-    The layers inside run once a time step, and row ``i`` of every step is the same example.
+    The linear layers inside run once per time step, and row ``i`` of every time step is the same
+    example.
     """
 
     @classmethod
@@ -33,13 +34,13 @@ class Recurrent(DPRNNBase):
         """Return the replacement of a network, with copies of its parameters.
 
         Args:
-            module: what is replaced; without ``proj_size``.
-            copies: makes the copies, each parameter's once.
+            module: the network to replace, without ``proj_size``.
+            copies: makes one copy of each parameter.
         """
         options: dict[str, Any] = {}
         if isinstance(module, nn.RNN):
             options["nonlinearity"] = module.nonlinearity
-        # Without memory, and without drawing numbers: every parameter is put in below.
+        # On the meta device: no memory, no random numbers. Every parameter is replaced below.
         with torch.device("meta"):
             made = cls(
                 module.input_size,
@@ -56,16 +57,16 @@ class Recurrent(DPRNNBase):
             assert parameter is not None
             setattr(made.get_submodule(f"{cell}.{matrix}"), kind, copies.parameter(parameter))
         made._register_renamed_parameters()
-        for name in module._parameters:  # in PyTorch's order, which optimizers' states have
+        for name in module._parameters:  # PyTorch's order, on which optimizers' states rely
             made._parameters[name] = made._parameters.pop(name)
-        # Opacus's own hook overlooks a network that is a part of a model.
+        # Opacus's hook does not work for a network inside of a model.
         made._state_dict_hooks.clear()
         made.register_state_dict_post_hook(_save_once)
         made.register_load_state_dict_pre_hook(_load_twice)
         made.register_load_state_dict_post_hook(_tie)
         return made.train(module.training)
 
-    load_state_dict = nn.Module.load_state_dict  # Opacus's knows no other option than strict
+    load_state_dict = nn.Module.load_state_dict  # Opacus's accepts no option but `strict`
 
     def forward(
         self,
@@ -75,13 +76,14 @@ class Recurrent(DPRNNBase):
         """Run over a batch of sequences, as PyTorch's network does.
 
         Args:
-            input: ``[B, T, D]`` if ``batch_first``, else ``[T, B, D]``; ``[T, D]`` for one example;
-                or a packed batch.
-            hx: initial state, ``[layers * directions, B, H]``, for an LSTM a pair of them; zeros if
-                ``None``.
+            input: ``[B, T, D]`` if ``batch_first``, otherwise ``[T, B, D]``; ``[T, D]`` for a
+                single example; or a ``PackedSequence``.
+            hx: the initial state, ``[layers * directions, B, H]``, for an LSTM a pair of them;
+                zeros if ``None``.
 
         Returns:
-            The last layer's outputs, shaped like ``input``, and the last state, shaped like ``hx``.
+            The last layer's outputs, of the shape of ``input`` with ``H * directions`` features,
+            and the last state, of the shape of ``hx``.
         """
         if isinstance(input, PackedSequence):
             steps = list(input.data.split(input.batch_sizes.tolist()))
@@ -105,7 +107,7 @@ class Recurrent(DPRNNBase):
         return y, self._as_passed(last)
 
     def flatten_parameters(self) -> None:
-        """Do nothing: there is no memory to lay out. Models call it in their forward."""
+        """Do nothing. Models written for PyTorch's networks call this method."""
 
     def _as_passed(self, state: State) -> Any:
         return state if self.has_cell_state else state[0]
@@ -119,7 +121,7 @@ class Recurrent(DPRNNBase):
         return state if order is None else tuple(h.index_select(1, order) for h in state)
 
     def _run(self, steps: list[Tensor], initial: State) -> tuple[list[Tensor], State]:
-        """Run all layers; return the last one's outputs by step, and the last state."""
+        """Run all layers; return the last layer's outputs by time step, and the last state."""
         last: list[State] = []
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:
@@ -139,32 +141,32 @@ class Recurrent(DPRNNBase):
 
 
 class RNN(Recurrent, DPRNN):
-    """Drop-in replacement of ``nn.RNN``."""
+    """Drop-in replacement of ``nn.RNN``: the same results and state dict."""
 
 
 class LSTM(Recurrent, DPLSTM):
-    """Drop-in replacement of ``nn.LSTM`` without ``proj_size``."""
+    """Drop-in replacement of ``nn.LSTM`` without ``proj_size``: the same results, state dict."""
 
 
 class GRU(Recurrent, DPGRU):
-    """Drop-in replacement of ``nn.GRU``."""
+    """Drop-in replacement of ``nn.GRU``: the same results and state dict."""
 
 
 def _save_once(module: Recurrent, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    """Leave the parameters under PyTorch's names alone in a state dict."""
+    """Remove the layers' own names from a state dict, which then has only PyTorch's names."""
     for inner in module.old_to_new:
         state.pop(prefix + inner, None)
 
 
 def _load_twice(module: Recurrent, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Give a state dict the layers' own names, too: the layers are asked as well."""
+    """Add the layers' own names to a state dict: PyTorch loads the layers inside, too."""
     for inner, name in module.old_to_new.items():
         if prefix + name in state:
             state[prefix + inner] = state[prefix + name]
 
 
 def _tie(module: Recurrent, _: Any) -> None:
-    """Have the layers use the network's parameters, also where these were put in anew."""
+    """Make the layers use the network's parameters, which loading may have replaced."""
     for inner, name in module.old_to_new.items():
         if name in module._parameters:
             layer, _, kind = inner.rpartition(".")
@@ -174,10 +176,9 @@ def _tie(module: Recurrent, _: Any) -> None:
 def _run_cell(
     cell: nn.Module, steps: Sequence[Tensor], initial: State
 ) -> tuple[list[Tensor], State]:
-    """Run one direction of one layer over its steps, ``[B_t, D]`` each.
+    """Run one direction of one layer over its time steps, ``[B_t, D]`` each.
 
-    Sequences of a packed batch end in the order of its rows, last row first; from behind they begin
-    in that order.
+    In a packed batch the last row ends first. In the backward direction the last row starts last.
     """
     state = tuple(part[: len(steps[0])] for part in initial)
     ended: list[State] = []

@@ -1,4 +1,4 @@
-"""The made-up calls by which attention and recurrent networks are compared."""
+"""The made-up calls on which replacements are compared with the originals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from opacus_bpclip.replacements.verify import Call
 
 _BATCH, _STEPS = 2, 3
-_LENGTHS = [2, 3]  # of packed sequences, shortest first: they are sorted on the way
+_LENGTHS = [2, 3]  # lengths of packed sequences; the shortest first, so that packing sorts them
 
 _AXES = {1: (nn.BatchNorm1d, nn.InstanceNorm1d), 3: (nn.BatchNorm3d, nn.InstanceNorm3d)}
 
@@ -32,7 +32,7 @@ def attention_calls(module: nn.MultiheadAttention, generator: torch.Generator) -
     """Yield calls with every kind of mask that ``nn.MultiheadAttention`` accepts.
 
     Args:
-        module: what is replaced; its widths, heads and layout are read.
+        module: the module to replace; its widths, heads and layout are read.
         generator: draws inputs and masks.
     """
     for sources in (_STEPS, _STEPS + 1):
@@ -43,8 +43,8 @@ def attention_calls(module: nn.MultiheadAttention, generator: torch.Generator) -
         paddings = _paddings(sources)
         masks = _masks(module.num_heads, sources, generator)
         for padding, mask, asked in product(paddings, masks, _ASKED):
-            # Only a mask that is as wide as it is high is causal; the others are tried where it
-            # shows whether an axis was taken for another.
+            # A causal mask is square. The other masks are tried with different numbers of queries
+            # and keys, which shows whether axes are confused.
             if ((sources == _STEPS) != (mask == _CAUSAL)) or (asked == _MEAN and mask != _CAUSAL):
                 continue
             options = {**paddings[padding], **masks[mask], **_ASKED[asked]}
@@ -55,10 +55,10 @@ def attention_calls(module: nn.MultiheadAttention, generator: torch.Generator) -
 
 
 def recurrent_calls(module: nn.RNNBase, generator: torch.Generator) -> Iterator[Call]:
-    """Yield calls with and without an initial state, of batches, packed batches, one example.
+    """Yield calls with and without an initial state, on batches, packed batches, one example.
 
     Args:
-        module: what is replaced; its widths, layers and layout are read.
+        module: the module to replace; its widths, layers and layout are read.
         generator: draws inputs and states.
     """
     layers = module.num_layers * (1 + module.bidirectional)
@@ -82,7 +82,7 @@ def recurrent_calls(module: nn.RNNBase, generator: torch.Generator) -> Iterator[
 
 
 def norm_calls(norm: _NormBase, generator: torch.Generator) -> Iterator[Call]:
-    """Yield a call of nothing but the normalisation.
+    """Yield a call of the normalisation alone.
 
     Args:
         norm: a batch or instance normalisation; its number of features is read.
@@ -99,7 +99,10 @@ def _call(module: nn.Module, *, args: list[Any], options: Mapping[str, Any]) -> 
 
 
 def _call_in_training(module: nn.Module, *, args: list[Any]) -> Any:
-    """Call with dropout that keeps nothing: what is dropped out shows, and nothing is random."""
+    """Call in training mode with a dropout probability of 1.
+
+    The result shows where dropout is applied, and does not depend on random numbers.
+    """
     dropout, module.dropout = module.dropout, 1.0 if module.dropout else 0.0  # type: ignore[assignment]
     try:
         return module.train()(*args)
@@ -125,7 +128,7 @@ def _paddings(sources: int) -> dict[str, dict[str, Tensor]]:
 def _masks(heads: int, sources: int, generator: torch.Generator) -> dict[str, dict[str, Any]]:
     causal = torch.ones(_STEPS, sources, dtype=torch.bool).triu(1)
     each = torch.rand(_BATCH * heads, _STEPS, sources, generator=generator) < 0.4
-    each[..., 0] = False  # nobody ignores everything
+    each[..., 0] = False  # no query ignores all keys
     return {
         "no mask": {},
         "a boolean attn_mask": {"attn_mask": causal},

@@ -1,4 +1,4 @@
-"""Compare a replacement with what it replaces, on made-up parameters and inputs."""
+"""Compare a replacement with the original, on made-up parameters and inputs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-# Of the largest number, in float64.
+# The accepted difference relative to the largest output, in float64.
 TOLERANCE = 1e-9
 
-# A call of a module: how to say it, and what it returns.
+# A call of a module: its description, and a function that makes the call.
 Call = tuple[str, Callable[[nn.Module], Any]]
 
 
@@ -24,7 +24,7 @@ def twins(module: nn.Module, made: nn.Module, generator: torch.Generator) -> lis
     The parameters' own values could hide a difference: many are zero before training.
 
     Args:
-        module: what is replaced.
+        module: the original.
         made: its replacement, whose state dict has the same keys.
         generator: draws the parameters.
     """
@@ -36,21 +36,21 @@ def twins(module: nn.Module, made: nn.Module, generator: torch.Generator) -> lis
 
 
 def first_difference(pair: Iterable[nn.Module], calls: Iterable[Call]) -> str | None:
-    """Return which call tells a pair from `twins` apart, and by how much; ``None`` if none does.
+    """Return the first call on which a pair from `twins` differs, and how; ``None`` if none does.
 
     Args:
-        pair: what is replaced, and the replacement.
-        calls: what to try; each must run on the first.
+        pair: the original and the replacement.
+        calls: the calls to try; the original must accept each of them.
     """
     one, other = pair
     for name, call in calls:
         with warnings.catch_warnings():
-            # PyTorch says that masks of two kinds are deprecated, which it accepts all the same.
+            # PyTorch warns that masks of two kinds are deprecated, but accepts them.
             warnings.simplefilter("ignore")
             expected = _tensors(call(one))
         try:
             found = _tensors(call(other))
-        except Exception as error:  # whatever it is, the original did not raise it
+        except Exception as error:  # any error is a difference: the original raised none
             return f"{name}: it raises {type(error).__name__}: {error}"
         shapes = [[tuple(x.shape) for x in outputs] for outputs in (expected, found)]
         if shapes[0] != shapes[1]:
@@ -63,7 +63,7 @@ def first_difference(pair: Iterable[nn.Module], calls: Iterable[Call]) -> str | 
 
 
 def changed_state(module: nn.Module, made: nn.Module) -> str | None:
-    """Return what of a module's state dict its replacement does not have as it was, if anything."""
+    """Return how a replacement's state dict differs from the module's; ``None`` if it does not."""
     before, after = module.state_dict(), made.state_dict()
     if before.keys() != after.keys():
         return f"its state_dict has {', '.join(after)} instead of {', '.join(before)}"
@@ -77,7 +77,7 @@ def changed_state(module: nn.Module, made: nn.Module) -> str | None:
 
 
 def geometry(module: nn.Module) -> object:
-    """Return all that decides what a module computes, but for the values of its tensors."""
+    """Return a key of all options that decide what a module computes, without tensor values."""
     plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, type(None)))}
     shapes = [(name, tuple(value.shape)) for name, value in module.state_dict().items()]
     return type(module), sorted(plain.items(), key=str), shapes
@@ -89,7 +89,7 @@ def _made_up(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
     made = torch.randn(value.shape, generator=generator, dtype=torch.float64)
     if name == "running_var":
         return made.abs() + 0.1
-    # As wide as layers are made: what saturates a softmax or a gate hides what is before it.
+    # Scaled as layers are initialised: a saturated softmax or gate would hide differences.
     return made / value.shape[-1] ** 0.5 if value.dim() > 1 else made
 
 

@@ -1,4 +1,4 @@
-"""One rule a layer family: which norm of the input, which bound of the gradient, which proof."""
+"""Rules: for each family of layers, the closed forms that bound an example's gradient."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -1,4 +1,4 @@
-"""What a rule is: how one layer prepares its inputs and bounds its gradient."""
+"""The interface of a rule: it prepares a layer's inputs and bounds each example's gradient."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing_extensions import Self
 
 from opacus_bpclip.rules.norms import row_norms
 
-# What a layer was called with: the first arguments of its forward, ``None`` where one was left out.
+# The first arguments of one call of a layer's forward; ``None`` where one was left out.
 Inputs = tuple[Tensor | None, ...]
 
 
 class Prepared(NamedTuple):
-    """A layer's inputs as the rule lets them into the layer, batch first.
+    """The inputs that the layer computes with, batch first, as its rule has prepared them.
 
     Attributes:
-        inputs: the inputs.
-        norms: ``[B, R, P]``, the L2 norm of each column that enters the weight product; ``None``
-            where the rule does not need them.
+        inputs: the inputs, clipped where the rule clips.
+        norms: ``[B, R, P]``, the L2 norms of the columns that the weight is multiplied with;
+            ``None`` where the rule does not need them.
         finite: ``[B]`` bool, whether every number of the example is finite.
-        scales: by what each input was multiplied, broadcastable over it; ``None`` for 1, empty if
-            none was.
+        scales: the factor of each input, broadcastable over it; ``None`` for 1. Empty if no input
+            was scaled.
     """
 
     inputs: Inputs
@@ -38,15 +38,17 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """How the gradient of one layer's weight and bias is bounded.
+    """The closed forms of one layer: how it clips its input and bounds its gradient.
 
-    Immutable, made once from a module, and works on tensors alone, so that it can be traced.
+    A rule is immutable, is made once from a module, and works on tensors alone, so that
+    ``torch.compile`` can trace it.
 
     Attributes:
-        methods: what a subclass of the layer must not override for the rule to hold.
-        clips_input: whether the layer's input has a norm to clip.
+        methods: the methods of the layer's class that the rule relies on. A subclass of the layer
+            that overrides one of them does not get this rule.
+        clips_input: whether ``max_input_norm`` applies to the layer's input.
         parameters: the names of the layer's parameters that the rule bounds.
-        arguments: how many of the forward's first arguments the layer's gradient depends on.
+        arguments: how many of the first arguments of ``forward`` the gradient depends on.
         weight: whether the layer has a trainable weight.
         bias: whether the layer has a trainable bias.
     """
@@ -62,42 +64,45 @@ class Rule(ABC):
     @classmethod
     @abstractmethod
     def from_module(cls, module: nn.Module) -> Self:
-        """Read the layer's geometry.
+        """Make the rule from the layer's configuration.
 
         Raises:
-            CoverageError: the layer is of a supported class but configured beyond this rule.
+            CoverageError: the layer has an option that the rule does not support.
         """
 
     @abstractmethod
     def expected_dims(self) -> tuple[int, int | None]:
-        """Return the smallest and the largest number of axes of a batched first input."""
+        """Return the smallest and the largest number of axes of a batched first input.
+
+        ``None`` for the largest means any number.
+        """
 
     def batch_axis(self, default: int) -> int:
-        """Return which axis of inputs and output is the batch.
+        """Return the axis of the inputs and the output that is the batch.
 
         Args:
-            default: 0, or 1 in a model with ``batch_first=False``.
+            default: the model's batch axis: 0, or 1 with ``batch_first=False``.
         """
         return default
 
     def batch_sizes(self, inputs: Inputs) -> tuple[int, ...]:
-        """Return how many examples each input holds, batch first."""
+        """Return the number of examples in each input, batch first."""
         return tuple(x.shape[0] for x in inputs if x is not None)
 
     @abstractmethod
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
-        """Measure the inputs, ``[B, ...]``, and clip them where the layer has something to clip.
+        """Measure the inputs, ``[B, ...]``, and clip them if the rule clips inputs.
 
-        Each example's result depends on that example alone. An input may be multiplied by scales
-        and shifted; in the backward pass, where autograd does not look, both are constants.
+        Each example's result must depend on that example alone. The rule may scale and shift an
+        input. It runs without autograd, so the backward pass treats scale and shift as constants.
 
         Args:
             inputs: the layer's first `arguments` inputs.
-            max_norm: largest norm of a column; ``None`` clips nothing.
+            max_norm: the largest norm of a column; ``None`` clips nothing.
         """
 
     def silenced(self, prepared: Prepared) -> Inputs:
-        """Return the prepared inputs, with zeros for examples that are not finite."""
+        """Return the prepared inputs, with zeros in the rows of examples that are not finite."""
         keep = where_needed(prepared.finite)
         return tuple(
             x if x is None or not x.is_floating_point() else zero_rows(x, keep)
@@ -106,43 +111,43 @@ class Rule(ABC):
 
     @abstractmethod
     def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
-        """Return the norm of each example's gradient, ``[B]``, or an upper bound on it.
+        """Return the norm of each example's gradient, or an upper bound on it. ``[B]``.
 
         Args:
             g: gradient of the layer's output, batch first.
             inputs: the prepared inputs.
-            input_norms: their norms, as `prepare` has measured them.
+            input_norms: the columns' norms from `prepare`, ``[B, R, P]`` or ``None``.
         """
 
     def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
-        """Return an upper bound on the same that is cheaper; by default, the exact one.
+        """Return the bound of ``bound="weighted"``, ``[B]``; `exact` unless overridden.
 
         Args:
-            g: as for `exact`.
-            inputs: as for `exact`.
-            input_norms: as for `exact`.
+            g: gradient of the layer's output, batch first.
+            inputs: the prepared inputs.
+            input_norms: the columns' norms from `prepare`, ``[B, R, P]`` or ``None``.
         """
         return self.exact(g, inputs, input_norms)
 
     def product(
         self, g: Tensor, inputs: Inputs, input_norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Return an upper bound that is cheaper still; by default, the weighted one.
+        """Return the bound of ``bound="product"``, ``[B]``; `weighted` unless overridden.
 
         Args:
-            g: as for `exact`.
-            inputs: as for `exact`.
-            input_norms: as for `exact`.
-            max_norm: what the inputs' norms were clipped to.
+            g: gradient of the layer's output, batch first.
+            inputs: the prepared inputs.
+            input_norms: the columns' norms from `prepare`, ``[B, R, P]`` or ``None``.
+            max_norm: the norm that the columns were clipped to; ``None`` if they were not.
         """
         return self.weighted(g, inputs, input_norms)
 
     def products(self, g: Tensor, inputs: Inputs) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Return the parameters whose gradient is a product over positions, by name.
+        """Return, by name, the factors of the parameters' gradients that are matrix products.
 
-        Each as ``[B, R, C, P]`` and ``[B, R, D, P]``, whose product over ``P`` is the example's
-        gradient in the shape ``[R, C, D]``. Only for speed: so the gradients of layers that share a
-        parameter are measured together without being made.
+        Two tensors ``[B, R, C, P]`` and ``[B, R, D, P]``: their product over ``P`` is the example's
+        gradient, in the shape ``[R, C, D]``. Optional, for speed: layers that share a parameter
+        then get the norm of their summed gradient without building it.
 
         Args:
             g: gradient of the layer's output, batch first.
@@ -151,10 +156,10 @@ class Rule(ABC):
         return {}
 
     def by_example(self, g: Tensor, inputs: Inputs) -> Mapping[str, Tensor]:
-        """Return each example's gradients, ``[B, *parameter.shape]`` by name; empty if not known.
+        """Return the per-example gradients by name, ``[B, *parameter.shape]``; empty if not known.
 
-        Only for speed: so those of a layer that is used several times are added up before they are
-        measured. Where a rule has none, the layer's backward pass runs once for each example.
+        Optional, for speed: the gradients of a layer that is used several times are added before
+        they are measured. Without this method, the layer's backward pass runs once per example.
 
         Args:
             g: gradient of the layer's output, batch first.
@@ -163,20 +168,22 @@ class Rule(ABC):
         return {}
 
     def size(self, g: Tensor, input_norms: Tensor | None) -> Tensor:
-        """Return what must be in the range of squares for `exact` to be right, ``[B]``.
+        """Return, for each example, an upper bound on the numbers that `exact` squares. ``[B]``.
+
+        If its square overflows, `exact` cannot be trusted and the example contributes zero.
 
         Args:
-            g: as for `exact`.
-            input_norms: as for `exact`.
+            g: gradient of the layer's output, batch first.
+            input_norms: the columns' norms from `prepare`, ``[B, R, P]`` or ``None``.
         """
         return row_norms(g)
 
     def cheap_size(self, g: Tensor, input_norms: Tensor | None) -> Tensor:
-        """Return the same for `product` and `weighted`, which may have fallen back on `exact`.
+        """Return `size` for `product` and `weighted`, which may fall back on `exact`.
 
         Args:
-            g: as for `exact`.
-            input_norms: as for `exact`.
+            g: gradient of the layer's output, batch first.
+            input_norms: the columns' norms from `prepare`, ``[B, R, P]`` or ``None``.
         """
         return self.size(g, input_norms)
 
@@ -188,26 +195,26 @@ def trainable(module: nn.Module, name: str) -> bool:
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
-    """View ``[B]`` so that it broadcasts over the rows of ``like``, ``[B, ...]``."""
+    """View ``values``, ``[B]``, so that it broadcasts over the rows of ``like``, ``[B, ...]``."""
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
 def where_needed(keep: Tensor) -> Tensor | None:
-    """Return ``keep``, ``[B]`` bool, or ``None`` if no row is to be rewritten for being false."""
-    # Reading a flag stalls an accelerator and breaks a traced graph: there, always rewrite.
+    """Return ``keep``, ``[B]`` bool, or ``None`` if it is known that every row is kept."""
+    # Reading the flags would stall an accelerator and break a traced graph.
     if torch.compiler.is_compiling() or keep.device.type != "cpu":
         return keep
     return None if bool(keep.all()) else keep
 
 
 def where_finite(total: Tensor) -> Tensor | None:
-    """Return which entries of ``total``, ``[B]``, are finite, in the manner of `where_needed`."""
+    """Return which entries of ``total``, ``[B]``, are finite; ``None`` if all are known to be."""
     if torch.compiler.is_compiling() or total.device.type != "cpu":
         return total.abs() < math.inf  # half the kernels of `isfinite`
     return None if math.isfinite(float(total.sum())) else where_needed(total.isfinite())
 
 
 def zero_rows(x: Tensor, keep: Tensor | None) -> Tensor:
-    """Return ``x``, ``[B, ...]``, with zeros where ``keep``, from `where_needed`, is false."""
+    """Return ``x``, ``[B, ...]``, with zeros in the rows where ``keep`` is false."""
     # Not a multiplication: zero times nan is nan.
     return x if keep is None else torch.where(per_row(keep, x), x, x.new_zeros(()))

@@ -1,4 +1,4 @@
-"""Bilinear layers: to the outer products of its two inputs, such a layer is linear.
+"""Bilinear layers: linear layers on the outer product of their two inputs.
 
 Proof: ``docs/rules/bilinear.md``.
 """
@@ -25,7 +25,7 @@ class BilinearRule(LinearRule):
     """``nn.Bilinear``: inputs ``[B, *, D1]`` and ``[B, *, D2]``, output ``[B, *, C]``.
 
     Attributes:
-        in_features: of the outer product, ``D1 * D2``.
+        in_features: the size of the outer product, ``D1 * D2``.
     """
 
     arguments: ClassVar[int] = 2
@@ -41,9 +41,10 @@ class BilinearRule(LinearRule):
         )
 
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
-        """Scale each position of each input down to ``sqrt(max_norm)``, so that products obey it.
+        """Clip each position of each input to ``sqrt(max_norm)``: outer products obey ``max_norm``.
 
-        Each on its own: a common factor could leave one vector very large and one vanishing.
+        The two inputs get factors of their own. A common factor could leave one vector very large
+        and the other vanishingly small.
         """
         each = None if max_norm is None else math.sqrt(max_norm)
         first, second = (super(BilinearRule, self).prepare((x,), each) for x in inputs)
@@ -56,7 +57,7 @@ class BilinearRule(LinearRule):
         return Prepared(first.inputs + second.inputs, norms, finite, scales)
 
     def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
-        """Make outer products, for a chunk of examples at a time."""
+        """Build the outer products of a few examples at a time, and measure them."""
         positions = g.shape[1:-1].numel()
         if positions == 1:
             return self.weighted(g, inputs, input_norms)

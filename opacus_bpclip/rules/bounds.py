@@ -1,4 +1,4 @@
-"""The three bounds: which method of a rule measures a gradient, and what may stand in for it."""
+"""The three values of the option ``bound``, and the method of a rule that each of them calls."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class Bound(ABC):
-    """How the norm of an example's gradient is bounded.
+    """A way to bound the norm of an example's gradient.
 
     Attributes:
-        needs_norms: whether the norms of the input's columns enter it.
-        is_norm: whether it is the norm itself. Then gradients may be made, added up and measured;
-            of several uses any other bound adds up.
+        needs_norms: whether the bound reads the norms of the input's columns.
+        is_norm: whether the bound is the norm itself. Then the gradients of several uses are added
+            before they are measured; the other bounds of several uses are added.
     """
 
     needs_norms: ClassVar[bool] = True
@@ -32,76 +32,82 @@ class Bound(ABC):
         """Return an upper bound on the norm of each example's gradient, ``[B]``.
 
         Args:
-            rule: the layer's.
+            rule: the layer's rule.
             g: gradient of the layer's output, batch first.
             inputs: the prepared inputs.
-            norms: their norms, if the rule has measured any.
-            max_norm: what the inputs' norms were clipped to.
+            norms: the columns' norms from `Rule.prepare`, or ``None``.
+            max_norm: the norm that the columns were clipped to; ``None`` if they were not.
         """
 
     @abstractmethod
-    def of_scaled(self, rule: FusedRule, g: Tensor, scaled: Scaled, room: Tensor | None) -> Tensor:
-        """Return `of` for an input that is scaled, and never made as a whole.
+    def of_scaled(
+        self, rule: FusedRule, g: Tensor, scaled: Scaled, scratch: Tensor | None
+    ) -> Tensor:
+        """Return `of` for an input whose scaled form is never built as a whole.
 
         Args:
-            rule: the layer's.
-            g: as for `of`.
-            scaled: the input.
-            room: as ``g``, overwritten; saves fresh memory.
+            rule: the layer's rule.
+            g: gradient of the layer's output, batch first.
+            scaled: the input, and the factors of its columns.
+            scratch: memory of ``g``'s shape, overwritten; ``None`` allocates.
         """
 
     def size(self, rule: Rule, g: Tensor, norms: Tensor | None) -> Tensor:
-        """Return what must be in the range of squares for the bound to be right, ``[B]``.
+        """Return, for each example, an upper bound on the numbers that get squared. ``[B]``.
+
+        If its square overflows, the bound cannot be trusted and the example contributes zero.
 
         Args:
-            rule: as for `of`.
-            g: as for `of`.
-            norms: as for `of`.
+            rule: the layer's rule.
+            g: gradient of the layer's output, batch first.
+            norms: the columns' norms from `Rule.prepare`, or ``None``.
         """
         return rule.cheap_size(g, norms)
 
     def size_of_scaled(self, rule: FusedRule, g: Tensor, columns: Tensor | None) -> Tensor:
-        """Return `size` for columns of these norms.
+        """Return `size`, given the norms of the scaled columns.
 
         Args:
-            rule: as for `of_scaled`.
-            g: as for `of`.
-            columns: as in `Scaled`.
+            rule: the layer's rule.
+            g: gradient of the layer's output, batch first.
+            columns: the norms that `Scaled.columns` holds.
         """
         return rule.cheap_size(g, columns)
 
     @abstractmethod
     def least(self, rule: FusedRule, dtype: torch.dtype, max_norm: float | None) -> float:
-        """Return what part of the size the bound is at least; 0 where that is not known.
+        """Return a lower bound on the ratio of the bound to `size`; 0 where none is known.
 
-        A bound of some positions' sum is at least the shortest column's norm times the upstream
-        gradient's; an exact one is at least what it adds for rounding. With 1 or more, the bound
-        alone tells whether it is in range.
+        The weighted and the product bound are at least the shortest column's norm times the norm of
+        the upstream gradient. The exact bound is at least its own margin for rounding. If the ratio
+        is 1 or more, a bound in range implies a size in range.
 
         Args:
-            rule: as for `of_scaled`.
-            dtype: of the upstream gradient.
-            max_norm: as for `of`.
+            rule: the layer's rule.
+            dtype: the dtype of the upstream gradient.
+            max_norm: the norm that the columns were clipped to; ``None`` if they were not.
         """
 
 
 class Product(Bound):
-    """The largest norm that a column may have, times the upstream gradient's."""
+    """The largest norm that a column may have, times a norm of the upstream gradient."""
 
     needs_norms = False
 
     def of(
         self, rule: Rule, g: Tensor, inputs: Inputs, norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Ask for the product bound."""
+        """Return the rule's product bound."""
         return rule.product(g, inputs, norms, max_norm)
 
-    def of_scaled(self, rule: FusedRule, g: Tensor, scaled: Scaled, room: Tensor | None) -> Tensor:
-        """Take what columns are scaled to."""
-        return rule.product_bound(g, scaled.max_norm, room)
+    def of_scaled(
+        self, rule: FusedRule, g: Tensor, scaled: Scaled, scratch: Tensor | None
+    ) -> Tensor:
+        """Return the product bound for the norm that the columns are clipped to."""
+        return rule.product_bound(g, scaled.max_norm, scratch)
 
     def least(self, rule: FusedRule, dtype: torch.dtype, max_norm: float | None) -> float:
-        """Return the largest column's norm."""
+        """Return the largest norm that a column may have."""
         return rule.largest_column(max_norm)
 
 
@@ -111,46 +117,50 @@ class Weighted(Bound):
     def of(
         self, rule: Rule, g: Tensor, inputs: Inputs, norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Ask for the weighted bound."""
+        """Return the rule's weighted bound."""
         return rule.weighted(g, inputs, norms)
 
-    def of_scaled(self, rule: FusedRule, g: Tensor, scaled: Scaled, room: Tensor | None) -> Tensor:
-        """Take the columns' norms."""
+    def of_scaled(
+        self, rule: FusedRule, g: Tensor, scaled: Scaled, scratch: Tensor | None
+    ) -> Tensor:
+        """Return the weighted bound for the norms of the scaled columns."""
         assert scaled.columns is not None
-        return rule.weighted_bound(g, scaled.columns, room)
+        return rule.weighted_bound(g, scaled.columns, scratch)
 
     def least(self, rule: FusedRule, dtype: torch.dtype, max_norm: float | None) -> float:
-        """Return the shortest column's norm."""
+        """Return the smallest norm that a column may have."""
         return rule.shortest_column(dtype)
 
 
 class Exact(Bound):
-    """The norm itself."""
+    """The norm of the example's gradient itself."""
 
     is_norm = True
 
     def of(
         self, rule: Rule, g: Tensor, inputs: Inputs, norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Ask for the norm."""
+        """Return the rule's exact bound."""
         return rule.exact(g, inputs, norms)
 
-    def of_scaled(self, rule: FusedRule, g: Tensor, scaled: Scaled, room: Tensor | None) -> Tensor:
-        """Scale the input for a few examples at a time."""
+    def of_scaled(
+        self, rule: FusedRule, g: Tensor, scaled: Scaled, scratch: Tensor | None
+    ) -> Tensor:
+        """Scale the inputs of a few examples at a time, and measure them."""
         assert scaled.columns is not None
         return rule.exact_bound(rule.upstream(g), scaled.x, scaled.columns, scaled.factor)
 
     def size(self, rule: Rule, g: Tensor, norms: Tensor | None) -> Tensor:
-        """Return that of what may cancel, too."""
+        """Return a size that covers terms which cancel in the sum over positions."""
         return rule.size(g, norms)
 
     def size_of_scaled(self, rule: FusedRule, g: Tensor, columns: Tensor | None) -> Tensor:
-        """Return that of what may cancel, too."""
+        """Return a size that covers terms which cancel in the sum over positions."""
         assert columns is not None
         return rule.size_of(g, columns)
 
     def least(self, rule: FusedRule, dtype: torch.dtype, max_norm: float | None) -> float:
-        """Return what rounding adds at least."""
+        """Return the smallest ratio of the margin for rounding to the size."""
         return rule.least_exact(dtype)
 
 
@@ -158,7 +168,7 @@ _BOUNDS: dict[str, Bound] = {"product": Product(), "weighted": Weighted(), "exac
 
 
 def bound_of(name: str) -> Bound:
-    """Return the bound that the option of this name stands for.
+    """Return the bound for a value of the option ``bound``.
 
     Args:
         name: ``"product"``, ``"weighted"`` or ``"exact"``.

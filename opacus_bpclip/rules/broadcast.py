@@ -1,8 +1,7 @@
-"""Parameters that every example meets as they are: added to it, multiplied with it, put beside it.
+"""Parameters that a module broadcasts over the batch: a class token, a position embedding, a scale.
 
-The module owns them directly (a class token, a position embedding, a scale). While its forward
-runs, each is a copy for every example, so that autograd itself yields each example's gradient.
-Proof: ``docs/rules/broadcast.md``.
+While the module's forward runs, each such parameter is replaced by one copy per example. The
+gradient of a copy is the example's gradient of the parameter. Proof: ``docs/rules/broadcast.md``.
 """
 
 from __future__ import annotations
@@ -22,15 +21,17 @@ from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 
 @dataclass(frozen=True)
 class BroadcastRule(Rule):
-    """A subclass names the ``parameters`` of its module that are broadcast over the batch.
+    """Base class; a subclass names the ``parameters`` of its module that are broadcast.
 
-    What its author promises: the module's forward uses each of them as a tensor whose first axis
-    is the batch, row ``i`` for example ``i`` alone. Broadcasting, ``expand(batch, ...)`` and
-    ``torch.cat`` along other axes do; ``parameter[0]`` and reductions over the first axis do not.
+    The author of the subclass promises that the module's forward uses each of them as a tensor
+    whose first axis is the batch, row ``i`` for example ``i`` alone. Broadcasting,
+    ``expand(batch, ...)`` and ``torch.cat`` along other axes keep that promise; ``parameter[0]``
+    and reductions over the first axis break it.
 
     Attributes:
-        dims: by parameter, the number of axes of the tensor that it is broadcast against, batch
-            included; needed unless the parameter's own first axis stands for the batch (size 1).
+        dims: for each parameter, the number of axes of the tensor that it is broadcast against,
+            the batch included. Not needed if the parameter has a first axis of size 1 for the
+            batch.
 
     Example:
         >>> from opacus_bpclip import register_rule
@@ -52,10 +53,10 @@ class BroadcastRule(Rule):
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Self:
-        """Check that each parameter can be told apart from the batch.
+        """Check that each parameter leaves an axis for the batch.
 
         Raises:
-            CoverageError: a parameter has no axis to spare for the batch.
+            CoverageError: a parameter has no axis for the batch, and ``dims`` names none.
         """
         for name in cls.parameters:
             parameter = module._parameters.get(name)
@@ -65,13 +66,14 @@ class BroadcastRule(Rule):
             if dims is None and (parameter.dim() == 0 or parameter.shape[0] != 1):
                 raise CoverageError(
                     f"{name}, of shape {tuple(parameter.shape)}, has no first axis of size 1 for "
-                    f"the batch. Say in {cls.__name__}.dims how many axes the tensors have that it "
-                    "is broadcast against."
+                    f"the batch. Set {cls.__name__}.dims[{name!r}] to the number of axes of the "
+                    "tensor that it is broadcast against, the batch included."
                 )
             if dims is not None and dims <= parameter.dim():
                 raise CoverageError(
-                    f"{name}, of shape {tuple(parameter.shape)}, is said to be broadcast against "
-                    f"tensors of {dims} axes, the batch included, which leaves none for the batch."
+                    f"{name}, of shape {tuple(parameter.shape)}, leaves no axis for the batch in a "
+                    f"tensor of {dims} axes. Set {cls.__name__}.dims[{name!r}] to the number of "
+                    "axes of the tensor that it is broadcast against, the batch included."
                 )
         return cls(weight=True, bias=False)
 
@@ -80,13 +82,13 @@ class BroadcastRule(Rule):
         return 1, None
 
     def copies(self, name: str, parameter: Tensor, batch_size: int) -> Tensor:
-        """Return the parameter as one row for each example, without copying."""
+        """Return the parameter expanded to one row per example, without copying memory."""
         axes = self.dims.get(name, parameter.dim())
         shape = (1,) * (axes - parameter.dim()) + tuple(parameter.shape)
         return parameter.view(shape).expand(batch_size, *shape[1:])
 
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
-        """Leave the input alone: nothing of it is known to be multiplied with a parameter."""
+        """Return the input unchanged: it need not be multiplied with the parameters at all."""
         (x,) = inputs
         assert x is not None
         return Prepared(inputs, None, torch.ones(x.shape[0], dtype=torch.bool, device=x.device))

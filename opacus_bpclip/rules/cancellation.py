@@ -1,9 +1,9 @@
-"""What a difference or a sum leaves may be nothing but rounding: it is not let grow.
+"""Suppress what is only rounding error after a difference or a sum has cancelled.
 
-Where numbers cancel, rounding errors stay, some units of the last place of what has cancelled. With
-a mean loss they change with the batch's private size, alike in all examples that are equal. Small
-as they are, a normalisation of constants multiplies them by some hundred, the next one again, until
-they reach the limit that examples are clipped to. See ``docs/rules/normalization.md``.
+Where numbers cancel, rounding errors of some units in the last place of these numbers remain. With
+a mean loss these errors change with the batch's private size, and they do so in the same way in all
+equal examples. A normalisation of nearly constant inputs multiplies them by some hundred, and the
+next one does so again, until they reach the clipping limit. See ``docs/rules/normalization.md``.
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# In units of the last place: what is left of a cancellation is rounding up to here,
+# Both in units in the last place of the numbers that cancel. A remainder up to the first is treated
+# as rounding error, and one from the second on is left unchanged.
 ROUNDING = 64
-# and is kept as it is from here on.
 ORDINARY = 2**13
 
 
-def kept(
-    left: Tensor, of: Tensor, dtype: torch.dtype, limit: Tensor | float | None = None
+def cancellation_factor(
+    remainder: Tensor, cancelled: Tensor, dtype: torch.dtype, limit: Tensor | float | None = None
 ) -> Tensor:
-    """Return by what to multiply what is left of a cancellation.
+    """Return the factor to multiply the remainder of a cancellation by.
 
-    0 up to `ROUNDING` units of the last place, 1 from `ORDINARY` on, and a line between them, so
-    that it is continuous: a change of ``left / of`` by ``d`` changes it by at most
+    0 up to `ROUNDING` units in the last place, 1 from `ORDINARY` on, linear in between. It is
+    continuous: a change of ``remainder / cancelled`` by ``d`` changes it by at most
     ``d / ((ORDINARY - ROUNDING) eps)``.
 
     Args:
-        left: the norm of what is left.
-        of: a bound on the norm of what has cancelled, of the same shape.
-        dtype: of the numbers that have cancelled.
-        limit: what is left is not scaled up after this, and clipped to it: next to it, rounding of
-            something that is not `ORDINARY` times larger is small already.
+        remainder: the norm of what remains.
+        cancelled: a bound on the norm of what has cancelled, of the same shape.
+        dtype: the dtype of the numbers that have cancelled.
+        limit: a norm up to which the remainder is not scaled up afterwards. A smaller remainder
+            counts as this large: rounding errors of numbers less than `ORDINARY` times larger than
+            the limit are small beside it already.
     """
-    left = left if limit is None else left.clamp(min=limit)
-    ulps = left / (of * torch.finfo(dtype).eps)
-    # Of nothing nothing is left; and what overflows is not for here to judge.
+    remainder = remainder if limit is None else remainder.clamp(min=limit)
+    ulps = remainder / (cancelled * torch.finfo(dtype).eps)
+    # 0 / 0 is nan: nothing has cancelled. Examples that overflow are found elsewhere.
     return ((ulps - ROUNDING) / (ORDINARY - ROUNDING)).nan_to_num(nan=1.0).clamp(0, 1)

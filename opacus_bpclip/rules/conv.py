@@ -1,7 +1,7 @@
 """Convolutions in one, two and three dimensions.
 
-Columns are the unfolded patches of a group's channels, after padding. Patches overlap, so one
-factor scales the whole example. Proof: ``docs/rules/conv.md``.
+The columns are the unfolded patches of a group's channels, after padding. Patches overlap, so input
+clipping scales a whole example by one factor. Proof: ``docs/rules/conv.md``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.matrix import Measured
 from opacus_bpclip.rules.registry import register_rule
 
-# A processor's kernels work on blocks of at least so many channels within a group.
+# CPU kernels are fast with at least this many channels in a group.
 _BLOCK = 8
 
 
@@ -44,7 +44,7 @@ class ConvRule(FusedRule):
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Self:
-        """Read the layer's geometry; "same" and "valid" become numbers."""
+        """Read the layer's geometry; the paddings "same" and "valid" become numbers."""
         layer = cast(nn.Conv2d, module)
         return cls(
             weight=trainable(layer, "weight"),
@@ -68,20 +68,20 @@ class ConvRule(FusedRule):
         return 0
 
     def measure(self, x: Tensor) -> Measured:
-        """Measure each patch by a box filter over the squared norms of the pixels.
+        """Measure each patch: sum the pixels' squared norms over the patch.
 
-        Along each axis the filter is a product with a matrix of zeros and ones.
+        The sum along an axis is a product with the zeros and ones of `_windows`.
         """
         dtype = precision.norm_dtype(x.dtype)
         channels = x.unflatten(1, (self.groups, self.group_channels)).to(dtype)
         squared = channels.square()
         squared = squared[:, :, 0] if self.group_channels == 1 else squared.sum(dim=2)
         total = squared.flatten(1).sum(dim=1)
-        # Zeros around the input add nothing to a norm; any other padding is a part of the input.
+        # Padding with zeros adds nothing to a norm; other padding repeats parts of the input.
         zeros = self.padding_mode == "constant"
         make = _windows.__wrapped__ if torch.compiler.is_compiling() else _windows
         squared = squared if zeros else self._pad(squared)
-        # The last axis first: then each product reads what is there, in the order in which it lies.
+        # The last axis first, so that every product reads memory in order.
         last = len(self.kernel) - 1
         for axis in range(last, -1, -1):
             pair = 2 * (last - axis)
@@ -92,17 +92,17 @@ class ConvRule(FusedRule):
             if axis == last:
                 squared = torch.matmul(squared, windows)
             else:
-                # The axes behind this one are finished: one.
+                # The later axes have been summed already: flatten them into one.
                 squared = torch.matmul(windows.T, squared.flatten(3 + axis))
         norms = squared.sqrt().flatten(2)
         return Measured(norms + 2 * bounds.underflow(self.column_size(), dtype), total)
 
     def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
-        """Clip the example by its largest patch."""
+        """Return one factor per example, which brings its largest patch down to ``max_norm``."""
         return (max_norm / norms.amax(dim=(1, 2), keepdim=True)).clamp(max=1)
 
     def spread(self, factor: Tensor, x: Tensor) -> Tensor:
-        """Give each example its factor."""
+        """View the examples' factors so that they broadcast over the input."""
         return per_row(factor, x)
 
     def upstream(self, g: Tensor) -> Tensor:
@@ -125,37 +125,38 @@ class ConvRule(FusedRule):
         return windows.permute(order).reshape(batch, self.groups, self.column_size(), positions)
 
     def column_size(self) -> int:
-        """Return the number of inputs of one patch of one group."""
+        """Return the number of entries in a patch of one group."""
         return self.group_channels * math.prod(self.kernel)
 
     def is_closed(self) -> bool:
-        """Return whether the kernel pads by itself: with zeros, alike on both sides of an axis."""
+        """Return whether the convolution kernel pads itself: zeros, as many on both sides."""
         return self.padding_mode == "constant" and self.padding[::2] == self.padding[1::2]
 
     def least_exact(self, dtype: torch.dtype) -> float:
-        """Return 0 for several groups: one's input may meet another's size."""
+        """Return 0 for several groups: `size` multiplies the norms of different groups."""
         return 0.0 if self.groups > 1 else super().least_exact(dtype)
 
     def over_output(self, factor: Tensor, y: Tensor) -> Tensor:
-        """Give each example its factor."""
+        """View the examples' factors so that they broadcast over the output."""
         return per_row(factor, y)
 
     def with_bias(self, y: Tensor, by: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
-        """Return ``s y + (1 - s) b``; one kernel for both is slower on a small bias."""
+        """Return ``s y + (1 - s) b``; ``torch.lerp`` is slower where the bias broadcasts."""
         shift = (1 - by) * bias.view(-1, *(1,) * len(self.kernel))
         return torch.mul(y, by, out=out).add_(shift)
 
     def gradients(
         self, g: Tensor, x: Tensor, weight: Tensor, *, multiplier: int, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Convolve ``g`` with weight and input."""
+        """Call the convolution's backward kernel."""
         dx, dw = self._backward(g, x, weight, self.groups, wanted)
         return dx, None if dw is None else dw * multiplier
 
     def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Take each example's channels for groups of channels, of one single example.
+        """Compute the weight's gradient of each example by one grouped convolution.
 
-        The layer's kernel then has no other example to add up.
+        The batch is viewed as one example in which every example's channels are groups of their
+        own. So the convolution's backward kernel does not add the examples up.
         """
         dtype = precision.norm_dtype(g.dtype)
         batch = g.shape[0]
@@ -167,7 +168,7 @@ class ConvRule(FusedRule):
         _, own = self._backward(
             g.reshape(1, -1, *g.shape[2:]),
             x.reshape(1, -1, *x.shape[2:]),
-            # Only its shape counts.
+            # The kernel reads the weight's shape only.
             x.new_empty(()).expand(batch * weight.shape[0], *weight.shape[1:]),
             batch * self.groups,
             (False, True),
@@ -178,7 +179,7 @@ class ConvRule(FusedRule):
     def _backward(
         self, g: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return what the layer's own kernel makes for input and weight, if wanted."""
+        """Return the gradients of input and weight from the convolution's kernel, if wanted."""
         dx, dw, _ = torch.ops.aten.convolution_backward(
             g,
             x,
@@ -195,7 +196,7 @@ class ConvRule(FusedRule):
         return dx, dw
 
     def own_bytes(self, g: Tensor, weight: Tensor) -> int:
-        """Count the unfolded input, too, where there is one."""
+        """Add the unfolded input where `own_gradients` builds it."""
         own = super().own_bytes(g, weight)
         if self._groups_are_fast(g):
             return own
@@ -203,14 +204,14 @@ class ConvRule(FusedRule):
         return own + columns * precision.norm_dtype(g.dtype).itemsize
 
     def _groups_are_fast(self, g: Tensor) -> bool:
-        # An accelerator's kernels are slow with many groups; unfolding that a compiler has fused
-        # with the product is slower still.
+        # On accelerators, kernels are slow with many groups. On a CPU, groups of few channels are
+        # slow, but unfolding that a compiler has fused with the product is slower still.
         large = self.group_channels >= _BLOCK or torch.compiler.is_compiling()
-        # Nor can their number be left open in a graph for batches of any size.
+        # A graph for batches of any size cannot have a variable number of groups.
         return g.device.type == "cpu" and large and isinstance(g.shape[0], int)
 
     def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
-        """Add up the positions, then the examples."""
+        """Sum over the positions, then over the examples."""
         return factor @ g.flatten(2).sum(dim=2)
 
     def _pad(self, x: Tensor) -> Tensor:
@@ -228,17 +229,17 @@ def _windows(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Return ``[size, positions]``: 1 where a window along an axis covers an entry, else 0.
+    """Return ``[size, positions]``: 1 where a window along one axis covers an entry, else 0.
 
     Args:
-        size: the input's along the axis.
-        before: padding before it.
-        after: padding after it.
-        kernel: the windows' size.
-        stride: from one window to the next.
-        dilation: from one entry of a window to the next.
-        dtype: of the result.
-        device: of the result.
+        size: the size of the input along the axis.
+        before: the padding before the input.
+        after: the padding after the input.
+        kernel: the number of entries in a window.
+        stride: the distance from one window to the next.
+        dilation: the distance from one entry of a window to the next.
+        dtype: the dtype of the result.
+        device: the device of the result.
     """
     reach = dilation * (kernel - 1) + 1
     positions = (size + before + after - reach) // stride + 1

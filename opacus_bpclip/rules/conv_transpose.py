@@ -1,9 +1,9 @@
 """Transposed convolutions in one, two and three dimensions.
 
-Each input pixel is multiplied with the weight and the result is added to a patch of the output. So
-the roles swap: columns are the pixels' channels, and upstream gradients are unfolded patches of
-the output's gradient. The bias meets the output's own positions. Proof:
-``docs/rules/conv_transpose.md``.
+Each input pixel is multiplied with the weight, and the result is added to a patch of the output. So
+the columns are the pixels' channels, and the upstream gradients that meet them are unfolded patches
+of the output's gradient. The bias is added at the positions of the output, so it is bounded apart
+from the weight. Proof: ``docs/rules/conv_transpose.md``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class ConvTransposeRule(MatrixRule):
     """``nn.ConvTranspose1d``, ``2d``, ``3d``: input ``[B, R * D, *spatial]``.
 
     Attributes:
-        output_bias: whether the layer has a trainable bias; `bias` is False, since no entry of a
-            column stands for it.
+        output_bias: whether the layer has a trainable bias. `bias` is always False, since no entry
+            of a column is the bias's constant 1.
     """
 
     output_bias: bool
@@ -45,7 +45,7 @@ class ConvTransposeRule(MatrixRule):
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Self:
-        """Read the layer's geometry; how much padding the output has is read off the output."""
+        """Read the layer's geometry; the output's size shows how much padding was added to it."""
         layer = cast(nn.ConvTranspose2d, module)
         return cls(
             weight=trainable(layer, "weight"),
@@ -69,25 +69,25 @@ class ConvTransposeRule(MatrixRule):
         return 0
 
     def measure(self, x: Tensor) -> Measured:
-        """Measure each pixel's vector, for each group."""
+        """Measure each pixel's channels, group by group."""
         dtype = precision.norm_dtype(x.dtype)
         norms = torch.linalg.vector_norm(self.columns(x), dim=2, dtype=dtype)
         norms = norms + bounds.underflow(self.group_channels, dtype)
         return Measured(norms, norms.sum(dim=(1, 2)))
 
     def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
-        """Clip each pixel by its own norm."""
+        """Return one factor per pixel and group."""
         return (max_norm / norms).clamp(max=1)
 
     def spread(self, factor: Tensor, x: Tensor) -> Tensor:
-        """Give each channel of a group the group's factors."""
+        """Repeat a group's factors for each of its channels."""
         of_groups = factor.view(x.shape[0], self.groups, *x.shape[2:])
         if self.groups == 1:
             return of_groups
         return of_groups.repeat_interleave(self.group_channels, dim=1)
 
     def upstream(self, g: Tensor) -> Tensor:
-        """Unfold the output's gradient, `_aligned`, to ``[B, R, C * kernel, P]``."""
+        """Unfold the output's gradient, as `_aligned` returns it, to ``[B, R, C * kernel, P]``."""
         windows = g
         for axis, (size, stride, dilation) in enumerate(
             zip(self.kernel, self.stride, self.dilation, strict=True)
@@ -106,20 +106,20 @@ class ConvTransposeRule(MatrixRule):
         return x.reshape(x.shape[0], self.groups, self.group_channels, x.shape[2:].numel())
 
     def column_size(self) -> int:
-        """Return the number of inputs of one pixel of one group."""
+        """Return the number of channels of a group."""
         return self.group_channels
 
     def product(
         self, g: Tensor, inputs: Inputs, input_norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Join the product bounds of weight and bias."""
+        """Return the product bound of weight and bias together."""
         of = super().product
         return self._joined(
             g, inputs, lambda g, rows: of(g, inputs, None, max_norm), self._sum_of_bias
         )
 
     def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
-        """Join the weighted bounds of weight and bias."""
+        """Return the weighted bound of weight and bias together."""
         of, columns = super().weighted, input_norms
         assert columns is not None
         return self._joined(
@@ -127,7 +127,7 @@ class ConvTransposeRule(MatrixRule):
         )
 
     def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
-        """Join the norms of weight and bias."""
+        """Return the norm of the gradients of weight and bias together."""
         of, columns, (x,) = super().exact, input_norms, inputs
         assert x is not None
         assert columns is not None
@@ -142,13 +142,14 @@ class ConvTransposeRule(MatrixRule):
         of_weight: Callable[[Tensor, slice], Tensor],
         of_bias: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Return the bound of both: weight and bias are orthogonal, so the squares add up.
+        """Combine the bounds of weight and bias: they are orthogonal, so the squares add up.
 
         Args:
-            g: as for `exact`.
-            inputs: as for `exact`.
-            of_weight: called with `_aligned` gradients, and which examples' they are.
-            of_bias: called with ``g``.
+            g: gradient of the layer's output, batch first.
+            inputs: the prepared inputs.
+            of_weight: returns the weight's bound for some examples, given their `_aligned`
+                gradients and the slice of the batch that they are.
+            of_bias: returns the bias's bound, given ``g``.
         """
         parts = []
         if self.weight:
@@ -157,7 +158,7 @@ class ConvTransposeRule(MatrixRule):
             aligned = self._aligned(g, x)
             positions = x.shape[2:].numel()
             entries = g.shape[1] // self.groups * math.prod(self.kernel)
-            # A chunk of examples at a time: patches hold each gradient up to prod(kernel) times.
+            # A few examples at a time: unfolding repeats each gradient up to prod(kernel) times.
             needed = exact_norms.exact_bytes(
                 positions, self.groups, entries, self.group_channels, g.dtype
             )
@@ -172,7 +173,7 @@ class ConvTransposeRule(MatrixRule):
         return parts[0] if len(parts) == 1 else torch.hypot(*parts)
 
     def _sum_of_bias(self, g: Tensor) -> Tensor:
-        """Return the bias's product bound, its columns being 1."""
+        """Return the bias's product bound; each of its columns is the constant 1."""
         channels = g.flatten(2)
         rounded = bounds.accumulation(channels.shape[2], precision.norm_dtype(g.dtype))
         return bounds.product_bound(channels.unsqueeze(1), 1.0) * rounded
@@ -181,14 +182,14 @@ class ConvTransposeRule(MatrixRule):
         """Return the norm of the bias's gradient."""
         dtype = precision.norm_dtype(g.dtype)
         channels = g.flatten(2)
-        # The sums may cancel, but not their rounding errors.
+        # Positions may cancel in the sum, but their rounding errors do not.
         frobenius = torch.linalg.vector_norm(channels, dim=(1, 2), dtype=dtype)
         slack = precision.rounding_margin(g.dtype, g.device) * math.sqrt(channels.shape[2])
         norm = bounds.row_norms(channels.to(dtype).sum(dim=2)) + slack * frobenius
         return norm * bounds.accumulation(channels.shape[2], dtype)
 
     def _aligned(self, g: Tensor, x: Tensor) -> Tensor:
-        """Pad or cut the output's gradient to what the windows of the input's positions span."""
+        """Pad or crop the output's gradient to the span of the input positions' windows."""
         pairs: list[int] = []
         for axis, before in reversed(list(enumerate(self.padding))):
             span = self.dilation[axis] * (self.kernel[axis] - 1) + 1

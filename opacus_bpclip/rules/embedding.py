@@ -1,4 +1,4 @@
-"""Embedding: the columns are one-hot vectors, so every position weighs 1 and nothing is clipped.
+"""Embedding layers: the columns are one-hot vectors of norm 1, so there is nothing to clip.
 
 Proof: ``docs/rules/embedding.md``.
 """
@@ -32,7 +32,7 @@ class EmbeddingRule(Rule):
         """Read the layer's geometry.
 
         Raises:
-            CoverageError: an option edits the weight or its gradient beyond one example's own.
+            CoverageError: an option couples examples, or edits the weight.
         """
         layer = cast(nn.Embedding, module)
         refuse_coupling_options(layer)
@@ -44,11 +44,11 @@ class EmbeddingRule(Rule):
         )
 
     def expected_dims(self) -> tuple[int, int | None]:
-        """Accept one token an example, and any number of axes of tokens."""
+        """Accept a single token per example, and any number of axes of tokens."""
         return 1, None
 
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
-        """Weigh each position 1, padding 0; ids are always finite."""
+        """Return a norm of 1 for each position, and of 0 for padding; ids are always finite."""
         (x,) = inputs
         assert x is not None
         ids = self._positions(x)
@@ -61,19 +61,19 @@ class EmbeddingRule(Rule):
     def product(
         self, g: Tensor, inputs: Inputs, input_norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Return the product bound: columns have norm 1."""
+        """Return the product bound for columns of norm 1."""
         upstream, rounded = self._upstream(g)
         return norms.product_bound(upstream, 1.0) * rounded
 
     def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
-        """Return the weighted bound: padding weighs nothing."""
+        """Return the weighted bound; padding does not count."""
         upstream, rounded = self._upstream(g)
         assert input_norms is not None
         columns = norms.column_norms(input_norms, weight=True, bias=False)
         return norms.weighted_bound(upstream, columns) * rounded
 
     def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
-        """Return the norm; one position's is the weighted bound."""
+        """Return the norm; for a single position the weighted bound is the norm."""
         upstream, rounded = self._upstream(g)
         if upstream.shape[3] == 1:
             return self.weighted(g, inputs, input_norms)
@@ -84,7 +84,7 @@ class EmbeddingRule(Rule):
         return own * rounded
 
     def products(self, g: Tensor, inputs: Inputs) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Return one-hot vectors and the upstream gradient: the weight's rows are tokens."""
+        """Return the one-hot vectors first, since the weight's rows are the tokens."""
         (x,) = inputs
         assert x is not None
         ids = self._positions(x)
@@ -96,10 +96,10 @@ class EmbeddingRule(Rule):
         return {"weight": (hot.to(g.dtype).unsqueeze(1), upstream.unsqueeze(1))}
 
     def _upstream(self, g: Tensor) -> tuple[Tensor, float]:
-        """Return ``[B, 1, C, P]``, and by what sums over positions may be too low."""
+        """Return ``g`` as ``[B, 1, C, P]``, and its `norms.accumulation`."""
         positions = g.shape[1:-1].numel()
         upstream = g.reshape(g.shape[0], 1, positions, g.shape[-1]).transpose(2, 3)
-        # A row of the weight takes its positions one after another.
+        # PyTorch adds the positions of one token to the weight's gradient one by one.
         return upstream, norms.accumulation(positions, g.dtype)
 
     def _exact_bound(self, g: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -127,23 +127,23 @@ class EmbeddingRule(Rule):
 
 
 def refuse_coupling_options(layer: nn.Embedding | nn.EmbeddingBag) -> None:
-    """Refuse the options that edit the weight or its gradient beyond one example's own.
+    """Refuse the options that couple examples, or edit the weight.
 
     Raises:
-        CoverageError: one of them is set.
+        CoverageError: ``max_norm``, ``scale_grad_by_freq`` or ``sparse`` is set.
     """
     if layer.max_norm is not None:
         raise CoverageError(
-            "max_norm rewrites the weight's rows that a batch uses, so the parameters reveal "
-            "the batch. Leave max_norm out."
+            "max_norm rewrites the rows of the weight that the batch looks up, without noise, so "
+            "the parameters reveal the batch. Leave max_norm out."
         )
     if layer.scale_grad_by_freq:
         raise CoverageError(
-            "scale_grad_by_freq divides an example's gradient by how often the whole batch "
-            "uses a token. Leave it out."
+            "scale_grad_by_freq divides an example's gradient by how often a token occurs in the "
+            "whole batch, so it depends on other examples. Leave scale_grad_by_freq out."
         )
     if layer.sparse:
         raise CoverageError(
-            "a sparse gradient shows which tokens the batch holds, and noise covers every row. "
-            "Use sparse=False."
+            "a sparse gradient shows which tokens the batch holds, and noise has to be added to "
+            "every row. Use sparse=False."
         )

@@ -1,4 +1,4 @@
-"""EmbeddingBag: a bag is one example, its column the counts of its tokens.
+"""EmbeddingBag layers: a bag is one example, and its column holds the counts of its tokens.
 
 Proof: ``docs/rules/embedding_bag.md``.
 """
@@ -27,10 +27,10 @@ from opacus_bpclip.rules.registry import register_rule
 
 
 class _Bags(NamedTuple):
-    """The tokens of all bags in one row, ``N`` in ``B`` bags."""
+    """The ``N`` tokens of ``B`` bags, concatenated."""
 
     ids: Tensor  # [N]
-    bag: Tensor  # [N], of each token
+    bag: Tensor  # [N], the bag of each token
     weights: Tensor | None  # [N]
     number: int  # B
 
@@ -40,8 +40,8 @@ class _Bags(NamedTuple):
 class EmbeddingBagRule(Rule):
     """``nn.EmbeddingBag``: ids ``[B, N]``, or ``[N]`` with offsets ``[B]``; output ``[B, C]``.
 
-    With ``include_last_offset`` there are ``B + 1`` offsets. ``per_sample_weights`` may come from
-    other layers: they are the example's own, and their gradient is that of a clipped output.
+    With ``include_last_offset`` there are ``B + 1`` offsets. ``per_sample_weights`` may be computed
+    by other layers; each bag's weights belong to its example.
     """
 
     arguments: ClassVar[int] = 3
@@ -55,7 +55,7 @@ class EmbeddingBagRule(Rule):
         """Read the layer's geometry.
 
         Raises:
-            CoverageError: an option edits the weight or its gradient beyond one example's own.
+            CoverageError: an option couples examples, or edits the weight.
         """
         layer = cast(nn.EmbeddingBag, module)
         refuse_coupling_options(layer)
@@ -68,11 +68,11 @@ class EmbeddingBagRule(Rule):
         )
 
     def expected_dims(self) -> tuple[int, int | None]:
-        """Accept one row a bag, and all bags in one row."""
+        """Accept one row per bag, or all bags concatenated."""
         return 1, 2
 
     def batch_axis(self, default: int) -> int:
-        """Return 0: PyTorch's bags are rows, whatever the model's layout."""
+        """Return 0: bags are rows in PyTorch, whatever the model's layout."""
         return 0
 
     def batch_sizes(self, inputs: Inputs) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ class EmbeddingBagRule(Rule):
         return (self._bag_count(inputs),)
 
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
-        """Leave the inputs alone: a column's norm is known, so it needs no limit."""
+        """Return the inputs unchanged: `exact` computes the columns' norms, so none is clipped."""
         ids, offsets, weights = inputs
         assert ids is not None
         if offsets is not None:
@@ -88,13 +88,14 @@ class EmbeddingBagRule(Rule):
         count = self._bag_count(inputs)
         if weights is None:
             return Prepared(inputs, None, torch.ones(count, dtype=torch.bool, device=ids.device))
-        # No column's norm is above the sum of its weights, so its square is in range as well.
+        # A column's norm is at most the sum of its absolute weights: if that sum's square is
+        # finite, so is the norm's.
         total = torch.zeros(count, dtype=precision.norm_dtype(weights.dtype), device=ids.device)
         total = total.index_add(0, self._bags(inputs).bag, weights.flatten().abs().to(total.dtype))
         return Prepared(inputs, None, total.square().isfinite())
 
     def silenced(self, prepared: Prepared) -> Inputs:
-        """Return the inputs with zero weights in the bags that are not finite."""
+        """Return the inputs, with zero weights in bags that are not finite."""
         ids, offsets, weights = prepared.inputs
         if weights is None:
             return prepared.inputs
@@ -102,7 +103,7 @@ class EmbeddingBagRule(Rule):
         return ids, offsets, zero_rows(weights.flatten(), keep).view_as(weights)
 
     def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
-        """Return the norm of the gradient: a bag is one position, so every bound has the same."""
+        """Return the norm of the gradient; a bag is one position, so all three bounds equal it."""
         dtype = precision.norm_dtype(g.dtype)
         if self.mode == "max":
             columns = torch.ones(g.shape[0], dtype=dtype, device=g.device)
@@ -112,7 +113,7 @@ class EmbeddingBagRule(Rule):
         return norms.weighted_bound(g[:, None, :, None], columns)
 
     def _column_norms(self, bags: _Bags, dtype: torch.dtype) -> Tensor:
-        """Return the norm of each bag's weighted counts, ``[B]``, rounding included."""
+        """Return an upper bound on the norm of each bag's weighted counts, rounding included."""
         zeros = torch.zeros(bags.number, dtype=dtype, device=bags.ids.device)
         counted = torch.ones(bags.ids.shape, dtype=dtype, device=bags.ids.device)
         if self.padding_idx is not None:
@@ -122,7 +123,7 @@ class EmbeddingBagRule(Rule):
             weights = counted / sizes.clamp(min=1)[bags.bag]
         else:
             weights = counted if bags.weights is None else counted * bags.weights.to(dtype)
-        # Sorted by bag and token, equal pairs stand together: one segment for each.
+        # Sorted by bag and token, equal pairs are neighbours and form one segment.
         order = torch.argsort(bags.ids, stable=True)
         order = order[torch.argsort(bags.bag[order], stable=True)]
         ids, bag = bags.ids[order], bags.bag[order]
@@ -136,7 +137,7 @@ class EmbeddingBagRule(Rule):
             rows = empty.index_add(0, segment, values[order])
             return zeros.index_add(0, bag_of_segment, rows.square()).sqrt()
 
-        # Weights of one token may cancel, but not their rounding errors, one for each summand.
+        # Weights of one token may cancel, but the rounding errors of the summands do not.
         slack = precision.rounding_margin(dtype, zeros.device) + torch.finfo(dtype).eps * sizes
         vanished = norms.underflow(1, dtype) * sizes.sqrt()
         return norm(weights) + slack * norm(weights.abs()) + vanished
@@ -159,17 +160,21 @@ class EmbeddingBagRule(Rule):
         return _Bags(ids.flatten(), bag, flat, self._bag_count(inputs))
 
     def _check_offsets(self, offsets: Tensor, tokens: int) -> None:
-        """Refuse bags that PyTorch's backward pass takes for others than its forward pass does."""
-        # Without reading the flag, which would stall an accelerator and break a traced graph.
+        """Refuse offsets for which PyTorch's backward pass uses other bags than its forward pass.
+
+        Raises:
+            RuntimeError: the offsets do not start at 0, fall, or end before the ids do.
+        """
+        # An asynchronous assertion: reading the flag would stall an accelerator.
         torch._assert_async(
             (offsets[1:] >= offsets[:-1]).all() & (offsets[:1] == 0).all(),
-            "EmbeddingBag: the offsets must start at 0 and not fall, or one example's gradient "
-            "reaches another's bag. Sort them.",
+            "EmbeddingBag: the offsets must start at 0 and never decrease. Otherwise PyTorch adds "
+            "one example's gradient to another example's bag. Sort the offsets.",
         )
         if self.include_last_offset:
             torch._assert_async(
                 (offsets[-1:] == tokens).all(),
                 "EmbeddingBag: with include_last_offset=True the last offset must be the number of "
-                "ids: PyTorch gives what stands behind it a gradient that belongs to nobody. Cut "
-                "the ids off there.",
+                "ids. PyTorch's backward pass gives a gradient to the ids after it, although no "
+                "example's output depends on them. Cut the ids off at the last offset.",
             )

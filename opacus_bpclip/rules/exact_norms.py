@@ -1,7 +1,7 @@
-"""The exact bound: the norm of each example's weight gradient itself, by the cheapest way to it.
+"""The exact bound: the norm of each example's weight gradient, computed in the cheapest way.
 
-Shapes and promises are those of ``norms.py``. Source: design section 3; proofs in
-``docs/guarantee.md``, costs in ``docs/cost-model.md``.
+Shapes and guarantees are those of ``norms.py``. Proofs: ``docs/guarantee.md``. Costs:
+``docs/cost-model.md``.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from torch import Tensor
 from opacus_bpclip.rules.norms import underflow
 from opacus_bpclip.rules.precision import norm_dtype
 
-# An upper limit for the temporary columns or gradients of an exact bound, in bytes. A processor
-# works in its cache, and gets small blocks of memory without asking the system. A traced graph has
-# the operations of each chunk in it; an accelerator would rather do much at once.
+# Upper limits for the temporary columns or gradients of an exact bound, in bytes. On a CPU, small
+# blocks stay in the cache and are cheap to allocate. A traced graph repeats its operations for
+# each chunk, so it has fewer chunks; an accelerator is faster with large ones.
 EXACT_MEMORY_CAP = 2 * 2**20
 _TRACED_EXACT_MEMORY_CAP = 16 * 2**20
 _ACCELERATOR_EXACT_MEMORY_CAP = 64 * 2**20
 
-# An example's own gradient takes the flops that the sum over the batch would take anyway, but it is
-# written once and read twice. That costs about as much as this many flops for each of its numbers:
-# benchmarks/exact_norm.py.
+# To build the per-example gradients takes no more flops than to sum over the batch, but they are
+# written once and read twice. Per number, that costs about as much as this many flops, as measured
+# by benchmarks/exact_norm.py.
 _FLOPS_OF_PASSES = 42
 
 
 def exact_bound(
     g: Tensor, u: Tensor, norms: Tensor, *, weight: bool, bias: bool, slack: float
 ) -> Tensor:
-    """Return the norm of each example's gradient, plus what rounding may add to it. ``[B]``.
+    """Return the norm of each example's gradient, plus a margin for rounding errors. ``[B]``.
 
-    Positions may cancel in the gradient but not in its rounding errors. These are at most
-    ``slack * norm(g) * norm(u)`` (Frobenius norms), so that much is added.
+    Positions may cancel in the gradient, but their rounding errors do not. The margin is an upper
+    bound on these errors, ``slack * norm(g) * norm(u)`` in Frobenius norms.
 
     Args:
-        g: ``[B, R, C, P]``.
-        u: ``[B, R, D, P]``, the input columns without the bias's entry.
-        norms: ``[B, R, P]``, the columns' norms with it.
+        g: ``[B, R, C, P]``, the upstream gradient.
+        u: ``[B, R, D, P]``, the input columns without the bias's constant 1.
+        norms: ``[B, R, P]``, the norms of the columns with the bias's constant 1.
         weight: whether the weight is trainable.
-        bias: whether the bias is.
-        slack: from `rounding_margin`.
+        bias: whether the bias is trainable.
+        slack: the relative rounding error, from `rounding_margin`.
     """
     dtype = norm_dtype(g.dtype)
     g, u = g.to(dtype), u.to(dtype)
@@ -56,22 +56,22 @@ def exact_bound(
         return own_bound(own, g, norms, inputs=inputs, slack=slack)
     squared, g_norm = _gram_square(g, u, weight=weight, bias=bias)
     error = slack * _frobenius_product(g_norm, g, norms, inputs, slack).square()
-    # The root turns an error of the square into a larger one: the slack goes under it.
+    # The error is one of the square, and the square root may enlarge it: add it before the root.
     return _joined(torch.sqrt(squared.clamp(min=0) + error), g, inputs)
 
 
 def own_bound(own: Tensor, g: Tensor, norms: Tensor, *, inputs: int, slack: float) -> Tensor:
-    """Return `exact_bound` from the norm of the gradient itself. ``[B]``.
+    """Return `exact_bound`, given the norm of each computed gradient. ``[B]``.
 
     Args:
-        own: ``[B, R]``, the norm of each group's gradient, as arithmetic has made it.
-        g: as for `exact_bound`.
-        norms: as for `exact_bound`.
-        inputs: ``D``.
-        slack: as for `exact_bound`.
+        own: ``[B, R]``, the norm of each group's gradient, rounding errors included.
+        g: ``[B, R, C, P]``, the upstream gradient.
+        norms: ``[B, R, P]``, the norms of the columns with the bias's constant 1.
+        inputs: the number ``D`` of inputs per group.
+        slack: the relative rounding error, from `rounding_margin`.
     """
     dtype = norm_dtype(g.dtype)
-    # The gradient's own squares may vanish, too.
+    # The squares of the gradient's entries may underflow, too.
     own = own + underflow(g.shape[2] * (inputs + 1), dtype)
     g_norm = torch.linalg.vector_norm(g, dim=(2, 3), dtype=dtype)
     return _joined(own + slack * _frobenius_product(g_norm, g, norms, inputs, slack), g, inputs)
@@ -82,8 +82,8 @@ def _frobenius_product(
 ) -> Tensor:
     """Return the product of the norms of ``g`` and of the columns, for each group. ``[B, R]``.
 
-    What vanishes on one side may be multiplied by the other: it counts in the norms, and by so much
-    that the slack covers it.
+    What underflows in one norm is multiplied by the other norm. So both norms get an addend for
+    underflow, large enough that it still counts after multiplication by ``slack``.
     """
     channels, positions = g.shape[2:]
     g_slack = underflow(positions * channels, norms.dtype) / math.sqrt(slack)
@@ -92,7 +92,7 @@ def _frobenius_product(
 
 
 def _joined(per_group: Tensor, g: Tensor, inputs: int) -> Tensor:
-    """Return the norm over groups, with what may have vanished on the way. ``[B]``."""
+    """Return the norm over the groups, plus what may have underflowed on the way. ``[B]``."""
     groups, channels, positions = g.shape[1:]
     count = groups * positions * (positions + channels + inputs)
     joined = per_group[:, 0] if groups == 1 else torch.linalg.vector_norm(per_group, dim=1)
@@ -102,26 +102,26 @@ def _joined(per_group: Tensor, g: Tensor, inputs: int) -> Tensor:
 def gram_is_cheaper(positions: int, channels: int, inputs: int) -> bool:
     """Return whether two ``P x P`` Gram matrices cost less than the ``C x D`` gradient.
 
-    For a gradient that is made to be measured and thrown away.
+    This compares the flops for a gradient that is measured and then discarded.
     """
     return positions * positions * (channels + inputs) < positions * channels * inputs
 
 
 def own_is_cheaper(positions: int, channels: int, inputs: int) -> bool:
-    """Return whether two ``P x P`` Gram matrices cost more than to keep the ``C x D`` gradient.
+    """Return whether two ``P x P`` Gram matrices cost at least as much as the ``C x D`` gradient.
 
-    For a gradient that is made, measured, scaled and added to the sum over the batch.
+    This is for a gradient that is measured, scaled and then added to the sum over the batch.
     """
     flops_of_gram = 2 * positions * positions * (channels + inputs)
     return flops_of_gram >= _FLOPS_OF_PASSES * channels * inputs
 
 
 def exact_chunk(per_example: int, device: torch.device) -> int:
-    """Return how many examples at a time stay under the cap for temporary memory, at least 1.
+    """Return how many examples at a time keep temporary memory under the cap, at least 1.
 
     Args:
-        per_example: bytes that each of them takes, see `exact_bytes`.
-        device: where.
+        per_example: the bytes that one example takes, from `exact_bytes`.
+        device: the device of the tensors.
     """
     cap = EXACT_MEMORY_CAP
     if device.type != "cpu":
@@ -132,7 +132,7 @@ def exact_chunk(per_example: int, device: torch.device) -> int:
 
 
 def exact_bytes(positions: int, groups: int, channels: int, inputs: int, dtype: torch.dtype) -> int:
-    """Return the bytes of temporary memory that `exact_bound` takes for an example."""
+    """Return the bytes of temporary memory that `exact_bound` takes for one example."""
     gradient = channels * (inputs + 1)
     columns = positions * (inputs + channels)
     gram = 2 * positions * positions
@@ -140,10 +140,11 @@ def exact_bytes(positions: int, groups: int, channels: int, inputs: int, dtype: 
 
 
 def chunks(batch: int, size: int) -> Iterator[slice]:
-    """Yield ``batch`` examples, ``size`` at a time; an empty slice if there are none.
+    """Yield slices of ``size`` examples; one empty slice if ``batch`` is 0.
 
-    All at once where a graph is traced for batches of any size, ``tensor.shape[0]`` of which is no
-    number. (``len(tensor)`` always is one, and would make it a graph for one size.)
+    In a graph that is traced for batches of any size, ``tensor.shape[0]`` is a symbol, not an
+    ``int``: then one slice takes all examples. (``len(tensor)`` is always an ``int``, and would
+    specialise the graph to one size.)
     """
     if not isinstance(batch, int):
         yield slice(None)
@@ -153,12 +154,12 @@ def chunks(batch: int, size: int) -> Iterator[slice]:
 
 
 def in_chunks(batch: int, chunk: int, bound: Callable[[slice], Tensor]) -> Tensor:
-    """Return one number for each example, made for ``chunk`` of them at a time. ``[B]``.
+    """Compute one number per example, for ``chunk`` examples at a time. ``[B]``.
 
     Args:
-        batch: how many examples there are.
-        chunk: from `exact_chunk`.
-        bound: called with which examples; returns their numbers.
+        batch: the number of examples, ``tensor.shape[0]``.
+        chunk: the number of examples at a time, from `exact_chunk`.
+        bound: returns the numbers of the examples in a slice.
 
     Example:
         >>> in_chunks(5, 2, lambda rows: torch.arange(5)[rows])
@@ -169,7 +170,7 @@ def in_chunks(batch: int, chunk: int, bound: Callable[[slice], Tensor]) -> Tenso
 
 
 def _direct_norm(g: Tensor, u: Tensor, *, weight: bool, bias: bool) -> Tensor:
-    """Return the norm of each group's gradient, which is made. ``[B, R]``."""
+    """Compute each group's gradient and return its norm. ``[B, R]``."""
     if weight:
         gradient = torch.matmul(g, u.transpose(-1, -2))
         norm = torch.linalg.vector_norm(gradient, dim=(2, 3))
@@ -181,9 +182,9 @@ def _direct_norm(g: Tensor, u: Tensor, *, weight: bool, bias: bool) -> Tensor:
 
 
 def _gram_square(g: Tensor, u: Tensor, *, weight: bool, bias: bool) -> tuple[Tensor, Tensor]:
-    """Return the squared norm of each group's gradient, never made, and ``g``'s norm. ``[B, R]``.
+    """Return the squared norm of each group's gradient, and ``g``'s norm, each ``[B, R]``.
 
-    ``norm(g u^T)^2 = sum_pq (g_p . g_q)(u_p . u_q)``.
+    The gradient is never built: ``norm(g u^T)^2 = sum_pq (g_p . g_q)(u_p . u_q)``.
     """
     gram = torch.matmul(g.transpose(-1, -2), g)
     g_norm = gram.diagonal(dim1=2, dim2=3).sum(dim=2).sqrt()

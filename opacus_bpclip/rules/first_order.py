@@ -1,4 +1,4 @@
-"""Backward functions that cannot be differentiated again, and say why."""
+"""Backward functions that refuse to be differentiated, with the reason."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Backward = Callable[..., Any]
 
 _PROBLEM = (
     "A gradient was taken with create_graph=True through a layer that clips (a gradient penalty, "
-    "as in WGAN-GP or R1, or a second-order optimizer). Its gradient is clipped for each example, "
-    "and a loss made from it has gradients that nothing bounds. Leave the penalty out of the "
+    "as in WGAN-GP or R1, or a second-order optimizer). A loss computed from that gradient has "
+    "gradients that no rule bounds, so they would not be private. Leave the penalty out of the "
     "loss; the optimizer's weight_decay keeps a model's slope small, too."
 )
 
 
 def first_order(backward: Backward) -> Backward:
-    """Mark the backward function of a clipping node: it runs without a graph of its own.
+    """Decorate the backward function of a clipping node so that it records no graph.
 
     Raises:
-        PrivacyViolationError: the decorated function, where a graph is wanted.
+        PrivacyViolationError: raised by the decorated function if ``create_graph=True``.
     """
     once = once_differentiable(backward)
 
@@ -34,7 +34,7 @@ def first_order(backward: Backward) -> Backward:
     def checked(ctx: Any, *gradients: Any) -> Any:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             raise PrivacyViolationError(_PROBLEM)
-        # Somebody may have called backward under autocast.
+        # The user may call backward under autocast.
         with full_precision():
             return once(ctx, *gradients)
 

@@ -1,4 +1,4 @@
-"""Parameters of a module that has no rule of its own: the functions that it calls are followed."""
+"""The placeholder rule of modules whose parameters are bounded through the functions they call."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 
 @dataclass(frozen=True)
 class FunctionRule(Rule):
-    """Stands for no rule: each function's gradient is measured as it is.
+    """A placeholder: each function's gradient is measured itself, see ``model/functions.py``.
 
-    ``model/functions.py`` says how. Whatever the bound that is asked for, the exact one is taken.
+    The bound is always the exact one, whatever the option ``bound``.
     """
 
     methods: ClassVar[tuple[str, ...]] = ()
@@ -23,11 +23,11 @@ class FunctionRule(Rule):
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Self:
-        """Make the rule; nothing of the module enters it."""
+        """Make the rule; it does not depend on the module."""
         return cls(weight=False, bias=False)
 
     def expected_dims(self) -> tuple[int, int | None]:
-        """Accept whatever the module takes."""
+        """Accept any input."""
         return 0, None
 
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:

@@ -1,12 +1,12 @@
-"""Layers whose whole gradient is at hand in closed form, so that one autograd node clips it.
+"""Rules with closed forms of all gradients, which one autograd node computes and clips.
 
-A layer ``y_p = W u_p + b``, its columns scaled by ``s_p``, its upstream gradient by ``f``, has
+Scale the columns of a layer ``y_p = W u_p + b`` by ``s_p`` and its upstream gradient by ``f``. Then
 
     y_p = b + s_p (W u_p),    dW = sum_p (f s_p) g_p u_p^T,    db = sum_p f g_p,
     du_p = s_p W^T (f g_p)
 
-So neither a scaled input nor a second scaled gradient is ever made: the output is scaled in place,
-and one product ``(f s_p) g_p`` serves weight and input.
+So the scaled input is never built: the output is scaled in place, and the one product
+``(f s_p) g_p`` serves the gradients of weight and input.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from opacus_bpclip.rules.precision import norm_dtype, rounding_margin
 
 
 class Scaled(NamedTuple):
-    """An input that is scaled, and never made as a whole.
+    """An input with the factors of its columns; the scaled input itself is never built.
 
     Attributes:
         x: the input, not scaled.
-        columns: norms from `with_one`, of the scaled columns; ``None`` if the bound needs none.
-        factor: from `clip_factor`, by which to scale; ``None`` for 1.
-        max_norm: what the columns' norms are clipped to.
+        columns: the norms of the scaled columns, from `with_one`; ``None`` if the bound needs none.
+        factor: the columns' factors, from `clip_factor`; ``None`` for 1.
+        max_norm: the norm that the columns are clipped to; ``None`` if they are not.
     """
 
     x: Tensor
@@ -41,10 +41,10 @@ class Scaled(NamedTuple):
 
 
 class FusedRule(MatrixRule):
-    """What a node needs to stand in for its layer's autograd. Batch first, throughout."""
+    """Base class of rules that replace a layer's autograd. All tensors are batch first."""
 
     def is_closed(self) -> bool:
-        """Return whether the layer's own kernels compute `gradients` for this geometry."""
+        """Return whether the closed forms hold for this layer's options."""
         return True
 
     @abstractmethod
@@ -59,39 +59,44 @@ class FusedRule(MatrixRule):
             y: the layer's output.
             by: ``s``, from `over_output`.
             bias: ``b``, ``[C]``.
-            out: where to put it; ``None`` for new memory.
+            out: the tensor to write to; ``None`` allocates.
         """
 
     @abstractmethod
     def gradients(
         self, g: Tensor, x: Tensor, weight: Tensor, *, multiplier: int, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of input and weight, by the layer's own kernels.
+        """Return the gradients of input and weight, computed by the layer's own kernels.
 
         Args:
             g: upstream gradient, scaled.
             x: the input, not scaled.
-            weight: the layer's.
-            multiplier: of the weight's gradient alone.
-            wanted: whether the input's and the weight's are needed.
+            weight: the layer's weight.
+            multiplier: the factor of the weight's gradient, not of the input's.
+            wanted: whether the gradients of input and weight are needed.
         """
 
     @abstractmethod
     def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Return each example's gradient of the weight, in one tensor. ``[B, *weight.shape]``.
+        """Return the per-example gradients of the weight, ``[B, *weight.shape]``.
 
         Args:
             g: upstream gradient, scaled by the columns' factors; ``B`` above 0.
             x: the input, not scaled.
-            weight: the layer's.
+            weight: the layer's weight.
         """
 
     def oriented(self, upstream: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two in the order of the weight's axes: ``[B, R, C, P]``, ``[B, R, D, P]``."""
+        """Return both in the order of the weight's axes, by default upstream gradient first.
+
+        Args:
+            upstream: ``[B, R, C, P]``.
+            columns: ``[B, R, D, P]``.
+        """
         return upstream, columns
 
     def own_bytes(self, g: Tensor, weight: Tensor) -> int:
-        """Return the bytes of temporary memory that `own_gradients` takes for an example."""
+        """Return the bytes of temporary memory that `own_gradients` takes for one example."""
         return weight.numel() * norm_dtype(g.dtype).itemsize
 
     @abstractmethod
@@ -100,15 +105,15 @@ class FusedRule(MatrixRule):
 
         Args:
             g: upstream gradient.
-            factor: ``[B]``, of each example.
+            factor: ``[B]``, the examples' factors.
         """
 
     def sums_own(self, bound: Bound, g: Tensor) -> bool:
-        """Return whether to make each example's own gradient, measure it and add it up.
+        """Return whether to build the per-example gradients, measure them and add them up.
 
         Args:
-            bound: how it is to be bounded.
-            g: as for `exact`.
+            bound: the bound on an example's gradient.
+            g: gradient of the layer's output, batch first.
         """
         if not bound.is_norm or not self.weight or not g.shape[0]:
             return False
@@ -117,12 +122,12 @@ class FusedRule(MatrixRule):
         return positions > 1 and own_is_cheaper(positions, channels, self.column_size())
 
     def bound_of_own(self, own: Tensor, g: Tensor, columns: Tensor) -> Tensor:
-        """Return the exact bound for gradients that have been made. ``[B]``.
+        """Return the exact bound, given the per-example gradients of the weight. ``[B]``.
 
         Args:
-            own: from `own_gradients`.
-            g: as for `exact`.
-            columns: norms from `with_one`, of the scaled columns.
+            own: the gradients, from `own_gradients`.
+            g: gradient of the layer's output, batch first.
+            columns: the norms of the scaled columns, from `with_one`.
         """
         upstream = self.upstream(g)
         batch, groups, _, positions = upstream.shape
@@ -135,24 +140,24 @@ class FusedRule(MatrixRule):
         return bound * accumulation(positions, g.dtype)
 
     def shortest_column(self, dtype: torch.dtype) -> float:
-        """Return what no norm from `with_one` is below, for upstream gradients of this dtype."""
+        """Return a lower bound on the norms from `with_one`, for a gradient of this dtype."""
         return smallest_column_norm(norm_dtype(dtype), weight=self.weight, bias=self.bias)
 
     def least_exact(self, dtype: torch.dtype) -> float:
-        """Return `Bound.least` for the exact bound: what it adds for rounding."""
+        """Return `Bound.least` for the exact bound, which is at least its margin for rounding."""
         return self.shortest_column(dtype) * rounding_margin(dtype, torch.device("cpu"))
 
     def rescaled(self, y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``b + s (y - b)``, in place outside of a traced graph.
+        """Return ``b + s (y - b)``; it overwrites ``y``, but not in a traced graph.
 
         Args:
             y: the layer's output for the unscaled input.
             factor: ``s``, from `clip_factor`.
-            bias: ``b``, trainable or not.
+            bias: ``b``, trainable or not; ``None`` if the layer has none.
         """
         out = None if torch.compiler.is_compiling() else y
         by = self.over_output(factor.to(y.dtype), y)
         if bias is None:
             return torch.mul(y, by, out=out)
-        # Autocast computes the output in another dtype than the bias has.
+        # Under autocast the output's dtype is not the bias's.
         return self.with_bias(y, by, bias.to(y.dtype), out)

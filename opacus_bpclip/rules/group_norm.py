@@ -1,4 +1,4 @@
-"""GroupNorm and InstanceNorm: normalised over groups of channels and all positions."""
+"""GroupNorm and InstanceNorm, which normalise over groups of channels and all positions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from opacus_bpclip.rules.registry import register_rule
 class GroupNormRule(AffineRule):
     """``nn.GroupNorm`` and ``nn.InstanceNorm1d/2d/3d``: input ``[B, C, *]``.
 
-    Normalised over a group's channels and all positions; an instance norm's groups are channels.
+    Each normalises over a group's channels and all positions; for an instance norm, a group is one
+    channel.
     """
 
     groups: int
@@ -42,8 +43,8 @@ class GroupNormRule(AffineRule):
             layer = cast(nn.InstanceNorm2d, module)
             if layer.track_running_stats:
                 raise CoverageError(
-                    "track_running_stats=True collects statistics over the examples of the batch. "
-                    "Use track_running_stats=False."
+                    "track_running_stats=True keeps statistics over the examples of a batch, which "
+                    "are released without noise. Use track_running_stats=False."
                 )
             groups = channels = layer.num_features
             smallest_dims = 3
@@ -57,7 +58,7 @@ class GroupNormRule(AffineRule):
         )
 
     def expected_dims(self) -> tuple[int, int | None]:
-        """Accept any number of positions' axes."""
+        """Accept any number of axes of positions."""
         return self.smallest_dims, None
 
     def batch_axis(self, default: int) -> int:
@@ -72,12 +73,12 @@ class GroupNormRule(AffineRule):
     def gradients(
         self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor]:
-        """Put together what the kernel makes of each example's channels."""
+        """Concatenate the per-example gradients of weight and bias."""
         dx, *parts = self._backward(g, x, weight, wanted)
         return dx, torch.cat([part for part in parts if part is not None], dim=1)
 
     def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Normalise again, and take the layer's own kernel."""
+        """Normalise again, and call the layer's own backward kernel."""
         if weight is None:
             weight = x.new_ones(self.channels)
         dx, _, _ = self._backward(g, x, weight, (True, False, False))
@@ -87,18 +88,19 @@ class GroupNormRule(AffineRule):
     def _backward(
         self, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
-        """Take each example's channels for channels of their own, of one single example.
+        """Compute all gradients by one call of the layer's backward kernel.
 
-        The layer's kernel adds up over examples what it has made for each of their channels; here
-        it has nothing to add, and tells the examples apart at the price of the sum.
+        The kernel sums the gradients of weight and bias over the batch. So the batch is viewed as
+        one example in which every example's channels are separate: nothing is summed, and the
+        per-example gradients cost as much as the sum would.
 
-        It gets the normalised input, of mean 0 and deviation 1, not the input: ``sum_p g_p x_p``
-        less ``mean sum_p g_p`` would cancel for a large mean, into rounding errors that change
-        with the size of a mean loss's batch.
+        The kernel gets the normalised input, of mean 0 and deviation 1. With the input itself,
+        ``sum_p g_p x_p - mean * sum_p g_p`` would cancel for a large mean and leave rounding
+        errors, which change with the batch's private size if the loss is a mean.
 
         Returns:
-            The gradient of the input, and each example's of weight and bias, ``[B, C]``; ``None``
-            for what is not wanted.
+            The gradient of the input, and the per-example gradients of weight and bias, each
+            ``[B, C]``; ``None`` if not wanted.
         """
         batch, positions = x.shape[0], x.shape[2:].numel()
         if not batch:
@@ -116,7 +118,7 @@ class GroupNormRule(AffineRule):
         )
         flat = (1, batch * self.channels, positions)
         deviation = torch.ones(1, batch * self.groups, dtype=rstd.dtype, device=rstd.device)
-        # The deviation is the same for all channels of a group: as well a part of the weight.
+        # All channels of a group share the deviation, so it can be multiplied into the weight.
         scaled = rstd.view(batch, self.groups, 1) * weight.view(self.groups, -1)
         dx, *parts = torch.ops.aten.native_group_norm_backward(
             g.view(flat),
@@ -134,25 +136,26 @@ class GroupNormRule(AffineRule):
         return None if dx is None else dx.view(x.shape), *own
 
     def _without_rounding(self, dx: Tensor, g: Tensor, scaled: Tensor) -> Tensor:
-        """Return `settled` for ``[B, R, *]``.
+        """Apply `suppress_rounding` to each group; return ``[B, R, *]``.
 
         Args:
             dx: the gradient of the input, in any shape.
             g: the upstream gradient.
-            scaled: ``[B, R, *]``, what each channel was multiplied by.
+            scaled: ``[B, R, *]``, the number that each channel was multiplied by.
         """
         channels = torch.linalg.vector_norm(self.channels_first(g), dim=2)
         of = torch.linalg.vector_norm(channels.view(scaled.shape) * scaled, dim=2, keepdim=True)
-        return self.settled(dx.view(g.shape[0], self.groups, -1), of, (2,), centre=True)
+        return self.suppress_rounding(dx.view(g.shape[0], self.groups, -1), of, (2,), centre=True)
 
     def _channel_by_channel(
         self, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
-        """Return `_backward` by the textbook, for a compiler that has the channels last.
+        """Return `_backward` in elementary operations, which suits compiled CPU code.
 
         With ``h = gamma g``: ``dx = (h - mean(h) - n mean(h n)) / deviation``, over each group.
-        What belongs to a group is spread over its channels by a product with zeros and ones, which
-        no compiler takes apart: loops over positions and channels then read one number a channel.
+        A product with a matrix of zeros and ones repeats a group's numbers for its channels. The
+        compiler does not fuse this product into the loops over positions, so these read one number
+        per channel.
         """
         batch, positions = x.shape[0], x.shape[2:].numel()
         _, mean, rstd = torch.ops.aten.native_group_norm(
@@ -174,7 +177,7 @@ class GroupNormRule(AffineRule):
         return tuple(part if want else None for part, want in zip(parts, wanted, strict=True))
 
     def centred(self, x: Tensor) -> Tensor:
-        """Take the mean over each group away."""
+        """Subtract the mean over each group."""
         grouped = x.unflatten(1, (self.groups, -1))
         mean = grouped.mean(dim=tuple(range(2, grouped.dim())), keepdim=True)
         return (grouped - mean).reshape(x.shape)
@@ -184,6 +187,6 @@ class GroupNormRule(AffineRule):
         return x.reshape(x.shape[0], self.channels, x.shape[2:].numel())
 
     def largest(self, x: Tensor) -> float:
-        """Return ``sqrt(N - 1)``: one entry holds the whole deviation of ``N``."""
+        """Return ``sqrt(N - 1)``, the value if one entry differs from all others."""
         count = self.channels // self.groups * x.shape[2:].numel()
         return math.sqrt(max(count - 1, 1))

@@ -1,7 +1,7 @@
-"""Linear layers over vectors and over any number of extra axes (tokens, time, pixels).
+"""Linear layers on vectors, and on inputs with further axes (tokens, time, pixels).
 
-Columns are the positions' input vectors: every axis between the first and the last is a position.
-Each position is clipped on its own. Proof: ``docs/rules/linear.md``.
+All axes between the first and the last are axes of positions. The columns are the positions' input
+vectors, and input clipping scales each of them on its own. Proof: ``docs/rules/linear.md``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LinearRule(FusedRule):
         )
 
     def expected_dims(self) -> tuple[int, int | None]:
-        """Accept ``[B, D]`` and any number of axes between."""
+        """Accept ``[B, D]``, and any number of axes in between."""
         return 2, None
 
     def measure(self, x: Tensor) -> Measured:
@@ -51,11 +51,11 @@ class LinearRule(FusedRule):
         return Measured(norms, norms.sum(dim=(1, 2)))
 
     def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
-        """Clip each position by its own norm."""
+        """Return one factor per position."""
         return (max_norm / norms).clamp(max=1)
 
     def spread(self, factor: Tensor, x: Tensor) -> Tensor:
-        """Give each position its factor."""
+        """View the positions' factors so that they broadcast over the input."""
         return factor.view(*x.shape[:-1], 1)
 
     def upstream(self, g: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class LinearRule(FusedRule):
         return self.in_features
 
     def over_output(self, factor: Tensor, y: Tensor) -> Tensor:
-        """Give each position its factor, or each example."""
+        """View factors of positions or of examples so that they broadcast over the output."""
         return factor.view(*y.shape[:-1], 1) if factor.shape[2] > 1 else per_row(factor, y)
 
     def with_bias(self, y: Tensor, by: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
@@ -88,22 +88,23 @@ class LinearRule(FusedRule):
         dw = None
         if wanted[1]:
             if torch.compiler.is_compiling():
-                # Fused, and no other graph for each batch size, as a product's own factor is.
+                # The compiler fuses this product. As `alpha`, the multiplier would be a constant of
+                # the graph, which would be compiled again for each batch size.
                 return dx, (rows.T @ columns) * multiplier
-            # The product's own factor: the gradient may be larger than the activations.
-            nothing = rows.new_empty(()).expand(weight.shape)
-            dw = torch.addmm(nothing, rows.T, columns, beta=0, alpha=multiplier)
+            # With `alpha` no second pass over the gradient, which may be large, is needed.
+            unread = rows.new_empty(()).expand(weight.shape)
+            dw = torch.addmm(unread, rows.T, columns, beta=0, alpha=multiplier)
         return dx, dw
 
     def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply ``g`` with the input, for each example."""
+        """Multiply each example's upstream gradient with its input."""
         dtype = precision.norm_dtype(g.dtype)
         positions = g.shape[1:-1].numel()
         rows, columns = (t.reshape(t.shape[0], positions, t.shape[-1]).to(dtype) for t in (g, x))
         return torch.matmul(rows.transpose(1, 2), columns)
 
     def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
-        """Add up the positions of all examples in one product."""
+        """Sum over the positions of all examples in one product."""
         rows = g.reshape(-1, g.shape[-1])
         repeated = factor.view(-1, 1).expand(-1, g.shape[1:-1].numel()).reshape(-1)
         return torch.mv(rows.T, repeated)

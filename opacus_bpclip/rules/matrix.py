@@ -1,6 +1,7 @@
-"""Layers with one weight product, ``dW = sum_p g_p u_p^T``, and perhaps a bias.
+"""Base class of the rules for layers whose gradient is one product, ``dW = sum_p g_p u_p^T``.
 
-``B`` examples, ``R`` groups, ``C`` output channels and ``D`` inputs per group, ``P`` positions.
+The layer may have a bias. Shapes: ``B`` examples, ``R`` groups, ``C`` output channels and ``D``
+inputs per group, ``P`` positions.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from opacus_bpclip.rules.base import Inputs, Prepared, Rule
 
 
 class Measured(NamedTuple):
-    """An input's norms.
+    """The norms of an input.
 
     Attributes:
-        norms: ``[B, R, P]``, of its columns.
-        total: ``[B]``, finite where every number of the example is, and its square.
+        norms: ``[B, R, P]``, the norms of the columns.
+        total: ``[B]``, a number that is finite if every number of the example and its square are.
     """
 
     norms: Tensor
@@ -29,24 +30,29 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class MatrixRule(Rule):
-    """The shared part: a subclass says what the columns of its layer's input are."""
+    """Base class; a subclass says what the columns of its layer's input are."""
 
     clips_input: ClassVar[bool] = True
 
     @abstractmethod
     def measure(self, x: Tensor) -> Measured:
-        """Measure the columns of the input ``x``, ``[B, ...]``."""
+        """Return the norms of the columns of the input ``x``, ``[B, ...]``."""
 
     @abstractmethod
     def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
-        """Return the factors, at most 1, that bring every column of the norms below ``max_norm``.
+        """Return factors, at most 1, that scale every column to a norm of at most ``max_norm``.
 
-        Shaped as ``norms``, or with axes of size 1 where one factor serves several columns.
+        Args:
+            norms: the columns' norms, ``[B, R, P]``.
+            max_norm: the largest norm of a column.
+
+        Returns:
+            ``[B, R, P]``, with axes of size 1 where several columns share a factor.
         """
 
     @abstractmethod
     def spread(self, factor: Tensor, x: Tensor) -> Tensor:
-        """View the factors of `clip_factor` so that they broadcast over the input."""
+        """View the factors from `clip_factor` so that they broadcast over the input."""
 
     @abstractmethod
     def upstream(self, g: Tensor) -> Tensor:
@@ -54,14 +60,14 @@ class MatrixRule(Rule):
 
     @abstractmethod
     def columns(self, x: Tensor) -> Tensor:
-        """Lay the input's columns out as ``[B, R, D, P]``."""
+        """Return the input's columns, ``[B, R, D, P]``."""
 
     @abstractmethod
     def column_size(self) -> int:
-        """Return ``D``."""
+        """Return ``D``, the number of inputs per group."""
 
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
-        """Scale every column down to ``max_norm``."""
+        """Clip every column to ``max_norm``."""
         (x,) = inputs
         assert x is not None
         column_norms, total = self.measure(x)
@@ -75,66 +81,67 @@ class MatrixRule(Rule):
     def product(
         self, g: Tensor, inputs: Inputs, input_norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Return `product_bound`. Source: design section 3, proofs in docs/guarantee.md."""
+        """Return `product_bound`. Proof: ``docs/guarantee.md``."""
         return self.product_bound(g, max_norm)
 
     def weighted(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
-        """Return `weighted_bound`."""
+        """Return `weighted_bound`. Proof: ``docs/guarantee.md``."""
         assert input_norms is not None
         return self.weighted_bound(g, self.with_one(input_norms))
 
     def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
-        """Return `exact_bound`."""
+        """Return `exact_bound`. Proof: ``docs/guarantee.md``."""
         (x,) = inputs
         assert x is not None
         assert input_norms is not None
         return self.exact_bound(self.upstream(g), x, self.with_one(input_norms))
 
     def with_one(self, input_norms: Tensor) -> Tensor:
-        """Return the norms of the columns with the bias's entry, from those without."""
+        """Return the columns' norms with the bias's constant 1, given those without it."""
         return norms.column_norms(input_norms, weight=self.weight, bias=self.bias)
 
     def largest_column(self, max_norm: float | None) -> float:
-        """Return the largest norm of a column with the bias's entry."""
+        """Return the largest norm of a clipped column, the bias's constant 1 included."""
         assert max_norm is not None
         return norms.max_column_norm(max_norm, weight=self.weight, bias=self.bias)
 
     def product_bound(
-        self, g: Tensor, max_norm: float | None, room: Tensor | None = None
+        self, g: Tensor, max_norm: float | None, scratch: Tensor | None = None
     ) -> Tensor:
-        """Return the product bound.
+        """Return the product bound. ``[B]``.
 
         Args:
-            g: as for `product`.
-            max_norm: as for `product`.
-            room: as ``g``, overwritten; saves fresh memory.
+            g: gradient of the layer's output, batch first.
+            max_norm: the norm that the columns were clipped to.
+            scratch: memory of ``g``'s shape, overwritten; ``None`` allocates.
         """
-        upstream, room = self.upstream(g), room if room is None else self.upstream(room)
-        bound = norms.product_bound(upstream, self.largest_column(max_norm), room)
+        upstream, scratch = self.upstream(g), scratch if scratch is None else self.upstream(scratch)
+        bound = norms.product_bound(upstream, self.largest_column(max_norm), scratch)
         return bound * norms.accumulation(upstream.shape[3], g.dtype)
 
-    def weighted_bound(self, g: Tensor, columns: Tensor, room: Tensor | None = None) -> Tensor:
-        """Return the weighted bound.
+    def weighted_bound(self, g: Tensor, columns: Tensor, scratch: Tensor | None = None) -> Tensor:
+        """Return the weighted bound. ``[B]``.
 
         Args:
-            g: as for `weighted`.
-            columns: norms from `with_one`.
-            room: as ``g``, overwritten; saves fresh memory.
+            g: gradient of the layer's output, batch first.
+            columns: the columns' norms, from `with_one`.
+            scratch: memory of ``g``'s shape, overwritten; ``None`` allocates.
         """
-        upstream, room = self.upstream(g), room if room is None else self.upstream(room)
-        bound = norms.weighted_bound(upstream, columns, room)
+        upstream, scratch = self.upstream(g), scratch if scratch is None else self.upstream(scratch)
+        bound = norms.weighted_bound(upstream, columns, scratch)
         return bound * norms.accumulation(upstream.shape[3], g.dtype)
 
     def exact_bound(
         self, upstream: Tensor, x: Tensor, columns: Tensor, factor: Tensor | None = None
     ) -> Tensor:
-        """Return the norm itself, a chunk of examples at a time.
+        """Return the exact bound, computed for a few examples at a time. ``[B]``.
 
         Args:
-            upstream: ``[B, R, C, P]``.
+            upstream: the upstream gradient, ``[B, R, C, P]``.
             x: the input, ``[B, ...]``.
-            columns: norms from `with_one`, of the scaled columns.
-            factor: from `clip_factor`, by which ``x`` is still to be scaled; ``None`` for 1.
+            columns: the norms of the scaled columns, from `with_one`.
+            factor: the factors by which ``x`` is still to be scaled, from `clip_factor`; ``None``
+                for 1.
         """
         batch, groups, channels, positions = upstream.shape
         dtype = columns.dtype
@@ -157,17 +164,17 @@ class MatrixRule(Rule):
         return exact_norms.in_chunks(batch, chunk, of) * norms.accumulation(positions, dtype)
 
     def size(self, g: Tensor, input_norms: Tensor | None) -> Tensor:
-        """Return the upstream gradient's norm times the columns', if that is above 1."""
+        """Return the norm of ``g`` times that of the columns, taken as at least 1. ``[B]``."""
         assert input_norms is not None
         return self.size_of(g, self.with_one(input_norms))
 
     def size_of(self, g: Tensor, columns: Tensor) -> Tensor:
-        """Return `size` for columns of these norms, from `with_one`.
+        """Return `size`, given the columns' norms from `with_one`.
 
-        What cancels in the exact bound may overflow before it does.
+        It covers terms of the exact bound that may overflow before they cancel.
         """
         return norms.row_norms(g) * norms.row_norms(columns).clamp(min=1)
 
     def cheap_size(self, g: Tensor, input_norms: Tensor | None) -> Tensor:
-        """Return the upstream gradient's norm: nothing cancels in the other bounds."""
+        """Return the norm of ``g``: no terms cancel in the weighted and the product bound."""
         return norms.row_norms(g)

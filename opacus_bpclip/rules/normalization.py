@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: normalised over the last axes of each position."""
+"""LayerNorm and RMSNorm, which normalise over the last axes of each position."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LayerNormRule(AffineRule):
     def gradients(
         self, g: Tensor, x: Tensor, weight: Tensor, *, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor]:
-        """Normalise again, and add up each example's positions."""
+        """Normalise again, and sum over each example's positions."""
         normalized, dx = self.backward(g, x, weight, wanted=wanted[0])
         parts = []
         if wanted[1]:
@@ -58,7 +58,7 @@ class LayerNormRule(AffineRule):
         return dx, torch.cat(parts, dim=1)
 
     def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Normalise again, and take the layer's own kernel."""
+        """Normalise again, and call the layer's own backward kernel."""
         _, dx = self.backward(g, x, weight, wanted=True)
         assert dx is not None
         return dx
@@ -66,18 +66,19 @@ class LayerNormRule(AffineRule):
     def backward(
         self, g: Tensor, x: Tensor, weight: Tensor | None, *, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the normalised input, and the input's gradient, by the layer's own kernels.
+        """Return the normalised input and the gradient of the input, by the layer's own kernels.
 
         Args:
             g: upstream gradient, of the input's shape.
-            x: the input.
-            weight: the layer's; ``None`` for ones.
+            x: the layer's input, ``[B, ...]``.
+            weight: the layer's weight; ``None`` for ones.
             wanted: whether the input's gradient is needed.
         """
         normalized, _, rstd = torch.ops.aten.native_layer_norm(x, self.shape, None, None, self.eps)
         if not wanted:
             return normalized, None
-        # Not of the input, which a large mean would turn into rounding errors: see `GroupNormRule`.
+        # The kernel gets the normalised input. With the input itself, a large mean would cancel
+        # and leave rounding errors: see `GroupNormRule._backward`.
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
             g,
             normalized,
@@ -91,24 +92,24 @@ class LayerNormRule(AffineRule):
         return normalized, self.without_rounding(dx, g, weight).mul_(rstd)
 
     def without_rounding(self, dx: Tensor, g: Tensor, weight: Tensor | None) -> Tensor:
-        """Return `settled` for a gradient that is not divided by the deviation yet."""
+        """Apply `suppress_rounding` to a gradient that is not divided by the deviation yet."""
         axes = self._axes()
         affine = g if weight is None else g * weight
         of = torch.linalg.vector_norm(affine, dim=axes, keepdim=True)
-        return self.settled(dx, of, axes, centre=self.subtracts_mean)
+        return self.suppress_rounding(dx, of, axes, centre=self.subtracts_mean)
 
     def centred(self, x: Tensor) -> Tensor:
-        """Take the mean over the last axes away."""
+        """Subtract the mean over the last axes."""
         return x - x.mean(dim=self._axes(), keepdim=True)
 
     def channels_first(self, x: Tensor) -> Tensor:
-        """Every normalised entry is a channel, every axis before a position."""
+        """View the normalised axes as channels, and the axes before them as positions."""
         size = math.prod(self.shape)
         positions = x.shape[1:].numel() // size
         return x.reshape(x.shape[0], positions, size).transpose(1, 2)
 
     def largest(self, x: Tensor) -> float:
-        """Return ``sqrt(N - 1)``: one entry holds the whole deviation of ``N``."""
+        """Return ``sqrt(N - 1)``, the value if one entry differs from all others."""
         return math.sqrt(max(math.prod(self.shape) - 1, 1))
 
     def _axes(self) -> tuple[int, ...]:
@@ -118,7 +119,7 @@ class LayerNormRule(AffineRule):
 @register_rule(nn.RMSNorm)
 @dataclass(frozen=True)
 class RMSNormRule(LayerNormRule):
-    """``nn.RMSNorm``: as LayerNorm, without the mean and without a bias."""
+    """``nn.RMSNorm``: like LayerNorm, without the mean and without a bias."""
 
     subtracts_mean: ClassVar[bool] = False
 
@@ -129,7 +130,7 @@ class RMSNormRule(LayerNormRule):
     def backward(
         self, g: Tensor, x: Tensor, weight: Tensor | None, *, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Divide by the root mean square, and back."""
+        """Divide by the root mean square, and differentiate that."""
         axes = self._axes()
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         rstd = torch.rsqrt(x.square().mean(dim=axes, keepdim=True) + eps)
@@ -142,11 +143,11 @@ class RMSNormRule(LayerNormRule):
         return normalized, self.without_rounding(dx, g, weight).mul_(rstd)
 
     def centred(self, x: Tensor) -> Tensor:
-        """Return the input: no mean is involved."""
+        """Return the input: the layer subtracts no mean."""
         return x
 
     def largest(self, x: Tensor) -> float:
-        """Return ``sqrt(N)``: one entry holds the whole mean square of ``N``."""
+        """Return ``sqrt(N)``, which is reached if only one of ``N`` entries is not 0."""
         return math.sqrt(math.prod(self.shape))
 
     @classmethod

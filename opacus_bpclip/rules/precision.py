@@ -1,10 +1,10 @@
-"""Which dtypes are accepted, and what is computed in which: all of it in one place.
+"""The accepted dtypes, and the dtype of each computation.
 
-A model may compute in `torch.bfloat16`, by autocast or by its parameters: its outputs and what
-flows back through it are then rounded to eight bits. What this package makes of them is not. Norms,
-factors, the sums over a batch and the noise are in the `wide` dtype: float64 for float64, else
-float32. A sum over a batch that is rounded to bfloat16 may move by more than one example's
-contribution (301 becomes 300 or 302). Proof: ``docs/guarantee.md``, "Low precision".
+A model may compute in `torch.bfloat16`, by autocast or by the dtype of its parameters. Its outputs
+and gradients are then rounded to eight bits. This package computes norms, factors, sums over a
+batch and noise in the `wide` dtype: float64 for float64, otherwise float32. A sum over a batch that
+is rounded to bfloat16 may change by more than one example's contribution (301 becomes 300 or 302).
+Proof: ``docs/guarantee.md``, "Low precision".
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Half precision (float16) is left out: it trains with a GradScaler only, whose scale depends on the
-# data.
+# float16 is not accepted: it needs a GradScaler, whose scale depends on the data.
 ACCEPTED = (torch.float32, torch.float64, torch.bfloat16)
 
-# Of a product of two numbers of 8 and of 11 bits: bfloat16, TensorFloat-32. Twice what it needs.
+# Relative error of a product of two factors of 8 bits (bfloat16) or 11 bits (TensorFloat-32), with
+# a margin of two.
 _ERRORS = {"bf16": 2.0**-7, "tf32": 2.0**-9}
 
-# How many units of the last place the sums and products of one bound may lose together.
+# The rounding errors of all sums and products of one bound, in units in the last place.
 _ULPS = 64
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of norms, factors and sums: float64 for float64, else float32."""
+    """Return the dtype of norms, factors and sums: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def is_low(dtype: torch.dtype) -> bool:
-    """Return whether numbers of this dtype have fewer bits than float32's.
+    """Return whether this is a floating-point dtype with fewer bits than float32.
 
     Example:
         >>> is_low(torch.bfloat16), is_low(torch.float32), is_low(torch.int64)
@@ -52,10 +52,10 @@ def wide(x: None) -> None: ...
 
 
 def wide(x: Tensor | None) -> Tensor | None:
-    """Return a tensor in the dtype of norms and sums; the tensor itself if it has that.
+    """Return a tensor in the dtype of norms and sums; the tensor itself if it has that dtype.
 
-    Products of two numbers of bfloat16 are exact in float32. So what is made of widened tensors is
-    as right as if the model had computed these very numbers in float32. Integers stay as they are.
+    A product of two bfloat16 numbers is exact in float32. So results from widened tensors are as
+    accurate as if the model had computed these numbers in float32. Integers are left unchanged.
     """
     if x is None or not is_low(x.dtype):
         return x
@@ -68,16 +68,16 @@ def is_autocast() -> bool:
 
 
 def full_precision() -> AbstractContextManager[object]:
-    """Run without autocast, which would compute norms and sums in low precision."""
+    """Turn autocast off inside this context: it would compute norms and sums in low precision."""
     return _without_autocast() if is_autocast() else nullcontext()
 
 
 def under_autocast() -> bool:
-    """Return whether autocast is on for the code that has called, `full_precision` or not."""
+    """Return whether the user's code runs under autocast, also inside `full_precision`."""
     return is_autocast() or getattr(_caller, "has_autocast", False)
 
 
-# Of each thread: autograd has its own.
+# One per thread: autograd runs backward functions in threads of its own.
 _caller = threading.local()
 
 
@@ -93,31 +93,33 @@ def _without_autocast() -> Iterator[None]:
 
 
 def product_error(device: torch.device) -> float:
-    """Return the relative error that a device's products of float32 numbers are allowed to have.
+    """Return the relative error that a device's products of float32 numbers may have.
 
-    Two factors are rounded, each by half a unit of its last place, where the user lets products run
-    in less than float32: by ``torch.set_float32_matmul_precision``, by a ``fp32_precision`` of
-    ``torch.backends``, or since TensorFloat-32 is cuDNN's default.
+    It is above 0 where PyTorch may round the factors to less than float32: by
+    ``torch.set_float32_matmul_precision``, by a ``fp32_precision`` of ``torch.backends``, or by
+    cuDNN's default, TensorFloat-32. Each factor is then rounded by half a unit in its last place.
     """
     return max(_ERRORS.get(precision, 0.0) for precision in _precisions(device))
 
 
 def _precisions(device: torch.device) -> tuple[str, ...]:
-    """Return what a device may take for float32 in products of matrices, images, sequences."""
+    """Return the precisions that a device may use for float32: matmul, convolution, RNN."""
     backend = {"cpu": "mkldnn", "cuda": "cuda"}.get(device.type)
     if backend is None:
-        # Of others nothing is known; the meta device computes nothing.
+        # Assume the lowest precision for unknown devices; the meta device computes nothing.
         return ("ieee" if device.type == "meta" else "bf16",)
     precision_of = torch._C._get_fp32_precision_getter
     return tuple([precision_of(backend, kind) for kind in ("matmul", "conv", "rnn")])
 
 
 def products_are_rounded(device: torch.device, kinds: Iterable[str]) -> bool:
-    """Return whether a device's products of float32 numbers are rounded; many ignore the option.
+    """Return whether a device really rounds the factors of float32 products, by trying it.
+
+    Many devices ignore the option that allows it.
 
     Args:
         device: the device.
-        kinds: of products, ``"matmul"`` and ``"conv"``.
+        kinds: the kinds of products to try, of ``"matmul"`` and ``"conv"``.
     """
     if not product_error(device):
         return False
@@ -126,7 +128,8 @@ def products_are_rounded(device: torch.device, kinds: Iterable[str]) -> bool:
 
 @lru_cache(maxsize=32)
 def _rounds_products(device: torch.device, kind: str, *_: str) -> bool:
-    # A number that TensorFloat-32 has no bit for, times one; large enough for a library's kernels.
+    # Multiply by one a number that TensorFloat-32 cannot represent. The tensors are large enough
+    # for the kernels that would round it.
     number = 1 + 2.0**-12
     with torch.no_grad():
         if kind == "matmul":
@@ -141,8 +144,8 @@ def _rounds_products(device: torch.device, kind: str, *_: str) -> bool:
 def rounding_margin(dtype: torch.dtype, device: torch.device) -> float:
     """Return the relative error that rounding may add to a gradient of this dtype.
 
-    Covers the norm's own arithmetic, the rounding of the scaled gradient to ``dtype``, and that of
-    the factors of products, where it is allowed.
+    It covers the arithmetic of the norm, the rounding of the scaled gradient to ``dtype``, and
+    `product_error`.
     """
     margin = _ULPS * torch.finfo(norm_dtype(dtype)).eps
     if dtype not in (torch.float64, torch.float32):

@@ -1,4 +1,4 @@
-"""PReLU: the gradient of a slope is the sum of its channel's negative inputs times theirs.
+"""PReLU: the gradient of a slope is ``sum_p g_p min(x_p, 0)`` over its channel's positions.
 
 Proof: ``docs/rules/prelu.md``.
 """
@@ -35,7 +35,7 @@ class PReLURule(Rule):
         return cls(weight=trainable(layer, "weight"), bias=False, slopes=layer.num_parameters)
 
     def expected_dims(self) -> tuple[int, int | None]:
-        """Accept any number of positions' axes."""
+        """Accept any number of axes of positions."""
         return (1 if self.slopes == 1 else 2), None
 
     def batch_axis(self, default: int) -> int:
@@ -43,7 +43,7 @@ class PReLURule(Rule):
         return default if self.slopes == 1 else 0
 
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
-        """Leave the input alone; measure whether its squares are in range."""
+        """Return the input unchanged; check that its squares do not overflow."""
         (x,) = inputs
         assert x is not None
         largest = torch.linalg.vector_norm(
@@ -55,7 +55,7 @@ class PReLURule(Rule):
     def product(
         self, g: Tensor, inputs: Inputs, input_norms: Tensor | None, max_norm: float | None
     ) -> Tensor:
-        """Return the product bound, whose largest column is the example's own."""
+        """Return the product bound, with the norm of the example's largest column."""
         upstream, _, columns = self._parts(g, inputs)
         sums = norms.product_bound(upstream.unsqueeze(1), 1.0)
         sums = sums * norms.accumulation(upstream.shape[2], upstream.dtype)
@@ -70,14 +70,15 @@ class PReLURule(Rule):
         """Return the norm."""
         upstream, value, columns = self._parts(g, inputs)
         exact = torch.linalg.vector_norm((upstream * value).sum(dim=2), dim=1)
-        # Positions may cancel, but not their rounding errors. A vanishing column counts as one.
+        # Positions may cancel, but their rounding errors do not. Where all inputs are positive the
+        # gradient is 0: the addend limits how far it can be scaled up.
         rounding = precision.rounding_margin(g.dtype, g.device) * _weighted(upstream, columns)
         frobenius = torch.linalg.vector_norm(upstream, dim=(1, 2))
         vanishing = norms.smallest_column(upstream.dtype) * frobenius
         return exact + rounding + vanishing + self._slack(upstream)
 
     def by_example(self, g: Tensor, inputs: Inputs) -> Mapping[str, Tensor]:
-        """Add up each slope's positions."""
+        """Sum over each slope's positions."""
         (x,) = inputs
         assert x is not None
         value = self._by_slope(x).clamp(max=0)
@@ -96,7 +97,7 @@ class PReLURule(Rule):
         return norms.underflow(self.slopes * upstream.shape[2], upstream.dtype)
 
     def _by_slope(self, x: Tensor) -> Tensor:
-        """View ``[B, ...]`` as ``[B, C, P]``, a channel for each slope."""
+        """View ``[B, ...]`` as ``[B, C, P]``, with one channel for each slope."""
         return x.reshape(x.shape[0], self.slopes, x.shape[1:].numel() // self.slopes)
 
 

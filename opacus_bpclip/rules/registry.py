@@ -1,4 +1,4 @@
-"""The registry: which rule bounds which layer. A layer that is not here is refused."""
+"""The registry of rules, by class of layer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from opacus_bpclip.rules.base import Rule
 Kind = type[nn.Module] | str
 RuleClass = TypeVar("RuleClass", bound=type[Rule])
 
-# By class; by dotted path where the class belongs to a package that need not be installed.
+# The key is a dotted path where the class belongs to an optional package.
 RULES: dict[Kind, type[Rule]] = {}
 
 
 def registered_kind(kind: type[nn.Module]) -> tuple[type[nn.Module], type[Rule]] | None:
-    """Return the nearest class in ``kind``'s ancestry that has a rule, and the rule."""
+    """Return the first class in ``kind``'s ``__mro__`` that has a rule, and the rule."""
     for base in kind.__mro__:
         rule = RULES.get(base) or RULES.get(_path(base))
         if rule is not None:
@@ -28,15 +28,16 @@ def registered_kind(kind: type[nn.Module]) -> tuple[type[nn.Module], type[Rule]]
 def register_rule(*kinds: Kind, replace: bool = False) -> Callable[[RuleClass], RuleClass]:
     """Register the decorated rule for layers of these classes.
 
-    The guarantee then rests on the rule as well: no bound of it may be below the norm of an
-    example's gradient, and nothing it does to one example may depend on another.
+    The privacy guarantee then depends on this rule, too. Its author must see to it that no bound is
+    below the norm of an example's gradient, and that the results for one example do not depend on
+    another.
 
     Args:
-        *kinds: the layers' classes. A layer's parameters must be named in the rule's
-            ``parameters``, and it takes one tensor, batch first, and returns one. A class of a
-            package that need not be installed may be named by the dotted path of its definition,
+        *kinds: the layers' classes. The rule's ``parameters`` must name all of a layer's
+            parameters, and the layer must return one tensor. A class of an optional package may be
+            given as the dotted path of its definition,
             ``f"{kind.__module__}.{kind.__qualname__}"``.
-        replace: take the place of a rule that is registered already.
+        replace: whether to replace a rule that is registered already.
 
     Raises:
         TypeError: the decorated object is not a `Rule` class, or a kind is neither a module class
@@ -65,13 +66,13 @@ def register_rule(*kinds: Kind, replace: bool = False) -> Callable[[RuleClass], 
         for kind in kinds:
             if not (_is_path(kind) or (isinstance(kind, type) and issubclass(kind, nn.Module))):
                 raise TypeError(
-                    f"Expected {kind!r} to be a class of modules, or the dotted path of one."
+                    f"Expected {kind!r} to be a subclass of nn.Module, or the dotted path of one."
                 )
-        for known in [known for known in RULES if any(_are_one(known, kind) for kind in kinds)]:
+        for known in [known for known in RULES if any(_same(known, kind) for kind in kinds)]:
             if not replace:
                 raise ValueError(
                     f"{_path(known)} has a rule already, {RULES[known].__name__}. Pass "
-                    "replace=True to take its place."
+                    "replace=True to replace it."
                 )
             del RULES[known]
         RULES.update(dict.fromkeys(kinds, rule))
@@ -90,7 +91,7 @@ def _is_path(kind: object) -> bool:
     return len(parts) > 1 and all(part.isidentifier() for part in parts)
 
 
-def _are_one(kind: Kind, other: Kind) -> bool:
-    """Return whether two kinds stand for one class: two classes may have the same path."""
+def _same(kind: Kind, other: Kind) -> bool:
+    """Return whether two kinds mean the same class; different classes may have the same path."""
     by_path = isinstance(kind, str) or isinstance(other, str)
     return _path(kind) == _path(other) if by_path else kind is other

@@ -1,4 +1,4 @@
-"""A layer's inputs, scaled and measured by its rule."""
+"""Input clipping: a layer's inputs, measured and scaled by its rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opacus_bpclip.rules.precision import rounding_margin
 
 
 def prepare_inputs(inputs: Inputs, rule: Rule, max_norm: float | None) -> Prepared:
-    """Measure a layer's inputs, without their graphs, and scale them down to ``max_norm``.
+    """Measure a layer's inputs and clip them to ``max_norm``, without recording a graph.
 
     Guarantee: every column of the result that enters the layer's product has norm at most
     ``max_norm``, rounding included.
@@ -30,13 +30,13 @@ def prepare_inputs(inputs: Inputs, rule: Rule, max_norm: float | None) -> Prepar
 
 
 def scale_input(inputs: Inputs, rule: Rule, max_norm: float) -> Inputs:
-    """Scale every column of a layer's inputs down to ``max_norm``.
+    """Clip every column of a layer's inputs to ``max_norm``.
 
-    The factor is a constant in the backward pass: the gradient is multiplied by it, nothing flows
-    through it.
+    The backward pass treats the factor as a constant: it multiplies the gradient by the factor, and
+    does not differentiate the factor itself.
 
     Args:
-        inputs: the layer's inputs, batch first; rows that are not finite come out as nan.
+        inputs: the layer's inputs, batch first; rows that are not finite become nan.
         rule: the layer's rule.
         max_norm: largest L2 norm of a column.
     """
@@ -51,7 +51,7 @@ def scale_input(inputs: Inputs, rule: Rule, max_norm: float) -> Inputs:
 
 
 class _Scaled(torch.autograd.Function):
-    """Put a scaled input in the input's place."""
+    """Replace an input by its scaled form; the gradient is multiplied by the scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, scale: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Opacus's SequenceBias, which puts one learned token behind every sequence.
+"""Opacus's SequenceBias, which appends one learned token to every sequence.
 
 Part of ``DPMultiheadAttention(add_bias_kv=True)``. Proof: ``docs/rules/attention.md``.
 """
@@ -23,7 +23,7 @@ class SequenceBiasRule(Rule):
     """``SequenceBias``: input ``[B, L, E]`` or ``[L, B, E]``, output one token longer.
 
     Attributes:
-        batch_first: which of the two; the layer's own, whatever the model's layout.
+        batch_first: the layer's own ``batch_first``, whatever the model's layout.
     """
 
     parameters: ClassVar[tuple[str, ...]] = ("bias",)
@@ -41,21 +41,22 @@ class SequenceBiasRule(Rule):
         return 3, 3
 
     def batch_axis(self, default: int) -> int:
-        """Return what the layer says."""
+        """Return the batch axis that the layer's ``batch_first`` gives."""
         return 0 if self.batch_first else 1
 
     def prepare(self, inputs: Inputs, max_norm: float | None) -> Prepared:
-        """Leave the input alone: nothing of it is multiplied with the bias."""
+        """Return the input unchanged: it is not multiplied with the bias."""
         (x,) = inputs
         assert x is not None
         return Prepared(inputs, None, x.isfinite().flatten(1).all(dim=1))
 
     def by_example(self, g: Tensor, inputs: Inputs) -> Mapping[str, Tensor]:
-        """Return the last token's gradient."""
+        """Return the gradient of the last token, which is the bias."""
         return {"bias": g[:, -1]}
 
     def exact(self, g: Tensor, inputs: Inputs, input_norms: Tensor | None) -> Tensor:
-        """Return the norm of the last token's gradient, which is the bias's own."""
-        # The other tokens' columns vanish: without them the factor would know no limit.
+        """Return the norm of the gradient of the last token, which is the bias."""
+        # The addend limits how far the whole upstream gradient can be scaled up where the bias's
+        # own gradient is tiny.
         others = norms.smallest_column(precision.norm_dtype(g.dtype)) * norms.row_norms(g)
         return norms.row_norms(g[:, -1]) + others

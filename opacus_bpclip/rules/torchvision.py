@@ -1,4 +1,4 @@
-"""Modules of torchvision that own parameters themselves, or override what their base class does."""
+"""Rules for modules of torchvision that own broadcast parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opacus_bpclip.rules.registry import register_rule
 
 @register_rule("torchvision.models.vision_transformer.VisionTransformer")
 class ClassTokenRule(BroadcastRule):
-    """``VisionTransformer``: a token, ``[1, 1, D]``, put before the patches of every example."""
+    """``VisionTransformer``: a token, ``[1, 1, D]``, prepended to every example's patches."""
 
     parameters: ClassVar[tuple[str, ...]] = ("class_token",)
 

@@ -1,4 +1,4 @@
-"""Layers of Hugging Face's transformers."""
+"""Rules for layers of Hugging Face's transformers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from opacus_bpclip.rules.registry import register_rule
 @register_rule("transformers.pytorch_utils.Conv1D")
 @dataclass(frozen=True)
 class TransposedLinearRule(LinearRule):
-    """``pytorch_utils.Conv1D``, of GPT-2: a linear layer whose weight is ``[in, out]``.
+    """``pytorch_utils.Conv1D``, used by GPT-2: a linear layer whose weight is ``[in, out]``.
 
-    Its gradient is the transpose of a linear layer's and has the same norm.
+    Its gradient is the transpose of a linear layer's gradient, so it has the same norm.
     """
 
     @classmethod
@@ -34,14 +34,14 @@ class TransposedLinearRule(LinearRule):
     def gradients(
         self, g: Tensor, x: Tensor, weight: Tensor, *, multiplier: int, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Multiply ``g`` with weight and input."""
+        """Return the linear layer's gradients, the weight's transposed."""
         dx, dw = super().gradients(g, x, weight.T, multiplier=multiplier, wanted=wanted)
         return dx, None if dw is None else dw.T.contiguous()
 
     def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply the input with ``g``, for each example."""
+        """Multiply each example's input with its upstream gradient."""
         return super().own_gradients(x, g, weight.T)
 
     def oriented(self, upstream: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the columns first."""
+        """Return the columns first, since they are the rows of the weight."""
         return columns, upstream

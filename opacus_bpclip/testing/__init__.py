@@ -1,7 +1,4 @@
-"""`check_rule`: everything that a rule must keep, tried on a layer of yours.
-
-For authors of rules, in a test of their own; every rule of the package goes through it as well.
-"""
+"""`check_rule`: a test suite for authors of rules; the package's own rules pass it, too."""
 
 from opacus_bpclip.testing.suite import check_rule
 

@@ -1,4 +1,4 @@
-"""One setting that a rule is tried in, and what to say of a promise that it breaks."""
+"""One setting in which a rule is tested, and the error if the rule breaks a promise there."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 
 from opacus_bpclip.rules import Rule
 
-# The sensitivity of every layer that is tried.
+# The sensitivity of every layer under test.
 LIMIT = 0.7
 
-# What cancellation in a sum of contributions may add, relative to the sensitivity.
+# The rounding error of a sum of contributions that cancel, relative to the sensitivity.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A setting; its text stands in every message."""
+    """A setting; its text is a part of every error message."""
 
     rule: type[Rule]
     make_layer: Callable[[], nn.Module]
@@ -31,7 +31,7 @@ class Case:
     frozen: str = ""
 
     def with_one_frozen(self) -> Iterator[Case]:
-        """Yield the same with one of the layer's parameters frozen, if it has several."""
+        """Yield the setting with one of the layer's parameters frozen, if it has several."""
         names = [name for name, p in self.make_layer().named_parameters() if p.requires_grad]
         for name in names if len(names) > 1 else ():
 
@@ -51,6 +51,6 @@ class Case:
 
 
 def require(held: bool, case: Case, promise: str, detail: str) -> None:
-    """Raise an AssertionError unless the promise was held."""
+    """Raise an AssertionError unless the rule has kept the promise."""
     if not held:
         raise AssertionError(f"{case} breaks its promise: {promise}: {detail}")

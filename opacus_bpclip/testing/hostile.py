@@ -1,4 +1,4 @@
-"""Batches made to break a bound: examples of every kind and of every size."""
+"""Batches made to break a bound, with examples of very different kinds and sizes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from opacus_bpclip.testing.layer import ClippedLayer, Inputs, MakeInputs, each
 
 _SCALES = (1e-30, 1e-3, 1.0, 1e3, 1e30)
-# Of an example's input and upstream gradient: noise, one entry, entries that agree, nothing.
+# Kinds of inputs and upstream gradients: noise, a single entry, equal entries, zeros.
 _KINDS = ("normal", "normal", "spike", "constant", "zero")
 
 T = TypeVar("T")
 
 
 def hostile(layer: ClippedLayer, inputs: MakeInputs, count: int) -> tuple[Inputs, Tensor]:
-    """Return arguments and upstream gradient, each example of a kind and a size of its own."""
+    """Return arguments and an upstream gradient; each example has its own kind and size."""
     arguments = layer.make(inputs, count)
     upstream = layer.upstream(arguments)
     kinds = [(_drawn(_KINDS), _drawn(_KINDS)) for _ in range(count)]
-    # Half of them of one kind in both, for what shows only where both agree.
+    # Half of the examples have the same kind in both, since some violations need that.
     kinds = [(x, x if torch.rand(()) < 0.5 else g) for x, g in kinds]
     spoil = partial(_spoilt, axis=layer.axis)
     arguments = each(arguments, lambda x: spoil(x, kinds=[kind for kind, _ in kinds]))
@@ -42,7 +42,7 @@ def _spoilt(x: Tensor, kinds: Sequence[str], axis: int) -> Tensor:
 
 
 def shaped(x: Tensor, kind: str) -> Tensor:
-    """Return one example's numbers, made over to be of a kind."""
+    """Return a tensor of the same shape and of the given kind; ``x`` itself for "normal"."""
     if kind == "normal":
         return x
     if kind == "spike":

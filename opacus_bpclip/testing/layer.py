@@ -1,4 +1,4 @@
-"""A layer with clipping attached, beside the same layer without."""
+"""A layer with clipping attached, and the same layer without."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MakeInputs = Callable[[int], "Tensor | Inputs"]
 
 
 class Run(NamedTuple):
-    """What comes out of a layer: its clipped sum, and all that other layers see of it."""
+    """The results of a forward and a backward pass: the clipped sum, and what other layers see."""
 
     contribution: Tensor
-    sent: Inputs  # the output, and the gradients of the inputs
+    visible: Inputs  # the output, and the gradients of the inputs
 
 
 class ClippedLayer:
-    """A layer with clipping attached, and its gradients on demand."""
+    """A layer with clipping attached, and the same layer without for comparison."""
 
     def __init__(self, case: Case, limit: float = LIMIT) -> None:
         self.layer = case.make_layer().to(case.dtype)
@@ -34,7 +34,7 @@ class ClippedLayer:
             allocation=case.allocation,  # type: ignore[arg-type]
             normalize=case.normalize,
             max_input_norm=case.max_input_norm,
-            probe=False,  # what it would find is judged here, on the values that are searched
+            probe=False,  # the checks of this package look for coupled examples themselves
         )
         self.axis = case.rule.from_module(self.layer).batch_axis(0)
         self.hooks = BackpropClipHooks(
@@ -73,11 +73,11 @@ class ClippedLayer:
             if p.requires_grad
         ]
         guard.finish()
-        sent = (y.detach(), *(None if x is None else x.grad for x in arguments))
-        return Run(torch.cat([total.flatten() for total in sums]), sent)
+        visible = (y.detach(), *(None if x is None else x.grad for x in arguments))
+        return Run(torch.cat([total.flatten() for total in sums]), visible)
 
     def gradient(self, arguments: Inputs, upstream: Tensor) -> Tensor:
-        """Return the same by plain autograd, without clipping."""
+        """Return the sum of the gradients by plain autograd, without clipping."""
         parameters = [p for p in self.plain.parameters() if p.requires_grad]
         loss = (self.plain(*arguments) * upstream).sum()
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -94,5 +94,5 @@ class ClippedLayer:
 
 
 def each(arguments: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
-    """Return what the function makes of each argument that is not left out."""
+    """Apply the function to each argument that is not left out."""
     return tuple(x if x is None else function(x) for x in arguments)

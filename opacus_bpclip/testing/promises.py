@@ -1,4 +1,4 @@
-"""What a rule promises, each promise with the check that searches for its breach."""
+"""The promises of a rule, each with a check that searches for a violation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_sums(case: Case, inputs: MakeInputs) -> None:
         arguments, upstream = hostile(layer, inputs, count)
         tolerance = ROUNDING[case.dtype] * LIMIT * (count + 1)
         together = layer.run(arguments, upstream)
-        # Each by a fresh layer: a rule must not remember what it has seen.
+        # A fresh layer for each example: a rule must not remember earlier ones.
         runs = [
             ClippedLayer(case).run(layer.rows(arguments, [i]), layer.example(upstream, [i]))
             for i in range(count)
@@ -42,19 +42,19 @@ def check_sums(case: Case, inputs: MakeInputs) -> None:
             apart <= tolerance,
             case,
             "independence",
-            f"the batch's gradient and the sum of its examples' own differ by {apart}",
+            f"the batch's gradient differs from the sum of its examples' gradients by {apart}",
         )
         for i, run in enumerate(runs):
             require(
-                all(map(_agree, layer.rows(together.sent, [i]), run.sent)),
+                all(map(_agree, layer.rows(together.visible, [i]), run.visible)),
                 case,
                 "independence",
-                f"what the layer sends for example {i} depends on the others",
+                f"the output or the input's gradient of example {i} depends on other examples",
             )
 
 
 def _agree(one: Tensor | None, other: Tensor | None) -> bool:
-    """Return whether two rows are the same up to rounding; a mix of examples is far off."""
+    """Return whether two rows are equal up to rounding; a mix of examples differs by far more."""
     if one is None or other is None:
         return one is other
     size = float(other.nan_to_num(posinf=0, neginf=0).abs().max()) if other.numel() else 0.0
@@ -62,7 +62,7 @@ def _agree(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def check_spikes(case: Case, inputs: MakeInputs) -> None:
-    """One entry of the input, and one of the upstream gradient: the worst cases of most layers."""
+    """Check the bound on inputs and upstream gradients with one entry, where it is often tight."""
     layer = ClippedLayer(case)
     (x, *others), upstream = layer.make(inputs, 1), layer.upstream(layer.make(inputs, 1))
     assert x is not None
@@ -74,7 +74,7 @@ def check_spikes(case: Case, inputs: MakeInputs) -> None:
 
 
 def check_direction(case: Case, inputs: MakeInputs) -> None:
-    """Check that a contribution is the example's own gradient times one factor."""
+    """Check that a contribution is the example's gradient times one factor."""
     if case.bound == "product" or case.dtype != torch.float64:
         return
     layer = ClippedLayer(replace(case, max_input_norm=None))
@@ -87,7 +87,9 @@ def check_direction(case: Case, inputs: MakeInputs) -> None:
             continue
         factor = float(own @ clipped / own.square().sum())
         off = float((clipped - factor * own).norm())
-        require(off <= 1e-6 * LIMIT, case, "direction", f"off the own gradient by {off}")
+        require(
+            off <= 1e-6 * LIMIT, case, "direction", f"off the direction of the gradient by {off}"
+        )
         require(factor > 0, case, "direction", f"its factor is {factor}")
         if not case.normalize:
             require(factor <= 1 + 1e-9, case, "direction", f"its factor is {factor} > 1")
@@ -103,7 +105,7 @@ def check_attained(
         best = max(best, float(layer.contribution(arguments, upstream).norm()))
         if best >= 0.999 * LIMIT:
             return
-    require(False, case, "attainment", f"{best / LIMIT:.4f} of the limit reached at most")
+    require(False, case, "attainment", f"examples reach at most {best / LIMIT:.4f} of the limit")
 
 
 def _candidates(
@@ -133,7 +135,7 @@ def _candidates(
 
 
 def check_not_finite(case: Case, inputs: MakeInputs) -> None:
-    """Check that an example with inf or nan contributes zero, and leaves the others alone."""
+    """Check that an example with inf or nan contributes zero, and does not affect the others."""
     layer = ClippedLayer(case)
     arguments = layer.make(inputs, 3)
     upstream = layer.upstream(arguments)
@@ -149,7 +151,7 @@ def check_not_finite(case: Case, inputs: MakeInputs) -> None:
         row[tuple(int(k) for k in torch.unravel_index(torch.tensor(place), row.shape))] = value
         assert g is not None
         moved = float((layer.contribution(tuple(changed), g) - others).norm())
-        # Not `moved > 0`: with nan that is false.
+        # A comparison that is False for nan.
         zero = moved <= 1e-12 * LIMIT if case.dtype == torch.float64 else moved <= 1e-6 * LIMIT
         require(zero, case, "not finite", f"an example with {value} moved the sum by {moved}")
 

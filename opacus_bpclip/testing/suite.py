@@ -1,4 +1,4 @@
-"""`check_rule`: all promises, in all settings."""
+"""`check_rule`, which runs all checks in all settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from opacus_bpclip.testing.promises import (
     check_sums,
 )
 
-# With a joint budget and with one of the layer's own; clipped and normalised.
+# Allocation and `normalize`: joint and layerwise budgets, clipped and normalised.
 _BUDGETS = (("joint", False), ("dimension", False), ("joint", True))
 
 
@@ -36,31 +36,33 @@ def check_rule(
     rounds: int = 3,
     seed: int = 0,
 ) -> None:
-    """Search for a violation of what a rule promises, on random and on hostile batches.
+    """Search for a violation of a rule's promises, on random and on hostile batches.
 
-    Checked in all bounds and both budgets, clipped and normalised, in float32 and float64:
+    The promises are checked for all bounds and both budgets, clipped and normalised, in float32 and
+    float64:
 
-    - *bound*: an example's contribution is within the limit, input clipping on or off;
-    - *independence*: a batch's gradient is the sum of what its examples contribute alone, and what
-      the layer sends up and down for an example is what it sends for the example alone;
-    - *direction*: a contribution is the example's own gradient by plain autograd, times one factor,
-      which is at most 1 unless gradients are normalised (without input clipping);
-    - *attainment*: some example reaches 0.999 of the limit, so the bound is not idle;
-    - *not finite*: an example with inf or nan contributes exactly zero, the others are untouched;
-    - *empty batch*: the gradient is zero (where the layer itself can run on one).
+    - *bound*: an example's contribution is within the limit, with and without input clipping;
+    - *independence*: a batch's gradient is the sum of its examples' contributions, and an example's
+      output and the gradient of its input do not depend on the other examples;
+    - *direction*: without input clipping, a contribution is the example's gradient by plain
+      autograd times one factor, which is at most 1 unless gradients are normalised;
+    - *attainment*: some example reaches 0.999 of the limit, so the bound is not too loose;
+    - *not finite*: an example with inf or nan contributes zero and does not affect the others;
+    - *empty batch*: the gradient is zero (if the layer itself accepts an empty batch).
 
     Args:
         rule: the rule's class; registered for the layer's class while the check runs.
-        make_layer: makes the layer, the same one each time.
-        inputs: makes the layer's arguments for that many examples, ``None`` for one that is left
-            out; called under a fixed seed.
-        worst_case: arguments and upstream gradient of one example that reaches the limit of every
-            bound; searched among single spikes if left out.
-        rounds: hostile batches in each setting.
-        seed: of the search.
+        make_layer: makes the layer; must return the same kind of layer each time.
+        inputs: makes the layer's arguments for the given number of examples, ``None`` for an
+            argument that is left out; called under a fixed seed.
+        worst_case: arguments and upstream gradient of one example that reaches the limit with every
+            bound. By default it is searched among inputs and gradients with a single entry.
+        rounds: the number of hostile batches in each setting.
+        seed: the seed of the search.
 
     Raises:
-        AssertionError: a promise is broken; the message says which, where and by how much.
+        AssertionError: a promise is broken; the message says which one, in which setting, and by
+            how much.
 
     Example:
         >>> from opacus_bpclip.rules import LinearRule

@@ -1,4 +1,4 @@
-"""Which ways of calling a compiled model are told apart, and how examples of them are made up."""
+"""The forms in which a compiled model is called: how they are told apart, and made-up examples."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def test_a_recurrent_network_under_the_joint_budget_is_refused_with_the_cause():
     model = torch.compile(private.model, backend="aot_eager")
     with pytest.raises(
         RuntimeError,
-        match=r"rnn\.l0\.ih belongs to a recurrent network, which torch\.compile leaves to eager "
-        r"mode, since it is a loop over time steps.*Train without torch\.compile, or with "
+        match=r"rnn\.l0\.ih belongs to a recurrent network, a loop over time steps, which runs in "
+        r"eager mode under torch\.compile.*Train without torch\.compile, or with "
         r'BackpropClipping\(allocation="equal"\), which compiles the layers around the network',
     ):
         _step(private, model, 5)
@@ -73,7 +73,7 @@ def test_one_graph_of_a_recurrent_network_is_refused_with_the_cause():
     model = torch.compile(private.model, backend="aot_eager", fullgraph=True)
     with pytest.raises(
         torch._dynamo.exc.Unsupported,
-        match=r"a private recurrent network is a loop over time steps that is left to eager mode: "
+        match=r"a private recurrent network is a loop over time steps, which runs in eager mode: "
         r'without fullgraph=True, BackpropClipping\(allocation="equal"\) compiles the layers',
     ):
         _step(private, model, 5)

@@ -1,4 +1,4 @@
-"""Eager mode vouches for compiled graphs by itself, on made-up examples, and leaves no trace."""
+"""Compiled graphs are checked in eager mode on made-up examples, which changes nothing else."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_each_graph_is_rehearsed_once(rehearsed):
         train_step(fast)
     assert [form.training for form in rehearsed] == [True, False]
 
-    # What an eager batch has shown may not be what a graph was traced with.
+    # A graph may have been traced with another form of call than an eager batch had.
     other = make_private(mlp())
     train_step(other)
     train_step(compiled(other))
@@ -141,7 +141,7 @@ def test_a_form_that_only_a_graph_has_seen_is_refused_for_its_reason(wrap_model,
 
 
 class Doubled(torch.autograd.Function):
-    """Hides a parameter from whoever follows functions."""
+    """Hides a parameter from the mode that follows functions."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:

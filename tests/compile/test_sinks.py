@@ -1,4 +1,4 @@
-"""A compiled graph sends its sums to leaves of their own: what comes to a parameter is foreign."""
+"""A compiled graph sends its sums to separate leaves: a gradient at a parameter is unexpected."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is left of gradients that cancel is rounding, which a mean loss changes with the batch."""
+"""Gradients that cancel leave rounding errors, which a mean loss changes with the batch size."""
 
 import pytest
 import torch

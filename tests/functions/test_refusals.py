@@ -1,4 +1,4 @@
-"""What functions on parameters cannot be followed: refused, with the reason."""
+"""Functions on parameters that cannot be followed are refused, with the reason."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def _sorted_by_a_draw(s: nn.Module, x: Tensor) -> Tensor:
 
 
 def _copies_in(order: Tensor, s: nn.Module, x: Tensor) -> Tensor:
-    """Meet the sorted examples with copies of a parameter, and put them back in order."""
+    """Add copies of a parameter to the sorted examples, and put these back in order."""
     copies = s.w.expand(len(x), -1)
     return (x[order] * copies.view(len(x), *[1] * (x.dim() - 2), -1))[order.argsort()]
 
@@ -110,14 +110,14 @@ REFUSED = {
         {"w": W},
         "these places",
     ),
-    "a function of somebody's own": (lambda s, x: Squared.apply(x, s.w), {"w": W}, "s.w|w got"),
+    "a custom autograd function": (lambda s, x: Squared.apply(x, s.w), {"w": W}, "s.w|w got"),
     "an argument that is changed after the call": (_changed_later, {"w": W}, "changed in place"),
     "an argument that would lose its gradient": (
         lambda s, x: torch.addcmul(s.b, x, Rounded.apply(s.w)),
         {"w": W, "b": W},
         "would be lost|got gradient|got a gradient",
     ),
-    "a selection by values": (_selected, {"w": W}, "no row for each of them"),
+    "a selection by values": (_selected, {"w": W}, "does not have one row for each of them"),
     "rows sorted by a random number": (_sorted_by_a_draw, {"w": W}, "these places"),
     "a loop over the examples": (
         lambda s, x: torch.stack([row * s.w for row in x]),
@@ -127,7 +127,7 @@ REFUSED = {
     "a branch on the values of a batch": (
         lambda s, x: x * s.w if bool((x < 100).all()) else x - s.w,
         {"w": W},
-        "did not show",
+        "did not occur in the trial run",
     ),
 }
 
@@ -181,7 +181,7 @@ def test_data_that_belongs_to_no_example_is_refused_where_a_layer_meets_it():
 
 def test_data_that_belongs_to_no_example_is_refused_where_a_parameter_meets_it():
     trainer = Trainer(Flat(), (4,), BackpropClipping(), probe=True)
-    with pytest.raises(PrivacyViolationError, match=r"raw.*no row for each example"):
+    with pytest.raises(PrivacyViolationError, match=r"raw.*does not have one row for each example"):
         trainer.model(torch.randn(3, 4).double(), torch.ones(7).double())
 
 

@@ -1,4 +1,4 @@
-"""The joint budget through the real engine: sensitivity, independence, silence."""
+"""The joint budget through the real engine: sensitivity, independence, examples not finite."""
 
 import pytest
 import torch
@@ -204,7 +204,7 @@ def test_an_input_that_is_not_finite_silences_all(value, bound, normalize):
 
 
 class Inner(nn.Module):
-    """What is not finite arises between two layers, and the second one alone sees it."""
+    """A number that is not finite arises between two layers, and only the second one sees it."""
 
     def __init__(self) -> None:
         super().__init__()

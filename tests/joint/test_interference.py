@@ -1,4 +1,4 @@
-"""What happens around a backward pass spends the joint budget once, or is refused."""
+"""Unusual backward passes spend the joint budget once, or are refused."""
 
 import contextlib
 
@@ -199,7 +199,7 @@ class Residual(nn.Module):
         }[how.partition(", ")[2]]()
 
     def forward(self, x: Tensor) -> Tensor:
-        # Its own gradient is negligible, so the bound does not see what becomes of it.
+        # Its own gradient is negligible, so the bound does not show that it was changed.
         y = self.small(1e-12 * x)
         if self.how.startswith("hook"):
             y.register_hook(lambda g: g.mul_(1e6).sum() and None)

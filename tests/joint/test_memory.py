@@ -1,4 +1,4 @@
-"""After a backward pass nothing of it is kept, whatever became of it."""
+"""After a backward pass nothing of it is kept in memory, also if it was interrupted."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""One factor over layers of every size: nothing overflows, vanishes or grows out of rounding."""
+"""One factor for layers of very different sizes: no overflow, underflow or magnified rounding."""
 
 import pytest
 import torch

@@ -49,37 +49,39 @@ def rows_taken_for_examples(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LossWatch, "require_examples", lambda self, losses: None)
 
 
-def _all_kept(left: Tensor, of: Tensor, dtype: torch.dtype, limit: object = 0.0) -> Tensor:
-    return torch.ones_like(left)
+def _all_kept(
+    remainder: Tensor, cancelled: Tensor, dtype: torch.dtype, limit: object = 0.0
+) -> Tensor:
+    return torch.ones_like(remainder)
 
 
 @mutant(killed_by=loss_killers.blank_companions, says=MOVED)
 def rounding_passed_down_by_norms(patch: pytest.MonkeyPatch) -> None:
     """A normalisation sends down what rounding has left of a gradient that it takes away, and the
     next one of constants multiplies it by 316."""
-    patch.setattr(affine_rules, "kept", _all_kept)
+    patch.setattr(affine_rules, "cancellation_factor", _all_kept)
 
 
 @mutant(killed_by=loss_killers.long_group_of_equal_gradients, says="is left where nothing is")
 def means_left_in_norms_gradients(patch: pytest.MonkeyPatch) -> None:
     """The mean that a kernel has left in a long group's gradient, by adding up number by number, is
     not taken away, and is too large to be told from a gradient."""
-    settled = AffineRule.settled
+    suppress_rounding = AffineRule.suppress_rounding
 
     def uncentred(*args: Any, centre: bool) -> Tensor:
-        return settled(*args, centre=False)
+        return suppress_rounding(*args, centre=False)
 
-    patch.setattr(AffineRule, "settled", uncentred)
+    patch.setattr(AffineRule, "suppress_rounding", uncentred)
 
 
 @mutant(killed_by=loss_killers.positions_that_cancel_in_a_norm, says="rounding contributes")
 def rounding_of_norms_clipped_as_a_gradient(patch: pytest.MonkeyPatch) -> None:
     """What rounding has left of a normalisation layer's own gradient goes to the limit."""
-    patch.setattr(affine, "kept", _all_kept)
+    patch.setattr(affine, "cancellation_factor", _all_kept)
 
 
 @mutant(killed_by=loss_killers.positions_that_cancel_in_a_convolution, says="rounding contributes")
 def rounding_of_own_gradients_clipped_as_a_gradient(patch: pytest.MonkeyPatch) -> None:
     """What rounding has left of an example's own gradient in the exact bound is held back by no
     more than the bound's slack, which a thousand equal companions make nothing of."""
-    patch.setattr(fused_use, "kept", _all_kept)
+    patch.setattr(fused_use, "cancellation_factor", _all_kept)

@@ -181,12 +181,13 @@ def test_each_way_to_make_private_takes_the_size(stock: bool) -> None:
     + [
         (
             {"physical_batch_size": 8, "poisson_sampling": False},
-            "physical_batch_size=8 fills the batches of the loader that make_private returns, and "
-            "poisson_sampling=False keeps your own. Leave one of them out.",
+            "physical_batch_size=8 pads the batches of the private loader, but "
+            "poisson_sampling=False keeps your own loader. Leave one of them out.",
         ),
         (
             {"physical_batch_size": 8, "clipping": "flat", "backprop": None},
-            "physical_batch_size=8 was given with clipping='flat'; it needs clipping=\"backprop\".",
+            "physical_batch_size=8 was given with clipping='flat', but needs "
+            'clipping="backprop".',
         ),
     ],
 )

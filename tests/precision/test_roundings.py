@@ -19,7 +19,7 @@ BUDGETS = pytest.mark.parametrize(
 
 
 class Own(nn.Module):
-    """A layer of somebody's own, with a rule, that turns its numbers to low precision itself."""
+    """A user's layer with a rule, which converts its numbers to low precision itself."""
 
     def __init__(self, way: str) -> None:
         super().__init__()

@@ -58,9 +58,9 @@ def test_optimizers_with_other_parameters_or_another_order_are_refused(
     assert one == other
     assert one == (
         f"ValueError: The ranks differ in the optimizer's parameter {each}. The ranks' sums are "
-        "added up one parameter after another: the sum of one would become the gradient of "
-        "another, whose noise is not made for it. Give the optimizer the same parameters in the "
-        "same order on each rank, for example model.parameters(), not a set."
+        "added in the order of the optimizer's parameters. In different orders, the sums of "
+        "different parameters would be added, and get the wrong noise. Give the optimizer the same "
+        "parameters in the same order on each rank, for example model.parameters(), not a set."
     )
 
 
@@ -111,11 +111,11 @@ def buffered(rank: int, broadcast_buffers: bool, wrap_model: bool) -> str | Tens
 
 def test_a_wrapper_that_waits_for_buffers_may_not_be_called() -> None:
     text = (
-        "ValueError: DistributedDataParallel sends rank 0's buffers to all ranks before each "
-        "forward pass, and waits for them; but ranks may have other numbers of physical batches "
-        "in a step, which their private samples decide, and then wait for ever. Wrap the model "
-        "with DistributedDataParallel(model, broadcast_buffers=False), or leave wrap_model=False "
-        "out."
+        "ValueError: DistributedDataParallel broadcasts rank 0's buffers before each forward "
+        "pass, and each rank waits for them. But the ranks' private samples may give them "
+        "different numbers of physical batches in a step, and then a rank would wait forever. "
+        "Wrap the model with DistributedDataParallel(model, broadcast_buffers=False), or leave "
+        "wrap_model=False out."
     )
     assert pair().run(buffered, True, False) == [text] * 2
 

@@ -237,14 +237,15 @@ def test_a_compiled_model_trains_on_two_ranks() -> None:
     [
         (
             "DDP",
-            "A graph of torch.compile sends its sums through autograd, where "
-            "DistributedDataParallel takes part in them. Wrap the model in opacus.distributed's "
-            "DifferentiallyPrivateDistributedDataParallel instead, or train without torch.compile.",
+            "A graph of torch.compile sends its clipped sums through autograd, where "
+            "DistributedDataParallel interferes with them. Wrap the model in opacus.distributed's "
+            "DifferentiallyPrivateDistributedDataParallel instead, or train without "
+            "torch.compile.",
         ),
         (
             "FSDP2",
-            "A graph of torch.compile sends its sums through autograd, where FSDP would average "
-            "them. Train without torch.compile, or without fully_shard.",
+            "A graph of torch.compile sends its clipped sums through autograd, where FSDP would "
+            "average them. Train without torch.compile, or without fully_shard.",
         ),
     ],
 )

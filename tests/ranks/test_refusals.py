@@ -213,17 +213,17 @@ WRAPPED = {
     ),
     "half": (
         half_sharded,
-        "A part of the model is sharded, the model itself is not. Call fully_shard(model) on the "
-        "whole model, too, as the last.",
+        "A part of the model is sharded, but the model itself is not. Call fully_shard on the "
+        "parts first, and on the whole model last.",
     ),
     "both": (
         sharded_inside,
-        "DifferentiallyPrivateDistributedDataParallel is around a model that fully_shard has "
-        "sharded. Use one of the two.",
+        "DifferentiallyPrivateDistributedDataParallel wraps a model that is sharded by "
+        "fully_shard. Use one of the two.",
     ),
     "hybrid": (
         hybrid,
-        "places is sharded over a mesh of shape (1, 2) in a process group of 2 ranks: hybrid "
+        "places is sharded over a mesh of shape (1, 2) in a process group of 2 ranks. Hybrid "
         "sharding and tensor parallelism are not supported. Call fully_shard(model) without a "
         "mesh, which shards over all ranks.",
     ),

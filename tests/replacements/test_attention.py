@@ -106,7 +106,7 @@ def test_outputs_weights_and_gradients_are_pytorchs(call):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_opacus_own_replacement_computes_another_function(batch_first):
-    """Why there is one of ours; with it in its place, every model would be refused."""
+    """Shows why the package has an attention of its own: every model with PyTorch's is refused."""
     torch.manual_seed(0)
     module = attention(batch_first=batch_first).eval()
     x = torch.randn(3, 3, WIDTH, dtype=torch.float64)
@@ -184,13 +184,13 @@ def test_nothing_is_broadcast_in_silence():
     ):
         with pytest.raises(ValueError, match=message):
             made(x, x, x, **wrong)
-    with pytest.raises(ValueError, match="must be as long as each other"):
+    with pytest.raises(ValueError, match="to have the same length"):
         made(x, x, x[:, :2])
     with pytest.raises(ValueError, match="for the 2 examples of query"):
         made(x, x[:1], x[:1])
-    with pytest.raises(ValueError, match="all have 3 axes"):
+    with pytest.raises(ValueError, match="to have 3 axes each"):
         made(x, x[0], x[0])
-    with pytest.raises(ValueError, match="to be a multiple of 3"):
+    with pytest.raises(ValueError, match="to be a multiple of num_heads=3"):
         MultiheadAttention(WIDTH, 3)
 
 
@@ -245,5 +245,5 @@ def test_pytorchs_encoder_computes_the_same_in_training_and_evaluation(batch_fir
                     else each(x.transpose(0, 1), **options).transpose(0, 1)
                     for each in (model, made)
                 )
-            # What PyTorch's fused kernel returns for padding is zero, and nobody reads it.
+            # PyTorch's fused kernel returns zeros for padding, which are not used.
             torch.testing.assert_close(y2[~hidden], y[~hidden], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Normalisations that somebody else has trained, and that are frozen."""
+"""Pretrained normalisation layers that are frozen."""
 
 import pytest
 import timm
@@ -23,7 +23,7 @@ def compatible(model: nn.Module) -> nn.Module:
 
 
 class Backbone(nn.Module):
-    """Layers that somebody else has trained, frozen, and a head."""
+    """Pretrained, frozen layers, and a head."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What takes the place of normalisations over the batch works within one example."""
+"""The replacements of normalisations over the batch do not mix examples."""
 
 import copy
 import warnings
@@ -130,21 +130,19 @@ def test_a_model_of_such_modules_trains():
     [
         (
             nn.BatchNorm1d(1),
-            "has 1 feature, too few to be normalised within one example: leave it out "
-            "(nn.Identity()), or put nn.GroupNorm(1, 1) in its place if its inputs are sequences, "
-            "[B, 1, L]",
+            "has 1 feature, too few to normalise within one example: leave it out "
+            "(nn.Identity()), or use nn.GroupNorm(1, 1) if its inputs are sequences, [B, 1, L]",
             nn.Identity(),
         ),
         (
             nn.BatchNorm1d(2),
-            "has 2 features, too few to be normalised within one example: leave it out "
-            "(nn.Identity()), or put nn.GroupNorm(1, 2) in its place if its inputs are sequences, "
-            "[B, 2, L]",
+            "has 2 features, too few to normalise within one example: leave it out "
+            "(nn.Identity()), or use nn.GroupNorm(1, 2) if its inputs are sequences, [B, 2, L]",
             nn.GroupNorm(1, 2),
         ),
         (
             SplitBatchNorm2d(16),
-            "overrides _BatchNorm.forward, so nobody knows what it computes",
+            "overrides _BatchNorm.forward, so it is not known what it computes",
             nn.GroupNorm(2, 16),
         ),
     ],
@@ -154,7 +152,7 @@ def test_what_is_not_replaced_is_refused_with_the_reason_and_a_remedy(module, re
     with pytest.raises(CoverageError) as refusal:
         compatible(nn.Sequential(nn.Linear(4, 4), module))
     assert (
-        "- 1 normalises over the batch: each example's value depends on its companions. "
+        "- 1 normalises over the batch, so each example's output depends on the other examples. "
         f"{METHOD} does not replace it: it {reason}. Or use GroupNorm, or keep it in evaluation "
         "mode with running statistics."
     ) in str(refusal.value)

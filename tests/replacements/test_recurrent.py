@@ -216,14 +216,14 @@ def test_a_subclass_that_changes_nothing_is_replaced():
     [
         pytest.param(
             nn.LSTM(INPUT, HIDDEN, proj_size=2, batch_first=True),
-            "has a proj_size, which no cell computes: leave proj_size out, and put a Linear layer "
-            "behind it.",
+            "has a proj_size, which is not supported: leave proj_size out, and apply a Linear "
+            "layer to its outputs.",
             nn.LSTM(INPUT, HIDDEN, batch_first=True),
             id="projected",
         ),
         pytest.param(
             Own(INPUT, HIDDEN),
-            "overrides LSTM.forward, so nobody knows what it computes.",
+            "overrides LSTM.forward, so it is not known what it computes.",
             nn.LSTM(INPUT, HIDDEN),
             id="own forward",
         ),

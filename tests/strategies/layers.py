@@ -155,7 +155,7 @@ def bag_cases(draw: st.DrawFn) -> LayerCase:
         include_last_offset=draw(st.booleans()),
     )
     weighted = mode == "sum" and draw(st.booleans())
-    # Without offsets PyTorch takes include_last_offset for a mistake of its own.
+    # Without offsets PyTorch raises an error for include_last_offset.
     offsets = layer.include_last_offset or draw(st.booleans())
     return LayerCase(Bags(layer, offsets=offsets, weighted=weighted), (2, tokens))
 
