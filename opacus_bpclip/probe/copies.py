@@ -16,7 +16,7 @@ from opacus_bpclip.probe.problems import UntriedError
 from opacus_bpclip.probe.progress import note_run
 from opacus_bpclip.probe.randomness import Steady, repeatable
 from opacus_bpclip.probe.recording import Recording, alike, recorded
-from opacus_bpclip.probe.stand_ins import StandIns, lazy_parameter
+from opacus_bpclip.probe.substitutes import Substitutes, lazy_parameter
 
 # Beyond this many numbers a second copy of the model in double precision is not worth its memory.
 _LARGEST_IN_DOUBLE = 2**26
@@ -31,7 +31,7 @@ _SPREAD = 8.0
 class Copy:
     """A model with copies of its numbers, for trial runs inside a ``with`` statement.
 
-    What runs change is not the model's: afterwards it is what it was (`StandIns`). Between runs,
+    What runs change is not the model's: afterwards it is what it was (`Substitutes`). Between runs,
     buffers start anew; what a run leaves in plain attributes is there in the next one, as it would
     be in training.
 
@@ -56,14 +56,14 @@ class Copy:
         self._parameters = dict(model.named_parameters())
         self._seeds = {id(p): seed for seed, p in enumerate(self._parameters.values())}
         self._versions = {id(p): _version(p) for p in self._parameters.values()}
-        self._stand_ins = StandIns(model, self._shown)
+        self._substitutes = Substitutes(model, self._substitute_of)
 
     def __enter__(self) -> Copy:
-        self._stand_ins.__enter__()
+        self._substitutes.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stand_ins.__exit__(*error)
+        self._substitutes.__exit__(*error)
 
     @contextmanager
     def spread(self) -> Iterator[None]:
@@ -73,7 +73,7 @@ class Copy:
         classes: a mean with wrong weights is next to the right one. With larger logits they do not.
         """
         trained = (p for p in self._parameters.values() if p.requires_grad)
-        own = [x for p in trained if (x := self._stand_ins.of(p)) is not p]
+        own = [x for p in trained if (x := self._substitutes.of(p)) is not p]
         try:
             for tensor in own:
                 tensor.data.mul_(_SPREAD)
@@ -94,9 +94,9 @@ class Copy:
 
     def of(self, parameter: nn.Parameter) -> nn.Parameter:
         """Return what stands in for a parameter."""
-        stand_in = self._stand_ins.of(parameter)
-        assert isinstance(stand_in, nn.Parameter)
-        return stand_in
+        substitute = self._substitutes.of(parameter)
+        assert isinstance(substitute, nn.Parameter)
+        return substitute
 
     def run(
         self,
@@ -122,7 +122,7 @@ class Copy:
         """
         note_run()
         batch = batch.to(self.device, self.dtype)
-        self._stand_ins.begin_run()
+        self._substitutes.begin_run()
         if isinstance(mode, ParameterFunctions):
             mode.note_arguments(batch.without_examples, batch.with_examples)
         recording = Recording(copied=self._copied)
@@ -136,7 +136,7 @@ class Copy:
             self.model(*batch.args, **batch.kwargs)
         return recording
 
-    def _shown(self, tensor: Tensor) -> Tensor:
+    def _substitute_of(self, tensor: Tensor) -> Tensor:
         """Return what stands in for a tensor: a copy; of a trainable zero, small values."""
         seed = self._seeds.get(id(tensor))
         if seed is None:
@@ -148,15 +148,15 @@ class Copy:
         if trained and _is_zero(own):
             drawn = torch.rand(own.shape, generator=torch.Generator().manual_seed(seed)) - 0.5
             own = (2 * _ZERO_STANDS_FOR * drawn).to(own)
-        stand_in = nn.Parameter(own, requires_grad=trained)
-        vars(stand_in).update(vars(tensor))
-        return stand_in
+        substitute = nn.Parameter(own, requires_grad=trained)
+        vars(substitute).update(vars(tensor))
+        return substitute
 
     def _is_edited(self, parameter: Tensor) -> bool:
-        stand_in = self._stand_ins.of(parameter)
-        if stand_in is parameter:
+        substitute = self._substitutes.of(parameter)
+        if substitute is parameter:
             return self._versions[id(parameter)] != _version(parameter)
-        return not alike(stand_in, self._shown(parameter))
+        return not alike(substitute, self._substitute_of(parameter))
 
     def _cast(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if tensor.is_floating_point() else None

@@ -47,7 +47,7 @@ def classes_halved_evenly(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant(killed_by=probe_killers.module_under_two_names, says="was left changed")
-def stand_ins_stay(patch: pytest.MonkeyPatch) -> None:
+def substitutes_stay(patch: pytest.MonkeyPatch) -> None:
     """A model keeps the copies that it was tried out with, in double precision, and trains those:
     nobody watches them."""
-    patch.setattr(copies.StandIns, "__exit__", lambda self, *error: None)
+    patch.setattr(copies.Substitutes, "__exit__", lambda self, *error: None)

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from opacus_bpclip.probe.leaves import parts_of
 
-Substitute = Callable[[Tensor], Tensor]
+Make = Callable[[Tensor], Tensor]
 
 _HOLDERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
-class StandIns:
+class Substitutes:
     """A model whose tensors are replaced from `__enter__` to `__exit__`.
 
     Looked into are its modules, containers in their attributes, and other objects that they hold
@@ -33,12 +33,12 @@ class StandIns:
 
     Args:
         model: the model.
-        substitute: makes the stand-in of a tensor, in no matter which place; it may return the
+        make: makes the stand-in of a tensor, in no matter which place; it may return the
             tensor itself.
     """
 
-    def __init__(self, model: nn.Module, substitute: Substitute) -> None:
-        self._substitute = substitute
+    def __init__(self, model: nn.Module, make: Make) -> None:
+        self._make = make
         self._holders: list[tuple[Any, Any]] = []  # each with what it holds
         self._copies: dict[int, tuple[Any, Any, int]] = {}  # of what nothing can stand in for
         self._generators: list[tuple[Any, Any]] = []  # each with its state
@@ -47,7 +47,7 @@ class StandIns:
         self._seen: dict[int, Any] = {}
         self._look_into(model, objects=1)
 
-    def __enter__(self) -> StandIns:
+    def __enter__(self) -> Substitutes:
         try:
             for holder, content in self._holders:
                 _refill(holder, self._replaced(content))
@@ -73,18 +73,18 @@ class StandIns:
     def of(self, tensor: Tensor) -> Tensor:
         """Return what stands in for a tensor of the model."""
         if id(tensor) not in self._made:
-            own = tensor if id(tensor) in self._copies else self._substitute(tensor)
+            own = tensor if id(tensor) in self._copies else self._make(tensor)
             self._made[id(tensor)] = tensor, own
         return self._made[id(tensor)][1]
 
     def _renewed(self, buffer: Tensor) -> Tensor:
-        stand_in = self.of(buffer)
-        if stand_in is buffer:
+        substitute = self.of(buffer)
+        if substitute is buffer:
             self._put_values_back(buffer)
         else:
             # The same object, which another attribute may hold as well.
-            stand_in.data = self._substitute(buffer)
-        return stand_in
+            substitute.data = self._make(buffer)
+        return substitute
 
     def _put_values_back(self, own: Any) -> None:
         _, copy, version = self._copies.get(id(own), (own, None, None))
