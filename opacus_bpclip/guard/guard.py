@@ -7,8 +7,8 @@ autograd graph of a clipped layer does not reach its parameters. A gradient that
 parameter (from a second use, a penalty in the loss, ``F.linear(x, layer.weight)``) is not clipped,
 and is refused.
 
-None of this runs inside a graph that ``torch.compile`` has traced. A graph's gradients are released
-only after the same way of calling the model has passed every check in eager mode (`Forms`).
+In a graph traced by ``torch.compile`` none of this runs. Its gradients are released only after the
+same way of calling the model has passed every check in eager mode (`Forms`).
 """
 
 from __future__ import annotations
@@ -131,12 +131,7 @@ class GradientGuard:
     # Forward
 
     def enter_forward(self, batch_size: int, present: Tensor | None = None) -> None:
-        """Begin a forward pass of the root.
-
-        Args:
-            batch_size: the number of rows.
-            present: ``[B]`` bool, which rows are not padding; ``None`` for all.
-        """
+        """Begin a forward pass of the root; ``present`` is ``[B]``, the rows that are no padding."""
         self.require(self.ranks.problem())
         if self.undoes_mean:
             self.require(self._roundings.of_products(self.parameters.device))
@@ -161,8 +156,7 @@ class GradientGuard:
     def enter_layer(self, layer: Layer) -> bool:
         """Count one use of a layer; return whether its backward pass must be clipped.
 
-        A use inside a backward pass is activation checkpointing's second run of a use that was
-        checked and counted before.
+        A use inside a backward pass is activation checkpointing's second run of one counted before.
         """
         calls = self._calls.get(layer.name, 0)
         if _in_backward():

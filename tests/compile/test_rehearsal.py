@@ -206,7 +206,7 @@ def test_what_cannot_be_rehearsed_is_refused_until_an_eager_batch_has_vouched():
         with pytest.raises(
             PrivacyViolationError,
             match=r"called in a way \(arguments, flags, numbers of axes, training or evaluation\) "
-            r"was never checked in eager mode.*Trying it on made-up examples "
+            r"that was never checked in eager mode.*Trying it on made-up examples "
             r"failed \(none could be made up for its arguments\).*"
             r"Run one batch of each way of calling it without torch\.compile first",
         ):
