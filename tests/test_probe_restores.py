@@ -239,7 +239,7 @@ def test_what_a_forward_pass_keeps_for_the_next_one_is_not_hidden() -> None:
             return y + shift
 
     assert (found(Remembering()) or "").startswith(
-        ("The model returned something else", "(root) (Remembering) couples examples")
+        ("The model returned other numbers", "(root) (Remembering) couples examples")
     )
 
 

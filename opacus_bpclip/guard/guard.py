@@ -131,7 +131,7 @@ class GradientGuard:
     # Forward
 
     def enter_forward(self, batch_size: int, present: Tensor | None = None) -> None:
-        """Begin a forward pass of the root; ``present`` is ``[B]``, the rows that are no padding."""
+        """Begin a forward pass of the root; ``present`` is ``[B]``, the rows without padding."""
         self.require(self.ranks.problem())
         if self.undoes_mean:
             self.require(self._roundings.of_products(self.parameters.device))

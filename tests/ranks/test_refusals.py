@@ -88,7 +88,9 @@ def tried_on_one_rank(rank: int, wrapper: str) -> tuple[str, Tensor]:
 def test_a_form_of_call_that_one_rank_alone_has_is_tried_there_and_told(wrapper: str) -> None:
     (one, values), (other, others) = pair().run(tried_on_one_rank, wrapper)
     assert one == f"PrivacyViolationError: {OTHERS}{other.partition(': ')[2]}"
-    assert "couples examples: what it makes of one changes with the values of its comp" in other
+    assert (
+        "couples examples: its output for one example changes with the values of the other" in other
+    )
     assert torch.equal(values, others)
 
 
