@@ -75,7 +75,7 @@ def test_one_example_reaches_every_layers_bound():
         (True, r"^attention \(MultiheadAttention\) couples examples: .* Compute each"),
         (
             False,
-            r"^attention\.out_proj\.bias, attention\.out_proj\.weight: the rows that ",
+            r"^attention\.out_proj\.bias, attention\.out_proj\.weight: the rows of ",
         ),
     ],
     ids=["searched", "not searched"],
