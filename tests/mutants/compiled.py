@@ -1,4 +1,4 @@
-"""Compiled graphs that nobody has vouched for."""
+"""Compiled graphs that were not checked in eager mode."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ RELEASED = "nothing bounds was released"
 
 
 @mutant(killed_by=killers.roundings_in_a_graph, says=RELEASED)
-def graphs_not_vouched_for(patch: pytest.MonkeyPatch) -> None:
-    """What a compiled graph sends is released, though eager mode has never seen such a pass."""
+def graphs_not_checked(patch: pytest.MonkeyPatch) -> None:
+    """The gradients of a compiled graph are released without a check of such a pass in eager mode."""
     patch.setattr(optimizer, "check_graphs", lambda model, guard: None)
 
 
 @mutant(killed_by=killers.graph_behind_another_one, says=RELEASED)
-def latest_form_vouches_for_all(patch: pytest.MonkeyPatch) -> None:
-    """Only the way in which the model was traced last is rehearsed, and the gradient may be of a
-    call before."""
+def latest_form_checked_for_all(patch: pytest.MonkeyPatch) -> None:
+    """Only the form in which the model was traced last is rehearsed, and the gradient may be from a
+    call in another form."""
     unchecked = Forms.unchecked
 
     def latest(self: Forms, arrived: Iterable[WatchedParameter]) -> Iterator[Unchecked]:
