@@ -119,7 +119,7 @@ def _run(model: nn.Module, guard: GradientGuard, form: Form, batch: Batch) -> No
 
 
 def _substitute(tensor: Tensor) -> Tensor:
-    """Return what stands in for a tensor of the model: parameters are watched, and stay."""
+    """Return a tensor's substitute. Parameters are not replaced, since the guard watches them."""
     if isinstance(tensor, nn.Parameter):
         return tensor
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)

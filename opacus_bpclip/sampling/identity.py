@@ -119,10 +119,10 @@ def _inside(dataset: Any) -> Sequence[Any]:
 
 def _digest_of_indices(indices: Sequence[Any]) -> str:
     try:
-        told = np.asarray([int(index) for index in indices], dtype=np.int64).tobytes()
+        data = np.asarray([int(index) for index in indices], dtype=np.int64).tobytes()
     except (TypeError, ValueError, OverflowError):  # keys that are not integers
-        told = repr(list(indices)).encode()
-    return hashlib.sha256(told).hexdigest()[:16]
+        data = repr(list(indices)).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _digest_of_item(loader: DataLoader[Any], index: int) -> str | None:

@@ -118,7 +118,7 @@ def largest_position_for_all(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.long_sequence, says=MOVED)
 def positions_added_up_in_squares(patch: pytest.MonkeyPatch) -> None:
-    """The weighted bound adds up the squares of positions, as if they could not point the same way."""
+    """The weighted bound adds up squares of positions, as if they could not point the same way."""
 
     def squares(g: Tensor, columns: Tensor, *_: Any) -> Tensor:
         return torch.linalg.vector_norm(g * columns[:, :, None], dim=(1, 2, 3))

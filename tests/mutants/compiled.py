@@ -17,7 +17,7 @@ RELEASED = "nothing bounds was released"
 
 @mutant(killed_by=killers.roundings_in_a_graph, says=RELEASED)
 def graphs_not_checked(patch: pytest.MonkeyPatch) -> None:
-    """The gradients of a compiled graph are released without a check of such a pass in eager mode."""
+    """A compiled graph's gradients are released without a check of such a pass in eager mode."""
     patch.setattr(optimizer, "check_graphs", lambda model, guard: None)
 
 

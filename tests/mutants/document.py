@@ -14,9 +14,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "mutants.md"
 HEAD = """\
 # Mutants
 
-A test that cannot fail proves nothing. So the suite keeps a list of mutants, each of which makes the code
-wrong in one way. A mutant is patched into the real code, and then a check of the property that it breaks
-must fail. The same check must pass on the unchanged code. `tests/test_mutants.py` does this for all of them.
+A test that cannot fail proves nothing. So the suite keeps a list of mutants, each of which makes
+the code wrong in one way. A mutant is patched into the real code, and then a check of the property
+that it breaks must fail. The same check must pass on the unchanged code. `tests/test_mutants.py`
+does this for all of them.
 
 This page is generated. After a change in `tests/mutants/`, run
 

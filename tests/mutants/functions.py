@@ -67,7 +67,7 @@ def copy_shared_by_two_examples(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.linear_function_with_bias, says="joint" + MOVED)
 def bias_of_a_function_not_measured(patch: pytest.MonkeyPatch) -> None:
-    """Of a linear function only the weight's gradient is measured, but the bias's is added up, too."""
+    """Of a linear function only the weight's gradient is measured; the bias's is added up, too."""
     rule_of_call = function_rules.rule_of_call
 
     def without(*args: Any) -> Any:
