@@ -39,19 +39,15 @@ def verified(
         The template, and what is wrong; ``None`` if a method passed.
     """
     seen = _finite(seen, template, examples)
-    parameters, name = ", ".join(sorted(seen.call.names)), seen.call.name
+    names, name = ", ".join(sorted(seen.call.names)), seen.call.name
     upstream = _upstream(seen, template, examples)
     if not upstream:
-        return template, Problem(
-            "(root)", problems.unlike_alone(parameters, name, "output", torch.inf)
-        )
+        return template, Problem("(root)", problems.unlike_alone(names, name, "output", torch.inf))
     expected = _by_autograd(seen, template, upstream)
     if template.method != "graph":
         gap = _gap_of_results(seen, template, examples)
         if not gap <= tolerance:
-            return template, Problem(
-                "(root)", problems.unlike_alone(parameters, name, "output", gap)
-            )
+            return template, Problem("(root)", problems.unlike_alone(names, name, "output", gap))
     methods: dict[str, Sequence[Any]] = {"vmap": ("vmap", "loop"), "graph": ("graph",)}
     if template.method == "vmap" and known_gradients(seen.call, template) is not None:
         methods["vmap"] = ("known", "vmap", "loop")
@@ -69,7 +65,7 @@ def verified(
         gap = max(_gap(x, y) for x, y in zip(expected, found, strict=True))
         if gap <= tolerance:
             return candidate._replace(batched=_sends_back(seen, expected, tolerance)), None
-    return template, Problem("(root)", problems.unlike_alone(parameters, name, "gradient", gap))
+    return template, Problem("(root)", problems.unlike_alone(names, name, "gradient", gap))
 
 
 def _finite(seen: Seen, template: Template, examples: int) -> Seen:
