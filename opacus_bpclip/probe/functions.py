@@ -204,7 +204,7 @@ def _is_left_to_rules(trials: Trials, rows: Sequence[int], among: Companions) ->
     try:
         return not (touched or _passed_by(trials.layers, calls, fewer, among))
     except RefusedError:
-        return False  # The first run may have filled caches: the next ones show it.
+        return False  # The first run may have filled caches: later runs decide.
 
 
 def _recorded(

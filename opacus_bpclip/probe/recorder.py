@@ -274,7 +274,7 @@ class Trials:
         *,
         seed: int | None = None,
     ) -> list[Tensor]:
-        """Run the model under a mode that the layers with a rule pause, but those passed by."""
+        """Run the model in a mode that is paused in layers with a rule, except those passed by."""
         with ExitStack() as stack:
             for name, module in self.modules().items():
                 if name not in passed_by:

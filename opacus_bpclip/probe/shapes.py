@@ -16,7 +16,7 @@ from opacus_bpclip.probe.comparison import Companions, layouts
 # A tensor's shape, an integer, or ``None`` for anything else.
 Size = torch.Size | int | None
 
-# Nothing is inside these.
+# Types of values without parts.
 _LEAVES = frozenset((Tensor, nn.Parameter, int, float, bool, str, type(None), torch.dtype))
 
 
@@ -66,7 +66,7 @@ def sizes_of(value: Any) -> tuple[Size, ...]:
 
 
 def _append_sizes(value: Any, sizes: list[Size]) -> None:
-    # In the order of pytree's leaves, but many times faster for what most calls are given.
+    # In the order of pytree's leaves, but many times faster for the arguments of most calls.
     kind = type(value)
     if kind is tuple or kind is list:
         for item in value:
