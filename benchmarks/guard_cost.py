@@ -129,7 +129,7 @@ def unwatched(guard: GradientGuard) -> Iterator[None]:
         "require": nothing,
     }
     with ExitStack() as stack:
-        for name in ("foreign_parameter", "replaced_parameter"):
+        for name in ("unknown_parameter", "replaced_parameter"):
             stack.enter_context(patch.object(layers, name, nothing))
         stack.enter_context(patch.object(NodeClip, "check", nothing))
         for name, instead in off.items():

@@ -25,9 +25,9 @@ from tests.helpers import FEATURES, dataset, make_private, mlp
 
 SGD, LBFGS = torch.optim.SGD, torch.optim.LBFGS
 SAMPLED = (
-    "Pass a DataLoader with batch_size (and shuffle=True, if you like) over the items to train on; "
-    "torch.utils.data.Subset(dataset, indices) makes a data set of some of them. With a sampling "
-    "of your own, and an epsilon that you derive yourself, use "
+    "Pass a DataLoader with batch_size (and shuffle=True, if you like) over the items to train "
+    "on; torch.utils.data.Subset(dataset, indices) makes a data set of some of them. To keep your "
+    "own sampling, with an epsilon that you derive yourself, use "
     "make_private(poisson_sampling=False)."
 )
 
@@ -203,8 +203,8 @@ REFUSALS = {
         {"optimizer": SGD(mlp().parameters(), lr=0.1)},
     ),
     "iterable data": Refusal(
-        "Uniform sampling is not supported for IterableDataset: a stream has no items that could "
-        f"be drawn. {SAMPLED}",
+        "Uniform sampling is not supported for IterableDataset: the items of a stream cannot be "
+        f"drawn by index. {SAMPLED}",
         {"data_loader": DataLoader(Endless(), batch_size=8)},
     ),
     "no batch": Refusal(
@@ -212,8 +212,7 @@ REFUSALS = {
         {"data_loader": DataLoader(dataset(5), batch_size=8, drop_last=True)},
     ),
     "no batch size": Refusal(
-        "The data loader has batch_size=None, so nothing says how many items to expect in a batch. "
-        f"{SAMPLED}",
+        f"The data loader has batch_size=None, so the expected batch size is unknown. {SAMPLED}",
         {"data_loader": DataLoader(dataset(), batch_size=None)},
     ),
     "a batch sampler": Refusal(
@@ -222,21 +221,21 @@ REFUSALS = {
         {"data_loader": DataLoader(dataset(), batch_sampler=[[0, 1], [2, 3]])},
     ),
     "weighted items": Refusal(
-        "The data loader's WeightedRandomSampler does not draw each item once: Poisson sampling "
-        "would replace it, with another sampling rate, expected batch size and choice of items "
-        f"than it says. {SAMPLED}",
+        "The data loader's WeightedRandomSampler does not draw each item once. Poisson sampling "
+        "would replace it, and change the sampling rate, the expected batch size and the choice "
+        f"of items. {SAMPLED}",
         {"data_loader": DataLoader(dataset(), 8, sampler=WeightedRandomSampler([1.0] * 32, 60))},
     ),
     "items drawn again": Refusal(
-        "The data loader's RandomSampler does not draw each item once: Poisson sampling would "
-        "replace it, with another sampling rate, expected batch size and choice of items than it "
-        f"says. {SAMPLED}",
+        "The data loader's RandomSampler does not draw each item once. Poisson sampling would "
+        "replace it, and change the sampling rate, the expected batch size and the choice of "
+        f"items. {SAMPLED}",
         {"data_loader": DataLoader(dataset(), 8, sampler=RandomSampler(range(32), True))},
     ),
     "fewer items": Refusal(
-        "The data loader's RandomSampler does not draw each item once: Poisson sampling would "
-        "replace it, with another sampling rate, expected batch size and choice of items than it "
-        f"says. {SAMPLED}",
+        "The data loader's RandomSampler does not draw each item once. Poisson sampling would "
+        "replace it, and change the sampling rate, the expected batch size and the choice of "
+        f"items. {SAMPLED}",
         {"data_loader": DataLoader(dataset(), 8, sampler=RandomSampler(dataset(), num_samples=9))},
     ),
     "an item named twice": Refusal(

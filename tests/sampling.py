@@ -14,15 +14,15 @@ from tests.helpers import Private, make_private, mlp, values
 
 NOTHING_DRAWN = (
     "The model trains on a batch of {rows} rows, but the data loader that make_private returned "
-    "has drawn none that was not used yet: the batch came from elsewhere, or it is used a second "
-    "time. The accountant takes each step for a Poisson sample of its own, drawn by that loader. "
-    "Iterate over the loader that make_private returned for this model, and take one step for each "
-    "of its batches. If two models train on the same batches, put both in one module whose forward "
-    "runs them, with one optimizer over both."
+    "has drawn no batch that was not used yet: this one came from elsewhere, or it is used a "
+    "second time. The accountant counts each step as a Poisson sample of its own, drawn by that "
+    "loader. Iterate over the loader that make_private returned for this model, and take one step "
+    "for each of its batches. If two models train on the same batches, put both in one module "
+    "whose forward runs them, with one optimizer over both."
 )
 TOO_MANY = (
     "The model trains on a batch of {rows} rows, but the data loader sampled {items} items: an "
-    "item has several rows, or some rows are of no item (crops, augmented copies, generated "
+    "item has several rows, or some rows are not an item's (crops, augmented copies, generated "
     "examples). The bound holds for one row of each item; an item with several rows contributes "
     "several times as much. Make one row of each item in the dataset or collate_fn, and train on "
     "nothing but the loader's batch."

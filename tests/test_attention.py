@@ -133,10 +133,10 @@ def test_with_a_forward_of_ones_own_the_examples_are_found_in_either_layout(batc
 @pytest.mark.parametrize(
     ("probe", "reason"),
     [
-        (True, r"^attention \(DPMultiheadAttention\) couples examples: .* Compute from each"),
+        (True, r"^attention \(DPMultiheadAttention\) couples examples: .* Compute each"),
         (
             False,
-            r"^attention\.out_proj\.bias, attention\.out_proj\.weight: the rows that ",
+            r"^attention\.out_proj\.bias, attention\.out_proj\.weight: the rows of ",
         ),
     ],
     ids=["searched", "not searched"],

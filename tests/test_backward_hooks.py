@@ -115,6 +115,6 @@ def test_an_output_that_went_around_the_clip_is_refused(
     with pytest.raises(PrivacyViolationError) as refusal:
         loss_of(layer.cached, output).backward()
     assert str(refusal.value) == (
-        "0 got a gradient that went around the place where it is clipped: the layer's forward "
-        "keeps its output, and the loss uses that. Use what the layer returns."
+        "0 got a gradient that bypasses the clipping: the layer's forward stores its output, and "
+        "the loss uses the stored tensor. Use what the layer returns."
     )

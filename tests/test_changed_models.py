@@ -79,7 +79,7 @@ def test_activations_that_are_changed_while_they_are_saved_are_refused() -> None
         backward(private)
     assert str(refusal.value) == (
         "body runs under hooks on saved tensors (saved_tensors_hooks) that are not torch's own: if "
-        "they change a number, as lossy compression of activations does, the layer's gradient is "
+        "they change a value, as lossy compression of activations does, the layer's gradient is "
         "not the one that is bounded. Use save_on_cpu or checkpoint(..., use_reentrant=False)."
     )
     assert_refused_until_zero_grad(private)
@@ -131,6 +131,7 @@ def test_a_parameter_that_another_layers_rule_knows_nothing_of_is_refused(
     with pytest.raises(PrivacyViolationError) as refusal:
         (1e3 * private.model(batch(1)[0])).sum().backward()
     assert str(refusal.value) == (
-        "layer uses a parameter of shape (3, 4) that is not its own: its gradient would be lost, "
-        "for the layer's rule bounds its own alone. Use each parameter through its own layer."
+        "layer uses a parameter of shape (3, 4) that is not its own: the layer's rule bounds only "
+        "its own parameters, so the gradient of this one would be lost. Use each parameter "
+        "through its own layer."
     )

@@ -136,9 +136,9 @@ TWICE = (
         ),
         pytest.param(
             call_outside,
-            "body was called outside its model's forward pass, where nothing ties its rows to the "
-            "examples of the batch. Call the whole model, and have its forward return whatever the "
-            "loss needs.",
+            "body was called outside its model's forward pass, so it is unknown which examples of "
+            "the batch its rows are. Call the whole model, and have its forward return whatever "
+            "the loss needs.",
             id="layer called outside the model's forward",
         ),
         pytest.param(backward_twice, TWICE.format(name="head"), id="backward twice"),

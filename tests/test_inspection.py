@@ -201,7 +201,7 @@ def test_coupled_examples_are_found_on_made_up_ones(capsys):
     assert main(["inspect", "my_models:coupled", "--input-shape", "4"]) == 1
     out = capsys.readouterr().out
     assert any(line.split()[:4] == ["0", "Loop", "0", "REFUSED"] for line in out.splitlines())
-    assert "- 0 (Loop) couples examples: what it makes of one changes with the values" in out
+    assert "- 0 (Loop) couples examples: its output for one example changes with the values" in out
 
 
 @pytest.mark.usefixtures("models")

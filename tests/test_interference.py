@@ -222,7 +222,7 @@ def test_a_layer_that_measures_what_it_used_may_have_its_input_changed(hook: Any
         ),
         pytest.param(
             lambda layer: layer.register_forward_hook(scale_output, prepend=True),
-            "Another forward hook of 0 was put before the one that clips its upstream gradient. "
+            "Another forward hook of 0 runs before the one that clips its upstream gradient. "
             "Register it without prepend=True.",
             id="prepended hook",
         ),

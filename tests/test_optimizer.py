@@ -113,9 +113,9 @@ def test_a_parameter_that_is_added_to_the_optimizer_later_is_refused() -> None:
     with pytest.raises(PrivacyViolationError) as refusal:
         private.optimizer.step()
     assert str(refusal.value) == (
-        "The optimizer holds a parameter of shape (3,) that was not trainable, or not the model's, "
-        "when make_private was called: nothing clips its gradient. Add it to the model and the "
-        "optimizer first, then call make_private."
+        "The optimizer holds a parameter of shape (3,) that was not a trainable parameter of the "
+        "model when make_private was called, so its gradient is not clipped. Add it to the model "
+        "and the optimizer first, then call make_private."
     )
     assert torch.equal(values(private), before)
     assert private.steps == 0

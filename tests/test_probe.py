@@ -156,7 +156,7 @@ def test_a_loss_inside_the_model_must_be_what_loss_reduction_says(
     problem = found(model, loss_reduction=reduction)
     assert (problem is None) is (reduction == returned)
     if problem:
-        assert f"not the {reduction} of what its examples give alone" in problem
+        assert f"not the {reduction} of its values for each example alone" in problem
 
 
 def test_what_cannot_be_repeated_is_said_to_be_that() -> None:
@@ -168,4 +168,4 @@ def test_what_cannot_be_repeated_is_said_to_be_that() -> None:
             return x * self.calls
 
     model = nn.Sequential(nn.Linear(FEATURES, 8), Counting())
-    assert (found(model) or "").startswith("The model returned something else when it was run on")
+    assert (found(model) or "").startswith("The model returned other numbers when it was run on")

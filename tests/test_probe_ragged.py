@@ -28,7 +28,7 @@ SMALL = {"vocab_size": 20, "num_labels": 3}
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 REMEDY = (
     "Return one loss for each example; or do not pass the labels to the model, and compute the "
-    "loss from its logits with what "
+    "loss from its logits with the criterion that "
     "make_private(criterion=opacus_bpclip.CrossEntropy(ignore_index=...)) returns, which a "
     "transformers Trainer takes as compute_loss_func."
 )

@@ -211,10 +211,10 @@ def test_an_interruption_while_tensors_are_replaced_leaves_nothing_behind() -> N
     before = anatomy(model)
 
     class Interrupted(Copy):
-        def _shown(self, tensor: Tensor) -> Tensor:
+        def _substitute_of(self, tensor: Tensor) -> Tensor:
             if tensor is model.hidden[0].weight:
                 raise KeyboardInterrupt
-            return super()._shown(tensor)
+            return super()._substitute_of(tensor)
 
     with pytest.raises(KeyboardInterrupt), Interrupted(model, double=True):
         pass
@@ -239,7 +239,7 @@ def test_what_a_forward_pass_keeps_for_the_next_one_is_not_hidden() -> None:
             return y + shift
 
     assert (found(Remembering()) or "").startswith(
-        ("The model returned something else", "(root) (Remembering) couples examples")
+        ("The model returned other numbers", "(root) (Remembering) couples examples")
     )
 
 

@@ -90,7 +90,7 @@ def test_a_private_loader_that_is_passed_again_gives_samples_of_their_own() -> N
     assert len(loader) == len(one.loader)
     x, y = first(one)
     F.cross_entropy(other(x), y).backward()
-    with pytest.raises(PrivacyViolationError, match="has drawn none"):
+    with pytest.raises(PrivacyViolationError, match="has drawn no batch"):
         optimizer.step()
     for x, y in loader:
         optimizer.zero_grad()
@@ -147,6 +147,6 @@ def test_a_copy_does_not_inherit_the_batches_that_wait() -> None:
     x, y = first(private)
     model, optimizer = copy.deepcopy((private.model, private.optimizer))
     F.cross_entropy(model(x), y).backward()
-    with pytest.raises(PrivacyViolationError, match="has drawn none"):
+    with pytest.raises(PrivacyViolationError, match="has drawn no batch"):
         optimizer.step()
     train(private, x, y)

@@ -29,13 +29,14 @@ from tests.helpers import (
 from tests.traps import HEADER, refused_before_training
 
 COUPLED = (
-    "The bound holds for what an example contributes on its own; coupled examples move each "
-    "other's gradients beyond it. Compute from each example alone: no mean, softmax, normalisation "
-    "or division over the batch, no neighbours (GroupNorm or LayerNorm in place of BatchNorm). If "
-    "you are certain that the loss never sees it, set BackpropClipping(probe=False)."
+    "The bound holds for an example's own contribution; in a model that couples examples, one "
+    "example also changes the contributions of others. Compute each example's output from that "
+    "example alone: no mean, softmax, normalisation or division over the batch, no other rows "
+    "(GroupNorm or LayerNorm in place of BatchNorm). If you are certain that the loss never uses "
+    "it, set BackpropClipping(probe=False)."
 )
-VALUES = "what it makes of one changes with the values of its companions in the batch. "
-NUMBER = "what it makes of one changes with the number of its companions in the batch. "
+VALUES = "its output for one example changes with the values of the other examples in the batch. "
+NUMBER = "its output for one example changes with the number of other examples in the batch. "
 
 
 class Around(nn.Module):
@@ -115,15 +116,16 @@ def test_contrastive_loss_inside_the_model() -> None:
 
     refused_before_training(
         nn.Sequential(*mlp(), Apply(info_nce)),
-        "The model returns a tensor without a batch axis that is not the mean of what its examples "
-        "give alone, as loss_reduction='mean' has it. A loss that divides by how many tokens or "
-        "labels of the whole batch count (ignored positions, padding, class weights) is such a "
-        "one. The bound holds for what an example contributes on its own; coupled examples move "
-        "each other's gradients beyond it. Return one loss for each example; or do not pass the "
-        "labels to the model, and compute the loss from its logits with what "
+        "The model returns a tensor without a batch axis that is not the mean of its values for "
+        "each example alone, which loss_reduction='mean' requires. A loss that divides by the "
+        "number of tokens or labels that count in the whole batch (ignored positions, padding, "
+        "class weights) is an example. The bound holds for an example's own contribution; in a "
+        "model that couples examples, one example also changes the contributions of others. "
+        "Return one loss for each example; or do not pass the labels to the model, and compute "
+        "the loss from its logits with the criterion that "
         "make_private(criterion=opacus_bpclip.CrossEntropy(ignore_index=...)) returns, which a "
         "transformers Trainer takes as compute_loss_func. If you are certain that the loss never "
-        "sees this tensor, set BackpropClipping(probe=False).",
+        "uses this tensor, set BackpropClipping(probe=False).",
     )
 
 
@@ -159,11 +161,11 @@ def test_neighbour_mixing_by_an_adjacency_matrix() -> None:
     with pytest.raises(PrivacyViolationError) as refusal:
         private.model(batch()[0], torch.eye(6).roll(1, dims=0))
     assert str(refusal.value) == (
-        "Whether examples influence each other inside the model cannot be tried, since it does not "
-        "run on a part of its batch (RuntimeError: mat1 and mat2 shapes cannot be multiplied (4x6 "
-        "and 4x4)): nothing would bound what one example does to the others. Pass the examples as "
-        "tensors that have one row each, batch first. If you are certain that no example's output "
-        "depends on another's, set BackpropClipping(probe=False)."
+        "Whether examples influence each other inside the model cannot be tried, since it does "
+        "not run on a part of its batch (RuntimeError: mat1 and mat2 shapes cannot be multiplied "
+        "(4x6 and 4x4)): one example might change the contributions of others. Pass the examples "
+        "as tensors that have one row each, batch first. If you are certain that no example's "
+        "output depends on another's, set BackpropClipping(probe=False)."
     )
 
 
@@ -224,9 +226,9 @@ class Codebook(nn.Module):
 def test_buffer_that_takes_up_the_batch() -> None:
     refused_before_training(
         Around(Codebook()),
-        "The buffer middle.average takes up values of the batch, and no noise is added to it: "
-        "whoever gets the model gets them. Keep its module from updating it (evaluation mode, "
-        "frozen statistics), or register it with persistent=False if it never influences an "
+        "The buffer middle.average stores values computed from the batch, without noise: the "
+        "trained model would contain private data. Keep its module from updating it (evaluation "
+        "mode, frozen statistics), or register it with persistent=False if it never influences an "
         "output.",
     )
 

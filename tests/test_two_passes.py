@@ -29,7 +29,7 @@ from tests.helpers import (
 TWO_FORWARDS = (
     "One backward pass came from two forward passes of the model (a siamese or triplet loss, "
     "R-Drop, a discriminator on real and generated examples): an example that is in both would "
-    "contribute twice, and nothing shows which rows belong together. Put them in one call: give "
+    "contribute twice, and it is unknown which rows belong together. Put them in one call: give "
     "the model a forward that takes all inputs, runs its layers on each, and returns all outputs, "
     "and declare how often it uses each layer: BackpropClipping(uses={name: K})."
 )
@@ -140,8 +140,9 @@ def test_weight_decay_or_an_update_after_the_step_stand_in_for_a_weight_penalty(
 
 SCALED = (
     "GradScaler multiplies the loss by a number that depends on the data (it shrinks where "
-    "gradients overflow), so clipped gradients and the noise would be scaled apart. Train in "
-    "bfloat16 or float32 without GradScaler; GradScaler(enabled=False) does nothing and may stay."
+    "gradients overflow), so the clipped gradients would have another scale than the noise. Train "
+    "in bfloat16 or float32 without GradScaler; GradScaler(enabled=False) does nothing and may "
+    "stay."
 )
 
 

@@ -15,7 +15,7 @@ from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.layer_use import Graph, LayerUse
 from opacus_bpclip.clipping.node import Call, NodeClip, parameters_replaced
 from opacus_bpclip.clipping.use import Use
-from opacus_bpclip.guard.call_checks import foreign_parameter, replaced_parameter, went_around
+from opacus_bpclip.guard.call_checks import replaced_parameter, unknown_parameter, went_around
 from opacus_bpclip.guard.precision import low_in_a_graph
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.graphs import low_precision_behind
@@ -134,7 +134,7 @@ class LayerClip(NodeClip):
         """
         if self.followed:
             own = (*self.own_leaves.values(), *leaves)
-            self.guard.require(foreign_parameter(self.layer, made, own))
+            self.guard.require(unknown_parameter(self.layer, made, own))
         dtype = low_precision_behind([made.grad_fn], ends)
         if dtype is not None:
             self.guard.check_precision(self.layer.name, dtype)

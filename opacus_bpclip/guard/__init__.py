@@ -1,1 +1,1 @@
-"""What is checked on every batch."""
+"""The checks that run on every batch."""

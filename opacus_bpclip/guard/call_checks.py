@@ -1,6 +1,6 @@
-"""What may be wrong with one call of a layer, each a sentence with the remedy, ``None`` if nothing.
+"""Checks of one call of a layer: each returns an error message with the remedy, or ``None``.
 
-`GradientGuard.require` turns a sentence into a refusal.
+`GradientGuard.require` raises a message that it is given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from opacus_bpclip.rules import Inputs
 
 
 def first_in_backward(layer: Layer) -> str:
-    """Say that a layer runs in the backward pass without having run in the forward pass."""
+    """Return the message for a layer that runs in the backward pass and not in the forward pass."""
     return (
         f"{layer.name} runs for the first time inside the backward pass, where its "
         "uses cannot be counted. Use checkpoint(..., use_reentrant=False)."
@@ -24,16 +24,16 @@ def first_in_backward(layer: Layer) -> str:
 
 
 def outside_forward(layer: Layer) -> str:
-    """Say that a layer runs while its model does not."""
+    """Return the message for a layer that is called outside its model's forward pass."""
     return (
-        f"{layer.name} was called outside its model's forward pass, where nothing "
-        "ties its rows to the examples of the batch. Call the whole model, and have its forward "
+        f"{layer.name} was called outside its model's forward pass, so it is unknown which "
+        "examples of the batch its rows are. Call the whole model, and have its forward "
         "return whatever the loss needs."
     )
 
 
 def ran_twice(layer: Layer) -> str:
-    """Say that a backward pass comes to a call of a layer for the second time."""
+    """Return the message for a second backward pass through one call of a layer."""
     return (
         "The backward pass ran twice for one forward pass through "
         f"{layer.name}: one example would contribute twice. Add the losses and "
@@ -42,7 +42,7 @@ def ran_twice(layer: Layer) -> str:
 
 
 def changed_since(layer: Layer) -> str:
-    """Say that a gradient was changed after it had been measured."""
+    """Return the message for a gradient that was changed after its norm was measured."""
     return (
         f"The gradient of {layer.name}'s output, or its input, was changed in place after it had "
         "been measured: by a hook, or by an autograd function that works in place on gradients. "
@@ -51,34 +51,34 @@ def changed_since(layer: Layer) -> str:
 
 
 def went_around(layer: Layer) -> str:
-    """Say that a gradient reaches a layer by another way than its output."""
+    """Return the message for a gradient that reaches a layer other than through its output."""
     return (
-        f"{layer.name} got a gradient that went around the place where it is clipped: the layer's "
-        "forward keeps its output, and the loss uses that. Use what the layer returns."
+        f"{layer.name} got a gradient that bypasses the clipping: the layer's forward stores its "
+        "output, and the loss uses the stored tensor. Use what the layer returns."
     )
 
 
-def foreign_parameter(layer: Layer, y: Tensor, inputs: Inputs) -> str | None:
-    """Say that a layer's own forward uses a parameter that its rule does not know of.
+def unknown_parameter(layer: Layer, y: Tensor, inputs: Inputs) -> str | None:
+    """Check that a layer's forward uses no parameter but the layer's own.
 
     Args:
         layer: the layer.
-        y: what it made, before its graph is cut off.
-        inputs: of what, and its own parameters.
+        y: its output, still attached to the layer's graph.
+        inputs: its inputs and its own parameters.
     """
     given = [x for x in inputs if x is not None]
     for leaf in leaves_of(y, {x.grad_fn for x in given}):
         if all(leaf is not x for x in given):
             return (
                 f"{layer.name} uses a parameter of shape {tuple(leaf.shape)} that is not its own: "
-                "its gradient would be lost, for the layer's rule bounds its own alone. Use each "
-                "parameter through its own layer."
+                "the layer's rule bounds only its own parameters, so the gradient of this one "
+                "would be lost. Use each parameter through its own layer."
             )
     return None
 
 
 def used_too_often(layer: Layer) -> str:
-    """Say that a layer runs more often in one forward pass than its bound counts."""
+    """Return the message for a layer with more uses in a forward pass than its bound counts."""
     times = "once" if layer.uses == 1 else f"{layer.uses} times"
     return (
         f"{layer.name} is used more than {times} in a forward pass: each use adds to one "
@@ -89,7 +89,7 @@ def used_too_often(layer: Layer) -> str:
 
 
 def changed_layer(layer: Layer) -> str | None:
-    """Say how a layer, or what runs around it, is not what was examined."""
+    """Check that neither the layer nor the hooks around it have changed since make_private."""
     if layer.is_patched:
         return (
             f"{layer.name} was changed after make_private (its forward was replaced, an option "
@@ -105,7 +105,7 @@ def changed_layer(layer: Layer) -> str | None:
     if saving is not None and not _of_torch(saving[0]):
         return (
             f"{layer.name} runs under hooks on saved tensors (saved_tensors_hooks) that are "
-            "not torch's own: if they change a number, as lossy compression of activations "
+            "not torch's own: if they change a value, as lossy compression of activations "
             "does, the layer's gradient is not the one that is bounded. Use save_on_cpu or "
             "checkpoint(..., use_reentrant=False)."
         )
@@ -113,7 +113,10 @@ def changed_layer(layer: Layer) -> str | None:
 
 
 def replaced_parameter(layer: Layer) -> str | None:
-    """Say which parameter of a layer is not the one that is watched, but a multiple perhaps."""
+    """Check that a layer computes with the parameters that are watched.
+
+    A parameter in the place of a watched one may be, for instance, a multiple of it.
+    """
     name = layer.replaced_parameter()
     if name is None:
         return None
@@ -125,17 +128,17 @@ def replaced_parameter(layer: Layer) -> str | None:
 
 
 def earlier_hook(layer: Layer, key: int) -> str | None:
-    """Say that the forward hook with this key is not the first of its layer's."""
+    """Check that the forward hook with this key runs before the layer's other hooks."""
     if next(iter(layer.module._forward_hooks)) == key:
         return None
     return (
-        f"Another forward hook of {layer.name} was put before the one that clips its "
+        f"Another forward hook of {layer.name} runs before the one that clips its "
         "upstream gradient. Register it without prepend=True."
     )
 
 
 def wrong_batch(layer: Layer, inputs: Inputs, examples: int) -> str | None:
-    """Say that the inputs of a call, batch first, are not those of this many examples."""
+    """Check that the inputs of a call, batch first, have one row for each example."""
     first = inputs[0]
     assert first is not None
     smallest, largest = layer.rule.expected_dims()
@@ -154,21 +157,21 @@ def wrong_batch(layer: Layer, inputs: Inputs, examples: int) -> str | None:
 
 
 def number(size: Any) -> Any:
-    """Return what an open number is on the batch that a graph is traced for; others as they are."""
+    """Return a symbolic size's value on the batch that is traced; any other size as it is."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def wrong_rows(
     name: str, shape: tuple[int, ...], rows: int, examples: int, axis: int
 ) -> str | None:
-    """Say that an input of this shape does not hold one row for each example.
+    """Check that an input has one row for each example.
 
     Args:
-        name: of the module.
-        shape: of its input.
-        rows: how many the input has.
-        examples: how many there are in the batch.
-        axis: which of the input's is the batch, 0 or 1.
+        name: the module's name.
+        shape: the input's shape, for the message.
+        rows: the input's number of rows.
+        examples: the number of examples in the batch.
+        axis: the input's batch axis, 0 or 1.
     """
     if rows == examples:
         return None

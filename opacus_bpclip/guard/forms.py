@@ -1,10 +1,10 @@
-"""The ways in which a model is called: eager mode must vouch for those in which there are graphs.
+"""The ways in which a model is called, and which of them have passed the checks in eager mode.
 
-The guard does not see what runs inside a traced graph. Whatever is wrong with the way in which a
-model uses its parameters, eager mode finds in one forward and backward pass, on any values. So no
-gradient that a graph has sent is used before each way of calling the model in which there are
-graphs has passed every check in eager mode: on a batch of the user's, or in a rehearsal on made-up
-examples (`opacus_bpclip.guard.rehearsal`).
+The guard cannot check the layers' calls inside a graph that ``torch.compile`` has traced. The same
+call in eager mode can be checked: one forward and backward pass on any values shows how the model
+uses its parameters. So the gradients of graphs are used only after every way of calling the model
+that has graphs has passed all checks in eager mode, on a batch of the user's or in a rehearsal on
+made-up examples (`opacus_bpclip.guard.rehearsal`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
 
-# Of an argument that a traced graph cannot hand over as it is.
+# In the place of an argument that a traced graph cannot pass on.
 NOT_SHOWN = "(not shown by a traced graph)"
 
 _AUTOCAST = ("cpu", "cuda")
@@ -27,13 +27,14 @@ _NUMBERS = (int, float)
 
 
 class Form(NamedTuple):
-    """What tells ways of calling a model apart; the same in a graph and in eager mode.
+    """One way of calling a model. A call has the same form in a graph and in eager mode.
 
     Attributes:
         training: whether the model is in training mode.
         autocast: the kinds of devices for which autocast is on, each with its dtype.
-        arguments: dtypes and numbers of axes of tensors, flags and strings, in the tuples, lists
-            and dictionaries that hold them; not what other objects hold, and no numbers.
+        arguments: the arguments' outline: tensors as dtype and number of axes, flags and strings
+            as they are, inside their tuples, lists and dictionaries. The values of numbers and the
+            content of other objects are left out.
     """
 
     training: bool
@@ -46,8 +47,8 @@ def form_of(training: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
     Args:
         training: whether the model is in training mode.
-        args: by position.
-        kwargs: by name.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
     """
     on = (kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind))
     autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in on)
@@ -64,7 +65,7 @@ def _kind_of(value: Any) -> object:
     if type(value) is tuple:
         return "tuple", tuple(map(_kind_of, value))
     if type(value) is list:
-        # One text, one number for each example: what they say, and how many, is the batch's.
+        # Texts and numbers in a list are one for each example: data, and not part of the form.
         return "list", tuple(_kind_of(part) for part in value if not _is_item(part))
     return ("number",) if isinstance(value, _NUMBERS) else ("object",)
 
@@ -74,11 +75,11 @@ def _is_item(value: Any) -> bool:
 
 
 def shown(value: Any) -> Any:
-    """Return what a traced graph shows of an argument: as simple as a compiler can trace it."""
+    """Return what a graph can pass on of an argument, in code simple enough to be traced."""
     if isinstance(value, (Tensor, bool, int, str)) or value is None:
         return value
     if isinstance(value, float):
-        # Whatever it is: a graph for each value would be traced if it were handed over.
+        # Any constant: torch.compile would trace a new graph for each value.
         return 1.0
     if type(value) is tuple:
         return tuple([shown(part) for part in value])
@@ -89,13 +90,13 @@ def shown(value: Any) -> Any:
     return NOT_SHOWN
 
 
-class Unvouched(NamedTuple):
-    """A way of calling the model for which eager mode has not vouched.
+class Unchecked(NamedTuple):
+    """A way of calling the model that has not passed all checks in eager mode.
 
     Attributes:
-        form: its form.
-        example: a made-up batch of it; ``None`` where none could be made.
-        collected: whether it has brought gradients in eager mode, though not of all parameters.
+        form: the form of the call.
+        example: a made-up batch of this form; ``None`` where none could be made.
+        collected: whether eager mode has collected gradients in this form, of some parameters.
     """
 
     form: Form
@@ -104,41 +105,41 @@ class Unvouched(NamedTuple):
 
 
 class Forms:
-    """The ways in which one model was called.
+    """The forms in which one model was called.
 
     Attributes:
-        at_hand: of the eager forward pass at hand.
+        at_hand: the form of the current eager forward pass.
     """
 
     def __init__(self) -> None:
         self.at_hand: Form | None = None
-        self._traced: dict[Form, Batch | None] = {}  # those in which graphs run, with an example
-        self._collected: set[Form] = set()  # those that brought gradients in eager mode
-        self._renewed: set[Form] = set()  # those with a graph that was traced since
-        self._settled: set[Form] = set()  # those that were rehearsed, as far as they could be
+        self._traced: dict[Form, Batch | None] = {}  # forms with graphs, and a made-up batch each
+        self._collected: set[Form] = set()  # forms with gradients collected in eager mode
+        self._renewed: set[Form] = set()  # forms with a graph traced after that
+        self._settled: set[Form] = set()  # forms that need no further rehearsal
 
     @property
     def have_graphs(self) -> bool:
-        """Return whether there are graphs of any way of calling the model."""
+        """Return whether the model has been called in any form that has graphs."""
         return bool(self._traced)
 
     def note_traced(self, form: Form, example: Batch | None) -> None:
-        """Note that there are graphs of a way of calling the model.
+        """Record that a form has graphs.
 
         Args:
-            form: its form.
-            example: a made-up batch of it; ``None`` where none could be made.
+            form: the form.
+            example: a made-up batch of this form; ``None`` where none could be made.
         """
         self._traced[form] = example
-        # Another graph may use parameters in another way.
+        # A new graph may use the parameters differently.
         self._settled.discard(form)
         self._renewed.add(form)
 
     def note_eager(self, batch: Batch) -> None:
-        """Note that graphs ran inside the eager forward pass at hand.
+        """Record that graphs ran inside the current eager forward pass.
 
         Args:
-            batch: what it was called on.
+            batch: the arguments of that pass.
         """
         if self.at_hand is None or self.at_hand in self._traced:
             return
@@ -148,24 +149,24 @@ class Forms:
             self._traced[self.at_hand] = None
 
     def confirm(self, form: Form, watched: WatchedParameter) -> None:
-        """Note that a parameter's gradient has passed every check in eager mode."""
+        """Record that a parameter's gradient has passed every check in eager mode."""
         self._collected.add(form)
         watched.confirmed.add(form)
 
     def settle(self, form: Form) -> None:
-        """Note that nothing more is to be found out about a way of calling the model."""
+        """Record that a form needs no further rehearsal."""
         self._settled.add(form)
         self._renewed.discard(form)
         self._traced[form] = None
 
-    def unvouched(self, arrived: Iterable[WatchedParameter]) -> Iterator[Unvouched]:
-        """Yield the ways of calling the model that are to be rehearsed.
+    def unchecked(self, arrived: Iterable[WatchedParameter]) -> Iterator[Unchecked]:
+        """Yield the forms that must be rehearsed.
 
         Args:
-            arrived: the parameters whose gradients graphs have sent.
+            arrived: the parameters that have gradients from graphs.
         """
         arrived = tuple(arrived)
         for form, example in tuple(self._traced.items()):
             seen = form not in self._renewed and all(form in w.confirmed for w in arrived)
             if arrived and not seen and form not in self._settled:
-                yield Unvouched(form, example, form in self._collected)
+                yield Unchecked(form, example, form in self._collected)

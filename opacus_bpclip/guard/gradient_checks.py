@@ -1,6 +1,6 @@
-"""What may be wrong with a parameter's gradient: a sentence with the remedy.
+"""Checks of a parameter's gradient: each returns an error message with the remedy.
 
-`GradientGuard.require` turns a sentence into a refusal.
+`GradientGuard.require` raises a message that it is given.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ _IN_A_GRAPH = (
 
 
 def functions_in_a_graph(watched: WatchedParameter) -> str:
-    """Say that functions outside of layers with a rule use a parameter of a compiled model."""
+    """Return the message for a parameter that a graph uses outside of layers with a rule."""
     return (
         f"{watched.name} is used by functions outside of a layer with a rule, which cannot be "
         f"followed {_IN_A_GRAPH}."
     )
 
 
-def foreign_gradient(watched: WatchedParameter, *, graphs: bool) -> str:
-    """Say that a gradient has arrived at a parameter itself.
+def unclipped_gradient(watched: WatchedParameter, *, graphs: bool) -> str:
+    """Return the message for a gradient that autograd sends to a parameter itself.
+
+    The gradients that are clipped never arrive there.
 
     Args:
         watched: the parameter.
-        graphs: whether there are compiled graphs of the model.
+        graphs: whether the model has compiled graphs.
     """
     return (
         f"{watched.name} got gradient from outside its layer's call, and nothing bounds it. "
@@ -45,32 +47,32 @@ def foreign_gradient(watched: WatchedParameter, *, graphs: bool) -> str:
 
 
 def unconfirmed_gradient(watched: WatchedParameter) -> str:
-    """Say that a graph has sent a parameter's gradient, and eager mode has made none."""
+    """Return the message for a parameter with a gradient from a graph and none in eager mode."""
     return (
-        f"A compiled graph sent a gradient to {watched.name}, and in eager mode none came out of "
-        f"its layer's call: nothing shows that it is clipped. {_THROUGH_ITS_LAYER}. If the loss "
+        f"A compiled graph sent a gradient to {watched.name}, but its layer's call made none in "
+        f"eager mode, so it may not be clipped. {_THROUGH_ITS_LAYER}. If the loss "
         "uses more of the model than its forward returns, run one batch without torch.compile "
         "first, with backward()."
     )
 
 
 def unrehearsed(reason: str) -> str:
-    """Say that a way of calling a compiled model could not be tried in eager mode.
+    """Return the message for a form in which the model could not be rehearsed.
 
     Args:
-        reason: why not.
+        reason: what went wrong.
     """
     return (
         "The compiled model was called in a way (arguments, flags, numbers of axes, training or "
-        "evaluation) whose use of its parameters was never checked: a compiled graph does not "
-        f"show it, and made-up examples could not be tried in eager mode ({reason}). Run one batch "
-        "of each way of calling it without torch.compile first, with backward(); evaluate under "
-        "torch.no_grad()."
+        "evaluation) that was never checked in eager mode, and a compiled graph does not show "
+        f"how it uses its parameters. Trying it on made-up examples failed ({reason}). Run one "
+        "batch of each way of calling it without torch.compile first, with backward(); evaluate "
+        "under torch.no_grad()."
     )
 
 
 def unusable_gradient(watched: WatchedParameter, gradient: Tensor) -> str | None:
-    """Say what is wrong with a sum of contributions, or with what was there before it."""
+    """Check the dtype of a sum of contributions, and that ``p.grad`` was empty before it."""
     if gradient.dtype != norm_dtype(gradient.dtype):
         return (
             f"{watched.name}'s gradient is a sum over the batch in {gradient.dtype}, which rounds "
@@ -78,7 +80,7 @@ def unusable_gradient(watched: WatchedParameter, gradient: Tensor) -> str | None
             "parameters in torch.float32, and use autocast for low precision."
         )
     stale = watched.parameter.grad
-    # Reading stalls an accelerator: last, and not where the optimizer has just written the zeros.
+    # Reading values stalls an accelerator, so do it last, and skip gradients that were cleared.
     if stale is not None and watched.is_empty and not _is_cleared(stale) and bool(stale.any()):
         return (
             f"{watched.name}.grad was not empty before the backward pass. Call "
@@ -88,7 +90,7 @@ def unusable_gradient(watched: WatchedParameter, gradient: Tensor) -> str | None
 
 
 def mark_as_cleared(gradient: Tensor) -> None:
-    """Note that a gradient holds zeros, until somebody changes it in place."""
+    """Mark a gradient as zeros; an in-place change takes the mark away."""
     gradient._cleared_version = gradient._version  # type: ignore[attr-defined]
 
 

@@ -1,13 +1,14 @@
-"""On every batch: each parameter's gradient is its layers' clipped one, and nothing else.
+"""The check, on every batch, that each parameter's gradient is a sum of clipped gradients only.
 
 The guard watches one model in eager mode. In the forward pass it counts each layer's calls and
-checks the batch dimension. In the backward pass it collects the sums that the layers' scopes
-deliver, where nothing done to ``p.grad`` can change them. The graph has no other way to a
-parameter: whatever arrives at one (a second use, a penalty in the loss,
-``F.linear(x, layer.weight)``) is foreign, and refused.
+checks the batch axis. In the backward pass it collects the clipped sums that the layers' scopes
+hand over, and keeps them apart from ``p.grad``, so that no code can change them there. The
+autograd graph of a clipped layer does not reach its parameters. A gradient that does arrive at a
+parameter (from a second use, a penalty in the loss, ``F.linear(x, layer.weight)``) is not clipped,
+and is refused.
 
-Inside a graph traced by ``torch.compile`` none of this runs; what a graph has sent is released only
-once the same way of calling the model has passed every check in eager mode (`Forms`).
+In a graph traced by ``torch.compile`` none of this runs. Its gradients are released only after the
+same way of calling the model has passed every check in eager mode (`Forms`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from opacus_bpclip.guard.call_checks import (
     used_too_often,
 )
 from opacus_bpclip.guard.forms import Form, Forms
-from opacus_bpclip.guard.gradient_checks import foreign_gradient, unusable_gradient
+from opacus_bpclip.guard.gradient_checks import unclipped_gradient, unusable_gradient
 from opacus_bpclip.guard.parameters import GuardedParameters
 from opacus_bpclip.guard.passes import MIXED, BackwardPasses
 from opacus_bpclip.guard.precision import Roundings, backward_under_autocast, unfit
@@ -49,24 +50,24 @@ class GradientGuard:
     Args:
         model: the root module.
         layers: its trainable layers.
-        whole: the parameters that layers compute with, by the sharded ones that the optimizer has.
-        ranks: which train together; this one alone by default.
+        whole: for sharded models, the whole parameter by the shard that the optimizer has.
+        ranks: the processes that train together; only this one by default.
 
     Attributes:
-        parameters: the model's, and what is collected for them.
-        idle: whether the pass at hand has no examples, and is there for other ranks alone.
-        violation: why the gradients at hand must not be used, or ``None``.
-        refused: whether the optimizer has refused them.
-        accumulated: how many backward passes the last gradients added up.
-        passes: the backward passes that they came from.
-        undoes_mean: whether the layers take gradients for those of a mean.
+        parameters: the model's parameters, and the sums collected for them.
+        idle: whether the current pass has no examples and runs only because other ranks wait.
+        violation: why the current gradients must not be used; ``None`` if they may.
+        refused: whether the optimizer has refused the current gradients.
+        accumulated: how many backward passes the last step's gradients added up.
+        passes: the backward passes that the current gradients came from.
+        undoes_mean: whether the loss is a mean, whose division by the batch size layers undo.
         loss: the watch of the criterion that every backward pass must come through, if any.
-        forget: called when the gradients at hand are thrown away.
-        joint: whether all layers share a budget, and a layer may be used any number of times.
+        forget: called when the current gradients are discarded.
+        joint: whether all layers share one budget. A layer may then have any number of uses.
         by_functions: the parameters that functions outside of layers with a rule are called on.
-        forms: how the model was called.
+        forms: the ways in which the model was called.
         ran_compiled: whether a part of the latest forward pass ran as a compiled graph.
-        rehearsing: whether nothing is to be collected: see `opacus_bpclip.guard.rehearsal`.
+        rehearsing: whether a rehearsal runs, whose gradients are checked and not collected.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class GradientGuard:
         self._forward = 0  # the number of the latest forward pass
         self._calls: dict[str, int] = {}  # of each layer in the latest forward pass
         self.parameters = GuardedParameters(
-            model, layers, whole or {}, self._refuse_foreign, self._check_arrival
+            model, layers, whole or {}, self._refuse_unclipped, self._check_arrival
         )
         self._roundings = Roundings(self.parameters.trained)
 
@@ -104,7 +105,7 @@ class GradientGuard:
         self.parameters.remove()
 
     def clear(self) -> None:
-        """Forget the gradients at hand: they have been used or thrown away."""
+        """Discard the current gradients: they have been used, or must not be."""
         self.violation = None
         self.refused = False
         self.passes.clear()
@@ -112,7 +113,7 @@ class GradientGuard:
         self.parameters.clear()
 
     def finish(self) -> None:
-        """Forget the gradients at hand, and the forward pass that they came from."""
+        """Discard the current gradients and the state of the forward pass that they came from."""
         self.accumulated = max(1, self.collected)
         self.clear()
         self.ran_compiled = False
@@ -124,18 +125,18 @@ class GradientGuard:
 
     @property
     def collected(self) -> int:
-        """Return how many backward passes the gradients at hand add up."""
+        """Return how many backward passes the current gradients add up."""
         return max(self.parameters.arrivals, self.passes.collected)
 
     # Forward
 
     def enter_forward(self, batch_size: int, present: Tensor | None = None) -> None:
-        """Begin a forward pass of the root over rows, of which some may be padding, not present."""
+        """Begin a forward pass of the root; ``present`` is ``[B]``, the rows without padding."""
         self.require(self.ranks.problem())
         if self.undoes_mean:
             self.require(self._roundings.of_products(self.parameters.device))
         self.require(self.parameters.unfrozen())
-        # Looked up anew: a module may have been put in the place of another.
+        # Search again in each pass: a module may have been replaced.
         for name, norm in batch_normalizations(self._model).items():
             if mixes_examples(norm):
                 self.fail(batch_normalization_problem(name, norm))
@@ -153,10 +154,9 @@ class GradientGuard:
         self.require(self.parameters.edited())
 
     def enter_layer(self, layer: Layer) -> bool:
-        """Count one use of a layer; return whether it is one to follow through the backward pass.
+        """Count one use of a layer; return whether its backward pass must be clipped.
 
-        A use inside a backward pass is activation checkpointing's second run of one that was
-        checked and counted the first time.
+        A use inside a backward pass is activation checkpointing's second run of one counted before.
         """
         calls = self._calls.get(layer.name, 0)
         if _in_backward():
@@ -174,7 +174,7 @@ class GradientGuard:
 
     @property
     def examples(self) -> int:
-        """Return how many examples the latest forward pass is over."""
+        """Return the number of examples in the latest forward pass."""
         return self._batch_size
 
     @property
@@ -183,16 +183,16 @@ class GradientGuard:
         return self._forward
 
     def check_output(self, layer: Layer, y: Tensor) -> None:
-        """Check that a layer made ``y`` with the parameters that are watched, in a fit dtype."""
+        """Check that a layer made ``y`` with the watched parameters, in a dtype that can train."""
         self.require(replaced_parameter(layer))
         self.check_precision(layer.name, y.dtype)
 
     def check_precision(self, name: str, dtype: torch.dtype) -> None:
-        """Check that gradients of this dtype may come to a part of the model."""
+        """Check that a part of the model may have gradients of this dtype."""
         self.require(unfit(name, dtype, mean=self.undoes_mean))
 
     def check_rounding(self, output: object) -> None:
-        """Check that no gradient of a mean goes through low precision, in a layer or between."""
+        """Check that a mean loss's gradients are not rounded to low precision in the model."""
         if self.undoes_mean:
             self.require(self._roundings.of_model(output))
             self._roundings.watch(output, self._batch_size, self.fail)
@@ -200,22 +200,22 @@ class GradientGuard:
     # Backward
 
     def require(self, problem: str | None) -> None:
-        """Do what `fail` does if there is a problem.
+        """Call `fail` if there is a problem.
 
         Raises:
-            PrivacyViolationError: there is.
+            PrivacyViolationError: there is a problem.
         """
         if problem is not None:
             self.fail(problem)
 
     def fail(self, reason: str) -> None:
-        """Make the gradients at hand unusable, and raise.
+        """Mark the current gradients as unusable, and raise.
 
-        Where other ranks wait for this one in the pass at hand, it goes on, for nothing: the next
-        meeting of the ranks raises, before anything is released.
+        While other ranks wait for this one inside a pass, the pass goes on instead, and its result
+        is not used: the next meeting of the ranks raises, before anything is released.
 
         Raises:
-            PrivacyViolationError: the pass need not go on.
+            PrivacyViolationError: no other rank waits inside this pass.
         """
         if not (self.ranks.in_pass and self.violation):
             self.violation = reason
@@ -226,7 +226,7 @@ class GradientGuard:
         raise PrivacyViolationError(reason)
 
     def begin_backward(self) -> Callable[[], None]:
-        """Return what a scope of the latest forward pass calls when a gradient arrives."""
+        """Return what the latest forward pass's scope calls when a gradient arrives."""
         return partial(self._begin_backward, self._forward, self._rows)
 
     def _begin_backward(self, forward: int, rows: int | Tensor) -> None:
@@ -242,7 +242,7 @@ class GradientGuard:
             self.fail(MIXED)
 
     def collector(self) -> Callable[[Mapping[nn.Parameter, Tensor]], None]:
-        """Return what a scope of the latest forward pass calls with its sums."""
+        """Return what the latest forward pass's scope calls with its clipped sums."""
         return partial(self._collect, self.forms.at_hand)
 
     def _collect(self, form: Form | None, sums: Mapping[nn.Parameter, Tensor]) -> None:
@@ -254,7 +254,7 @@ class GradientGuard:
             if not self.rehearsing:
                 self.require(unusable_gradient(watched, total))
                 watched.add(total)
-            # A compiled graph calls such functions as they are: nothing in it is clipped.
+            # A compiled graph runs functions on parameters unclipped: eager checks say nothing.
             if form is not None and parameter not in self.by_functions:
                 self.forms.confirm(form, watched)
         self.passes.collected = self.passes.count
@@ -265,13 +265,13 @@ class GradientGuard:
         elif self.undoes_mean:
             self.require(LossWatch.other_criterion(watched.name))
 
-    def _refuse_foreign(self, watched: WatchedParameter, _: Tensor) -> None:
-        """Refuse a gradient that arrives at a parameter: those of layers do not."""
+    def _refuse_unclipped(self, watched: WatchedParameter, _: Tensor) -> None:
+        """Refuse a gradient that arrives at a parameter: clipped gradients never do."""
         self._check_loss(watched)
-        self.fail(foreign_gradient(watched, graphs=self.ran_compiled or self.forms.have_graphs))
+        self.fail(unclipped_gradient(watched, graphs=self.ran_compiled or self.forms.have_graphs))
 
     def _check_arrival(self, watched: WatchedParameter, gradient: Tensor) -> None:
-        """Check a sum that a compiled graph has sent."""
+        """Check a sum of clipped gradients from a compiled graph."""
         self._check_loss(watched)
         if under_autocast():
             self.fail(backward_under_autocast(compiled=True))
@@ -284,11 +284,11 @@ class GradientGuard:
 
     @property
     def arrived(self) -> list[WatchedParameter]:
-        """Return the parameters whose gradients compiled graphs have sent since the last step."""
+        """Return the parameters with gradients from compiled graphs since the last step."""
         return self.parameters.arrived
 
     def take(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the parameter's sum of contributions since the last step, ``None`` without any."""
+        """Return a parameter's sum of contributions since the last step, ``None`` without any."""
         return self.parameters[parameter].take()
 
 

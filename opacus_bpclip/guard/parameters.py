@@ -1,4 +1,4 @@
-"""All parameters of one model: what is collected for those that train, and what is done to any."""
+"""The parameters of one model: the sums of the trainable ones, and checks for changes to any."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class GuardedParameters:
     Args:
         model: the root module.
         layers: its trainable layers.
-        whole: the parameters that layers compute with, by the sharded ones that the optimizer has.
-        refuse: as for `WatchedParameter`.
-        check: as for `WatchedParameter`.
+        whole: for sharded models, the whole parameter by the shard that the optimizer has.
+        refuse: called with a gradient that arrives at a parameter, see `WatchedParameter`.
+        check: called with a sum from a compiled graph, see `WatchedParameter`.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class GuardedParameters:
                 if parameter.requires_grad and parameter not in self._watched:
                     full = f"{layer.name}.{name}"
                     self._watched[parameter] = WatchedParameter(full, parameter, refuse, check)
-        # A penalty in the loss may be on what the optimizer has.
+        # A penalty in the loss may use the shard instead of the whole parameter.
         self._shards = [
             WatchedParameter(self._watched[own].name, shard, refuse, check)
             for shard, own in self._whole.items()
@@ -53,31 +53,31 @@ class GuardedParameters:
         return self.whole(parameter) in self._watched
 
     def __getitem__(self, parameter: Tensor) -> WatchedParameter:
-        """Return what is collected for a parameter, whole or sharded."""
+        """Return the watch of a parameter, whole or sharded."""
         return self._watched[self.whole(parameter)]
 
     def whole(self, parameter: Tensor) -> Tensor:
-        """Return what layers compute with in a parameter's place; itself if it is not sharded."""
+        """Return the whole parameter of a shard; a parameter that is not sharded itself."""
         return self._whole.get(parameter, parameter)  # type: ignore[call-overload]
 
     @property
     def trained(self) -> tuple[Tensor, ...]:
-        """Return the watched ones, whole."""
+        """Return the watched parameters, whole."""
         return tuple(self._watched)
 
     @property
     def device(self) -> torch.device | None:
-        """Return where the trained ones are whole; ``None`` without any."""
+        """Return the device of the whole trainable parameters; ``None`` without any."""
         return next((parameter.device for parameter in self._watched), None)
 
     @property
     def arrivals(self) -> int:
-        """Return how many gradients of compiled graphs the parameter with most has."""
+        """Return the largest number of gradients that graphs have sent to one parameter."""
         return max((watched.arrivals for watched in self._watched.values()), default=0)
 
     @property
     def arrived(self) -> list[WatchedParameter]:
-        """Return those whose gradients compiled graphs have sent since the last step."""
+        """Return the parameters with gradients from compiled graphs since the last step."""
         return [watched for watched in self._watched.values() if watched.arrivals]
 
     @property
@@ -93,23 +93,23 @@ class GuardedParameters:
             watched.remove()
 
     def clear(self) -> None:
-        """Forget what was collected."""
+        """Discard all sums."""
         for watched in (*self._watched.values(), *self._shards):
             watched.clear()
 
     def unfrozen(self) -> str | None:
-        """Say which parameter that nobody examined is to be trained."""
+        """Check that no parameter was unfrozen after make_private, which examined none of them."""
         for name, parameter in self._frozen.items():
             if parameter.requires_grad:
                 return unfrozen_problem(name)
         return None
 
     def begin_forward(self) -> None:
-        """Note what the parameters are before a forward pass."""
+        """Record the parameters' versions before a forward pass."""
         self._versions = [parameter._version for parameter in self._all.values()]
 
     def edited(self) -> str | None:
-        """Say which parameter has changed since, and forget what they were."""
+        """Check that the forward pass changed no parameter in place."""
         versions, self._versions = self._versions, []
         for (name, parameter), version in zip(self._all.items(), versions, strict=False):
             if parameter._version != version:

@@ -1,4 +1,4 @@
-"""The backward passes of one step: of which forward passes, and of which sampled batch they are."""
+"""The backward passes of one step: from which forward passes and which sampled batch they come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACCUMULATION = (
 TWO_FORWARDS = (
     "One backward pass came from two forward passes of the model (a siamese or triplet loss, "
     "R-Drop, a discriminator on real and generated examples): an example that is in both would "
-    "contribute twice, and nothing shows which rows belong together. Put them in one call: give "
+    "contribute twice, and it is unknown which rows belong together. Put them in one call: give "
     "the model a forward that takes all inputs, runs its layers on each, and returns all outputs, "
     "and declare how often it uses each layer: BackpropClipping(uses={name: K})."
 )
@@ -27,29 +27,29 @@ MIXED = (
 
 
 class BackwardPasses:
-    """What the gradients at hand came from.
+    """The backward passes that the current gradients came from.
 
     Attributes:
-        samples: the batches that the private loader has drawn.
+        samples: the log of the batches that the private loader has drawn.
         accumulation_allowed: whether several backward passes may add up before one step.
-        collected: how many of them have brought gradients.
+        collected: how many backward passes have brought gradients.
     """
 
     def __init__(self) -> None:
         self.samples = SampleLog()
         self.accumulation_allowed = True
         self.collected = 0
-        self._forwards: dict[int, int | Tensor] = {}  # with how many rows each
-        self._task = -1
-        self._traced_task: int | None = None  # of gradients that compiled graphs have sent
+        self._forwards: dict[int, int | Tensor] = {}  # number of each forward pass: its rows
+        self._task = -1  # autograd's number of the latest backward pass through eager layers
+        self._traced_task: int | None = None  # the same, through compiled graphs
         self._traced_rows: Tensor | None = None
 
     def begin(self, forward: int, rows: int | Tensor) -> str | None:
-        """Note that a backward pass reached a layer; return why it must not.
+        """Record that a backward pass reached a layer; return why it is refused, if it is.
 
         Args:
-            forward: the number of the forward pass that it goes back through.
-            rows: how many examples that one was over; a tensor is read when the step is taken.
+            forward: the number of the forward pass that it belongs to.
+            rows: that pass's number of examples; a tensor is read only when the step is taken.
         """
         if forward in self._forwards:
             return None
@@ -64,7 +64,7 @@ class BackwardPasses:
         return None
 
     def note_traced(self) -> str | None:
-        """Note that a compiled graph has sent a gradient; return why it must not."""
+        """Record a gradient from a compiled graph; return why it is refused, if it is."""
         task = torch._C._current_graph_task_id()
         if not self.accumulation_allowed:
             earlier = self._forwards and self._task != task
@@ -74,49 +74,49 @@ class BackwardPasses:
         return None
 
     def note_rows(self, rows: Tensor) -> None:
-        """Note how many rows a compiled graph took for examples; a scalar tensor."""
-        # What each layer has counted is of the same forward pass.
+        """Record how many rows a compiled graph counted as examples; a scalar tensor."""
+        # Each layer of the same forward pass counts: the counts must not be added up.
         known = self._traced_rows
         self._traced_rows = rows if known is None else torch.maximum(known, rows)
 
     @property
     def is_mixed(self) -> bool:
-        """Return whether a backward pass goes through compiled graphs and eager layers."""
+        """Return whether one backward pass goes through compiled graphs and eager layers."""
         return bool(self._forwards) and self._traced_task == self._task
 
     @property
     def count(self) -> int:
-        """Return from how many forward passes the gradients at hand came."""
+        """Return from how many forward passes the current gradients came."""
         return len(self._forwards)
 
     @property
     def rows(self) -> int | None:
-        """Return how many rows the gradients at hand are of, ``None`` if that was not counted."""
+        """Return how many rows the current gradients are from, ``None`` if that was not counted."""
         if self._forwards:
             return sum(map(int, self._forwards.values()))
         return None if self._traced_rows is None else int(self._traced_rows)
 
     def skips(self, *, pop: bool) -> bool:
-        """Return whether the step at hand is of a batch that has more parts.
+        """Return whether more physical batches of the current logical batch follow.
 
         Args:
-            pop: whether that step begins.
+            pop: whether a step begins with this call.
         """
         return self.samples.skips(pop=pop, rows=self.rows)
 
     def collect(self, *, any_gradient: bool) -> str | None:
-        """Note that the gradients at hand go into the step; return why they must not.
+        """Add the current gradients to the step; return why that is refused, if it is.
 
         Args:
-            any_gradient: whether there are any.
+            any_gradient: whether there are gradients.
         """
         if not any_gradient:
             return None
-        # Of what a compiled graph made the rows are counted only where batches are filled up.
+        # Compiled graphs count their rows only where batches are padded to a constant size.
         return self.samples.spend(self.rows)
 
     def clear(self) -> None:
-        """Forget them: they have been collected or thrown away."""
+        """Forget all passes: their gradients have been used or discarded."""
         self._forwards.clear()
         self._traced_task = self._traced_rows = None
         self.collected = 0

@@ -1,4 +1,4 @@
-"""What may be wrong with the precision of a forward pass: sentences with the remedy."""
+"""Checks of a pass's precision: each returns an error message with the remedy, or ``None``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from opacus_bpclip.rules.precision import ACCEPTED, is_low, products_are_rounded
 
 
 def unfit(name: str, dtype: torch.dtype, *, mean: bool) -> str | None:
-    """Say that a part of the model computes in a dtype that does not train.
+    """Check that a part of the model computes in a dtype that can be trained in.
 
     Args:
-        name: of the part.
-        dtype: of what it made.
+        name: the part's name.
+        dtype: its output's dtype.
         mean: whether the loss is a mean over the batch.
     """
     if dtype in ACCEPTED or not dtype.is_floating_point:
@@ -33,11 +33,11 @@ def unfit(name: str, dtype: torch.dtype, *, mean: bool) -> str | None:
 
 
 def rounded_mean(name: str, dtype: torch.dtype) -> str | None:
-    """Say that a mean's gradients are rounded to low precision.
+    """Check that a part of the model does not round a mean loss's gradients to low precision.
 
     Args:
-        name: of the part of the model that computes so.
-        dtype: in what.
+        name: the part's name.
+        dtype: the dtype that it computes in.
     """
     if not is_low(dtype):
         return None
@@ -50,11 +50,11 @@ def rounded_mean(name: str, dtype: torch.dtype) -> str | None:
 
 
 def rounded_products(device: torch.device, kinds: Iterable[str]) -> str | None:
-    """Say that a mean's gradients are rounded inside of products of float32 numbers.
+    """Check that float32 products, such as TensorFloat-32 ones, do not round a mean's gradients.
 
     Args:
-        device: the model's.
-        kinds: of products that the model computes, see `kinds_of_products`.
+        device: the model's device.
+        kinds: the kinds of products that the model computes, see `kinds_of_products`.
     """
     if not products_are_rounded(device, kinds):
         return None
@@ -65,20 +65,21 @@ def rounded_products(device: torch.device, kinds: Iterable[str]) -> str | None:
         "a mean: it divides every gradient by the batch's size, which is private, and the quotient "
         "is then rounded so coarsely that one example would change the gradients of all others. "
         "Pass criterion= to make_private and compute the loss with what it returns, use a sum with "
-        'loss_reduction="sum", or set the two to "highest" and "ieee".'
+        'loss_reduction="sum", or set the two options to "highest" and "ieee".'
     )
 
 
 def kinds_of_products(parameters: Iterable[Tensor]) -> tuple[str, ...]:
-    """Return which kinds of products a model has: convolutions, if a parameter may be a kernel."""
+    """Return the kinds of products in a model; a parameter of three axes may be a kernel."""
     return ("matmul", "conv") if any(p.dim() > 2 for p in parameters) else ("matmul",)
 
 
 def backward_under_autocast(*, compiled: bool) -> str:
-    """Say that a backward pass runs under autocast.
+    """Return the message for a backward pass under autocast.
 
     Args:
-        compiled: whether the graph is, so that its sums over the batch are made by autocast, too.
+        compiled: whether the pass runs in a compiled graph, where autocast also makes the sums
+            over the batch.
     """
     why = (
         "its sums over the batch would be rounded by more than one example's contribution"
@@ -92,54 +93,54 @@ def backward_under_autocast(*, compiled: bool) -> str:
 
 
 def low_in_a_graph(layer: Layer, dtype: torch.dtype) -> str:
-    """Say that a compiled layer would add up its examples' gradients in low precision."""
+    """Return the message for a compiled layer that would add gradients up in low precision."""
     return (
-        f"{layer.name} turns numbers to {dtype} in its own forward, where its examples' gradients "
-        "are added up: in a compiled graph nobody can make them one by one. Compute in the "
-        "parameters' dtype there, and use autocast around the model, or train without "
-        "torch.compile."
+        f"{layer.name}'s forward converts numbers to {dtype}, so in a compiled graph the sum of "
+        "its per-example gradients would be rounded by more than one example's contribution. "
+        "Compute in the parameters' dtype there, and use autocast around the model, or train "
+        "without torch.compile."
     )
 
 
 class Roundings:
-    """Where gradients of a mean may be rounded to low precision: in the model, and behind it.
+    """Finds where a mean loss's gradients are rounded: in the model, or in the loss.
 
     Args:
-        parameters: the trainable ones.
+        parameters: the trainable parameters.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._looks = 0  # at gradients that have arrived, which stalls an accelerator
+        self._looks = 0  # how many gradients were read, which stalls an accelerator
         self._kinds = kinds_of_products(parameters)
 
     def of_products(self, device: torch.device | None) -> str | None:
-        """Return `rounded_products` for the model.
+        """Check the model's products, as `rounded_products` does.
 
         Args:
-            device: where the model is; ``None`` if it trains nothing.
+            device: the model's device; ``None`` if no parameter trains.
         """
         return None if device is None else rounded_products(device, self._kinds)
 
     def of_model(self, output: object) -> str | None:
-        """Return `rounded_mean` of a forward pass that has run.
+        """Check the graph behind a model's output, as `rounded_mean` does.
 
         Args:
-            output: of the model, whatever holds its tensors.
+            output: the model's output, a tensor or any structure of tensors.
         """
         tensors = _tensors_of(output)
         dtype = low_precision_behind(x.grad_fn for x in tensors)
         return rounded_mean("A part of the model", dtype) if dtype else None
 
     def watch(self, output: object, rows: int, fail: Callable[[str], object]) -> None:
-        """Look at what the loss sends to the model's outputs.
+        """Check the gradients that the loss sends to the model's outputs.
 
         Args:
-            output: of the model.
+            output: the model's output.
             rows: the batch's size.
-            fail: called with what is wrong; raises.
+            fail: called with the error message; raises.
         """
         if rows & (rows - 1) == 0:
-            return  # A power of two: such a quotient is not rounded.
+            return  # A power of two: division by it rounds nothing.
         for x in _tensors_of(output):
             if x.requires_grad and (x.device.type == "cpu" or self._looks < _LOOKS):
                 x.register_hook(partial(self._look, fail))
@@ -147,14 +148,14 @@ class Roundings:
     def _look(self, fail: Callable[[str], object], gradient: Tensor) -> None:
         self._looks += 1
         few = gradient.detach().flatten()[:_ENTRIES]
-        # Numbers of float32 end in 16 zero bits only if they were rounded so, or if they are few:
-        # signs, counts, or what is left where others cancel.
+        # Many different float32 numbers that all end in 16 zero bits were rounded to bfloat16.
+        # A few may end so by nature: signs, counts, or the rest where others cancel.
         if bool((few.bfloat16() == few).all()) and len(few.unique()) >= _DIFFERENT:
             fail(rounded_mean("The loss", torch.bfloat16) or "")
 
 
-# On an accelerator, in how many backward passes to look at what arrives; at how many numbers, and
-# how many different ones tell something.
+# The number of gradients read on an accelerator, the entries read of each, and how many different
+# values among them are enough to tell rounded numbers from a few round ones.
 _LOOKS = 4
 _ENTRIES = 1024
 _DIFFERENT = 64

@@ -1,7 +1,8 @@
-"""Several processes that train one model: what they agree on before anything is added up.
+"""Several processes (ranks) that train one model: how they agree before they add up gradients.
 
-A refusal must stop all of them, and none may step alone. So they meet at fixed points. At each one
-they exchange a few public numbers and whether one refuses; the reasons are told only if one does.
+A refusal must stop all ranks, and no rank may step alone. So they meet at fixed points. At each
+meeting they exchange a few public numbers and whether one of them refuses. They exchange the
+reasons only if one does.
 """
 
 from __future__ import annotations
@@ -27,32 +28,32 @@ _REMEDY = (
 )
 
 
-# As many as a step has: all meetings exchange messages of one size.
+# How many numbers a rank sends at a step; all meetings exchange messages of this size.
 _NUMBERS = 3
 
 
 class Place(IntEnum):
-    """Where ranks meet."""
+    """A point at which ranks meet."""
 
     FORWARD = 0
     STEP = 1
 
 
 class Purpose(IntEnum):
-    """What a rank's own generator is for."""
+    """What a rank's own generator draws: the Poisson sampling, or the noise."""
 
     COINS = 0
     NOISE = 1
 
 
 _ONE_ENTRY = (
-    "One accountant's entry stands for all of them. Call make_private with the same model, data "
-    "set and options on each rank."
+    "The accountant has one entry for all ranks together. Call make_private with the same model, "
+    "data set and options on each rank."
 )
 
 
 def world_size() -> int:
-    """Return how many processes the default process group has; 1 without one."""
+    """Return the number of processes in the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -60,17 +61,17 @@ class Ranks:
     """The processes that train one model together; one process alone by default.
 
     Args:
-        size: how many there are.
-        rank: which of them this one is.
-        group: what they meet in.
+        size: the number of ranks.
+        rank: this process's rank.
+        group: the process group that they meet in.
 
     Attributes:
-        sharded: whether forward and backward passes wait for the other ranks, which have a part of
-            the parameters.
-        graphs_problem: why no gradient may come out of a compiled graph, if none may.
-        asked: whether one of the ranks has asked for something at the latest meeting.
-        in_pass: whether a pass is at hand in which other ranks wait for this one.
-        waits: whether this rank was at its step there and another one was not yet.
+        sharded: whether each rank has a part of the parameters, so that forward and backward
+            passes wait for the other ranks.
+        graphs_problem: why gradients from compiled graphs are refused; ``None`` if they are not.
+        asked: whether one of the ranks passed ``asks=True`` to the latest meeting.
+        in_pass: whether other ranks wait for this one inside a pass.
+        waits: whether, at the latest meeting, this rank was at its step and another one was not.
     """
 
     def __init__(self, size: int = 1, rank: int = 0, group: Any = None) -> None:
@@ -80,22 +81,22 @@ class Ranks:
         self.graphs_problem: str | None = None
         self.asked = self.waits = False
         self.in_pass = False
-        self._untold: str | None = None  # this rank's refusal, until the next meeting
-        self._given_up: str | None = None  # why the logical batch at hand makes no step
+        self._unreported: str | None = None  # this rank's refusal, until the next meeting
+        self._given_up: str | None = None  # why the current logical batch makes no step
 
     @classmethod
     def of_process_group(cls) -> Self:
         """Return all ranks of the default process group. All of them must call this."""
-        # Numbers on the host: no meeting waits for an accelerator, or mixes with its collectives.
+        # On the CPU, so that no meeting waits for an accelerator or mixes with its collectives.
         group = dist.new_group(backend="gloo", timeout=_patience())
         return cls(dist.get_world_size(), dist.get_rank(), group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        """Return itself: a copy of an optimizer is in the same process."""
+        """Return this object: an optimizer's copy is in the same process."""
         return self
 
     def problem(self) -> str | None:
-        """Say that this process is one of several that do not train together."""
+        """Check that all processes of the default group train together."""
         ranks = world_size()
         if ranks == self.size:
             return None
@@ -115,19 +116,19 @@ class Ranks:
         refusal: str | None = None,
         asks: bool = False,
     ) -> str | None:
-        """Wait for all ranks; return why none of them may go on, ``None`` if all may.
+        """Wait for all ranks; return why no rank may go on, ``None`` if all may.
 
         Args:
-            place: where this rank is.
+            place: the point that this rank has reached.
             numbers: public numbers that must be the same on all ranks.
             refusal: why this rank refuses, if it does.
-            asks: what `asked` is to tell all ranks.
+            asks: sets `asked` to ``True`` on all ranks.
         """
         if self.size == 1:
             self.asked = asks
             return refusal
-        refusal = self._untold or refusal
-        self._untold = None
+        refusal = self._unreported or refusal
+        self._unreported = None
         self.in_pass = False
         own = torch.tensor(
             [place, refusal is not None, *numbers, *(0,) * (_NUMBERS - len(numbers))],
@@ -142,12 +143,12 @@ class Ranks:
         if not largest[1] and (elsewhere or torch.equal(largest, smallest)):
             self.in_pass = self.sharded and (elsewhere or place is Place.FORWARD)
             return None
-        problem = self._told(refusal, numbers)
+        problem = self._joint_problem(refusal, numbers)
         self._given_up = problem
         return problem
 
-    def _told(self, refusal: str | None, numbers: Sequence[float]) -> str:
-        """Return what all ranks have to say."""
+    def _joint_problem(self, refusal: str | None, numbers: Sequence[float]) -> str:
+        """Exchange the reasons, and return the one that this rank raises."""
         reports: list[Any] = [None] * self.size
         dist.all_gather_object(reports, (refusal, tuple(numbers)), group=self._group)
         if refusal is not None:
@@ -161,42 +162,48 @@ class Ranks:
         each = ", ".join(f"rank {rank} has {numbers}" for rank, (_, numbers) in enumerate(reports))
         return (
             "The ranks differ in (noise_multiplier, max_grad_norm, batches in the step): "
-            f"{each}. Clipped sums of several scales would meet noise of one. Change these numbers "
-            "on all ranks alike, between the same two steps."
+            f"{each}. Their clipped sums have different scales, and one rank's noise would be for "
+            "one of them only. Change these numbers on all ranks alike, between the same two steps."
         )
 
     def refuse(self, reason: str) -> None:
-        """Tell the others that this rank refuses, as soon as they listen.
+        """Tell the other ranks that this one refuses.
 
-        That is at their next meeting, so this one waits for them now: it may not live to see its
-        own. In a pass in which they wait for this one, they are told when it is over.
+        They hear of it at their next meeting. This rank waits for them here, since its process may
+        end before its own next meeting. Inside a pass in which the others wait for this rank, it
+        keeps the reason for the meeting after the pass.
         """
         if self.size == 1 or self._given_up is not None:
             return
         if self.in_pass:
-            self._untold = self._untold or reason
+            self._unreported = self._unreported or reason
         else:
             self.meet(Place.STEP, refusal=reason)
 
     @property
     def given_up(self) -> str | None:
-        """Return why the ranks have given up the logical batch at hand, ``None`` if they have not.
+        """Return why the ranks have given up the current logical batch, ``None`` if they have not.
 
-        What is left of it on this rank must not be added to the others' next batch.
+        The rest of it on this rank must not be added to the other ranks' next batch.
         """
         return self._given_up
 
     def begin_batch(self) -> None:
-        """Note that a logical batch has ended."""
+        """Begin a logical batch: the one before has ended."""
         self._given_up = None
 
     # Before training
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raise on all ranks what is raised on one of them: a `ValueError` or `CoverageError`.
+        """Raise an error on all ranks if the body raises one on any rank.
 
-        Nothing inside may wait for other ranks.
+        The body must not wait for other ranks.
+
+        Raises:
+            CoverageError: the body has raised one on another rank.
+            ValueError: the body has raised another error on another rank.
+            Exception: the error that the body has raised on this rank.
         """
         if self.size == 1:
             yield
@@ -207,8 +214,8 @@ class Ranks:
         except Exception as raised:
             error = raised
         reports: list[Any] = [None] * self.size
-        told = error and (isinstance(error, CoverageError), f"{type(error).__name__}: {error}")
-        dist.all_gather_object(reports, told, group=self._group)
+        report = error and (isinstance(error, CoverageError), f"{type(error).__name__}: {error}")
+        dist.all_gather_object(reports, report, group=self._group)
         if error is not None:
             raise error
         for rank, report in enumerate(reports):
@@ -221,12 +228,12 @@ class Ranks:
     def require_equal(
         self, settings: Mapping[str, object], why: str = _ONE_ENTRY, *, known_only: bool = False
     ) -> None:
-        """Compare settings.
+        """Check that settings are the same on all ranks.
 
         Args:
-            settings: this rank's.
-            why: what differences do, and what is to be done.
-            known_only: whether a rank may lack some, which then are not compared with its own.
+            settings: this rank's settings by name.
+            why: what goes wrong if they differ, and the remedy; the end of the message.
+            known_only: compare a setting only between the ranks that have it.
 
         Raises:
             ValueError: they differ between ranks.
@@ -235,7 +242,7 @@ class Ranks:
             return
         reports: list[Any] = [None] * self.size
         dist.all_gather_object(reports, settings, group=self._group)
-        # Of all ranks: all of them raise, or none.
+        # All ranks go through all names, so that all of them raise or none does.
         for name in dict.fromkeys(name for report in reports for name in report):
             lacking = [] if known_only else [None]
             values = [
@@ -247,7 +254,7 @@ class Ranks:
                 )
 
     def require_equal_values(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compare sums over the values of named tensors.
+        """Check that named tensors are the same on all ranks, by sums over their values.
 
         Raises:
             ValueError: they differ between ranks.
@@ -259,10 +266,11 @@ class Ranks:
     def seed_of_rank(self, generator: torch.Generator | None, purpose: Purpose) -> int:
         """Return a seed that no other rank has, drawn from rank 0's ``generator``.
 
-        Generators that are seeded alike would draw the same numbers: coins of two examples that
-        fall alike, noise in two places that cancels in their difference, noise that shows coins.
-        Seeds of one draw differ in their low 32 bits, which is all that a processor's generator
-        uses; so they do for two purposes, whose generators the user may have seeded alike.
+        Generators with equal seeds draw equal numbers. Two examples would then be sampled together
+        always; equal noise at two places would cancel in their difference; noise would reveal
+        which examples were sampled. The seeds of all ranks and purposes from one draw differ in
+        their low 32 bits, the only ones that a CPU's generator uses. The user may have given both
+        purposes generators with one seed, so the seeds of the two purposes must differ as well.
         """
         device = "cpu" if generator is None else generator.device
         drawn = torch.randint(2**62, (), generator=generator, device=device).cpu()
@@ -275,14 +283,14 @@ class Ranks:
 
 
 def _permuted(number: int) -> int:
-    """Return another number of 32 bits for each, far apart for neighbours (murmur's last steps)."""
+    """Permute the 32-bit numbers, neighbours far apart: the finalizer of MurmurHash3."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         number = (number ^ number >> shift) * factor % 2**32
     return number
 
 
 def _patience() -> timedelta | None:
-    """Return how long the default group waits for a rank; ``None`` where torch does not say."""
+    """Return the default group's timeout; ``None`` where torch does not tell."""
     group = dist.distributed_c10d._get_default_group()
     try:
         options = [group._get_backend(device).options for device in group._device_types]

@@ -1,8 +1,8 @@
-"""Eager mode vouches for compiled graphs: one forward and backward pass on made-up examples.
+"""Rehearsals: passes in eager mode, on made-up examples, that check what compiled graphs compute.
 
-A rehearsal calls the model in the form in which the compiled model was called, through the hooks
-that clip it, and leaves no trace: nothing is collected, the model's buffers and attributes and all
-random number generators are put back, and no parameter gets a gradient.
+A rehearsal calls the model in the form in which the compiled model was called, with its clipping
+hooks. It leaves no trace: no sums are collected, the model's buffers and attributes and all random
+number generators are restored, and no parameter gets a gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.errors import PrivacyViolationError
-from opacus_bpclip.guard.forms import Form, Unvouched
+from opacus_bpclip.guard.forms import Form, Unchecked
 from opacus_bpclip.guard.gradient_checks import (
     functions_in_a_graph,
     unconfirmed_gradient,
@@ -27,9 +27,9 @@ from opacus_bpclip.probe.copies import device_of
 from opacus_bpclip.probe.leaves import batch_leaves
 from opacus_bpclip.probe.problems import first_line
 from opacus_bpclip.probe.randomness import repeatable
-from opacus_bpclip.probe.stand_ins import StandIns
+from opacus_bpclip.probe.substitutes import Substitutes
 
-# What the guard knows of the batch at hand.
+# The guard's state of the current batch.
 _OF_BATCH = (
     "violation",
     "refused",
@@ -42,51 +42,51 @@ _OF_BATCH = (
 )
 
 
-def vouch(model: nn.Module, guard: GradientGuard) -> None:
-    """Check that eager mode vouches for the gradients that compiled graphs have sent.
+def check_graphs(model: nn.Module, guard: GradientGuard) -> None:
+    """Check the gradients from compiled graphs, by rehearsals where eager mode has not yet.
 
     Args:
-        model: the model, with its hooks.
-        guard: which watches it.
+        model: the model, with its clipping hooks.
+        guard: the model's guard.
 
     Raises:
-        PrivacyViolationError: something is wrong with the way in which a compiled model was called,
-            or it could not be tried.
+        PrivacyViolationError: a check has failed in a form in which the model was called, or the
+            form could not be rehearsed.
     """
-    for form in guard.forms.unvouched(guard.arrived):
+    for form in guard.forms.unchecked(guard.arrived):
         problem = _rehearsed(model, guard, form)
         guard.require(problem)
         guard.forms.settle(form.form)
     for watched in guard.arrived:
-        # In what was rehearsed functions may have been found, too.
+        # The rehearsal may have added to these.
         if watched.parameter in guard.by_functions:
             guard.fail(functions_in_a_graph(watched))
         if not watched.confirmed:
             guard.fail(unconfirmed_gradient(watched))
 
 
-def _rehearsed(model: nn.Module, guard: GradientGuard, unvouched: Unvouched) -> str | None:
-    """Return what is wrong with a way of calling the model."""
-    if unvouched.example is None:
+def _rehearsed(model: nn.Module, guard: GradientGuard, unchecked: Unchecked) -> str | None:
+    """Rehearse one form; return what is wrong with it."""
+    if unchecked.example is None:
         reason = "none could be made up for its arguments"
     else:
         try:
             with collecting_nothing(guard):
-                _run(model, guard, unvouched.form, unvouched.example)
+                _run(model, guard, unchecked.form, unchecked.example)
         except PrivacyViolationError as error:
             return str(error)
         except Exception as error:  # whatever the model's own code raises
             reason = first_line(error)
         else:
             return None
-    # What a batch of the user's has shown in eager mode is as good, but for parameters that it did
-    # not reach.
-    return None if unvouched.collected else unrehearsed(reason)
+    # An eager batch of the user's is as good as a rehearsal; the parameters that it did not reach
+    # are checked by `check_graphs`.
+    return None if unchecked.collected else unrehearsed(reason)
 
 
 @contextmanager
 def collecting_nothing(guard: GradientGuard) -> Iterator[None]:
-    """Let the guard check a forward and backward pass as ever, and collect nothing of it."""
+    """Let the guard check a forward and backward pass as usual, and collect none of its sums."""
     of_batch = {name: vars(guard)[name] for name in _OF_BATCH}
     watch = None if guard.loss is None else dict(vars(guard.loss))
     guard._calls, guard.passes, guard.rehearsing = {}, BackwardPasses(), True
@@ -102,7 +102,7 @@ def _run(model: nn.Module, guard: GradientGuard, form: Form, batch: Batch) -> No
     """Run one forward and backward pass, to every output that has a gradient."""
     with ExitStack() as stack:
         stack.enter_context(repeatable(device_of(model)))
-        stack.enter_context(StandIns(model, _stand_in))
+        stack.enter_context(Substitutes(model, _substitute))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
         with ExitStack() as inside:
@@ -112,14 +112,14 @@ def _run(model: nn.Module, guard: GradientGuard, form: Form, batch: Batch) -> No
                 model.train(form.training)
             output = model(*batch.args, **batch.kwargs)
         if guard.loss is not None:
-            # The gradients come from here, and no criterion.
+            # There is no criterion in a rehearsal: its gradients are made below.
             guard.loss.note_traced()
         made = [x for x in batch_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
         torch.autograd.backward(made, [torch.randn_like(x) for x in made])
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
-    """Return what stands in for a tensor of the model: parameters are watched, and stay."""
+def _substitute(tensor: Tensor) -> Tensor:
+    """Return a tensor's substitute. Parameters are not replaced, since the guard watches them."""
     if isinstance(tensor, nn.Parameter):
         return tensor
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)

@@ -1,4 +1,4 @@
-"""One trainable parameter: what is collected for it, and what arrives at it from elsewhere."""
+"""One trainable parameter: the sum of its clipped gradients, and a check for any others."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ Check = Callable[["WatchedParameter", Tensor], None]
 
 
 class WatchedParameter:
-    """A trainable parameter, and the sum of what its layers' uses contribute to it.
+    """A trainable parameter, and the sum of the examples' contributions to its gradient.
 
-    No graph that clips has an edge to a parameter. In eager mode the sums are delivered; a compiled
-    graph sends them through autograd to a leaf of its own, the `sink`. So whatever arrives at the
-    parameter itself is foreign, and refused before it is accumulated.
+    Clipped gradients never arrive at the parameter through autograd. In eager mode the layers'
+    scopes hand the sums over. A compiled graph sends them through autograd to a separate leaf, the
+    `sink`. So a gradient that arrives at the parameter itself is not clipped, and is refused before
+    it is accumulated.
 
     Args:
         name: dotted path of the parameter.
         parameter: the parameter.
         refuse: called with this object and a gradient that arrives at the parameter; raises.
-        check: called with this object and a sum that a compiled graph has sent; raises if it cannot
-            be accounted for.
+        check: called with this object and a sum from a compiled graph; raises if it must not be
+            used.
 
     Attributes:
-        sink: has the parameter's shape and none of its memory, in the dtype of sums.
-        arrivals: how many gradients of compiled graphs were collected since the last step.
-        confirmed: the ways of calling the model in which its gradient has passed every check, in
-            eager mode.
+        sink: a leaf of the parameter's shape, in the dtype of sums, without memory of its own size.
+        arrivals: how many gradients from compiled graphs were collected since the last step.
+        confirmed: the ways of calling the model in which the parameter's gradient has passed every
+            check in eager mode.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, refuse: Check, check: Check) -> None:
@@ -47,15 +48,15 @@ class WatchedParameter:
         p = self.parameter
         nothing = torch.zeros((), dtype=norm_dtype(p.dtype), device=p.device)
         self.sink = nothing.expand(p.shape).detach().requires_grad_()
-        # Or a compiler takes its sizes for open numbers, the same as a batch's that equals one.
+        # Otherwise a compiler may make a size symbolic, and equal to a batch size of that value.
         torch._dynamo.mark_static(self.sink)
         self.sink.register_post_accumulate_grad_hook(self._collect)
-        # Where a pass goes on after a refusal, nobody may take what has arrived for a gradient.
+        # A pass may go on after a refusal: an unclipped gradient must not stay in p.grad then.
         drop = p.register_post_accumulate_grad_hook(_drop)
         self._handles = [p.register_hook(self._arrive), drop]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy starts with, which has no gradients at hand."""
+        """Return the state of a copy, which starts without gradients."""
         at_hand = {"_handles", "sink", "arrivals", "_collected"}
         return {name: value for name, value in vars(self).items() if name not in at_hand}
 
@@ -71,13 +72,13 @@ class WatchedParameter:
             handle.remove()
 
     def clear(self) -> None:
-        """Forget the gradient at hand."""
+        """Discard the sum."""
         self._collected = None
         self.arrivals = 0
 
     @property
     def is_empty(self) -> bool:
-        """Return whether nothing was collected since the last step."""
+        """Return whether no gradient was collected since the last step."""
         return self._collected is None
 
     def add(self, total: Tensor) -> None:
@@ -91,13 +92,13 @@ class WatchedParameter:
         return collected
 
     def _arrive(self, gradient: Tensor | None) -> None:
-        if gradient is not None:  # A compiled graph that does not reach the parameter.
+        if gradient is not None:  # None: a compiled graph that does not reach the parameter.
             self._refuse(self, gradient)
 
     def _collect(self, sink: Tensor) -> None:
         total, sink.grad = sink.grad, None
         if total is None:
-            return  # Of a layer that the graph has left out.
+            return  # The graph has not used the parameter.
         self._check(self, total)
         self.add(total)
         self.arrivals += 1

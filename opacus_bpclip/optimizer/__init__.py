@@ -1,1 +1,1 @@
-"""The private optimizer: noise, division, step, and what it stores."""
+"""The private optimizer: noise, division, step, and its checkpoints."""

@@ -1,4 +1,4 @@
-"""What tells the accountant of a step: Opacus's hook, in a form that can be copied and saved."""
+"""The step hook that adds to the accountant: Opacus's, in a form that can be copied and saved."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class AccountStep:
     """Adds one entry to the accountant for each step of an optimizer.
 
     Args:
-        accountant: the engine's.
-        sample_rate: with which each item is in a batch.
+        accountant: the engine's accountant.
+        sample_rate: the probability that an item is in a batch.
     """
 
     def __init__(self, accountant: IAccountant, sample_rate: float) -> None:
@@ -21,12 +21,12 @@ class AccountStep:
         self.sample_rate = sample_rate
 
     def __call__(self, optimizer: DPOptimizer) -> None:
-        """Account for one step."""
+        """Add the step that the optimizer has taken."""
         self.accountant.step(
             noise_multiplier=optimizer.noise_multiplier,
             sample_rate=self.sample_rate * optimizer.accumulated_iterations,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AccountStep:
-        """Return one for the same accountant: what a copy of the optimizer spends is spent, too."""
+        """Return a hook for the same accountant: an optimizer's copy spends the same budget."""
         return AccountStep(self.accountant, self.sample_rate)

@@ -1,4 +1,4 @@
-"""The settings that an accountant's history was spent under: saved with the optimizer, compared."""
+"""The privacy settings that a checkpoint was saved under, compared when it is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def settings_of(
     expected_batch_size: float | None,
     loss_reduction: str,
 ) -> Settings:
-    """Return what decides how much a step spends, and what it computes, as plain values."""
+    """Return the settings that decide how much a step spends and computes, as plain values."""
     return {
         "noise_multiplier": noise_multiplier,
         "max_grad_norm": max_grad_norm,
@@ -38,11 +38,11 @@ def settings_of(
 
 
 def compare(saved: Settings | None, present: Settings) -> None:
-    """Warn if a checkpoint is loaded into other settings than it was saved with.
+    """Warn if a checkpoint is loaded under other settings than it was saved under.
 
     Args:
-        saved: the checkpoint's; ``None`` where it has none, as those of other optimizers have.
-        present: what training would go on with.
+        saved: the checkpoint's settings; ``None`` for a checkpoint of another optimizer.
+        present: the settings that training would go on with.
     """
     if saved is None:
         return
@@ -54,8 +54,8 @@ def compare(saved: Settings | None, present: Settings) -> None:
     if changed:
         warnings.warn(
             f"The checkpoint was saved under other settings: {'; '.join(changed)}. The accountant "
-            "keeps what was spent under the old ones and adds each step under the new. If that is "
-            "not what you want, call make_private with the old ones, and load again.",
+            "keeps the steps under the old settings and adds new steps under the new ones. If that "
+            "is not what you want, call make_private with the old settings, and load again.",
             stacklevel=3,
         )
 

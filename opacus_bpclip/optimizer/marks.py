@@ -1,4 +1,4 @@
-"""What marks a gradient as a release: it has its noise, and nobody has changed it since."""
+"""The mark of a gradient that was released: it has its noise, and was not changed since."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def mark_as_released(gradient: Tensor) -> None:
-    """Note that a gradient is released as it is."""
+    """Mark a gradient as released; an in-place change takes the mark away."""
     gradient._released_version = gradient._version  # type: ignore[attr-defined]
 
 
 def is_released(gradient: Tensor | None) -> bool:
-    """Return whether a gradient is the last step's, as it was released."""
+    """Return whether a gradient is one that a step has released, unchanged."""
     if gradient is None:
         return False
     return getattr(gradient, "_released_version", None) == gradient._version

@@ -1,10 +1,10 @@
-"""Gaussian noise for many gradients at once, in place: Opacus's own draws, some entries at a time.
+"""Gaussian noise for many gradients, added in place, with Opacus's draws in blocks of fixed size.
 
-A draw as large as a layer goes through memory that is fresh and so slow; a draw for each small
-parameter is mostly overhead. So gradients are cut up and put together to sets of pieces that fit a
-processor's cache, each with one draw. On a processor the draws of a large model are dealt out to
-several streams, and as many threads draw at once as torch may use. Which stream an entry's noise
-comes from depends on the gradients' sizes alone: the noise is the same for any number of threads.
+A draw as large as a layer needs newly allocated memory, which is slow. A draw for each small
+parameter is mostly overhead. So the gradients are cut and grouped into blocks that fit a CPU's
+cache, with one draw for each block. On the CPU the blocks of a large model are divided among
+several streams of random numbers, and as many threads draw at once as torch may use. An entry's
+stream depends only on the gradients' sizes, so the noise is the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from opacus_bpclip.optimizer.streams import streams
 _Draws = Sequence[Sequence[Tensor]]
 _ToDo = deque[tuple[_Draws, torch.Generator | None]]
 
-# Entries of one draw on a processor, and on an accelerator, which would rather do much at once.
+# The entries of one draw, on a CPU and on an accelerator, where larger draws are faster.
 _DRAW = 2**18
 _LARGE_DRAW = 2**26
 
-# A stream takes a while to seed: it has so many draws at least, and there are so many at most.
+# Seeding a stream takes time: the least draws for a stream, and the most streams.
 _DRAWS = 4
 _STREAMS = 64
 
-# Torch would start threads of its own for more entries, for each of ours.
+# With more entries torch would start its own threads inside each of ours.
 _SERIAL = 2**15 - 64
 
 
@@ -46,17 +46,17 @@ def add_noise_(
 ) -> None:
     """Add independent Gaussian noise of standard deviation ``std`` to every entry.
 
-    The same noise for the same state of the generator, whatever the number of threads.
+    The noise depends on the generator's state, and not on the number of threads.
 
     Args:
         gradients: of any shapes; changed in place. No two share memory, see `with_own_memory`.
-        std: of the noise; nothing is drawn for 0.
-        generator: of the pseudo-random numbers; ``None`` for torch's default one.
-        secure_mode: draw as Opacus does against attacks on floating-point numbers, all from the
-            generator itself.
+        std: the standard deviation; with 0 nothing is drawn.
+        generator: the source of pseudo-random numbers; ``None`` for torch's default generator.
+        secure_mode: draw as Opacus does against attacks on floating-point numbers, with the given
+            generator only.
 
     Raises:
-        Exception: what a draw raises, in whatever thread; some gradients have noise then.
+        Exception: a draw has failed, in any thread. Some gradients then have noise and some not.
     """
     if std == 0:
         return
@@ -72,7 +72,7 @@ def add_noise_(
 
 
 def _dealt(draws: _Draws, generator: torch.Generator | None, *, secure_mode: bool) -> _ToDo:
-    """Deal the draws out to streams, or leave all of them to the generator."""
+    """Divide the draws among streams, or leave all of them to the given generator."""
     if secure_mode or any(pieces[0].device.type != "cpu" for pieces in draws):
         return deque([(draws, generator)])
     each = max(_DRAWS, math.ceil(len(draws) / _STREAMS))
@@ -84,8 +84,8 @@ def _dealt(draws: _Draws, generator: torch.Generator | None, *, secure_mode: boo
 
 
 def _add(todo: _ToDo, *, std: float, secure_mode: bool, serial: bool) -> None:
-    """Take shares of the draws, until there are none, and add noise to the pieces of each."""
-    # Used for one draw after another: what a thread frees goes back to the system.
+    """Take shares of draws until none is left, and add noise to the pieces of each draw."""
+    # Memory for all draws of this thread: allocated anew for each, it would come from the system.
     room: Tensor | None = None
     while True:
         try:
@@ -112,7 +112,7 @@ def _add(todo: _ToDo, *, std: float, secure_mode: bool, serial: bool) -> None:
 def _noise(
     room: Tensor, std: float, generator: torch.Generator | None, *, secure_mode: bool
 ) -> Tensor:
-    """Return what Opacus draws; in ``room``, unless that is several draws."""
+    """Return the noise that Opacus draws, in ``room``; in secure mode in new memory."""
     if secure_mode:
         drawn: Tensor = _generate_noise(std, room, generator, secure_mode=True)
         return drawn
@@ -120,10 +120,10 @@ def _noise(
 
 
 def with_own_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the tensors, copied where changing one in place would change anything else.
+    """Return the tensors, each copied if it shares memory with anything else.
 
-    Autograd may send one piece of memory to several parameters: noise added there twice would be
-    the same noise, twice as large, in two gradients.
+    Autograd may send the same memory to several parameters. Noise added there for each of them
+    would be one sum of draws, the same in all their gradients, instead of independent noise.
     """
     seen: set[int] = set()
     own = []
@@ -138,7 +138,7 @@ def with_own_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _draws(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield flat pieces, each set of one dtype and device and of as many entries as a draw has."""
+    """Yield the draws: flat pieces of one dtype and device, together as large as a draw may be."""
     pending: dict[tuple[torch.dtype, torch.device], _Pieces] = {}
     for gradient in gradients:
         own = pending.setdefault((gradient.dtype, gradient.device), _Pieces())
@@ -155,14 +155,14 @@ def _draws(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 @dataclass
 class _Pieces:
-    """Pieces that wait for their draw, and how many entries they have."""
+    """The pieces collected for the next draw, and their number of entries."""
 
     pieces: list[Tensor] = field(default_factory=list)
     entries: int = 0
 
 
 def _flat(gradient: Tensor) -> Tensor:
-    """View a tensor without gaps, in whatever order of axes, as one axis."""
+    """View a tensor whose memory has no gaps as a vector, for any order of its axes."""
     if gradient.is_contiguous():
         return gradient.view(-1)
     strides = gradient.stride()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.gradient_checks import mark_as_cleared
 from opacus_bpclip.guard.ranks import Place
-from opacus_bpclip.guard.rehearsal import vouch
+from opacus_bpclip.guard.rehearsal import check_graphs
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer.marks import is_released, mark_as_released
 from opacus_bpclip.optimizer.noise import add_noise_
@@ -36,12 +36,13 @@ class BackpropClipOptimizer(OptimizerWrapper):
 
     Args:
         optimizer: wrapped optimizer.
-        hooks: what clips the model's gradients.
+        hooks: the hooks that clip the model's gradients.
         noise_multiplier: noise standard deviation over ``max_grad_norm``.
         max_grad_norm: joint L2 sensitivity of the summed gradient.
-        expected_batch_size: the public divisor for ``loss_reduction="mean"``, of each rank.
-        loss_reduction: ``"mean"`` or ``"sum"``; must be the hooks' own.
-        **options: as for Opacus's ``DPOptimizer``.
+        expected_batch_size: expected batch size of each rank, the public divisor for
+            ``loss_reduction="mean"``.
+        loss_reduction: ``"mean"`` or ``"sum"``, the same as the hooks'.
+        **options: further arguments of Opacus's ``DPOptimizer``.
 
     Attributes:
         keep_summed_grad: whether ``p.summed_grad``, the sum without noise, outlives the step, for
@@ -50,7 +51,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
             memory once.
 
     Raises:
-        ValueError: ``max_grad_norm`` is not positive, or ``loss_reduction`` is not the hooks' own.
+        ValueError: ``max_grad_norm`` is not positive, or ``loss_reduction`` is not the hooks'.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
                 f"Expected loss_reduction={loss_reduction!r} to be the model's, "
                 f"{hooks.loss_reduction!r}."
             )
-        self._hooks = hooks  # before Opacus's own, which sets what is kept there
+        self._hooks = hooks  # before Opacus's __init__, which sets attributes that are kept there
         self.keep_summed_grad = False
         super().__init__(
             optimizer,
@@ -82,7 +83,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
 
     @property
     def max_grad_norm(self) -> float:
-        """Joint L2 sensitivity of the summed gradient; setting it moves every layer's.
+        """Joint L2 sensitivity of the summed gradient; setting it rescales every layer's.
 
         Raises:
             ValueError: set to anything but a finite number above zero.
@@ -101,9 +102,10 @@ class BackpropClipOptimizer(OptimizerWrapper):
 
     @property
     def accumulated_iterations(self) -> int:
-        """Return how many batches the step's gradient adds up.
+        """Return how many logical batches the step's gradient adds up.
 
-        Always 1 under Poisson sampling. `BatchMemoryManager`'s physical batches are one batch.
+        Always 1 under Poisson sampling: the physical batches of `BatchMemoryManager` are parts of
+        one logical batch.
         """
         return self._guard.collected or self._guard.accumulated
 
@@ -118,12 +120,12 @@ class BackpropClipOptimizer(OptimizerWrapper):
         guard = self._guard
         given_up = guard.ranks.given_up
         if given_up is not None:
-            raise PrivacyViolationError(f"The ranks have given this batch up: {given_up}")
+            raise PrivacyViolationError(f"The ranks have given up this batch: {given_up}")
         if guard.violation is not None:
             raise PrivacyViolationError(
                 f"These gradients are not covered by the guarantee: {guard.violation}"
             )
-        vouch(self._hooks._module, guard)
+        check_graphs(self._hooks._module, guard)
         if any(is_released(p.grad) for p in self.params):
             raise ValueError(
                 "Gradients haven't been cleared since the last optimizer step. To obtain privacy "
@@ -132,10 +134,10 @@ class BackpropClipOptimizer(OptimizerWrapper):
         for p in self.params:
             if p not in guard.parameters:
                 raise PrivacyViolationError(
-                    f"The optimizer holds a parameter of shape {tuple(p.shape)} that was not "
-                    "trainable, or not the model's, when make_private was called: nothing clips "
-                    "its gradient. Add it to the model and the optimizer first, then call "
-                    "make_private."
+                    f"The optimizer holds a parameter of shape {tuple(p.shape)} that was not a "
+                    "trainable parameter of the model when make_private was called, so its "
+                    "gradient is not clipped. Add it to the model and the optimizer first, then "
+                    "call make_private."
                 )
         guard.require(guard.passes.collect(any_gradient=guard.collected > 0))
         for p in self.params:
@@ -148,10 +150,10 @@ class BackpropClipOptimizer(OptimizerWrapper):
                 p.summed_grad = torch.zeros_like(whole, dtype=norm_dtype(whole.dtype))
 
     def add_noise(self) -> None:
-        """Turn each ``p.summed_grad`` into ``p.grad`` by Gaussian noise, drawn anew for each entry.
+        """Set each ``p.grad`` to ``p.summed_grad`` plus Gaussian noise, independent in each entry.
 
-        The standard deviation is ``noise_multiplier * max_grad_norm``, here and nowhere else. With
-        several ranks, ``p.grad`` is the sum of what all of them have, with one rank's noise.
+        The noise's standard deviation, ``noise_multiplier * max_grad_norm``, is computed only here.
+        With several ranks, ``p.grad`` is the sum over all ranks, with noise drawn once.
         """
         sums = [p.summed_grad for p in self.params]
         for summed in sums:
@@ -166,7 +168,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
         )
         noised = released(sums, self.params, self._guard.ranks, add_noise)
         for p, gradient in zip(self.params, noised, strict=True):
-            # With its noise it may be rounded to what the wrapped optimizer steps in.
+            # After the noise, rounding to the parameter's dtype is post-processing.
             p.grad = gradient.to(p.dtype)
             if self.keep_summed_grad:
                 _mark_as_processed(p.summed_grad)
@@ -194,7 +196,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
             raise
         for group in self.param_groups:
             for p in group["params"]:
-                # Whatever is there has no noise: the wrapped optimizer must not see it.
+                # A gradient that is here has no noise: the wrapped optimizer must not use it.
                 p.grad = None
         if skip:
             self._is_last_step_skipped = True
@@ -212,39 +214,40 @@ class BackpropClipOptimizer(OptimizerWrapper):
         return True
 
     def _collect(self, skip: bool) -> None:
-        """Collect; at the end of a logical batch, go on only if all ranks do."""
+        """Accumulate; at the end of a logical batch, go on only if all ranks do."""
         ranks = self._guard.ranks
         ranks.in_pass = False
         refusal: Exception | None = None
-        told = None
+        problem = None
         try:
             self.accumulate()
         except (PrivacyViolationError, ValueError) as error:
             refusal = error
         if not skip and ranks.given_up is None:
-            told = self._meet(None if refusal is None else str(refusal))
+            problem = self._meet(None if refusal is None else str(refusal))
         elif refusal is not None:
             ranks.refuse(str(refusal))
         try:
             if refusal is not None:
                 raise refusal
-            self._guard.require(told)
+            self._guard.require(problem)
         finally:
             if not skip:
                 ranks.begin_batch()
 
     def _meet(self, refusal: str | None) -> str | None:
-        """Wait for all ranks at the end of a logical batch; return why none may step.
+        """Wait for all ranks at the end of a logical batch; return why no rank may step.
 
-        Those that wait for parameters that this rank has a part of get them meanwhile.
+        With sharded parameters, this rank meanwhile takes part in the passes of ranks that have
+        more physical batches.
         """
         ranks, numbers = self._guard.ranks, (self.noise_multiplier, self.max_grad_norm)
         batches = self.accumulated_iterations
         refusal = refusal or self._hooks._trials.nothing_passed
         while True:
-            told = ranks.meet(Place.STEP, (*numbers, batches), refusal=refusal)
-            if told is not None or not ranks.waits:
-                return told
+            problem = ranks.meet(Place.STEP, (*numbers, batches), refusal=refusal)
+            if problem is not None or not ranks.waits:
+                return problem
             self._hooks._trials.pass_without_examples()
             self._guard.accumulated = batches
 
@@ -266,11 +269,12 @@ class BackpropClipOptimizer(OptimizerWrapper):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Throw the gradients at hand away; physical batches collected so far stay.
+        """Discard the gradients since the last step; keep the sums of earlier physical batches.
+
+        After the step of a logical batch, ``p.summed_grad`` is set to ``None``, too.
 
         Args:
-            set_to_none: set ``p.grad`` to ``None`` instead of zero, as torch does by default;
-                ``p.summed_grad`` always is.
+            set_to_none: set ``p.grad`` to ``None`` instead of zero, as torch does by default.
         """
         if self._guard.violation is not None and not self._guard.refused:
             self._end_refused_batch(self._check_skip_next_step())
@@ -281,9 +285,9 @@ class BackpropClipOptimizer(OptimizerWrapper):
         self._guard.clear()
 
     def _end_refused_batch(self, skip: bool) -> None:
-        # Every physical batch brings one signal, taken here as step() would have. If it ended a
-        # logical batch, what that has collected must not be added to the next one's; nor must what
-        # another sample has.
+        # Every physical batch has one signal, which is taken here as step() would have taken it.
+        # If the refused batch ended a logical batch, or its rows are of another sample, the sums
+        # collected so far must not be added to the next logical batch.
         samples = self._guard.passes.samples
         self._guard.refused = True
         if not skip:

@@ -1,8 +1,8 @@
-"""What a group of ranks adds up, and which of them draws the noise for it.
+"""The sum over ranks, and its noise.
 
-Noise is drawn once for each number that is released. For a replicated parameter rank 0 draws it,
-into its own sum, before the ranks' sums are added up. A sharded parameter's sums are added up
-first, and each rank draws for its shard, from a generator that no other rank has.
+Noise is drawn once for each number that is released. For a replicated parameter rank 0 adds it to
+its own sum before the ranks' sums are added up. For a sharded parameter the sums are added up
+first, and each rank adds noise to its shard, from a generator with a seed of its own.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ def released(
     ranks: Ranks,
     add_noise: Callable[[Sequence[Tensor]], None],
 ) -> list[Tensor]:
-    """Return the noised sums over all ranks; what was passed may have become part of them.
+    """Return the noised sums over all ranks. The tensors in ``sums`` may be changed in place.
+
+    All ranks must call this.
 
     Args:
-        sums: this rank's, one whole tensor for each parameter.
-        parameters: as the optimizer has them.
-        ranks: which train together; all of them must call this.
+        sums: this rank's sums, one whole tensor for each parameter.
+        parameters: the optimizer's parameters, whole or sharded.
+        ranks: the ranks that train together.
         add_noise: adds noise to every entry of tensors, in place.
 
     Returns:
@@ -50,27 +52,29 @@ def released(
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this rank has of a tensor, sharing its memory."""
+    """Return this rank's shard of a tensor, sharing its memory; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def generator_of_rank(
     ranks: Ranks, generator: torch.Generator | None, device: torch.device, purpose: Purpose
 ) -> torch.Generator:
-    """Return a generator that no other rank has, nor this one for another purpose.
+    """Return a generator whose seed differs from other ranks' and from other purposes'.
+
+    All ranks must call this.
 
     Args:
-        ranks: all of which must call this.
-        generator: rank 0's, which seeds those of all ranks; ``None`` for torch's default one.
-        device: of the generator that is returned, if none is given.
-        purpose: what will be drawn.
+        ranks: the ranks that train together.
+        generator: on rank 0, the source of all ranks' seeds; ``None`` for torch's default one.
+        device: the device of the new generator, if ``generator`` is ``None``.
+        purpose: what it will draw.
     """
     made = torch.Generator(device if generator is None else generator.device)
     return made.manual_seed(ranks.seed_of_rank(generator, purpose))
 
 
 def _part(total: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return this rank's shard of the ranks' sum; of a replicated parameter, its own sum."""
+    """Return this rank's shard of the sum over ranks; for a replicated parameter, its own sum."""
     if not isinstance(parameter, DTensor):
         return total
     whole = DTensor.from_local(total, parameter.device_mesh, [Partial()], run_check=False)

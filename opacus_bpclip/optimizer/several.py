@@ -1,4 +1,4 @@
-"""Several optimizers that step together: one release of the gradients serves all of them."""
+"""Several optimizers that step together, on one release of the gradients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 class SeveralOptimizers(torch.optim.Optimizer):
     """Optimizers over different parameters of one model, for one `make_private`.
 
-    Made private one by one, they would each release the gradients of a sample, and the accountant
-    would take one sample for several. As one optimizer they share one step, one draw of noise for
-    each parameter, and one entry in the accountant.
+    If each were made private on its own, each would release gradients of the same sample, and the
+    accountant would count one sample as several independent ones. As one optimizer they share one
+    step, one draw of noise for each parameter, and one entry in the accountant.
 
     Args:
         *optimizers: two or more; no parameter is in two of them.
 
     Raises:
-        ValueError: there are fewer, or a parameter is in two.
+        ValueError: there are fewer than two, or a parameter is in two of them.
 
     Example:
         >>> from torch import nn
@@ -33,7 +33,7 @@ class SeveralOptimizers(torch.optim.Optimizer):
         [0.1, 0.001]
     """
 
-    # Not torch's own __init__, which would make groups and a state of its own.
+    # Without torch's __init__, which would create other groups and another state.
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         if len(optimizers) < 2:
             raise ValueError(f"Expected two optimizers or more, got {len(optimizers)}.")
@@ -44,21 +44,21 @@ class SeveralOptimizers(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Return the groups of all, one after the other."""
+        """Return the groups of all optimizers, in their order."""
         return [group for each in self.optimizers for group in each.param_groups]
 
     @property
     def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
-        """Return the states of all, by parameter; to look at, not to change."""
+        """Return the states of all optimizers, by parameter. Changes to it have no effect."""
         return {p: value for each in self.optimizers for p, value in each.state.items()}
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return nothing: each has its own."""
+        """Return an empty dictionary: each optimizer has its own defaults."""
         return {}
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Step each of them.
+        """Step each optimizer.
 
         Args:
             closure: evaluates the model and returns the loss; run once.
@@ -72,12 +72,12 @@ class SeveralOptimizers(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all."""
+        """Clear the gradients of all optimizers."""
         for each in self.optimizers:
             each.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: which of them is meant?
+        """Refuse, as it is unknown which optimizer the group is for.
 
         Raises:
             ValueError: always.
@@ -85,11 +85,11 @@ class SeveralOptimizers(torch.optim.Optimizer):
         raise ValueError("Add the group to one of the optimizers, before make_private.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of each."""
+        """Return the state of each optimizer."""
         return {"optimizers": [each.state_dict() for each in self.optimizers]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the state of each."""
+        """Load the state of each optimizer."""
         for each, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             each.load_state_dict(state)
 

@@ -1,10 +1,9 @@
-"""Independent streams of pseudo-random numbers from one generator, to be drawn from at once.
+"""Independent streams of pseudo-random numbers from one generator, for several threads.
 
-A stream is seeded anew for every step, by numbers drawn from the generator. So the generator's
-state is all there is to save: set back, it gives the same streams. Torch seeds a processor's
-generator by 32 bits, of which a training run soon uses the same ones twice. A stream therefore
-gets a whole state, 19,968 bits of it: a hash of a key of 256 bits, new for each step, and of the
-stream's number, which differs within the step.
+The streams are seeded at every step with numbers drawn from the generator, so a checkpoint needs
+only the generator's state. Torch seeds a CPU generator with 32 bits, so two streams of a training
+run would soon have the same seed. A stream therefore gets a whole state of the Mersenne twister,
+19,968 bits: a hash of a 256-bit key, drawn anew at each step, and of the stream's number.
 """
 
 from __future__ import annotations
@@ -19,15 +18,16 @@ _STATE_WORDS = 624
 
 
 def streams(generator: torch.Generator, count: int) -> list[torch.Generator]:
-    """Return generators, of which the first is the one given, and the others follow from it.
+    """Return a list of generators: the given one first, the others seeded from it.
 
-    The same ones for the same state of the generator, which moves on. Any two of them, of one call
-    or of two, begin in the same state with a chance of ``2**-256``.
+    The same state of the given generator gives the same list; the call advances that state. Any
+    two of the generators, of one call or of two, begin in the same state with probability
+    ``2**-256``.
 
     Args:
-        generator: a processor's.
-        count: how many at most. One, where this release of torch keeps states in another form than
-            is known.
+        generator: a CPU generator.
+        count: how many generators to return. Only the given one is returned where this release of
+            torch keeps a generator's state in an unknown form.
     """
     if count < 2 or not _state_is_known():
         return [generator]
@@ -41,12 +41,12 @@ def _numbered(key: bytes, number: int) -> torch.Generator:
 
 
 def _with_words(words: np.ndarray[tuple[int], np.dtype[np.uint32]]) -> torch.Generator:
-    """Return a generator whose next numbers are those of a Mersenne twister in this state."""
+    """Return a generator that continues a Mersenne twister with these state words."""
     generator = torch.Generator("cpu")
     state = generator.get_state()
-    # Torch's form: the seed in 8 bytes, how many numbers of this round are left, whether there is a
-    # seed, in 4 each, which number is next, in 8, and the words, in 8 each. In a fresh generator
-    # the round is over, and no second number of a Gaussian pair waits.
+    # Torch's layout: the seed (8 bytes), the count of numbers left before the next twist and a flag
+    # for the seed (4 each), the index of the next number (8), and the state words (8 each). A new
+    # generator begins with a twist, and holds no second number of a Gaussian pair.
     state[24 : 24 + 8 * _STATE_WORDS] = torch.from_numpy(words.astype(np.int64)).view(torch.uint8)
     generator.set_state(state)
     return generator
@@ -54,7 +54,7 @@ def _with_words(words: np.ndarray[tuple[int], np.dtype[np.uint32]]) -> torch.Gen
 
 @lru_cache(maxsize=1)
 def _state_is_known() -> bool:
-    """Return whether torch draws what numpy's own Mersenne twister draws in a state."""
+    """Return whether torch and numpy's Mersenne twister draw the same from the same state."""
     words = np.arange(1, _STATE_WORDS + 1, dtype=np.uint32) * 2654435761
     twister = np.random.MT19937()
     twister.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": _STATE_WORDS}}
@@ -62,5 +62,5 @@ def _state_is_known() -> bool:
         drawn = torch.rand(8, dtype=torch.float32, device="cpu", generator=_with_words(words))
     except RuntimeError:  # the state has another size
         return False
-    # Of each word, as many bits as a float32 holds.
+    # Torch uses the lowest 24 bits of each word for a float32.
     return bool((drawn.numpy() * 2**24 == twister.random_raw(8) % 2**24).all())

@@ -1,4 +1,4 @@
-"""What an optimizer that wraps another one owes to code around it: copies, checkpoints, signals."""
+"""The private optimizer without its step: copies, checkpoints, and signals of physical batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opacus_bpclip.optimizer import fingerprint
 
 
 class OptimizerWrapper(DPOptimizerFastGradientClipping):
-    """Opacus's optimizer for gradients that arrive summed, without the step."""
+    """Opacus's optimizer for gradients that arrive summed; subclasses add the step."""
 
     _hooks: BackpropClipHooks
 
@@ -23,8 +23,8 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
     def _guard(self) -> GradientGuard:
         return self._hooks._guard
 
-    # What a step leaves for the next call is kept beside the gradients, not in this object: a
-    # wrapper (Lightning's) may have taken a copy of its attributes.
+    # This flag is kept in the guard and not in the optimizer, since a wrapper (Lightning's) may
+    # have copied the optimizer's attributes.
 
     @property
     def _is_last_step_skipped(self) -> bool:
@@ -34,21 +34,21 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
     def _is_last_step_skipped(self, value: bool) -> None:
         self._guard.passes.samples.last_step_skipped = value
 
-    # GradScaler hands its scale to an optimizer with this flag, instead of touching gradients.
+    # With this flag GradScaler sets `grad_scale` on the optimizer and does not change gradients.
     _step_supports_amp_scaling = True
 
     @property
     def grad_scale(self) -> float:
-        """Return 1: no gradient is scaled."""
+        """Return 1.0: gradients are never scaled. Setting it is refused."""
         return 1.0
 
     @grad_scale.setter
     def grad_scale(self, value: object) -> None:
         raise ValueError(
             "GradScaler multiplies the loss by a number that depends on the data (it shrinks where "
-            "gradients overflow), so clipped gradients and the noise would be scaled apart. Train "
-            "in bfloat16 or float32 without GradScaler; GradScaler(enabled=False) does nothing and "
-            "may stay."
+            "gradients overflow), so the clipped gradients would have another scale than the "
+            "noise. Train in bfloat16 or float32 without GradScaler; GradScaler(enabled=False) "
+            "does nothing and may stay."
         )
 
     @grad_scale.deleter
@@ -56,10 +56,10 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         pass
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
-        """Announce the next physical batch, as `BatchMemoryManager` does for each.
+        """Announce the next physical batch; `BatchMemoryManager` calls this for each.
 
         Args:
-            do_skip: whether its logical batch, the sample that was drawn last, has more parts.
+            do_skip: whether more physical batches of its logical batch follow.
         """
         self._guard.passes.samples.signal(do_skip)
 
@@ -67,7 +67,7 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         return self._guard.passes.skips(pop=pop_next)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state, and the settings that privacy was spent under."""
+        """Return the wrapped optimizer's state and the privacy settings."""
         return {**self.original_optimizer.state_dict(), fingerprint.KEY: self._settings()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -92,21 +92,21 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         return own if own is None else own * self._guard.ranks.size
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all of it, but for a ``step`` that a scheduler has put in the method's place."""
-        # Not torch's own, which knows of no wrapper.
+        """Return all attributes, except a ``step`` with which a scheduler replaced the method."""
+        # Torch's own method keeps only the attributes of a plain optimizer.
         return {name: value for name, value in vars(self).items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for p in self.params:
-            # A parameter's copy has no attributes.
+            # Torch does not copy a parameter's attributes.
             p.summed_grad = getattr(p, "summed_grad", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a copy that draws from the same generator.
+        """Return a copy that shares the generator.
 
-        With a generator in the same state it would draw the same noise, which cancels in the
-        difference of two releases.
+        A copied generator would draw the same noise again, and the difference of two releases
+        would have none.
         """
         copied = object.__new__(type(self))
         memo[id(self)] = copied

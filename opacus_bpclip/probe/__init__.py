@@ -1,4 +1,4 @@
-"""Try a model out: do its examples keep apart, and how often is each layer used?"""
+"""Trial runs of a model: do its examples influence each other, and how often is each layer used?"""
 
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
 from opacus_bpclip.probe.coupling import find_coupling, try_model

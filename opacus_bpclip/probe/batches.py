@@ -1,7 +1,7 @@
-"""Batches to try a model on: made-up ones of the right shapes, and parts of a given one.
+"""Batches for trial runs: made-up examples of the right shapes, and parts of a given batch.
 
-The shapes and dtypes of a data set's examples are public; their values are not, and no made-up
-batch holds any.
+The shapes and dtypes of a data set's examples are public. Their values are private, and a made-up
+batch has none of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from opacus_bpclip.model.recurrence import is_packed
 from opacus_bpclip.probe.leaves import Change, batch_leaves, map_leaves, parts_of
 from opacus_bpclip.probe.values import invented, mixed, rows_of
 
-# Two halves and two more pairs: each example meets each other one, and misses it.
+# Enough for `partitions` to put any two examples once together and once apart.
 EXAMPLES = 4
 
 
@@ -25,11 +25,12 @@ class Batch(NamedTuple):
     """The arguments of one call of a model.
 
     Attributes:
-        args: by position.
-        kwargs: by name.
-        size: how many examples they hold.
-        axis: which axis of a tensor is the batch.
-        shared: the tensors that are known to hold no examples; ``None`` if shapes are to tell.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        size: the number of examples.
+        axis: the batch axis of a tensor.
+        shared: the tensors that are known to hold no examples. With ``None``, each tensor whose
+            batch axis has ``size`` entries holds examples.
         present: ``[B]`` bool, which rows are not padding; ``None`` for all.
     """
 
@@ -53,9 +54,9 @@ class Batch(NamedTuple):
         )
 
     def map(self, change: Change) -> Batch:
-        """Return the batch with every leaf that holds examples changed.
+        """Return a batch in which every leaf that holds examples is changed.
 
-        A tensor that is passed twice is changed once, and is passed twice again.
+        A tensor that is passed twice is changed once, and the result is passed twice.
         """
 
         def visit(leaf: Any) -> Any:
@@ -84,7 +85,7 @@ class Batch(NamedTuple):
 
     @property
     def shapes(self) -> object:
-        """Return the shapes of what holds examples, without the batch."""
+        """Return the shapes of the tensors that hold examples, without the batch axis."""
         axis = self.axis
         return tuple((*x.shape[:axis], *x.shape[axis + 1 :]) for x in self.with_examples)
 
@@ -99,15 +100,15 @@ class Batch(NamedTuple):
         return self.select(self.present.nonzero().flatten().tolist())._replace(present=None)
 
     def hollow(self) -> Batch:
-        """Return the batch without examples; with a made-up one, where sequences are packed."""
+        """Return an empty batch; one made-up example with packed sequences, which are not empty."""
         packed = any(map(is_packed, batch_leaves((self.args, self.kwargs))))
         return self.invent(1) if packed else self.select(())._replace(present=None)
 
     def invent(self, count: int, *, seed: int = 0, scale: float = 1.0) -> Batch:
         """Return a batch of ``count`` made-up examples of the same shapes and dtypes.
 
-        Floats are normal, times ``scale``. Integers are 0 and 1, which are ids of whatever has two
-        of them, and flags are drawn.
+        Floats are normal, times ``scale``. Integers are 0 or 1, which are valid ids in any table
+        of two entries or more. Flags are random.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -117,10 +118,10 @@ class Batch(NamedTuple):
         return self.map(made_up)._replace(size=count)
 
     def swapped(self, kept: Sequence[int], *, seed: int) -> Batch:
-        """Return the batch with other values for all examples but those kept.
+        """Return the batch with other values for all examples except those kept.
 
-        Floats are made up, larger than usual. Integers are taken from other examples, where they
-        are ids of something that exists.
+        Floats are made up, larger than usual. Integers are taken from other examples, so that ids
+        stay valid.
         """
         fresh = self.invent(self.size, seed=seed, scale=10.0)
         pairs = zip(
@@ -158,7 +159,7 @@ class Batch(NamedTuple):
 
     @property
     def signature(self) -> object:
-        """Return what tells calls apart that a model may treat in different ways."""
+        """Return a key that differs between calls that a model may treat differently."""
         return _outline((self.args, self.kwargs), ())
 
 
@@ -170,7 +171,7 @@ def _outline(value: Any, above: tuple[int, ...]) -> object:
         return type(value)
     inside = [(str(key), _outline(part, (*above, id(value)))) for key, part in parts]
     if isinstance(value, list):
-        # One text, one number for each example: what they say, and how many, is the batch's.
+        # Texts and numbers in a list are one for each example: data, and not part of the key.
         plain = {type(part) for _, part in parts if not _is_row(part)}
         inside = [one for one, (_, part) in zip(inside, parts, strict=True) if _is_row(part)]
         return list, frozenset(plain), tuple(inside)

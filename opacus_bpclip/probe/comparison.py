@@ -1,4 +1,7 @@
-"""Compare what a module returned for the same examples among other companions."""
+"""Comparisons of a module's outputs for the same examples in two batches.
+
+The companions of an example are the other examples in its batch.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Where the examples of a tensor are.
+    """Where a tensor holds its examples.
 
     Attributes:
-        axis: the axis whose size grows with their number.
-        inner: whether an example's entries on it are a stride apart, not side by side.
+        axis: the axis whose size grows with the number of examples.
+        inner: whether an example's entries on this axis are ``B`` apart, and not side by side.
     """
 
     axis: int
@@ -27,10 +30,10 @@ class Companions:
     """The same examples in two batches.
 
     Attributes:
-        before: how many examples the first batch has.
-        after: how many the second one has.
-        rows: which ones of the first batch are compared.
-        places: where they are in the second one.
+        before: the number of examples in the first batch.
+        after: the number of examples in the second batch.
+        rows: the compared examples' rows in the first batch.
+        places: their rows in the second batch.
     """
 
     before: int
@@ -40,7 +43,7 @@ class Companions:
 
 
 def partitions(count: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield ways to divide examples in two, so that any two of them are once apart."""
+    """Yield ways to divide examples in two parts, so that any two examples are once apart."""
     for bit in range((count - 1).bit_length()):
         sides: tuple[list[int], list[int]] = ([], [])
         for row in range(count):
@@ -49,10 +52,10 @@ def partitions(count: int) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def layouts(one: torch.Size, other: torch.Size, companions: Companions) -> list[Layout] | None:
-    """Return where a tensor may hold its examples, judged by its shape in batches of two sizes.
+    """Return where a tensor may hold its examples, judged by its shapes in batches of two sizes.
 
-    ``None`` stands for shapes that hold entries for *pairs* of examples. An empty list means that
-    no axis is the batch.
+    ``None`` means that it holds entries for *pairs* of examples. An empty list means that no axis
+    is the batch axis.
     """
     before, after = companions.before, companions.after
     if len(one) != len(other):
@@ -71,7 +74,7 @@ def layouts(one: torch.Size, other: torch.Size, companions: Companions) -> list[
 def differ(
     one: Tensor, other: Tensor, where: Sequence[Layout], companions: Companions, tolerance: float
 ) -> bool:
-    """Return whether the examples' rows changed from one batch to the other, in every layout."""
+    """Return whether, in every layout, the compared rows differ between the two batches."""
     one, other = _overlap(one, other, {layout.axis for layout in where})
     for layout in where:
         before = _picked(_rows(one, layout, companions.before), companions.rows)
@@ -84,7 +87,7 @@ def differ(
 def vanish(
     one: Tensor, other: Tensor, where: Sequence[Layout], companions: Companions, tolerance: float
 ) -> bool:
-    """Return whether rows are gone from the other batch, in whatever order it has them."""
+    """Return whether, in every layout, compared rows are nowhere in the other batch."""
     if not differ(one, other, where, companions, tolerance):
         return False
     one, other = _overlap(one, other, {layout.axis for layout in where})
@@ -109,12 +112,12 @@ def _rows(x: Tensor, layout: Layout, count: int) -> Tensor:
 def _picked(x: Tensor, rows: Sequence[int]) -> Tensor:
     step = rows[1] - rows[0] if len(rows) > 1 else 1
     regular = step > 0 and list(rows) == list(range(rows[0], rows[-1] + 1, step))
-    # A view costs nothing.
+    # Prefer a view, which copies nothing.
     return x[rows[0] : rows[-1] + 1 : step] if regular else x[list(rows)]
 
 
 def _overlap(one: Tensor, other: Tensor, batch: set[int]) -> tuple[Tensor, Tensor]:
-    # Padding to the longest example: what both have is compared.
+    # Sequences may be padded to the batch's longest: compare the positions that both tensors have.
     for axis, (size, less) in enumerate(zip(one.shape, other.shape, strict=True)):
         if axis not in batch:
             one, other = (x.narrow(axis, 0, min(size, less)) for x in (one, other))
@@ -122,13 +125,13 @@ def _overlap(one: Tensor, other: Tensor, batch: set[int]) -> tuple[Tensor, Tenso
 
 
 def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Return whether no entry has changed by more than this, relative to the largest entry."""
+    """Return whether no entry differs by more than the tolerance, relative to the largest entry."""
     if not one.numel():
         return True
-    # There is no arithmetic in eight bits.
+    # Torch does not subtract floats of eight bits.
     gap = _largest(one - other) if one.itemsize > 1 else torch.inf
     if gap < torch.inf:
-        # All numbers are finite, and one look at each is enough.
+        # All numbers are finite: this comparison is enough, and the fastest.
         return gap <= tolerance * max(_largest(one), torch.finfo(torch.float64).tiny)
     return bool(distance(one, other).max() <= tolerance)
 
@@ -139,9 +142,14 @@ def _largest(x: Tensor) -> float:
 
 
 def distance(one: Tensor, other: Tensor) -> Tensor:
-    """Return the largest change of an entry of each row, relative to the largest entry of all.
+    """Return each row's largest difference, relative to the largest entry of all rows.
 
-    The last axis is within a row; both are broadcast against each other.
+    Args:
+        one: ``[..., D]``, one row for each index of the leading axes.
+        other: a tensor that can be broadcast against it.
+
+    Returns:
+        The differences, of the leading axes' shape; infinite where only one entry is finite.
     """
     if torch.equal(one, other) or not one.shape[-1]:
         return one.new_zeros(one.shape[:-1])

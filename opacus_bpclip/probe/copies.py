@@ -1,4 +1,4 @@
-"""Run a model without leaving a trace in it."""
+"""Trial runs of a model that leave no trace in it."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from opacus_bpclip.probe.problems import UntriedError
 from opacus_bpclip.probe.progress import note_run
 from opacus_bpclip.probe.randomness import Steady, repeatable
 from opacus_bpclip.probe.recording import Recording, alike, recorded
-from opacus_bpclip.probe.stand_ins import StandIns, lazy_parameter
+from opacus_bpclip.probe.substitutes import Substitutes, lazy_parameter
 
-# Beyond this many numbers a second copy of the model in double precision is not worth its memory.
+# A model with more parameters is not copied in double precision, which would need much memory.
 _LARGEST_IN_DOUBLE = 2**26
 
-# A parameter that starts at zero hides what it is multiplied with. It gets values of this size.
-_ZERO_STANDS_FOR = 0.1
+# A parameter of zeros hides whatever it is multiplied by, so trial runs use values of this size.
+_INSTEAD_OF_ZERO = 0.1
 
-# A power of two, so that it can be taken back to the bit.
+# A power of two, so that it can be undone exactly.
 _SPREAD = 8.0
 
 
 class Copy:
-    """A model with copies of its numbers, for trial runs inside a ``with`` statement.
+    """A model with copies of its tensors, for trial runs inside a ``with`` statement.
 
-    What runs change is not the model's: afterwards it is what it was (`StandIns`). Between runs,
-    buffers start anew; what a run leaves in plain attributes is there in the next one, as it would
-    be in training.
+    After the statement the model is restored (`Substitutes`). Each run starts with the model's own
+    buffers. Changes that a run makes to plain attributes last until the statement ends, as they
+    would last in training.
 
     Args:
         model: the model.
-        double: compute in float64, so that rounding can be told from anything else.
-        copied: record copies of what modules return, as `Recording` has it.
+        double: compute in float64, so that rounding errors are far below any real difference.
+        copied: record copies of the modules' outputs, see `Recording`.
 
     Raises:
         UntriedError: a parameter has no shape yet.
@@ -56,24 +56,25 @@ class Copy:
         self._parameters = dict(model.named_parameters())
         self._seeds = {id(p): seed for seed, p in enumerate(self._parameters.values())}
         self._versions = {id(p): _version(p) for p in self._parameters.values()}
-        self._stand_ins = StandIns(model, self._shown)
+        self._substitutes = Substitutes(model, self._substitute_of)
 
     def __enter__(self) -> Copy:
-        self._stand_ins.__enter__()
+        self._substitutes.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stand_ins.__exit__(*error)
+        self._substitutes.__exit__(*error)
 
     @contextmanager
     def spread(self) -> Iterator[None]:
         """Make the trainable parameters larger for a while.
 
-        The losses of a model that was never trained all lie near the logarithm of the number of
-        classes: a mean with wrong weights is next to the right one. With larger logits they do not.
+        In an untrained model all examples' losses are close to the logarithm of the number of
+        classes, so a mean with wrong weights is close to the right one. Larger logits spread the
+        losses.
         """
         trained = (p for p in self._parameters.values() if p.requires_grad)
-        own = [x for p in trained if (x := self._stand_ins.of(p)) is not p]
+        own = [x for p in trained if (x := self._substitutes.of(p)) is not p]
         try:
             for tensor in own:
                 tensor.data.mul_(_SPREAD)
@@ -83,7 +84,7 @@ class Copy:
                 tensor.data.div_(_SPREAD)
 
     def edited(self) -> list[str]:
-        """Return the parameters that runs have changed in place."""
+        """Return the names of the parameters that runs have changed in place."""
         return [name for name, own in self._parameters.items() if self._is_edited(own)]
 
     @staticmethod
@@ -93,10 +94,10 @@ class Copy:
         return sum(sizes) <= _LARGEST_IN_DOUBLE
 
     def of(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Return what stands in for a parameter."""
-        stand_in = self._stand_ins.of(parameter)
-        assert isinstance(stand_in, nn.Parameter)
-        return stand_in
+        """Return the substitute of a parameter."""
+        substitute = self._substitutes.of(parameter)
+        assert isinstance(substitute, nn.Parameter)
+        return substitute
 
     def run(
         self,
@@ -112,17 +113,18 @@ class Copy:
         """Run the model.
 
         Args:
-            batch: on what.
-            steady: makes random numbers the same for every example; ``None`` seeds them.
+            batch: the batch to run on.
+            steady: makes random numbers the same for every example; with ``None`` they are drawn
+                as usual, from generators that are seeded.
             inputs: record the modules' inputs, too.
-            inside: record what the modules inside the model return, too.
-            mode: entered for the run.
-            plain: run the model with gradients, and without what clips them.
+            inside: record the outputs of the modules inside the model, too.
+            mode: a context that the run is in.
+            plain: run the model with gradients, and without the hooks that clip them.
             seed: of the random number generators.
         """
         note_run()
         batch = batch.to(self.device, self.dtype)
-        self._stand_ins.begin_run()
+        self._substitutes.begin_run()
         if isinstance(mode, ParameterFunctions):
             mode.note_arguments(batch.without_examples, batch.with_examples)
         recording = Recording(copied=self._copied)
@@ -136,8 +138,8 @@ class Copy:
             self.model(*batch.args, **batch.kwargs)
         return recording
 
-    def _shown(self, tensor: Tensor) -> Tensor:
-        """Return what stands in for a tensor: a copy; of a trainable zero, small values."""
+    def _substitute_of(self, tensor: Tensor) -> Tensor:
+        """Make a tensor's substitute: a copy, or small values for a trainable tensor of zeros."""
         seed = self._seeds.get(id(tensor))
         if seed is None:
             return self._cast(tensor)
@@ -147,16 +149,16 @@ class Copy:
         own = self._cast(tensor)
         if trained and _is_zero(own):
             drawn = torch.rand(own.shape, generator=torch.Generator().manual_seed(seed)) - 0.5
-            own = (2 * _ZERO_STANDS_FOR * drawn).to(own)
-        stand_in = nn.Parameter(own, requires_grad=trained)
-        vars(stand_in).update(vars(tensor))
-        return stand_in
+            own = (2 * _INSTEAD_OF_ZERO * drawn).to(own)
+        substitute = nn.Parameter(own, requires_grad=trained)
+        vars(substitute).update(vars(tensor))
+        return substitute
 
     def _is_edited(self, parameter: Tensor) -> bool:
-        stand_in = self._stand_ins.of(parameter)
-        if stand_in is parameter:
+        substitute = self._substitutes.of(parameter)
+        if substitute is parameter:
             return self._versions[id(parameter)] != _version(parameter)
-        return not alike(stand_in, self._shown(parameter))
+        return not alike(substitute, self._substitute_of(parameter))
 
     def _cast(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if tensor.is_floating_point() else None
@@ -165,9 +167,9 @@ class Copy:
 
 @contextmanager
 def unclipped(model: nn.Module) -> Iterator[None]:
-    """Take this package's own hooks off a model for a while.
+    """Remove this package's clipping hooks from a model for a while.
 
-    Clipped inputs are a part of the model, and stay.
+    The hooks that clip inputs stay: they are a part of the model.
     """
     taken: list[tuple[dict[int, Any], dict[int, Any]]] = []
     for module in model.modules():
@@ -194,7 +196,7 @@ def _clips(hook: object) -> bool:
 
 
 def _is_zero(x: Tensor) -> bool:
-    # Most have no zero in the first place, and need no second look.
+    # Most tensors begin with another number, and need not be read in full.
     return not (bool(x.flatten()[:1].any()) or bool(x.any()))
 
 
@@ -203,6 +205,6 @@ def _version(tensor: Tensor) -> int:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's inputs belong."""
+    """Return the device that a model's inputs must be on."""
     tensors = (*model.parameters(), *model.buffers())
     return tensors[0].device if tensors else torch.device("cpu")

@@ -1,8 +1,8 @@
 """Search for examples that influence each other inside a model.
 
-An example's output must not change when its companions do. The search runs the model on a batch,
-on parts of it, and on the same batch with other companions, and compares row by row. A search
-proves nothing; ``docs/guarantee.md`` says what it finds and how weak that may be.
+An example's output must not depend on the other examples of its batch (its companions). The search
+runs the model on a batch, on parts of it, and on the batch with other companions, and compares row
+by row. It is not a proof; ``docs/guarantee.md`` says what it finds and what it may miss.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def find_coupling(
 ) -> Problem | None:
     """Return what couples the examples of a batch, with the remedy; ``None`` if nothing is found.
 
-    The model is left as it was: its parameters, buffers and training flags, and the random number
-    generators.
+    The model's parameters, buffers and training flags, and the random number generators, are left
+    as they were.
 
     Args:
         model: the model, with or without clipping attached.
-        batch: two or more examples, of which the first four are used; once more with other
-            values of integers, so that different parts of them count.
-        loss_reduction: ``"mean"`` or ``"sum"``: what a tensor without a batch axis, such as a loss
-            that the model computes itself, must be over its examples.
-        layers: those that must meet the examples in the batch's order, as with a joint budget.
+        batch: two or more examples. The first four are used, as they are, and with integers and
+            flags changed to those of padding and of ignored labels.
+        loss_reduction: ``"mean"`` or ``"sum"``: an output without a batch axis, such as a loss that
+            the model computes, must be this over the examples.
+        layers: the layers whose rows must be in the batch's order, which a joint budget needs.
 
     Raises:
         UntriedError: the model does not run on this batch or on parts of it.
@@ -62,15 +62,15 @@ def try_model(
     ordered: bool,
     search: bool = True,
 ) -> tuple[Problem | None, Plan]:
-    """Return what couples the examples of a batch, and where functions take up the batch.
+    """Return what couples the examples of a batch, and the plan of the functions on parameters.
 
     Args:
-        model: as for `find_coupling`.
-        batch: as for `find_coupling`.
-        loss_reduction: as for `find_coupling`.
+        model: the model, with or without clipping attached.
+        batch: two or more examples, of which the first four are used.
+        loss_reduction: ``"mean"`` or ``"sum"``: what an output without a batch axis must be.
         layers: the trainable layers, by name.
-        ordered: whether they must meet the examples in the batch's order.
-        search: whether to look for what couples examples.
+        ordered: whether the layers' rows must be in the batch's order.
+        search: whether to search for coupled examples; the plan is made in any case.
 
     Raises:
         UntriedError: the model does not run on this batch or on parts of it.
@@ -128,7 +128,7 @@ def _searched(
 
 
 def _problem_when_sorted(copy: Copy, batch: Batch, rows: Rows) -> Problem | None:
-    """Return which layer has another order where the examples are of several lengths."""
+    """Return which layer has its rows in another order when examples have several lengths."""
     accelerated = copy.device.type != "cpu"
     variants = ragged.of_several_lengths(batch, copy.model, accelerated=accelerated)
     for variant in variants if rows else ():
@@ -146,9 +146,9 @@ def _problem_when_sorted(copy: Copy, batch: Batch, rows: Rows) -> Problem | None
 def _problem_when_ragged(
     copy: Copy, batch: Batch, loss_reduction: str, layers: Rows
 ) -> Problem | None:
-    """Return what is wrong when the examples differ in how much of them counts.
+    """Return what is wrong when different numbers of the examples' positions count.
 
-    Values that the model does not run on are none that it is trained with.
+    A variant that the model does not run on is left out: the model cannot be trained on it either.
     """
     start = ragged.padded(batch)
     if start is None:
@@ -169,7 +169,7 @@ def _problem_when_ragged(
             variant = ragged.ignoring(start, labels.leaf, value)
             with ragged.NegativeIndices(value) if accelerated else nullcontext():
                 run = _run(copy, variant.select(rows))
-                # What makes no difference, or none to another value, has been searched.
+                # A run with the same numbers as a known one would find nothing new.
                 if run is not None and not any(other and same(run, other) for other in known):
                     known.append(run)
                     problem = _problem_of_numbers(copy, variant, loss_reduction)
@@ -181,7 +181,7 @@ def _problem_of_numbers(
 ) -> Problem | None:
     variants: list[tuple[AbstractContextManager[None], Rows]] = [(nullcontext(), rows or {})]
     if copy.dtype is not None:
-        # In single precision large parameters would make too much of rounding errors.
+        # In single precision larger parameters would also make rounding errors too large.
         variants.append((copy.spread(), {}))
     for spread, ordered in variants:
         try:

@@ -1,4 +1,4 @@
-"""The forms in which a training loop may call its model on what a data loader yields."""
+"""The ways in which a training loop may call its model on a batch of a data loader."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def made_up_batches(
     loader: object, model: nn.Module, *, batch_first: bool = True
 ) -> Iterator[Batch]:
-    """Yield made-up batches in the forms in which a loop over ``loader`` may call ``model``.
+    """Yield made-up batches for each way in which a loop over ``loader`` may call ``model``.
 
     Shapes and dtypes are those of the data set's first example, collated; the values are made up.
-    None is yielded where there is no first example to look at. Forms that the signature of the
-    model's ``forward`` does not allow are left out.
+    Nothing is yielded where there is no first example that could be read. Calls that the signature
+    of the model's ``forward`` does not allow are left out.
     """
     axis = 0 if batch_first else 1
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return
     try:
         with repeatable(torch.device("cpu")):
-            # Augmentation may draw random numbers; they are put back.
+            # Augmentation may draw random numbers; the generators are restored.
             collated = loader.collate_fn([loader.dataset[0]] * EXAMPLES)
     except Exception:
-        # Somebody else's code, which training will run and report; nothing to look at here.
+        # The user's own code, whose error training will report.
         return
     for args, kwargs in calls(collated, model):
         yield Batch(args, kwargs, EXAMPLES, axis).invent(EXAMPLES)
@@ -42,11 +42,10 @@ def made_up_batches(
 def calls(collated: Any, model: nn.Module) -> Iterator[Call]:
     """Yield the ways to call a model on one batch that its signature allows, the likeliest first.
 
-    A mapping goes in by name, with what ``forward`` does not know left out, then the labels, or as
-    it is. Of a tuple
-    come the first element, the first two, and so on to all of them, then what the first element
-    holds if that is a tuple itself, then the tuple as it is. So a model with one input is not given
-    the label for an optional mask.
+    A mapping is passed by name: all of it, then only the arguments that ``forward`` has, then all
+    but the labels; then as one argument. Of a tuple, the first element is passed, then the first
+    two, and so on to all of them; then the elements of the first one, if that is a tuple; then the
+    tuple as one argument. So a model with one input does not get the label as an optional mask.
     """
     for args, kwargs in _forms(collated, model):
         if _fits(model, args, kwargs):
@@ -80,7 +79,7 @@ def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
-        # Compiled code without a signature takes anything.
+        # Compiled code has no signature: assume that it takes any arguments.
         return inspect.signature(lambda *args, **kwargs: None).parameters
 
 
@@ -97,6 +96,6 @@ def _is_label(name: str) -> bool:
 
 
 def argument_name(model: nn.Module, index: int) -> str:
-    """Return what a model's ``forward`` calls its argument in this position, empty if nothing."""
+    """Return the name of the ``forward`` argument in this position, empty if it has none."""
     known = [p for p in _parameters(model).values() if p.kind is not p.KEYWORD_ONLY]
     return known[index].name if index < len(known) else ""

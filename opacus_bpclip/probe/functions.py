@@ -1,8 +1,9 @@
-"""Where functions that a model calls on parameters take up the batch, found by trial runs.
+"""Trial runs that find where functions on parameters have the batch: the plan of a model.
 
-First two runs, on batches of two sizes, show what follows the batch's size. Then runs on the same
-examples among different companions show where each example's rows are. In the end every function is
-run on one example at a time, and must return the same and have the same gradient (`verified`).
+Two runs on batches of two sizes show which arguments and results grow with the batch. Runs on the
+same examples with different companions show where each example's rows are. At last every function
+is run on one example at a time: its result and gradient must be the same as in the batch
+(`verified`).
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ from opacus_bpclip.rules import FunctionRule
 
 
 def make_plan(copy: Copy, batch: Batch, layers: Mapping[str, Layer]) -> Plan:
-    """Find out how functions take up the batch when the model is called like this.
+    """Make the plan for calls like this one: where functions on parameters have the batch.
 
     Args:
-        copy: of the model, entered.
+        copy: a copy of the model, inside its ``with`` statement.
         batch: two or more examples.
         layers: the trainable layers.
 
     Raises:
-        RefusedError: in a way that cannot be bounded.
+        RefusedError: the gradients of a function cannot be bounded.
         Exception: whatever the model's own code raises.
     """
     plan = _plan_of(Trials(copy, batch, layers))
@@ -58,7 +59,7 @@ def make_plan(copy: Copy, batch: Batch, layers: Mapping[str, Layer]) -> Plan:
     if plan.is_folded and any(map(is_packed, batch_leaves((batch.args, batch.kwargs)))):
         raise RefusedError(Problem("(root)", problems.packed_functions()))
     _check_order(Trials(copy, batch, layers), plan)
-    # Some models look whether a mask hides anything at all, and call other functions if not.
+    # Some models call other functions if a mask hides nothing: run them on masks of ones, too.
     half = next(partitions(batch.size))[0]
     for variant in _whole(batch):
         try:
@@ -71,7 +72,7 @@ def make_plan(copy: Copy, batch: Batch, layers: Mapping[str, Layer]) -> Plan:
 
 
 def _check_order(trials: Trials, plan: Plan) -> None:
-    """Look whether examples keep their places among other companions, drawn numbers and lengths.
+    """Check that examples keep their places with other companions, random numbers and lengths.
 
     Raises:
         RefusedError: they do not.
@@ -86,11 +87,11 @@ def _check_order(trials: Trials, plan: Plan) -> None:
     accelerated = copy.device.type != "cpu"
     variants = ragged.of_several_lengths(batch, copy.model, accelerated=accelerated)
     for variant in (*variants, *(() if padded is None else (padded,))):
-        # Lengths that fall in the batch's order do not show where they are sorted by.
+        # Sorting by length changes nothing if the batch is sorted already: try it reversed, too.
         for turned in (variant, variant.select(range(size)[::-1])):
             try:
                 runs = trials.replay(plan, turned), trials.replay(plan, turned.select(part))
-            except Exception:  # the model may not take such values: they are not met then
+            except Exception:  # the model does not run on such values: it is not trained on them
                 break
             check_replayed(*runs, among, trials.tolerance)
             check_copies(runs[0], turned, trials.tolerance, _again(trials, plan, turned, None))
@@ -133,7 +134,7 @@ def _plan_of(trials: Trials) -> Plan:
     functions, calls = trials.sizes(batch)
     fewer, fewer_calls = trials.sizes(batch.select(rows))
     if not aligned(functions, fewer):
-        # The first run may have filled caches.
+        # The first run may have filled caches: run again.
         functions, calls = trials.sizes(batch)
         fewer, fewer_calls = trials.sizes(batch.select(rows))
     tolerance = trials.tolerance
@@ -146,7 +147,7 @@ def _plan_of(trials: Trials) -> Plan:
     following = [
         _following(sizes, less, among) for sizes, less in zip(functions, fewer, strict=True)
     ]
-    # What follows the batch's size but not in proportion is refused if a parameter meets it.
+    # Sizes that grow with the batch, but not in proportion, are refused in functions on parameters.
     meets = [where is None or any(where[0]) or any(where[1]) for where in following]
     recorder, outputs = _recorded(trials, meets, passed_by)
     seen = recorder.seen
@@ -159,7 +160,7 @@ def _plan_of(trials: Trials) -> Plan:
         if places is None or grows or (one.call.is_in_place and 0 in one.call.made):
             raise RefusedError(pairs_problem(one))
         found[number] = [list(where) for where in (*places[0], *places[1])]
-    # Of each pair of parts one is enough: rows that keep their order in all of them are in order.
+    # One part of each pair is enough: together they tell all examples apart.
     for part, _ in partitions(batch.size):
         other, _ = trials.record(batch.select(part), meets, passed_by)
         where = Companions(batch.size, len(part), part, range(len(part)))
@@ -187,7 +188,7 @@ def _plan_of(trials: Trials) -> Plan:
     return Plan(
         {key: tuple(each[:1] if len(set(each)) == 1 else each) for key, each in plan.items()},
         met,
-        # Of a layer that no function meets examples with, its own rule says what is wrong.
+        # For other layers in passed_by the layer's rule says what is wrong.
         met & passed_by,
     )
 
@@ -203,21 +204,22 @@ def _is_left_to_rules(trials: Trials, rows: Sequence[int], among: Companions) ->
     try:
         return not (touched or _passed_by(trials.layers, calls, fewer, among))
     except RefusedError:
-        return False  # The first run may have filled caches: the next ones show it.
+        return False  # The first run may have filled caches: later runs decide.
 
 
 def _recorded(
     trials: Trials, meets: Sequence[bool], passed_by: set[str]
 ) -> tuple[Recorder, list[Tensor]]:
-    """Run the model; leave layers to their rule that get arguments without examples.
+    """Record a run. Layers that get arguments without examples are left to their rules.
 
     Args:
-        trials: the runs.
-        meets: by the number of a call, whether it meets examples.
-        passed_by: the layers; those that are left to their rule are taken out.
+        trials: runs the model.
+        meets: for each call, by its number, whether it has examples.
+        passed_by: the layers whose functions are followed instead of using their rule; layers that
+            are left to their rule are removed from it.
 
     Raises:
-        RefusedError: a parameter without a rule meets such an argument.
+        RefusedError: a parameter without a rule has an argument without examples.
     """
     while True:
         recorder, outputs = trials.record(trials.batch, meets, passed_by)
@@ -238,10 +240,10 @@ def _passed_by(
     fewer: Sequence[LayerCall],
     among: Companions,
 ) -> set[str]:
-    """Return the layers whose inputs or outputs have the batch elsewhere than their rule takes it.
+    """Return the layers whose inputs or outputs do not have the batch where their rule needs it.
 
     Raises:
-        RefusedError: a layer's rows do not follow the batch in proportion.
+        RefusedError: a layer's number of rows is not in proportion to the batch's size.
     """
     found = set()
     for name in dict.fromkeys(call.name for call in (*calls, *fewer)):
@@ -262,10 +264,10 @@ def _passed_by(
 
 
 def _rows_of(layer: Layer, call: LayerCall) -> set[int]:
-    """Return how many examples the inputs and the output of a call hold, as the rule sees it."""
+    """Return the sizes of a call's inputs and output on the axis where the rule has the batch."""
     try:
         sizes = {*layer.rule.batch_sizes(layer.arguments.get(call.args, call.kwargs))}
-    except Exception:  # whatever is wrong with such a call, the guard says it better
+    except Exception:  # the guard reports in training what is wrong with such a call
         return set()
     axis = layer.arguments.batch_axis
     if isinstance(call.output, Tensor) and call.output.dim() > axis:
@@ -274,7 +276,7 @@ def _rows_of(layer: Layer, call: LayerCall) -> set[int]:
 
 
 def _following(one: Sizes, other: Sizes, among: Companions) -> tuple[Places, Places] | None:
-    """Return where arguments and results of a call may have the batch; ``None`` for pairs."""
+    """Return where a call's arguments and results may have the batch; ``None`` for pairs."""
     try:
         return (
             [places_of(a, b, among) for a, b in zip(one.arguments, other.arguments, strict=True)],

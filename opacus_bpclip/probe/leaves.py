@@ -1,4 +1,4 @@
-"""Walk through what a batch is made of: the one place that knows what may hold a tensor."""
+"""Walks through the structure of a batch: the only code that knows what may hold a tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opacus_bpclip.model.recurrence import is_packed
 Change = Callable[[Any], Any]
 Path = tuple[Any, ...]
 
-# Objects that hold no part of a batch, whatever attributes they have.
+# Objects that are leaves, though they may have attributes.
 _CLOSED = (
     Tensor,
     np.ndarray,
@@ -45,11 +45,11 @@ _CLOSED = (
 
 
 def map_leaves(value: Any, change: Change) -> Any:
-    """Return a value with every leaf changed; the value itself is left as it is.
+    """Return a copy of a structure in which every leaf is changed.
 
-    Tuples, lists, dictionaries and objects with attributes (dataclasses, attrs classes, a
-    `BatchEncoding`) are looked into; a packed sequence is one leaf. What holds nothing that changed
-    is returned itself. An object that is in two places is changed once, and is in both again.
+    The structure may have tuples, lists, dictionaries, and objects with attributes (dataclasses,
+    attrs classes, a `BatchEncoding`). A packed sequence is one leaf. A part in which no leaf has
+    changed is not copied. An object that is in two places is changed once, and its copy is in both.
     """
     done: dict[int, tuple[Any, Any]] = {}
     copies: dict[int, Any] = {}
@@ -61,7 +61,7 @@ def map_leaves(value: Any, change: Change) -> Any:
         if parts is None:
             made = change(own)
         elif id(own) in copies:
-            # An object that holds itself: so does its copy, which is filled further up.
+            # An object that contains itself: use its copy, which an outer call fills.
             if copies[id(own)] is None:
                 copies[id(own)] = copy.copy(own)
             return copies[id(own)]
@@ -77,9 +77,9 @@ def map_leaves(value: Any, change: Change) -> Any:
 
 
 def named_leaves(value: Any) -> Iterator[tuple[Path, Any]]:
-    """Yield the leaves that `map_leaves` would change, in its order, each with the way to it.
+    """Yield the leaves that `map_leaves` would change, in its order, each with its path.
 
-    A leaf that is in two places comes twice; what holds leaves is looked into once.
+    A leaf that is in two places comes twice; a container that is in two places is searched once.
     """
     seen: dict[int, Any] = {}
 
@@ -96,21 +96,21 @@ def named_leaves(value: Any) -> Iterator[tuple[Path, Any]]:
 
 
 def batch_leaves(value: Any) -> Iterator[Any]:
-    """Yield the leaves of a batch: tensors, packed sequences, and what else is no container."""
+    """Yield the leaves of a batch: tensors, packed sequences, and all else without parts."""
     return (leaf for _, leaf in named_leaves(value))
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> int | None:
-    """Return how many examples a call of a model is given.
+    """Return the number of examples in a call of a model.
 
     Args:
-        args: by position.
-        kwargs: by name.
-        axis: which axis of a tensor is the batch.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        axis: the batch axis of a tensor.
 
     Returns:
-        The size of that axis of the first tensor or packed sequence that has one, ``None`` where
-        there is no such thing.
+        The batch size of the first packed sequence, or tensor that has this axis; ``None`` if
+        there is none.
     """
     for leaf in batch_leaves((args, kwargs)):
         if is_packed(leaf):
@@ -121,7 +121,7 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> int 
 
 
 def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
-    """Return what a value holds, each with its key, index or attribute; ``None`` for a leaf."""
+    """Return a value's parts, each with its key, index or attribute name; ``None`` for a leaf."""
     if is_packed(value) or isinstance(value, _CLOSED):
         return None
     if isinstance(value, dict):
@@ -155,6 +155,6 @@ def _rebuilt(value: Any, parts: list[tuple[Any, Any]], copied: Any) -> Any:
         if isinstance(value, (dict, list, deque)):
             copied[key] = part
         else:
-            # Frozen classes forbid the ordinary way.
+            # Frozen dataclasses forbid setattr.
             object.__setattr__(copied, key, part)
     return copied

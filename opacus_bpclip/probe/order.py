@@ -1,9 +1,9 @@
-"""Whether every layer meets the examples in the batch's order.
+"""Whether every layer has its rows in the batch's order.
 
 With a joint budget one factor for each example scales its gradients of all layers, so row ``i`` of
 every layer's output must be example ``i``. A model that sorts its examples between two layers, and
-puts them back in order at the end, couples nothing, and is found here: in a smaller batch, or among
-other companions, some of its rows are other examples'.
+restores their order at the end, couples no examples. It is found here: in a smaller batch, or with
+other companions, some rows of a layer belong to other examples.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.probe.comparison import Companions, Layout, close, differ
 from opacus_bpclip.probe.recording import Recording
 
-# Which axes of what a module returns may be the batch, by the module's name.
+# The axes of a module's output that may be the batch axis, by the module's name.
 Rows = Mapping[str, tuple[int, ...]]
 
 
 def rows_of_layers(model: nn.Module, layers: Iterable[Layer]) -> Rows:
-    """Return where the outputs of trainable layers hold the batch.
+    """Return the batch axes of the outputs of trainable layers.
 
-    Layers inside a recurrent network are told the order by the network, also where packed sequences
-    are sorted; so what counts is what the network itself returns, in the order of its input.
+    For layers inside a recurrent network, the network's own output counts: the network tells them
+    the order of the rows, also of sorted packed sequences.
     """
     names = {module: name or "(root)" for name, module in model.named_modules()}
     found: dict[str, tuple[int, ...]] = {}
@@ -43,7 +43,7 @@ def rows_of_layers(model: nn.Module, layers: Iterable[Layer]) -> Rows:
 def out_of_order(
     base: Recording, run: Recording, rows: Rows, companions: Companions, tolerance: float
 ) -> str | None:
-    """Return the first layer whose rows are not the examples at these places of both batches."""
+    """Return the first layer whose rows are not at the examples' places in both batches."""
     for call, other in base.matched(run):
         axes = rows.get(call.name)
         if axes and call.outputs and other.outputs:
@@ -55,9 +55,9 @@ def out_of_order(
 
 
 def constant_layers(base: Recording, rows: Rows, size: int) -> Rows:
-    """Return the layers that make the same of every example, such as position embeddings.
+    """Return the layers whose output is the same for every example, such as position embeddings.
 
-    Where their rows are, shows in what is made of them only.
+    The order of their rows can be seen only from what the model computes with them.
     """
     found = {}
     for call in base.calls:
@@ -72,13 +72,13 @@ def constant_layers(base: Recording, rows: Rows, size: int) -> Rows:
 
 @contextmanager
 def disturbed(model: nn.Module, rows: Rows, kept: Iterable[int], size: int) -> Iterator[None]:
-    """Change what layers return for all examples but those kept.
+    """Add noise to layers' outputs for all examples except those kept.
 
     Args:
         model: the model.
-        rows: the layers, and where they have the batch.
-        kept: these examples.
-        size: of the batch.
+        rows: the layers' batch axes, by name.
+        kept: the examples that stay as they are.
+        size: the batch's size.
     """
     others = torch.tensor([row not in set(kept) for row in range(size)])
 
@@ -105,7 +105,7 @@ def disturbed(model: nn.Module, rows: Rows, kept: Iterable[int], size: int) -> I
 
 
 def _places(x: Tensor, y: Tensor, axes: Iterable[int], companions: Companions) -> list[Layout]:
-    # Any other size is refused when the layer meets its first batch.
+    # A layer with any other number of rows is refused in training.
     return [
         Layout(axis, False)
         for axis in axes

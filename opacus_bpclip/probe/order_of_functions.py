@@ -1,4 +1,4 @@
-"""Whether functions on parameters have their rows in the order of the batch."""
+"""Whether functions on parameters have their rows in the batch's order."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from opacus_bpclip.probe.recorder import Replaying, Seen
 # For each tensor of a call, arguments first, the places where it may hold the batch.
 Places = list[list[Place]]
 
-# By the number of a call, how to change what it returns.
+# For calls, by their number, how to change the result.
 Changes = Mapping[int, Callable[[Any], Any]]
 
 
 def pairs_problem(seen: Seen) -> Problem:
-    """Say that the sizes in a call do not follow the batch's."""
-    return Problem("(root)", problems.pairs_in_function(_told(seen), seen.call.name))
+    """Return the problem of a call whose sizes are not in proportion to the batch's."""
+    return Problem("(root)", problems.pairs_in_function(_names(seen), seen.call.name))
 
 
 def _moved_problem(seen: Seen) -> Problem:
-    return Problem("(root)", problems.moved_in_function(_told(seen), seen.call.name))
+    return Problem("(root)", problems.moved_in_function(_names(seen), seen.call.name))
 
 
-def _told(seen: Seen) -> str:
+def _names(seen: Seen) -> str:
     return ", ".join(sorted(seen.call.names))
 
 
@@ -44,14 +44,14 @@ def narrow(
     where: Companions,
     tolerance: float,
 ) -> None:
-    """Leave of the places of each tensor those at which the examples are the same in both runs.
+    """Remove the places of each tensor at which the common examples differ between two runs.
 
     Args:
         seen: the calls of one run.
-        other: those of another, on some of the examples.
-        found: the places, by the number of the call; changed.
-        where: which examples the runs have in common.
-        tolerance: up to which relative difference numbers are the same.
+        other: the calls of a run on some of the examples.
+        found: the possible places, by the number of the call; changed in place.
+        where: the examples that the runs have in common.
+        tolerance: the largest relative difference of equal numbers.
 
     Raises:
         RefusedError: no place is left for a tensor.
@@ -74,13 +74,13 @@ def narrow(
 
 
 def check_replayed(one: Replaying, other: Replaying, where: Companions, tolerance: float) -> None:
-    """Check that the examples that two runs have in common are at their places in every call.
+    """Check that the common examples of two runs are at their places in every call.
 
     Args:
         one: a run.
-        other: another.
-        where: which examples the runs have in common.
-        tolerance: up to which relative difference numbers are the same.
+        other: another run.
+        where: the examples that the runs have in common.
+        tolerance: the largest relative difference of equal numbers.
 
     Raises:
         RefusedError: they are not.
@@ -104,16 +104,16 @@ def check_replayed(one: Replaying, other: Replaying, where: Companions, toleranc
 def check_copies(
     run: Replaying, batch: Batch, tolerance: float, rerun: Callable[[Changes], Sequence[Tensor]]
 ) -> None:
-    """Check where results go that are alike for every example, as `in_order` does.
+    """Check the order of results that are the same for every example, as `in_order` does.
 
     Args:
         run: a run.
-        batch: what it was on.
-        tolerance: up to which relative difference numbers are the same.
-        rerun: runs the model again with changes, and returns its outputs.
+        batch: the batch of the run.
+        tolerance: the largest relative difference of equal numbers.
+        rerun: runs the model again with changed results, and returns its outputs.
 
     Raises:
-        RefusedError: they go to other examples than those at their places.
+        RefusedError: a row of a result affects the output of an example at another place.
     """
     if not _outputs_stay(run.seen, run.templates, batch, run.outputs, tolerance, rerun):
         raise RefusedError(_first_moved(run.seen, run.templates, batch.size))
@@ -145,19 +145,20 @@ def in_order(
 ) -> dict[int, Template]:
     """Return the templates of the calls.
 
-    Where the results of a call are alike for every example, what becomes of them tells where the
-    examples are: they are changed for some, and the others' outputs must stay.
+    Where a call's results are the same for every example, its effect on the outputs shows the
+    order: the model runs again with some examples' results changed, and the outputs of the others
+    must not change.
 
     Args:
-        seen: the calls.
-        found: the places that are left for each.
-        batch: what the model was run on.
-        outputs: what the model returned.
-        tolerance: up to which relative difference numbers are the same.
-        rerun: runs the model again with changes, and returns its outputs.
+        seen: the calls, by their number.
+        found: the possible places of each call's tensors.
+        batch: the batch of the run.
+        outputs: the model's outputs.
+        tolerance: the largest relative difference of equal numbers.
+        rerun: runs the model again with changed results, and returns its outputs.
 
     Raises:
-        RefusedError: no place is right.
+        RefusedError: no choice of places passes the check.
     """
     templates: dict[int, Template] = {}
     for inner in (False, True):
@@ -171,12 +172,12 @@ def in_order(
 
 
 def _template(seen: Seen, places: Places, *, inner: bool) -> Template:
-    """Return a template; of several places the one that agrees with those that are known.
+    """Return a template; a tensor with several possible places gets the layout of the others.
 
     Args:
         seen: the call.
-        places: what is left.
-        inner: which to take where nothing is known.
+        places: the possible places.
+        inner: the layout to choose where no tensor has a single place.
     """
     tensors = zip((*seen.call.leaves, *seen.results), places, strict=True)
     known = {
@@ -192,7 +193,7 @@ def _template(seen: Seen, places: Places, *, inner: bool) -> Template:
     count = len(seen.call.leaves)
     for index, result in enumerate(seen.results, start=count):
         if not (isinstance(result, Tensor) and result.requires_grad):
-            chosen[index] = None  # Indices, beside what they were found for.
+            chosen[index] = None  # Without a gradient, such as the indices that max returns.
     method: Method = "graph" if seen.random else "vmap"
     return Template(tuple(chosen[:count]), tuple(chosen[count:]), method)
 
@@ -208,7 +209,7 @@ def _outputs_stay(
     size, axis = batch.size, batch.axis
     alike = [number for number, one in seen.items() if _alike(one, templates[number], size)]
     if alike and not any(x.dim() > axis and x.shape[axis] == size for x in outputs):
-        return False  # Nothing shows which example a copy goes to.
+        return False  # No output shows to which example each row belongs.
     for kept, _ in partitions(size) if alike else ():
         changed = rerun({number: _change(templates[number], kept, size) for number in alike})
         # The model's own outputs are in the batch's order.
@@ -237,7 +238,7 @@ def _change(template: Template, kept: Sequence[int], size: int) -> Callable[[Any
             x = leaves[index]
             if place is not None and x.is_floating_point():
                 rows = place.rows(x.detach(), size)
-                # Positive: a scale stays one.
+                # Positive noise: a scale stays positive.
                 noise = torch.rand(rows.shape, generator=generator).to(rows)
                 noise[list(kept)] = 0
                 leaves[index] = place.put_back(rows + noise)

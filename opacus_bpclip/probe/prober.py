@@ -1,4 +1,4 @@
-"""When a model is tried out: before training on made-up examples, or else on its first batch."""
+"""When a model is tried: before training on made-up examples, or else on its first batch."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Prober:
         model: the model.
         loss_reduction: ``"mean"`` or ``"sum"``.
         layers: the trainable layers, by name.
-        ordered: whether their rows must be in the batch's order, as with a joint budget.
-        search: whether to look for coupled examples at all.
+        ordered: whether their rows must be in the batch's order, which a joint budget needs.
+        search: whether to search for coupled examples.
 
     Attributes:
-        passed: the ways of calling the model that need no further search, each with what was found
-            of the functions that the model calls on parameters.
+        passed: the ways of calling the model that need no further search, each with the plan of
+            the functions on parameters.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class Prober:
     ) -> Problem | None:
         """Return what couples made-up examples of the shapes that a data loader has.
 
-        Where they cannot be made up, or do not fit the model, nothing is found: the first batch
-        shows how the model is really called.
+        Where examples cannot be made up, or the model does not run on them, nothing is found; the
+        model is then tried on its first batch.
 
         Args:
             loader: the data loader.
-            batch_first: whether the batch is the first axis, or the second.
-            loss_outside: whether the loss is computed outside the model. Then it is not called with
-                labels, though the loader has some, and a loss of its own counts only if it returns
-                one in every form of call.
+            batch_first: whether the batch axis is the first one, or the second.
+            loss_outside: whether the loss is computed outside the model. The model is then not
+                called with the loader's labels, so a problem of a loss that the model returns
+                counts only if it returns one in every way of calling it.
         """
         found = None
         for batch in made_up_batches(loader, self.model, batch_first=batch_first):
@@ -80,13 +80,13 @@ class Prober:
         return found
 
     def on_batch(self, batch: Batch) -> Problem | Plan:
-        """Return what couples examples when the model is called like this, or else the plan.
+        """Return what couples the examples of a call like this one, or the plan if nothing does.
 
-        Made-up values are tried first. The batch's own are looked at only if those do not fit, and
-        only for whether they influence each other.
+        Made-up values are tried first. The batch's own values are used only if the model does not
+        run on those, and only to see whether the examples influence each other.
 
         Raises:
-            UntriedError: neither can be tried; the message is for the user.
+            UntriedError: the model runs on neither; the message is for the user.
         """
         key, known = self._key(batch), self._known(batch)
         if known is not None:
@@ -97,8 +97,8 @@ class Prober:
             pass
         batch = batch.without_padding()
         if batch.size < 2:
-            return Plan({})  # No companions; a later batch will have some.
-        # Sorted examples do not show where they come in that order.
+            return Plan({})  # A later batch will have several examples.
+        # Sorting changes nothing if the batch is sorted already: try it reversed, too.
         turned = [batch.select(range(batch.size)[::-1])] if self.ordered else []
         try:
             return self._search(batch, *turned) or self.passed[key]
@@ -109,11 +109,11 @@ class Prober:
             raise UntriedError(problems.untried(str(error), order)) from None
 
     def knows(self, batch: Batch) -> bool:
-        """Return whether `on_batch` would not run the model."""
+        """Return whether `on_batch` has an answer for such a batch without trial runs."""
         return self._known(batch) is not None
 
     def _search_made_up(self, batch: Batch) -> Problem | None:
-        """Search one made-up batch; where the model takes no lengths of 0, one of longer ones."""
+        """Search a made-up batch; if the model refuses lengths of 0, one with lengths 1 and 2."""
         try:
             return self._search(batch)
         except UntriedError:
@@ -125,7 +125,7 @@ class Prober:
 
     def _search(self, *batches: Batch) -> Problem | None:
         plans = []
-        # Of another length: where the batch is, is to be seen anew; the rest has been searched.
+        # A batch of other lengths needs a new plan, but no second search.
         search = self.search and self._key(batches[0]) not in self.passed
         for batch in batches:
             with shown():
@@ -145,7 +145,7 @@ class Prober:
         return None
 
     def _known(self, batch: Batch) -> Plan | None:
-        """Return what was found of such a batch; where examples are folded, of the same lengths."""
+        """Return the plan for such a batch; with folded examples, for the same shapes only."""
         plan = self.passed.get(self._key(batch))
         if plan is None or not plan.is_folded:
             return plan
@@ -158,14 +158,14 @@ class Prober:
 def count_uses(model: nn.Module, batch: Batch, plan: Plan | None = None) -> dict[str, int]:
     """Return how often one forward pass over a batch uses each trainable layer.
 
-    A layer inside a recurrent network counts as the network's runs do: time steps are positions.
-    So do all functions together that a model calls on a layer's parameters. A layer that this batch
-    does not reach counts once.
+    A layer inside a recurrent network has one use for each call of the network, since time steps
+    are positions. All functions on a layer's parameters together are one use. A layer that this
+    batch does not reach counts as one use.
 
     Args:
         model: the model.
-        batch: what it is run on.
-        plan: what trial runs have shown of the functions.
+        batch: the batch to run on.
+        plan: the plan of the functions on parameters.
 
     Raises:
         UntriedError: the model does not run on this batch.
@@ -200,11 +200,11 @@ def with_uses(
     batch_first: bool = True,
     plan: Plan | None = None,
 ) -> BackpropClipping:
-    """Return the options with ``uses="auto"`` replaced by what a dry run on made-up examples finds.
+    """Return the options with ``uses="auto"`` replaced by the counts of a run on made-up examples.
 
-    What is found depends on the model and the shapes of the loader's examples alone: it is public.
-    A count on real examples would not be. Where nothing can be found, a layer is used once, and
-    more is refused when it happens. A joint budget needs no count.
+    The counts depend only on the model and the shapes of the loader's examples, which are public.
+    Counts on real examples would be private. If the model cannot be run, each layer counts as one
+    use, and further uses are refused in training. A joint budget needs no counts.
     """
     if config.uses != "auto" or config.allocation == "joint":
         return config

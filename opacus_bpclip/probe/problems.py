@@ -1,4 +1,4 @@
-"""What trying a model out may find wrong, each with the reason and the remedy."""
+"""Error messages of the trial runs, with the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 
 class Problem(NamedTuple):
-    """What is wrong, and where.
+    """What trial runs have found wrong.
 
     Attributes:
         module: dotted path in the model, ``"(root)"`` for the model itself.
-        text: says so, with the reason and the remedy.
+        text: the error message, with the reason and the remedy.
         of_loss: whether it is about a loss that the model itself returns.
     """
 
@@ -20,11 +20,11 @@ class Problem(NamedTuple):
 
 
 class UntriedError(Exception):
-    """The model cannot be run on this batch or on parts of it: nothing was found out."""
+    """The model cannot be run on this batch or on parts of it, so it could not be tried."""
 
 
 class RefusedError(Exception):
-    """A model does something that cannot be bounded.
+    """The model has gradients that cannot be bounded.
 
     Args:
         problem: what is wrong.
@@ -36,35 +36,35 @@ class RefusedError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
+    """Return the first line of an error, with its type."""
     said = str(error) if isinstance(error, UntriedError) else f"{type(error).__name__}: {error}"
     return said.splitlines()[0]
 
 
 _WHY = (
-    "The bound holds for what an example contributes on its own; coupled examples move each "
-    "other's gradients beyond it."
+    "The bound holds for an example's own contribution; in a model that couples examples, one "
+    "example also changes the contributions of others."
 )
 _REMEDY = (
-    "Compute from each example alone: no mean, softmax, normalisation or division over the batch, "
-    "no neighbours (GroupNorm or LayerNorm in place of BatchNorm). If you are certain that the "
-    "loss never sees it, set BackpropClipping(probe=False)."
+    "Compute each example's output from that example alone: no mean, softmax, normalisation or "
+    "division over the batch, no other rows (GroupNorm or LayerNorm in place of BatchNorm). If you "
+    "are certain that the loss never uses it, set BackpropClipping(probe=False)."
 )
 
 
 def coupled(name: str, kind: str, cause: str) -> str:
-    """Say that a module couples examples."""
+    """Return the message for a module that couples examples."""
     return (
-        f"{name} ({kind}) couples examples: what it makes of one changes with {cause}. {_WHY} "
-        f"{_REMEDY}"
+        f"{name} ({kind}) couples examples: its output for one example changes with {cause}. "
+        f"{_WHY} {_REMEDY}"
     )
 
 
 def moved(name: str, kind: str) -> str:
-    """Say that a module's rows are not the batch's."""
+    """Return the message for a module whose rows are not in the batch's order."""
     return (
         f"{name} ({kind}): its rows are in another order than the examples of the batch, and with "
-        'allocation="joint" one factor for each row of the batch serves all layers: it would scale '
+        'allocation="joint" all layers use one factor for each row of the batch: it would scale '
         "a mix of examples. Keep the batch's order inside the model (sequences need no sorting: "
         "pack_padded_sequence(..., enforce_sorted=False)), or give each layer a budget of its own: "
         'BackpropClipping(allocation="dimension").'
@@ -72,114 +72,116 @@ def moved(name: str, kind: str) -> str:
 
 
 def untried(reason: str, order: str) -> str:
-    """Say that nothing could be found out."""
+    """Return the message for a model that could not be tried."""
     return (
         "Whether examples influence each other inside the model cannot be tried, since it does "
-        f"not run on a part of its batch ({reason}): nothing would bound what one example does "
-        f"to the others. Pass the examples as tensors that have one row each, batch {order}. If "
+        f"not run on a part of its batch ({reason}): one example might change the contributions "
+        f"of others. Pass the examples as tensors that have one row each, batch {order}. If "
         "you are certain that no example's output depends on another's, set "
         "BackpropClipping(probe=False)."
     )
 
 
 NOT_REPEATABLE = (
-    "The model returned something else when it was run on the same batch again, from the same "
-    "state of the random number generators: whether its examples are coupled cannot be seen. Keep "
-    "what changes from call to call in buffers, and draw from torch's own generator. If you are "
+    "The model returned other numbers when it was run on the same batch again, with the same "
+    "state of the random number generators, so coupled examples cannot be detected. Keep state "
+    "that changes from call to call in buffers, and draw from torch's own generator. If you are "
     "certain that no example's output depends on another's, set BackpropClipping(probe=False)."
 )
 
 
 def buffered(name: str) -> str:
-    """Say that a buffer takes up the batch."""
+    """Return the message for a buffer that depends on the batch."""
     return (
-        f"The buffer {name} takes up values of the batch, and no noise is added to it: whoever "
-        "gets the model gets them. Keep its module from updating it (evaluation mode, frozen "
-        "statistics), or register it with persistent=False if it never influences an output."
+        f"The buffer {name} stores values computed from the batch, without noise: the trained "
+        "model would contain private data. Keep its module from updating it (evaluation mode, "
+        "frozen statistics), or register it with persistent=False if it never influences an output."
     )
 
 
 def not_additive(*, mean: bool) -> str:
-    """Say that an output is neither one row for each example nor their mean or sum."""
+    """Return the message for an output that is neither per example nor their mean or sum."""
     return (
         "The model returns a tensor without a batch axis that is not "
-        f"{'the mean' if mean else 'the sum'} of what its examples give alone, as "
-        f"loss_reduction={'mean' if mean else 'sum'!r} has it. A loss that divides by how many "
-        "tokens or labels of the whole batch count (ignored positions, padding, class weights) is "
-        f"such a one. {_WHY} Return one loss for each example; or do not pass the labels to the "
-        "model, and compute the loss from its logits with what "
+        f"{'the mean' if mean else 'the sum'} of its values for each example alone, which "
+        f"loss_reduction={'mean' if mean else 'sum'!r} requires. A loss that divides by the number "
+        "of tokens or labels that count in the whole batch (ignored positions, padding, class "
+        f"weights) is an example. {_WHY} Return one loss for each example; or do not pass the "
+        "labels to the model, and compute the loss from its logits with the criterion that "
         "make_private(criterion=opacus_bpclip.CrossEntropy(ignore_index=...)) returns, which a "
         "transformers Trainer takes as compute_loss_func. If you are certain that the loss never "
-        "sees this tensor, set BackpropClipping(probe=False)."
+        "uses this tensor, set BackpropClipping(probe=False)."
     )
 
 
 _OWN_LAYER = (
-    "Use the parameter for each example by itself, in a layer that has a rule, or in a module of "
-    "its own with a rule that you register (docs/custom-layers.md); or freeze it."
+    "Use the parameter for each example by itself, in a layer that has a rule, or in a separate "
+    "module with a rule that you register (docs/custom-layers.md); or freeze it."
 )
 
 
 def unlike_alone(parameters: str, function: str, what: str, gap: float) -> str:
-    """Say that a function does not treat an example alone as it does in a batch."""
-    said = {
-        "output": "what it returns for an example alone is not the example's part of what it "
-        "returns for the batch",
-        "gradient": "the gradient that an example alone has is not the one that autograd finds for "
-        "it in the batch",
+    """Return the message for a function that treats an example alone otherwise than in a batch."""
+    difference = {
+        "output": "its result for an example alone differs from the example's part of its result "
+        "for the batch",
+        "gradient": "the gradient of an example alone differs from the gradient that autograd "
+        "finds for it in the batch",
     }[what]
     return (
-        f"{parameters}: the function {function} was tried on made-up examples, and {said} "
+        f"{parameters}: the function {function} was tried on made-up examples, and {difference} "
         f"(relative difference {gap:.2g}). {_OWN_LAYER}"
     )
 
 
 def routed(name: str) -> str:
-    """Say that a layer's rows do not follow the examples of the batch."""
+    """Return the message for a layer whose rows are not in proportion to the batch's size."""
     return (
-        f"{name}: how many rows it is called on, or how often, does not follow the number of "
-        "examples: rows are chosen by the values of the data (a mixture of experts that routes "
-        "them), or there is a loop over the examples. Nothing shows then which rows belong to "
-        "which example. Call every layer on all examples at once, and choose afterwards: let every "
-        "expert see every row, and multiply what it returns by the gate, which is zero for the "
-        "others (dense routing)."
+        f"{name}: its number of rows, or of calls, is not in proportion to the number of examples: "
+        "rows are chosen by the values of the data (a mixture of experts that routes them), or "
+        "there is a loop over the examples. It is then unknown which rows belong to which example. "
+        "Call every layer on all examples at once, and choose afterwards: run every expert on "
+        "every row, and multiply its output by the gate, which is zero for the other experts "
+        "(dense routing)."
     )
 
 
 def pairs_in_function(parameters: str, function: str) -> str:
-    """Say that a function's sizes do not follow the batch's in proportion."""
+    """Return the message for a function whose sizes are not in proportion to the batch's."""
     return (
-        f"{parameters}: the function {function} has an argument or a result whose size follows the "
-        "batch, but not as so many entries for each example: rows are routed by the values of the "
-        f"data, or it holds pairs of examples, or rows of the parameter itself. {_OWN_LAYER}"
+        f"{parameters}: the function {function} has an argument or a result whose size changes "
+        "with the batch, but does not have a fixed number of entries for each example: rows are "
+        "routed by the values of the data, or it holds pairs of examples, or rows of the parameter "
+        f"itself. {_OWN_LAYER}"
     )
 
 
 def packed_functions() -> str:
-    """Say that functions meet the rows of packed sequences."""
+    """Return the message for functions on the rows of packed sequences."""
     return (
-        "The model takes packed sequences, and calls functions or layers on their rows, which are "
-        "those of all examples, step by step: how many each has is its own. Unpack the sequences "
-        "first (pad_packed_sequence), so that each example has its row."
+        "The model takes packed sequences, and calls functions or layers on their rows. A packed "
+        "sequence has the rows of all examples time step by time step, so an example has no fixed "
+        "number of rows. Unpack the sequences first (pad_packed_sequence), so that each example "
+        "has its row."
     )
 
 
 def moved_in_function(parameters: str, function: str) -> str:
-    """Say that a function does not have the examples' rows where they are in the batch."""
+    """Return the message for a function whose rows are not in the batch's order."""
     return (
-        f"{parameters}: the rows that the function {function} meets are not those of the examples "
-        "at these places of the batch: the model puts them in another order, or mixes examples "
-        "(attention or a mean across the batch). One factor for each example of the batch would "
-        "scale a mix of them. Keep the batch's order, and each example to itself, inside the "
-        f"model. {_OWN_LAYER}"
+        f"{parameters}: the rows of the function {function} are not those of the examples at the "
+        "same places of the batch: the model changes their order, or mixes examples (attention or "
+        "a mean across the batch). One factor for each example of the batch would scale a mix of "
+        "examples. Inside the model, keep the batch's order and compute each example's rows from "
+        f"that example alone. {_OWN_LAYER}"
     )
 
 
 def unsteady_functions() -> str:
-    """Say that a model calls other functions on a smaller batch."""
+    """Return the message for a model that calls other functions on a smaller batch."""
     return (
-        "The model calls other functions on a part of a batch than on the whole of it (a loop over "
-        "examples, or a branch that their values decide), and functions that it calls on "
-        "parameters outside of layers with a rule cannot be followed then. Write the forward pass "
-        "for a whole batch, without branches on values."
+        "The model calls other functions on a part of a batch than on the whole batch (a loop over "
+        "examples, or a branch on their values). Then the functions that it calls on parameters "
+        "outside of layers with a rule cannot be followed. Write the forward pass for a whole "
+        "batch, without branches on values."
     )

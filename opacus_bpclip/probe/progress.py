@@ -1,4 +1,4 @@
-"""A line on stderr where trying a model out takes longer than a moment."""
+"""A progress line on stderr while the trial runs of a model take time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-# Seconds without a word, at first and between two lines.
+# Seconds until the first line, and between two updates.
 PATIENCE = 2.0
 
 
 class _Progress:
-    """Counts trial runs, and says so from time to time."""
+    """Counts trial runs, and prints the count from time to time."""
 
     def __init__(self) -> None:
         self.runs = 0
@@ -21,13 +21,13 @@ class _Progress:
         self._start = self._last = time.monotonic()
 
     def note(self) -> None:
-        """Note that a run begins."""
+        """Count a run that begins."""
         self.runs += 1
         if time.monotonic() - self._last > PATIENCE:
             self.say()
 
     def say(self, end: str = "") -> None:
-        """Say how far it is, in the place of what was said before."""
+        """Print the count, over the line printed before."""
         self.said, self._last = True, time.monotonic()
         seconds = self._last - self._start
         print(
@@ -44,7 +44,7 @@ _at_hand: ContextVar[_Progress | None] = ContextVar("progress", default=None)
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Say how far a search is, if it takes longer than `PATIENCE`."""
+    """Print the progress of the trial runs inside, if they take longer than `PATIENCE`."""
     if _at_hand.get() is not None:
         yield
         return
@@ -59,7 +59,7 @@ def shown() -> Iterator[None]:
 
 
 def note_run() -> None:
-    """Note that a trial run begins."""
+    """Count a trial run that begins."""
     progress = _at_hand.get()
     if progress is not None:
         progress.note()

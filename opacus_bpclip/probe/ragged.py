@@ -1,7 +1,7 @@
-"""Batches whose examples differ in how much of them counts: padding masks and ignored labels.
+"""Ragged batches: padding masks and ignored labels keep other numbers of each example's positions.
 
-A loss that divides by how many positions of the whole batch count is no mean over the examples. It
-can be told from one only where examples have different numbers of them.
+A loss that divides by the number of positions that count in the whole batch is not a mean over
+examples. The difference shows only if this number differs between the examples.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from opacus_bpclip.probe.forms import argument_name
 from opacus_bpclip.probe.leaves import Path, batch_leaves, named_leaves
 from opacus_bpclip.probe.values import kept_positions, position_axis
 
-# What stands for "ignore this position": PyTorch and Hugging Face, older code, label images.
+# The labels of ignored positions: in PyTorch and Hugging Face, in older code, in label images.
 _IGNORED = (-100, -1)
 _IGNORED_IN_IMAGES = 255
 
-# More than these many tensors of integers are rarely labels: they are columns of a table.
+# A batch with more tensors of integers is rarely one of labels: they are columns of a table.
 _MOST_LABELS = 8
 
 
@@ -31,7 +31,7 @@ class Labels(NamedTuple):
 
     Attributes:
         leaf: the tensor.
-        values: what may stand for an ignored position in it.
+        values: the values that may mark an ignored position.
     """
 
     leaf: Tensor
@@ -39,11 +39,11 @@ class Labels(NamedTuple):
 
 
 def padded(batch: Batch) -> Batch | None:
-    """Return the batch with all integers and flags 0 from some place on, in each example another.
+    """Return the batch with all integers and flags 0 from some position on, another one for each.
 
-    So padding masks and loss masks keep different numbers of positions. The first one is 1: a mask
-    must leave something to attend to, in causal attention, too. ``None`` if there is no such tensor
-    with several positions for each example.
+    So padding masks and loss masks keep different numbers of positions. The first position is 1,
+    since a mask must leave a position to attend to, in causal attention, too. ``None`` if no such
+    tensor has several positions for each example.
     """
     if not any(_has_positions(leaf, batch) for _, leaf in _leaves(batch)):
         return None
@@ -60,11 +60,11 @@ def padded(batch: Batch) -> Batch | None:
 
 
 def counted(batch: Batch, model: nn.Module, *, accelerated: bool) -> Batch | None:
-    """Return the batch with 1 and 2 in turn where an example has one integer, its length perhaps.
+    """Return the batch with 1 and 2 in turn where an example has one integer, perhaps its length.
 
-    0 is no length that sequences are packed by, and equal ones sort nothing. On an accelerator an
-    index that does not exist ends the process's use of it: there only what is called a length is
-    changed. ``None`` if there is nothing to change.
+    Sequences of length 0 cannot be packed, and equal lengths leave the order as it is. On an
+    accelerator an invalid index makes the device unusable for the process, so there only arguments
+    that are named as lengths are changed. ``None`` if there is nothing to change.
     """
     lengths: dict[int, Tensor] = {}
     labels: set[int] = set()
@@ -89,7 +89,7 @@ def counted(batch: Batch, model: nn.Module, *, accelerated: bool) -> Batch | Non
 
 
 def ended(batch: Batch) -> Batch:
-    """Return the batch with sequences of vectors that are zero from some place on, each another."""
+    """Return the batch with sequences of vectors zero from some position on, other for each."""
 
     def end(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 3:
@@ -101,9 +101,9 @@ def ended(batch: Batch) -> Batch:
 
 
 def hidden(batch: Batch) -> Batch | None:
-    """Return the batch with all integers and flags of every other example 0: masks hide all of it.
+    """Return the batch with all integers and flags of every second example 0, as if masked out.
 
-    ``None`` if there is no such tensor with several positions for each example.
+    ``None`` if no such tensor has several positions for each example.
     """
     if not any(_has_positions(leaf, batch) for _, leaf in _leaves(batch)):
         return None
@@ -120,10 +120,7 @@ def hidden(batch: Batch) -> Batch | None:
 
 
 def of_several_lengths(batch: Batch, model: nn.Module, *, accelerated: bool) -> Iterator[Batch]:
-    """Yield the batch with less of some examples, in each way that there is something to change.
-
-    But for `padded`, which more is tried on.
-    """
+    """Yield the batch with some examples shortened, in each way that changes it but `padded`."""
     counted_batch = counted(batch, model, accelerated=accelerated)
     if counted_batch is not None:
         yield counted_batch
@@ -137,12 +134,12 @@ def of_several_lengths(batch: Batch, model: nn.Module, *, accelerated: bool) -> 
 
 
 def ignoring(batch: Batch, labels: Tensor, value: int) -> Batch:
-    """Return the batch with some positions of one tensor ignored, of each example another number.
+    """Return the batch with positions of one tensor ignored, another number for each example.
 
     Args:
-        batch: whose other tensors stay as they are.
+        batch: the batch; its other tensors stay as they are.
         labels: the tensor.
-        value: what stands for an ignored position.
+        value: the label of an ignored position.
     """
     keep = kept_positions(labels, batch.axis)
 
@@ -157,15 +154,16 @@ def possible_labels(
 ) -> Iterator[Labels]:
     """Yield the tensors of integers that may hold ignored positions.
 
-    Whether they may is tried: an embedding does not take -100. On the CPU it says so; on an
-    accelerator it may end the whole process's use of it, so there only what is called a label or a
-    target is tried. What is called a mask holds 0 and 1.
+    The search then tries them. An embedding raises an error for -100 on the CPU, but on an
+    accelerator it may make the device unusable for the process, so there only arguments that are
+    named as labels or targets are tried. Arguments that are named as masks hold 0 and 1, and are
+    left out.
 
     Args:
-        model: for the names of its arguments.
+        model: the model, for the names of its arguments.
         batch: the batch.
         accelerated: whether the model is on an accelerator.
-        known: what the model's losses ignore, from `IgnoredIndices`.
+        known: the labels that the model's losses ignore, from `IgnoredIndices`.
     """
     ways: dict[int, tuple[Tensor, list[str]]] = {}
     for path, leaf in _leaves(batch):
@@ -183,7 +181,7 @@ def possible_labels(
 
 
 class IgnoredIndices(TorchDispatchMode):
-    """Reads off the model's losses which label they ignore, such as a tokenizer's padding.
+    """Records the ``ignore_index`` of the model's losses, such as a tokenizer's padding id.
 
     Attributes:
         values: the labels.
@@ -205,13 +203,13 @@ class IgnoredIndices(TorchDispatchMode):
 
 
 class NegativeIndices(TorchDispatchMode):
-    """Raises where a negative number is an index, before a kernel meets it.
+    """Raises for an index or a target below zero, before the device's kernel is called with it.
 
     Args:
         ignored: the target that a loss may ignore.
 
     Raises:
-        IndexError: on entering such an operation.
+        IndexError: an operation has such an argument.
     """
 
     def __init__(self, ignored: int) -> None:

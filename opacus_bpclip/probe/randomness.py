@@ -1,4 +1,4 @@
-"""Randomness during a trial run: repeatable, or the same for every example."""
+"""Random numbers in trial runs: repeatable, or the same for every example."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Arguments of random operations by which PyTorch itself turns the randomness off.
+# Arguments that turn an operation's randomness off, with the value that does.
 _SWITCHES = {"dropout_p": 0.0, "train": False, "training": False}
 
-# What the names of PyTorch's operations on matrices have in them.
+# Parts of the names of PyTorch's operations that multiply matrices or convolve.
 _PRODUCTS = ("mm", "matmul", "mv", "linear", "conv", "attention", "rnn", "lstm", "gru", "bilinear")
 
 
-# Above the rounding of batched kernels, in units of the coarsest precision that a run computes in;
-# ``benchmarks/probe_margin.py`` measures both sides.
+# The tolerance in units of the coarsest precision of a run: above the rounding of batched kernels,
+# and below real differences. ``benchmarks/probe_margin.py`` measures both.
 _UNITS = 2.0**10
 
-# What half precision and TensorFloat-32 leave to be seen; a looser tolerance would see nothing.
+# The tolerance for half precision and TensorFloat-32; with a larger one little would be found.
 _COARSEST = 2.0**-4
 
 
-# From which numbers are drawn where a model's own order of rows may depend on them.
+# The seeds of runs that check whether a model's order of rows depends on random numbers.
 SEEDS = (0, 1)
 
 
 @contextmanager
 def repeatable(device: torch.device, seed: int = 0) -> Iterator[None]:
-    """Seed every global random number generator, and put each back as it was."""
+    """Seed every global random number generator, and restore them all afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     generators = [torch.default_generator]
     if device.type == "cuda":
@@ -55,16 +55,16 @@ def repeatable(device: torch.device, seed: int = 0) -> Iterator[None]:
 
 
 class Steady(TorchDispatchMode):
-    """Draw the same number everywhere, so that it matters to no example which row it is in.
+    """Makes random numbers equal in all rows, so that an example's row does not affect its result.
 
-    Dropout keeps everything. What else is drawn is one number for the whole tensor; the first run
-    draws it, later ones repeat it. A permutation is turned round, so that it moves something.
+    Dropout keeps everything. Any other operation draws one number for the whole tensor, which later
+    runs repeat. A random permutation reverses the order, so that it does move rows.
 
     Attributes:
-        random: whether anything was drawn at all.
+        random: whether any operation was random.
         eps: the coarsest relative precision of any floating-point result.
-        single_products: whether matrices were multiplied, or convolved, in less than double
-            precision: a GPU may do that in TensorFloat-32.
+        single_products: whether matrix products or convolutions ran in less than double precision,
+            in which a GPU may use TensorFloat-32.
     """
 
     def __init__(self) -> None:
@@ -123,11 +123,11 @@ class Steady(TorchDispatchMode):
 
 
 def tolerated(steady: Steady, device: torch.device) -> float:
-    """Return up to which relative difference two runs' numbers are the same.
+    """Return the largest relative difference at which the numbers of two runs count as equal.
 
     Args:
-        steady: what has watched them.
-        device: where they ran.
+        steady: the mode that the runs were in.
+        device: the device that they ran on.
     """
     if device.type == "cuda" and steady.single_products:
         return _COARSEST  # TensorFloat-32 products

@@ -1,8 +1,8 @@
-"""When a model is tried out that several ranks train, and the passes that they owe each other.
+"""Trial runs of a model that several ranks train, and passes that a rank runs for the others.
 
-With sharded parameters every pass waits for all ranks, in trials, too. So ranks meet before each:
-what one of them has to try all of them gather the parameters for, and those whose own batch is at
-its end pass nothing through the model while others have parts of theirs left.
+With sharded parameters every pass of one rank waits for all ranks, in trial runs, too. So the ranks
+meet before each pass. If one of them must try the model, all gather the parameters. A rank whose
+logical batch has ended runs passes without examples while others have physical batches left.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from opacus_bpclip.probe.problems import Problem, UntriedError
 
 
 class TrialsOfRanks:
-    """Tries one model out on the batches of all ranks.
+    """Tries one model on the batches of all ranks.
 
     Args:
         model: the model.
-        guard: watches it.
+        guard: the model's guard.
 
     Attributes:
-        untried: why the latest batch could not be tried, ``None`` if it was.
+        untried: why the model could not be tried on the latest batch; ``None`` if it could.
     """
 
     def __init__(self, model: nn.Module, guard: GradientGuard) -> None:
@@ -39,10 +39,10 @@ class TrialsOfRanks:
         self._latest: Batch | None = None
 
     def plan_of(self, batch: Batch, prober: Prober) -> Plan:
-        """Return what trials have shown of calls like this; try the model out if there were none.
+        """Return the plan for calls like this one, from trial runs if there is none yet.
 
         Args:
-            batch: of the call.
+            batch: the batch of the call.
             prober: searches the model.
 
         Raises:
@@ -58,7 +58,7 @@ class TrialsOfRanks:
             try:
                 tried = prober.on_batch(batch)
             except UntriedError as error:
-                # The forward pass itself may tell better what is wrong with the batch.
+                # Keep the reason: the forward pass may raise a better error for this batch.
                 self.untried = str(error)
         problem = tried.text if isinstance(tried, Problem) else None
         if ranks.asked:
@@ -69,19 +69,19 @@ class TrialsOfRanks:
 
     @property
     def nothing_passed(self) -> str | None:
-        """Say that this rank could take no part in another rank's pass."""
+        """Check that this rank can take part in passes of other ranks."""
         ranks = self._guard.ranks
         if self._latest is not None or not ranks.sharded or ranks.size == 1:
             return None
         return (
-            f"Rank {ranks.rank} of {ranks.size} takes a step and has passed nothing through the "
-            "model yet: other ranks' passes wait for the shards that it has, and it has not seen "
-            "how the model is called. Pass each local batch through the model, forward and "
-            "backward, also one without rows."
+            f"Rank {ranks.rank} of {ranks.size} takes a step and has not run the model yet. Other "
+            "ranks' passes wait for its shards of the parameters, but it does not know how the "
+            "model is called. Run the model on each local batch, forward and backward, also on one "
+            "without rows."
         )
 
     def pass_without_examples(self) -> None:
-        """Take part in a pass of other ranks; nothing is collected."""
+        """Take part in a pass of other ranks, without examples of its own."""
         assert self._latest is not None
         self._guard.clear()
         self._guard.idle = True

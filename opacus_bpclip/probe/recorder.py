@@ -1,4 +1,4 @@
-"""Runs of a copy of a model in which calls of functions on parameters are written down."""
+"""Runs of a copy of a model that record its calls of functions on parameters."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from opacus_bpclip.rules import BroadcastRule, FunctionRule
 
 @dataclass
 class Seen:
-    """A call of a function that met examples, in one run.
+    """A recorded call of a function on examples.
 
     Attributes:
-        call: the call, on tensors that are cut off from all others.
-        results: its flattened results.
-        random: whether it drew numbers.
+        call: the call, with detached arguments.
+        results: its results, as a flat list.
+        random: whether it drew random numbers.
     """
 
     call: FunctionCall
@@ -41,18 +41,18 @@ class Seen:
 
 
 class Recorder(ParameterFunctions):
-    """Writes down the calls that meet examples.
+    """Records the calls on examples of functions on parameters.
 
     Args:
-        parameters: as for `ParameterFunctions`.
-        meets: by the number of a call among all, whether it meets examples.
-        steady: what holds random numbers still.
+        parameters: the parameters whose functions are followed, by name.
+        meets: for each call of any function, by its number, whether it has examples.
+        steady: the mode that makes random numbers equal.
 
     Attributes:
-        seen: the calls that meet examples, by their number.
-        derived: by number, the keys of those that do not.
-        of_shared: those of them that meet what was computed from arguments without examples.
-        disturbed: by number, how to change what calls return.
+        seen: the recorded calls, by their number.
+        derived: the keys of the calls on parameters without examples, by their number.
+        of_shared: those of them that also use model arguments without examples.
+        disturbed: for some calls, by their number, a function that changes the result.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Recorder(ParameterFunctions):
         return super().__torch_function__(func, types, args, kwargs)
 
     def called(self, call: FunctionCall) -> Any:
-        """Write down a call that meets examples, and return what it does."""
+        """Record a call if it is on examples, and return its result."""
         if not self._meets_examples[self._number]:
             key, result = call.key, self.derive(call)
             if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(result)):
@@ -86,10 +86,10 @@ class Recorder(ParameterFunctions):
             return result
         leaves = [_cut_off(leaf) for leaf in call.leaves]
         for index, made in call.made.items():
-            # One leaf for each: a parameter may be two arguments.
+            # A leaf for each argument: one parameter may be two of them.
             leaves[index] = made.value.detach().requires_grad_()
         random, self._steady.random = self._steady.random, False
-        # Not the hooks of activation checkpointing, which would run the model again.
+        # Without the hooks of activation checkpointing, which would run the model again.
         with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
             result = call.run(leaves)
         drawn, self._steady.random = self._steady.random, self._steady.random or random
@@ -115,13 +115,13 @@ def _cut_off(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     own = leaf.detach()
-    # As it is at the call: the model may work on it in place later.
+    # Copied: the model may change it in place later.
     own = own.clone() if own.is_floating_point() or own.is_complex() else own
     return own.requires_grad_(own.is_floating_point() or own.is_complex())
 
 
 def _depends(results: Iterable[Any], values: Sequence[Tensor]) -> bool:
-    """Return whether a gradient flows from results to what was made from parameters."""
+    """Return whether a gradient flows from the results to any of these values."""
     outs = [x for x in results if isinstance(x, Tensor) and x.requires_grad]
     if not outs:
         return False
@@ -132,18 +132,19 @@ def _depends(results: Iterable[Any], values: Sequence[Tensor]) -> bool:
 
 
 class Replaying(ParameterFunctions):
-    """Writes down the calls that meet examples, by a plan.
+    """Records the calls on examples that a plan has.
 
     Args:
-        parameters: as for `ParameterFunctions`.
+        parameters: the parameters whose functions are followed, by name.
         plan: the plan.
-        changes: by the number of a call among those that meet examples, how to change its results.
+        changes: for some of the recorded calls, by their number, a function that changes the
+            result.
 
     Attributes:
-        seen: the calls that meet examples, by their number.
-        templates: where they have the batch.
-        unknown: whether a call was none that the plan has.
-        outputs: what the model returned.
+        seen: the recorded calls, numbered in their order.
+        templates: the calls' templates in the plan, by the same numbers.
+        unknown: whether a call has no template in the plan.
+        outputs: the model's outputs.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Replaying(ParameterFunctions):
         self._times: dict[CallKey, int] = {}
 
     def called(self, call: FunctionCall) -> Any:
-        """Write down a call that meets examples, and return what it does."""
+        """Record a call if it is on examples, and return its result."""
         template = self._template(call)
         if template is None or not template.holds_batch:
             result = self.derive(call)
@@ -194,7 +195,7 @@ def _copied(x: Any) -> Any:
 
 @dataclass
 class Trials:
-    """Runs of one copy of a model."""
+    """Recorded runs of one copy of a model."""
 
     copy: Copy
     batch: Batch
@@ -203,11 +204,11 @@ class Trials:
 
     @property
     def tolerance(self) -> float:
-        """Return up to which relative difference numbers of two runs are the same."""
+        """Return the largest relative difference at which numbers of two runs count as equal."""
         return tolerated(self.steady, self.copy.device)
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return the layers that have a rule of their own, by name, without those that copy."""
+        """Return the modules with a rule of their own, by name, except broadcast parameters."""
         return {
             name: layer.module
             for name, layer in self.layers.items()
@@ -215,16 +216,16 @@ class Trials:
         }
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return what stands for the trainable parameters, by the layer's name and theirs."""
+        """Return the substitutes of the trainable parameters, by dotted path."""
         return {
             f"{name}.{own}": self.copy.of(parameter)
             for name, layer in self.layers.items()
-            if not isinstance(layer.rule, BroadcastRule)  # These are given copies of them.
+            if not isinstance(layer.rule, BroadcastRule)  # Its layer gets one copy per example.
             for own, parameter in layer.named_parameters.items()
         }
 
     def sizes(self, batch: Batch) -> tuple[list[Sizes], list[LayerCall]]:
-        """Run the model; return the sizes in the calls of functions, and the calls of layers."""
+        """Run the model; return the sizes in all calls of functions, and the calls of layers."""
         mode, calls = SizesOfFunctions(), list[LayerCall]()
         with ExitStack() as stack:
             for handle in watch_layers(self.modules(), calls):
@@ -239,7 +240,7 @@ class Trials:
         passed_by: Iterable[str],
         disturbed: Mapping[int, Any] | None = None,
     ) -> tuple[Recorder, list[Tensor]]:
-        """Run the model; return what was written down, and what the model returned."""
+        """Run the model; return the recorder and the model's outputs."""
         mode = Recorder(self.parameters(), meets, self.steady)
         mode.disturbed = disturbed or {}
         return mode, self.run_with(mode, batch, passed_by)
@@ -252,13 +253,14 @@ class Trials:
         seed: int | None = None,
         changes: Mapping[int, Any] | None = None,
     ) -> Replaying:
-        """Run the model; return the calls that meet examples by a plan.
+        """Run the model; return the calls on examples that a plan has.
 
         Args:
             plan: the plan.
-            batch: on what.
-            seed: of random numbers, the same in each run; ``None`` holds them still.
-            changes: by the number of a call that meets examples, how to change its results.
+            batch: the batch to run on.
+            seed: of the random numbers; with ``None`` they are equal for all examples.
+            changes: for some of the recorded calls, by their number, a function that changes the
+                result.
         """
         mode = Replaying(self.parameters(), plan, changes or {})
         mode.outputs = self.run_with(mode, batch, plan.passed_by, seed=seed)
@@ -272,7 +274,7 @@ class Trials:
         *,
         seed: int | None = None,
     ) -> list[Tensor]:
-        """Run the model under a mode that the layers with a rule pause, but those passed by."""
+        """Run the model in a mode that is paused in layers with a rule, except those passed by."""
         with ExitStack() as stack:
             for name, module in self.modules().items():
                 if name not in passed_by:

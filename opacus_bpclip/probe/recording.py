@@ -1,4 +1,4 @@
-"""Write down what every module of a model returned in one run."""
+"""Records of the inputs and outputs of all modules of a model in one run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from opacus_bpclip.probe.leaves import batch_leaves
 
 @dataclass(frozen=True)
 class CallRecord:
-    """One call of one module: the floating-point tensors that went in and came out."""
+    """One call of one module: its floating-point inputs and outputs."""
 
     name: str
     index: int  # among the calls of this module
@@ -27,7 +27,7 @@ class CallRecord:
 
 
 class ChangedLaterError(Exception):
-    """What a module returned was worked on in place afterwards, and nobody has a copy."""
+    """A module's output was changed in place after it was recorded without a copy."""
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Recording:
     """One run of a model.
 
     Attributes:
-        copied: whether what the modules inside the model take and return is copied. It costs as
-            much as the run itself, and is needed only where somebody works in place on it.
-        calls: of its modules, in the order in which they returned; the model's own is the last.
+        copied: whether the inputs and outputs of the modules inside the model are copied. This
+            costs as much as the run itself, and is needed only if they are changed in place later.
+        calls: the modules' calls in the order in which they returned; the model's is the last.
         state: the model's persistent buffers after the run, by name.
     """
 
@@ -47,7 +47,7 @@ class Recording:
     _versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def keep(self, value: Any, *, copied: bool) -> list[Tensor]:
-        """Return the floating-point tensors in a value, as they are now."""
+        """Return the floating-point tensors in a value, and record their versions or copy them."""
         kept = floats(value)
         if copied:
             return [x.clone() for x in kept]
@@ -56,14 +56,14 @@ class Recording:
 
     @property
     def outputs(self) -> list[Tensor]:
-        """Return the tensors that the model returned."""
+        """Return the model's outputs."""
         return self.calls[-1].outputs
 
     def matched(self, other: Recording) -> Iterator[tuple[CallRecord, CallRecord]]:
-        """Yield each call with the same one of another run, where there is one.
+        """Yield each call with the corresponding one of another run, where there is one.
 
         Raises:
-            ChangedLaterError: a tensor is no longer what it was; record copies.
+            ChangedLaterError: a tensor has changed since; the run must record copies.
         """
         for x, version in (*self._versions, *other._versions):
             if x._version != version:
@@ -76,16 +76,16 @@ class Recording:
 
 
 def alike(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors hold the same numbers, nan included."""
+    """Return whether two tensors are equal, with nan equal to nan."""
     return one.shape == other.shape and bool(
         ((one == other) | (one != one) & (other != other)).all()
     )
 
 
 def floats(value: Any) -> list[Tensor]:
-    """Return the floating-point tensors in a value, packed sequences padded, as real numbers.
+    """Return the floating-point tensors in a value, also those in attributes of its objects.
 
-    Objects are looked into as well: a model may return any.
+    Packed sequences are padded, batch first. Complex tensors are returned as real ones.
     """
     found: list[Tensor] = []
     for leaf in batch_leaves(value):
@@ -103,7 +103,14 @@ def floats(value: Any) -> list[Tensor]:
 def recorded(
     model: nn.Module, recording: Recording, *, inputs: bool, inside: bool
 ) -> Iterator[None]:
-    """Record what the model is run for in a ``with`` statement, as `Copy.run` has it."""
+    """Record the run of a model inside a ``with`` statement.
+
+    Args:
+        model: the model.
+        recording: the recording that is filled.
+        inputs: record the modules' inputs, too.
+        inside: record the modules inside the model, too.
+    """
     counts: Counter[str] = Counter()
     entered: list[list[Tensor]] = []
     handles = []

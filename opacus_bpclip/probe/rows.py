@@ -1,4 +1,4 @@
-"""Whether each row of losses is made from its own row of what a criterion was called with."""
+"""Whether a criterion computes each row of losses from the same row of its arguments only."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def rows_are_coupled(
 
     Args:
         criterion: returns ``[B, ...]``, one row for each example.
-        args: of its call.
-        kwargs: of its call.
-        size: ``B``; with one row there is nothing to compare.
+        args: the positional arguments of its call.
+        kwargs: the keyword arguments of its call.
+        size: ``B``; for one row the result is ``False``.
     """
     batch = Batch(args, kwargs, size, 0)
     if size < 2:

@@ -1,4 +1,4 @@
-"""Runs of one copy of a model on the same examples among other companions, compared row by row."""
+"""Runs of one copy of a model on the same examples with other companions, compared row by row."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Compare = Callable[[Tensor, Tensor, Sequence[Layout], Companions, float], bool]
 
 
 class _Trial(NamedTuple):
-    """The same examples among other companions, and how random numbers are held still."""
+    """The same examples with other companions, and the mode for random numbers."""
 
     other: Batch
     companions: Companions
@@ -43,10 +43,10 @@ class Search:
     """Compares runs of one copy of a model.
 
     Args:
-        copy: the copy, entered.
-        batch: the examples, two or more.
-        loss_reduction: ``"mean"`` or ``"sum"``: what a tensor without a batch axis must be.
-        rows: the layers that must meet the examples in the batch's order.
+        copy: the copy, inside its ``with`` statement.
+        batch: two or more examples.
+        loss_reduction: ``"mean"`` or ``"sum"``: what an output without a batch axis must be.
+        rows: the layers whose rows must be in the batch's order, with their batch axes.
     """
 
     def __init__(self, copy: Copy, batch: Batch, loss_reduction: str, rows: Rows) -> None:
@@ -59,10 +59,10 @@ class Search:
         self.layouts: dict[tuple[str, int, str, int], list[Layout] | None] = {}
 
     def problem(self) -> Problem | None:
-        """Return what is wrong; values of companions are looked at first, then their number.
+        """Return what is wrong: first for other values of the companions, then for fewer of them.
 
         Raises:
-            UntriedError: the model makes nothing that could be compared.
+            UntriedError: the model makes no finite number.
             Exception: whatever the model's own code raises.
         """
         base = self._first_run()
@@ -78,7 +78,7 @@ class Search:
         )
 
     def problem_of_numbers(self) -> Problem | None:
-        """Return what is wrong with the model's outputs, or rows, if there are half as many.
+        """Return what is wrong with the outputs or the order of rows in half of the batch.
 
         Raises:
             Exception: whatever the model's own code raises.
@@ -112,7 +112,7 @@ class Search:
     def _runs_of_parts(
         self, base: Recording, pairs: Sequence[tuple[list[int], list[int]]], *, inside: bool = True
     ) -> list[tuple[_Trial, Recording]]:
-        """Run the parts of each pair, and learn from their sizes where the batch is."""
+        """Run the parts of each pair, and find the batch axes from the sizes of tensors."""
         made = []
         for rows in (rows for pair in pairs for rows in pair):
             trial = _Trial(self.batch.select(rows), self._among(rows), self.steady)
@@ -124,7 +124,7 @@ class Search:
     def _problem_of_values(self, base: Recording) -> Problem | None:
         if not self.steady.random:
             return self._problem_of_companions(base, 0)
-        # One seed may leave the order of rows as it is.
+        # With one seed a random order of rows may happen to be the batch's.
         for seed in SEEDS if self.rows else SEEDS[:1]:
             seeded = self.copy.run(self.batch, None, seed=seed)
             problem = self._problem_of_companions(seeded, seed)
@@ -135,7 +135,8 @@ class Search:
     def _problem_of_companions(self, seeded: Recording, seed: int) -> Problem | None:
         size = self.batch.size
         kept, *second = partitions(size)
-        # Of numbers drawn alike no order shows. Seeded ones need a second look to see each.
+        # Equal random numbers would hide an order that depends on them. With seeded ones, further
+        # partitions are needed to tell all examples apart.
         drawn = [pair[0] for pair in second if self.rows and self.steady.random]
         runs = []
         for rows in (*kept, *drawn):
@@ -143,7 +144,7 @@ class Search:
             trial = _Trial(self.batch.swapped(rows, seed=2), among, None)
             run = self.copy.run(trial.other, None, seed=seed)
             if self._coupled(seeded, run, among):
-                return self._told(trial, "the values of its companions in the batch")
+                return self._located(trial, "the values of the other examples in the batch")
             for name in _taken_up(self.copy.model, seeded, run):
                 return Problem(_owner(name), problems.buffered(name))
             runs.append((trial, run))
@@ -158,7 +159,7 @@ class Search:
     ) -> Problem | None:
         for trial, run in runs:
             if self._coupled(base, run, trial.companions, inside=inside):
-                return self._told(trial, "the number of its companions in the batch")
+                return self._located(trial, "the number of other examples in the batch")
         for first in range(0, len(runs), 2):
             halves = [(run, trial.other.size) for trial, run in runs[first : first + 2]]
             if not self._adds_up(base, halves):
@@ -168,7 +169,7 @@ class Search:
     def _problem_of_order(
         self, base: Recording, runs: Sequence[tuple[_Trial, Recording]]
     ) -> Problem | None:
-        """Return whether a layer has an example's row in another place than the batch."""
+        """Return which layer has an example's row at another place than the batch."""
         for trial, run in runs:
             name = out_of_order(base, run, self.rows, trial.companions, self.tolerance)
             if name is not None:
@@ -176,7 +177,7 @@ class Search:
         return None
 
     def _problem_of_constants(self, base: Recording) -> Problem | None:
-        """Return whether what a layer makes of every example alike is taken for another's."""
+        """Return which layer, with an output equal for all examples, has its rows out of order."""
         constant = constant_layers(base, self.rows, self.batch.size)
         for kept, _ in partitions(self.batch.size) if constant else ():
             with disturbed(self.copy.model, constant, kept, self.batch.size):
@@ -199,7 +200,7 @@ class Search:
         return Companions(self.batch.size, len(rows), rows, range(len(rows)))
 
     def _learn(self, base: Recording, run: Recording, companions: Companions) -> None:
-        """Find the batch in every tensor, from its sizes in two batches."""
+        """Find the batch axis of every tensor, from its shapes in two batches."""
         for call, other in base.matched(run):
             for side in _SIDES:
                 pairs = zip(getattr(call, side), getattr(other, side), strict=False)
@@ -210,10 +211,10 @@ class Search:
     def _coupled(
         self, base: Recording, run: Recording, companions: Companions, *, inside: bool = True
     ) -> bool:
-        """Return whether an example's row changed in what the model, or a module in it, returned.
+        """Return whether an example's row changed in an output of the model, or of a module in it.
 
-        The model's own outputs are in the batch's order. Inside, somebody may have sorted the rows,
-        and shapes may follow from what the examples hold.
+        The model's own outputs are in the batch's order. Inside the model the rows may be sorted,
+        and shapes may depend on the examples' values.
         """
         *modules, root = base.matched(run)
         return self._moved(*root, "outputs", companions, differ, strict=True) or any(
@@ -236,7 +237,7 @@ class Search:
         for index, (x, y) in enumerate(zip(ours, theirs, strict=True)):
             where = self.layouts.get((call.name, call.index, side, index), [])
             if where is None or x.dim() != y.dim() or not (where or x.shape == y.shape):
-                # Entries for pairs of examples, or a size that depends on something else.
+                # Entries for pairs of examples, or a size that depends on values.
                 if strict:
                     return True
             elif where and compare(x, y, where, companions, self.tolerance):
@@ -257,8 +258,8 @@ class Search:
                 return False
         return True
 
-    def _told(self, trial: _Trial, cause: str) -> Problem:
-        """Say where the coupling comes from."""
+    def _located(self, trial: _Trial, cause: str) -> Problem:
+        """Return the problem, with the module in which the coupling begins."""
         again = self.copy.run(self.batch, trial.steady, inputs=True)
         if not same(again, self.copy.run(self.batch, trial.steady), self.tolerance):
             return Problem("(root)", problems.NOT_REPEATABLE)
@@ -266,7 +267,7 @@ class Search:
         part = self.copy.run(self.batch.select(rows), self.steady, inputs=True)
         self._learn(again, part, self._among(rows))
         run = self.copy.run(trial.other, trial.steady, inputs=True)
-        # A module returns before the one that called it: the first is the deepest.
+        # A module returns before its caller, so the first one found is the innermost.
         name = next(
             (
                 call.name
@@ -280,7 +281,7 @@ class Search:
 
 
 def same(one: Recording, other: Recording, tolerance: float = 0.0) -> bool:
-    """Return whether the model returned the same numbers twice."""
+    """Return whether the model's outputs in two runs are equal, up to a tolerance."""
     return len(one.outputs) == len(other.outputs) and all(
         x.shape == y.shape and bool(distance(x[None], y[None]).max() <= tolerance)
         for x, y in zip(one.outputs, other.outputs, strict=True)
@@ -292,7 +293,7 @@ def _owner(name: str) -> str:
 
 
 def _taken_up(model: nn.Module, one: Recording, other: Recording) -> Iterator[str]:
-    """Yield the buffers that depend on what a run was given."""
+    """Yield the names of the buffers that differ after two runs on different batches."""
     for name, _ in model.named_buffers():
         if name in one.state and not alike(one.state[name], other.state[name]):
             yield name

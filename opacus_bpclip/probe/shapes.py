@@ -1,4 +1,4 @@
-"""What follows the batch's size in every function that a model calls, and in every layer's call."""
+"""The sizes in every call of a function or a layer, and which of them grow with the batch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.utils import _pytree as pytree
 from opacus_bpclip.model.places import Place
 from opacus_bpclip.probe.comparison import Companions, layouts
 
-# A tensor's shape, a number, or what is neither.
+# A tensor's shape, an integer, or ``None`` for anything else.
 Size = torch.Size | int | None
 
-# Nothing is inside these.
+# Types of values without parts.
 _LEAVES = frozenset((Tensor, nn.Parameter, int, float, bool, str, type(None), torch.dtype))
 
 
 class Sizes(NamedTuple):
-    """The sizes of what one call was given and returned.
+    """The sizes of one call's arguments and results.
 
     Attributes:
-        name: of the function, or the layer.
-        arguments: of its flattened arguments.
-        results: of its flattened results.
+        name: the function's name.
+        arguments: the sizes of the arguments, as a flat tuple.
+        results: the sizes of the results, as a flat tuple.
     """
 
     name: str
@@ -35,10 +35,10 @@ class Sizes(NamedTuple):
 
 
 class SizesOfFunctions(TorchFunctionMode):
-    """Writes down the sizes in every call of a function of torch.
+    """Records the sizes in every call of a torch function.
 
     Attributes:
-        calls: in their order.
+        calls: the calls in their order.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class SizesOfFunctions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        # Before the call: it may work in place.
+        # Before the call, which may change them in place.
         arguments = sizes_of((args, kwargs))
         result = func(*args, **kwargs)
         name = str(getattr(func, "__name__", func))
@@ -66,7 +66,7 @@ def sizes_of(value: Any) -> tuple[Size, ...]:
 
 
 def _append_sizes(value: Any, sizes: list[Size]) -> None:
-    # In the order of pytree's leaves, but many times faster for what most calls are given.
+    # In the order of pytree's leaves, but many times faster for the arguments of most calls.
     kind = type(value)
     if kind is tuple or kind is list:
         for item in value:
@@ -87,13 +87,13 @@ def _size(leaf: Any) -> Size:
 
 
 class LayerCall(NamedTuple):
-    """What a layer was given and returned.
+    """The arguments and the output of one call of a layer.
 
     Attributes:
-        name: of the layer.
-        args: by position.
-        kwargs: by name.
-        output: what it returned.
+        name: the layer's name.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        output: the output.
     """
 
     name: str
@@ -105,9 +105,9 @@ class LayerCall(NamedTuple):
 def watch_layers(
     layers: dict[str, nn.Module], calls: list[LayerCall]
 ) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    """Yield the handles of hooks that write down the calls of some layers.
+    """Yield the handles of hooks that record the calls of some layers.
 
-    Not their sizes: to look at a tensor's shape is a call of a function, too.
+    The hooks do not read sizes, since reading a tensor's shape would be recorded as a call.
     """
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -121,16 +121,16 @@ def watch_layers(
 
 
 class PairsError(Exception):
-    """A tensor holds entries for pairs of examples, or its size follows from their values."""
+    """A tensor has entries for pairs of examples, or its size depends on their values."""
 
 
 def places_of(one: Size, other: Size, companions: Companions) -> list[Place]:
-    """Return where something may hold the batch, judged by its sizes in batches of two sizes.
+    """Return where an argument or result may have the batch, judged in batches of two sizes.
 
-    Empty if it does not follow the batch's size at all.
+    The list is empty if its size does not change with the batch's.
 
     Raises:
-        PairsError: it does, but not in proportion.
+        PairsError: its size changes, but not in proportion to the batch's.
     """
     before, after = companions.before, companions.after
     if type(one) is int and type(other) is int:
@@ -153,7 +153,7 @@ def places_of(one: Size, other: Size, companions: Companions) -> list[Place]:
 
 
 def aligned(one: Sequence[Sizes], other: Sequence[Sizes]) -> bool:
-    """Return whether two runs made the same calls."""
+    """Return whether two runs have called the same functions."""
     return [(c.name, len(c.arguments), len(c.results)) for c in one] == [
         (c.name, len(c.arguments), len(c.results)) for c in other
     ]

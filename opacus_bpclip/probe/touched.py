@@ -1,6 +1,6 @@
-"""Whether a model uses trainable parameters outside layers with a rule: a cheap first look.
+"""A cheap check whether a model uses trainable parameters outside layers with a rule.
 
-Most models do not. They need none of the trials that show where functions take up the batch.
+Most models do not, and then need no trial runs that find where functions have the batch.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from opacus_bpclip.probe.shapes import LayerCall, watch_layers
 
 
 class _Touched(ParameterFunctions):
-    """Notes whether any function was called on a trainable parameter; all calls run as they are."""
+    """Records whether any function was called on a trainable parameter, and runs it unchanged."""
 
     touched = False
 
     def note_arguments(
         self, without_examples: Iterable[Tensor], examples: Iterable[Tensor] = ()
     ) -> None:
-        """Note nothing: what a call meets besides the parameter does not matter here."""
+        """Do nothing: the other arguments of such a call do not matter here."""
 
     def called(self, call: FunctionCall) -> object:
-        """Note the call, and run it."""
+        """Record that there was a call, and run it."""
         self.touched = True
         args, kwargs = pytree.tree_unflatten(call.leaves, call.spec)
         return call.func(*args, **kwargs)
 
 
 def first_look(trials: Trials, batch: Batch) -> tuple[bool, list[LayerCall]]:
-    """Run the model; return whether a function met a trainable parameter, and the layers' calls."""
+    """Run the model; return whether a function used a trainable parameter, and layers' calls."""
     mode, calls = _Touched(trials.parameters()), list[LayerCall]()
     with ExitStack() as stack:
         for handle in watch_layers(trials.modules(), calls):

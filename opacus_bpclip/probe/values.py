@@ -1,4 +1,4 @@
-"""Values for examples: made up, taken from others, or ignored in part."""
+"""Values of examples: made up, taken from other examples, or ignored in part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, unpack_seque
 
 from opacus_bpclip.model.recurrence import is_packed
 
-# How much of its positions each of four examples keeps. Halves of the four keep different numbers.
+# The share of positions that each of four examples keeps. No two halves of the four keep the same.
 _KEPT = (1.0, 0.5, 0.75, 0.25)
 
 
@@ -24,13 +24,13 @@ def rows_of(leaf: Any, rows: Sequence[int], axis: int) -> Any:
 
 
 def invented(leaf: Any, count: int, axis: int, scale: float, generator: torch.Generator) -> Any:
-    """Return made-up values for so many examples, of a leaf's shape and dtype.
+    """Return made-up values for ``count`` examples, of a leaf's shape and dtype.
 
-    Floats are normal, times ``scale``. Integers are 0 and 1; there is an odd number of 1, so that
-    no two halves of the examples have equally many.
+    Floats are normal, times ``scale``. Integers are 0 and 1, with an odd number of 1, so that two
+    halves of the examples never have equally many.
     """
     if is_packed(leaf):
-        # Of equal length: how long the examples are is not a question of shapes.
+        # All of the longest length: the lengths of the given examples are private.
         longest = len(leaf.batch_sizes)
         data = _drawn((count, longest, *leaf.data.shape[1:]), leaf.data, scale, generator)
         return pack_padded_sequence(data, torch.tensor([longest] * count), batch_first=True)
@@ -39,7 +39,7 @@ def invented(leaf: Any, count: int, axis: int, scale: float, generator: torch.Ge
 
 
 def mixed(leaf: Any, other: Any, kept: Sequence[int], axis: int) -> Any:
-    """Return a leaf with another one's values for all examples but those kept."""
+    """Return a leaf with another leaf's values for all examples except those kept."""
     if is_packed(leaf):
         pairs = enumerate(zip(unpack_sequence(leaf), unpack_sequence(other), strict=True))
         rows = [own if row in kept else fresh[: len(own)] for row, (own, fresh) in pairs]
@@ -55,16 +55,16 @@ def position_axis(leaf: Tensor, axis: int) -> int | None:
 
 
 def kept_positions(leaf: Tensor, axis: int, along: int | None = None) -> Tensor:
-    """Return which entries of a leaf count, if each example ends early, at a place of its own.
+    """Return which entries of a leaf count if each example ends early, at its own position.
 
     Args:
-        leaf: ``[B, ..., T]`` or any other order.
-        axis: the batch's.
-        along: the positions', by default the last with several.
+        leaf: ``[B, ..., T]``, with its axes in any order.
+        axis: the batch axis.
+        along: the axis of positions; by default the last one with several.
 
     Returns:
-        Flags that can be broadcast to the leaf's shape. Each example keeps two positions at least
-        where there are three, one where there are two.
+        Flags that can be broadcast to the leaf's shape. Each example keeps at least two of three
+        or more positions, and at least one of two.
     """
     along = position_axis(leaf, axis) if along is None else along
     assert along is not None

@@ -1,4 +1,4 @@
-"""A function's results and gradients, one example at a time, against those of the whole batch."""
+"""The check of a function's results and gradients, one example at a time, against the batch's."""
 
 from __future__ import annotations
 
@@ -23,28 +23,31 @@ from opacus_bpclip.probe.recorder import Seen
 def verified(
     seen: Seen, template: Template, examples: int, tolerance: float
 ) -> tuple[Template, Problem | None]:
-    """Return the template with a way to make gradients that was found right, or what is wrong.
+    """Return the template with a method for per-example gradients that passed the check.
 
-    Two comparisons: the function's result on each example alone with the example's rows in the
-    batch's; and each example's gradient of the parameters, as the template's method makes it, with
-    autograd's on the whole call, sent the example's upstream gradient and zeros for the others.
+    There are two comparisons. The function's result on each example alone must be the example's
+    rows of the result on the batch. And each per-example gradient from the template's method must
+    be autograd's for the whole call, when the other examples' upstream gradients are zero.
 
     Args:
-        seen: a call.
-        template: where it has the batch.
-        examples: how many there are.
-        tolerance: up to which relative difference numbers are the same.
+        seen: a recorded call.
+        template: where the call has the batch.
+        examples: the number of examples.
+        tolerance: the largest relative difference of equal numbers.
+
+    Returns:
+        The template, and what is wrong; ``None`` if a method passed.
     """
     seen = _finite(seen, template, examples)
-    told, name = ", ".join(sorted(seen.call.names)), seen.call.name
+    names, name = ", ".join(sorted(seen.call.names)), seen.call.name
     upstream = _upstream(seen, template, examples)
     if not upstream:
-        return template, Problem("(root)", problems.unlike_alone(told, name, "output", torch.inf))
+        return template, Problem("(root)", problems.unlike_alone(names, name, "output", torch.inf))
     expected = _by_autograd(seen, template, upstream)
     if template.method != "graph":
         gap = _gap_of_results(seen, template, examples)
         if not gap <= tolerance:
-            return template, Problem("(root)", problems.unlike_alone(told, name, "output", gap))
+            return template, Problem("(root)", problems.unlike_alone(names, name, "output", gap))
     methods: dict[str, Sequence[Any]] = {"vmap": ("vmap", "loop"), "graph": ("graph",)}
     if template.method == "vmap" and known_gradients(seen.call, template) is not None:
         methods["vmap"] = ("known", "vmap", "loop")
@@ -54,7 +57,7 @@ def verified(
         own = own_gradients(seen.call, candidate, seen.results, upstream, examples)
         try:
             with warnings.catch_warnings():
-                # Where vmap has no rule of its own, it warns, and is no faster than a loop.
+                # For operations without a batching rule vmap warns, and is no faster than a loop.
                 warnings.simplefilter("error")
                 found = own(slice(None))
         except Exception:  # whatever the function raises under vmap
@@ -62,11 +65,11 @@ def verified(
         gap = max(_gap(x, y) for x, y in zip(expected, found, strict=True))
         if gap <= tolerance:
             return candidate._replace(batched=_sends_back(seen, expected, tolerance)), None
-    return template, Problem("(root)", problems.unlike_alone(told, name, "gradient", gap))
+    return template, Problem("(root)", problems.unlike_alone(names, name, "gradient", gap))
 
 
 def _finite(seen: Seen, template: Template, examples: int) -> Seen:
-    """Return the call on other examples where some are not finite: those have no gradients."""
+    """Return the call with made-up rows for examples that have a nan, which have no gradients."""
     arguments = list(seen.call.leaves)
     generator = torch.Generator().manual_seed(7)
     changed = False
@@ -89,7 +92,10 @@ def _finite(seen: Seen, template: Template, examples: int) -> Seen:
 
 
 def _sends_back(seen: Seen, own: Sequence[Tensor], tolerance: float) -> bool:
-    """Return whether gradients get back to the parameters together as they do one by one."""
+    """Return whether vmap sends per-example gradients back to the parameters correctly.
+
+    They go back through the functions that computed the call's arguments from the parameters.
+    """
     for made, gradients in zip(seen.call.made.values(), own, strict=True):
         try:
             with warnings.catch_warnings():

@@ -1,1 +1,1 @@
-"""The private loader, and the log of what it has drawn."""
+"""The private data loader, and the log of the batches that it has drawn."""

@@ -1,7 +1,7 @@
-"""What tells the items of a data loader apart from those of another rank's.
+"""Whether the data loaders of several ranks have the same items.
 
-Each rank draws from places of its own in the data set. If the data sets are not the same, an
-example may be at two of those places, on two ranks, and contribute twice to a step.
+Each rank draws from indices of its own in the data set. If the ranks' data sets differ, an example
+may be at different indices on two ranks, and contribute to a step twice.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from opacus_bpclip.probe.leaves import named_leaves
 from opacus_bpclip.probe.randomness import repeatable
 
 ONE_DATA_SET = (
-    "Each rank draws from places of its own in the data set; in other data sets one example may be "
-    "on two ranks, and contribute twice what the noise is made for. Pass the same data set on each "
-    "rank, not a rank's own part: split and shuffle with one seed, for example random_split(data, "
-    "sizes, generator=torch.Generator().manual_seed(0))."
+    "Each rank draws from its own indices of the data set. If the ranks' data sets differ, two "
+    "ranks may have the same example, which then contributes twice what the noise is made for. "
+    "Pass the same data set on each rank, not a rank's own part: split and shuffle with one seed, "
+    "for example random_split(data, sizes, generator=torch.Generator().manual_seed(0))."
 )
 
 
 def identity(loader: DataLoader[Any]) -> Mapping[str, object]:
-    """Return what is the same on all ranks that have the same items, as far as it can be read.
+    """Return properties of a loader's items by name, equal on ranks that have the same items.
 
-    An item that cannot be read, or is another one when it is read again, is left out.
+    Hashes of a few items are among them, except of items that cannot be read or that differ when
+    they are read twice.
 
     Args:
-        loader: after `make_private`.
+        loader: the loader that `make_private` returned.
     """
     size = len(loader.dataset)  # type: ignore[arg-type]
     found: dict[str, object] = {
@@ -56,17 +57,17 @@ def identity(loader: DataLoader[Any]) -> Mapping[str, object]:
 
 
 def sampler_of(loader: DataLoader[Any]) -> object:
-    """Return what draws a loader's items; ``None`` if a batch sampler of one's own does."""
+    """Return a loader's sampler; ``None`` if the user gave it a batch sampler."""
     batches = loader.batch_sampler
     return batches.sampler if type(batches) is BatchSampler else None
 
 
 def not_dealt_out(loader: DataLoader[Any], ranks: Ranks) -> str | None:
-    """Say that a loader which is not replaced does not deal its items out to the ranks.
+    """Check that a loader that is used as it is gives each item to one rank only.
 
     Args:
-        loader: the user's.
-        ranks: which train together.
+        loader: the user's loader.
+        ranks: the ranks that train together.
     """
     if ranks.size == 1:
         return None
@@ -81,11 +82,11 @@ def not_dealt_out(loader: DataLoader[Any], ranks: Ranks) -> str | None:
         return None
     return (
         f"With poisson_sampling=False, the data loader of rank {ranks.rank} of {ranks.size} does "
-        "not deal each item to one rank: an example that several ranks have in one step "
-        "contributes several times what the noise is made for, and the sampling rate would be "
-        "another one. Pass DataLoader(dataset, batch_size=..., sampler=DistributedSampler(dataset, "
-        "drop_last=True)) of torch.utils.data, with batch_size items of each rank, or leave "
-        "poisson_sampling=False out."
+        "not give each item to exactly one rank: an example that several ranks have in one step "
+        "contributes several times what the noise is made for, and the sampling rate is not the "
+        "one that is accounted for. Pass DataLoader(dataset, batch_size=..., "
+        "sampler=DistributedSampler(dataset, drop_last=True)) of torch.utils.data, with the "
+        "batch_size of each rank, or leave poisson_sampling=False out."
     )
 
 
@@ -97,7 +98,7 @@ def _size(dataset: Any) -> int | None:
 
 
 def _kinds(dataset: Any) -> Iterator[tuple[str, int | None]]:
-    """Yield the class and the size of a data set and of those inside."""
+    """Yield the class and the size of a data set and of the data sets that it wraps."""
     yield type(dataset).__qualname__, _size(dataset)
     for inside in _inside(dataset):
         yield from _kinds(inside)
@@ -118,18 +119,18 @@ def _inside(dataset: Any) -> Sequence[Any]:
 
 def _digest_of_indices(indices: Sequence[Any]) -> str:
     try:
-        told = np.asarray([int(index) for index in indices], dtype=np.int64).tobytes()
-    except (TypeError, ValueError, OverflowError):  # keys of another kind
-        told = repr(list(indices)).encode()
-    return hashlib.sha256(told).hexdigest()[:16]
+        data = np.asarray([int(index) for index in indices], dtype=np.int64).tobytes()
+    except (TypeError, ValueError, OverflowError):  # keys that are not integers
+        data = repr(list(indices)).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _digest_of_item(loader: DataLoader[Any], index: int) -> str | None:
-    """Return a hash of an item's batch; ``None`` if it cannot be read twice alike."""
+    """Return a hash of a batch of one item; ``None`` if two readings fail or differ."""
     try:
         one, again = (_read(loader, index) for _ in range(2))
     except Exception:
-        # Somebody else's code, which training will run and report.
+        # The user's own code, whose error training will report.
         return None
     return one if one == again else None
 

@@ -1,7 +1,7 @@
-"""Which items a user's data loader reaches: the private loader samples from those, and no others.
+"""The items that a user's data loader draws from: the private loader draws from the same ones.
 
-Poisson sampling replaces a loader's sampler. That may change the order of items and which of them
-meet in a batch; it must not change which items there are, or how often each may be drawn.
+Poisson sampling replaces the loader's sampler. This may change the order of the items and which of
+them are in a batch together. It must not change which items there are, or draw an item more often.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from opacus_bpclip.probe.randomness import repeatable
 
 _REMEDY = (
     "Pass a DataLoader with batch_size (and shuffle=True, if you like) over the items to train "
-    "on; torch.utils.data.Subset(dataset, indices) makes a data set of some of them. With a "
-    "sampling of your own, and an epsilon that you derive yourself, use "
+    "on; torch.utils.data.Subset(dataset, indices) makes a data set of some of them. To keep "
+    "your own sampling, with an epsilon that you derive yourself, use "
     "make_private(poisson_sampling=False)."
 )
 
 
 def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return a loader whose data set is what ``loader`` reaches; itself if that is all of its own.
+    """Return a loader whose data set holds exactly the items that ``loader`` draws from.
 
     Args:
-        loader: the user's.
+        loader: the user's loader; it is returned if it draws from all items of its data set.
 
     Raises:
-        ValueError: its sampler, or its lack of batches, cannot be replaced by Poisson sampling.
+        ValueError: Poisson sampling cannot replace the loader's sampler, or it has no batches.
     """
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(
-            "Uniform sampling is not supported for IterableDataset: a stream has no items that "
-            f"could be drawn. {_REMEDY}"
+            "Uniform sampling is not supported for IterableDataset: the items of a stream cannot "
+            f"be drawn by index. {_REMEDY}"
         )
     batches = loader.batch_sampler
     size = len(loader.dataset)  # type: ignore[arg-type]
@@ -53,8 +53,7 @@ def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
         return loader  # Poisson sampling from the same items
     if batches is None:
         raise ValueError(
-            "The data loader has batch_size=None, so nothing says how many items to expect in a "
-            f"batch. {_REMEDY}"
+            f"The data loader has batch_size=None, so the expected batch size is unknown. {_REMEDY}"
         )
     if type(batches) is not BatchSampler:
         raise ValueError(
@@ -65,7 +64,7 @@ def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
         raise ValueError(
             f"The data loader has no batch: fewer items than batch_size, and drop_last. {_REMEDY}"
         )
-    # Not the loader's own attribute, which is a stand-in where a batch sampler was passed.
+    # loader.sampler is a placeholder where a batch sampler was passed.
     indices = _subset(batches.sampler, size)
     if indices is None:
         return loader
@@ -86,15 +85,16 @@ def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def _subset(sampler: Any, size: int) -> Sequence[int] | None:
-    """Return the items of a sampler that draws each of some items once; ``None`` for all.
+    """Return the indices of a sampler that draws each of them once; ``None`` for all items.
 
     Raises:
-        ValueError: it draws some more often than others, or other ones in each epoch.
+        ValueError: the sampler draws some items more often than others, or may draw different
+            items in each epoch.
     """
     if type(sampler) is SequentialSampler and len(sampler) == size:
         return None
     if type(sampler) is DistributedSampler and sampler.num_replicas == world_size():
-        return None  # of all ranks together
+        return None  # all ranks together draw all items
     if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == size:
         return None
     if type(sampler) is SubsetRandomSampler:
@@ -109,9 +109,9 @@ def _subset(sampler: Any, size: int) -> Sequence[int] | None:
         with repeatable(torch.device("cpu")):
             drawn = sorted(sampler) if len(sampler) == size else []
         if drawn == list(range(size)):
-            return None  # another order of all of them
+            return None  # all items in another order
     raise ValueError(
-        f"The data loader's {type(sampler).__name__} does not draw each item once: Poisson "
-        "sampling would replace it, with another sampling rate, expected batch size and choice of "
-        f"items than it says. {_REMEDY}"
+        f"The data loader's {type(sampler).__name__} does not draw each item once. Poisson "
+        "sampling would replace it, and change the sampling rate, the expected batch size and the "
+        f"choice of items. {_REMEDY}"
     )

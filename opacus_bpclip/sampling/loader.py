@@ -1,4 +1,4 @@
-"""The private data loader: counted Poisson samples, also empty ones, and batches filled up."""
+"""The private data loader: Poisson samples that are counted, may be empty, and may be padded."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ Collate = Callable[[list[Any]], Any]
 
 
 class CountedSampler(UniformWithReplacementSampler):
-    """Opacus's Poisson sampler, which notes what it draws.
+    """Opacus's Poisson sampler, with a log of the batches that it draws.
 
     Every loader that is made from the private one (by ``BatchMemoryManager``, Lightning or
-    accelerate) keeps its batch sampler, so the count does not depend on who iterates.
+    accelerate) keeps its batch sampler, so all of them write to the same log.
 
     Args:
-        num_samples: how many items the data set has.
-        part: which of them this sampler draws from; ``None`` for all.
-        **options: as for Opacus's.
+        num_samples: the number of items in the data set.
+        part: the indices that this sampler draws from; ``None`` for all.
+        **options: further arguments of Opacus's sampler.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no items to draw from.
 
     Attributes:
-        samples: where it notes the number of items of each batch.
+        samples: the log; it records the number of items in each batch.
     """
 
     def __init__(self, *, num_samples: int, part: range | None = None, **options: Any) -> None:
@@ -45,7 +45,7 @@ class CountedSampler(UniformWithReplacementSampler):
         self.samples = SampleLog()
 
     def set_epoch(self, epoch: int) -> None:
-        """Do nothing, where Opacus's distributed sampler deals the items out anew."""
+        """Do nothing: a rank keeps its items in all epochs, unlike with Opacus's sampler."""
 
     def __iter__(self) -> Iterator[list[int]]:
         samples, begun = self.samples, self.samples.begin()
@@ -60,18 +60,18 @@ class CountedSampler(UniformWithReplacementSampler):
 
 
 class CollateWithEmpty:
-    """A collate function that also collates no items, into a batch of the usual form.
+    """A collate function that can also make an empty batch, and pad a batch with rows of zeros.
 
     An empty batch has the structure, the dtypes and the other axes of a batch of the data set's
     first item, all of which are public.
 
     Args:
         collate: collates one item or more.
-        dataset: gives the first item.
+        dataset: the data set, for its first item.
 
     Attributes:
-        rows: of what a batch's number of rows is to be a multiple, at least once: it is filled up
-            with zeros. ``None`` leaves it as it is.
+        rows: each batch is padded to a multiple of this number of rows, and to at least this
+            number. ``None`` adds no rows.
     """
 
     def __init__(self, collate: Collate, dataset: Dataset[Any]) -> None:
@@ -91,7 +91,7 @@ class CollateWithEmpty:
         return with_rows(made, *self._empty()[1:], items=len(items), rows=rows)
 
     def _empty(self) -> tuple[Any, Any, Any]:
-        """Return what shows the form of a batch: one of the first item, twice, and of two."""
+        """Return batches of one, one and two copies of the first item, to show a batch's form."""
         if self._form is None:
             with repeatable(torch.device("cpu")):
                 item = self.dataset[0]
@@ -105,14 +105,14 @@ class PrivateDataLoader(DPDataLoader):
 
     Args:
         dataset: the data set.
-        sample_rate: the probability with which each item is in a batch.
-        collate_fn: as for ``torch.utils.data.DataLoader``.
-        generator: of the sampling.
+        sample_rate: the probability that an item is in a batch, independently of all others.
+        collate_fn: makes a batch of a list of items, see ``torch.utils.data.DataLoader``.
+        generator: the source of the sampling's random numbers.
         drop_last: ignored, as in Opacus.
         distributed: whether every rank of the process group draws from items of its own.
-        batch_first: ignored: the batch axis is found.
+        batch_first: ignored: the batch axis is found from batches of different sizes.
         rand_on_empty: must be ``False``.
-        **options: as for ``torch.utils.data.DataLoader``.
+        **options: further arguments of ``torch.utils.data.DataLoader``.
     """
 
     batch_sampler: CountedSampler
@@ -136,7 +136,7 @@ class PrivateDataLoader(DPDataLoader):
         assert not rand_on_empty
         self.sample_rate = sample_rate
         self.distributed = distributed
-        # Not Opacus's own __init__, which looks into the first item and supports few kinds.
+        # Without Opacus's __init__, which reads the first item and supports few types of items.
         DataLoader.__init__(
             self,
             dataset,
@@ -153,27 +153,28 @@ class PrivateDataLoader(DPDataLoader):
 
     @property
     def samples(self) -> SampleLog:
-        """Return the log of what was drawn."""
+        """Return the log of the batches drawn."""
         return self.batch_sampler.samples
 
     def in_constant_shape(self, rows: int) -> None:
-        """Yield physical batches of exactly so many rows: parts of a sample, filled up with zeros.
+        """Yield physical batches of constant size: parts of a sample, padded with rows of zeros.
 
-        A sample of ``n`` items makes ``max(1, ceil(n / rows))`` of them, each announced as
-        `BatchMemoryManager` announces its own. Whoever rebuilds the loader of its parts gets whole
-        samples, filled up to a multiple of ``rows``.
+        A sample of ``n`` items becomes ``max(1, ceil(n / rows))`` physical batches, announced to
+        the log as `BatchMemoryManager` announces its own. A loader that other code builds from
+        this one's sampler and collate function yields whole samples, padded to a multiple of
+        ``rows``.
 
         Args:
-            rows: how many.
+            rows: the number of rows of each physical batch.
         """
         self._rows = self.collate_fn.rows = rows
         self.samples.is_padded = True
 
     def __iter__(self) -> Any:
-        """Yield batches, physical ones where their shape is constant."""
+        """Yield logical batches; physical ones after `in_constant_shape`."""
         if self._rows is None:
             return super().__iter__()
-        # Made anew, as somebody may have changed an option; kept only with its workers.
+        # Made for each pass, since the user may change an option; persistent workers must stay.
         if self._parts is None or not self.persistent_workers:
             self._parts = wrap_data_loader(
                 data_loader=self, max_batch_size=self._rows, optimizer=_Announcing(self.samples)
@@ -182,7 +183,7 @@ class PrivateDataLoader(DPDataLoader):
 
 
 class _Announcing:
-    """What Opacus's splitting sampler takes for an optimizer: it tells the log of each part."""
+    """The optimizer that Opacus's splitting sampler is given: it passes signals to the log."""
 
     def __init__(self, samples: SampleLog) -> None:
         self.samples = samples
@@ -193,26 +194,26 @@ class _Announcing:
 
 
 def part_of_rank(items: int) -> range:
-    """Return this rank's items: each item is one rank's, in every epoch the same one's.
+    """Return the indices of this rank's items: each item belongs to one rank, in all epochs.
 
-    Not in another order in each epoch, as Opacus's sampler has it: a rank that is not told of the
-    epoch would draw items that another one draws, too.
+    Opacus's sampler shuffles the items among the ranks in each epoch. A rank whose `set_epoch` was
+    not called would then draw from items of another rank.
 
     Args:
-        items: how many the data set has.
+        items: the number of items in the data set.
     """
     return range(dist.get_rank(), items, dist.get_world_size())
 
 
 def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
-    """Say that a loader's collate function makes several rows of an item.
+    """Check that a loader's collate function makes one row of each item.
 
-    Found on copies of the first item: their number must be the size of the batch axis. Where no
-    axis grows with it, nothing is known, and the batch will show.
+    The check collates 3 and 4 copies of the first item, and compares the sizes of the batch axis.
+    Where no tensor's size changes, it finds nothing; the rows are then checked in training.
 
     Args:
-        loader: the user's own.
-        axis: which axis of a tensor is the batch.
+        loader: the user's loader.
+        axis: the batch axis of a tensor.
     """
     try:
         with repeatable(torch.device("cpu")):
@@ -223,7 +224,7 @@ def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
             for batch in batches
         ]
     except Exception:
-        # Somebody else's code, which training will run and report.
+        # The user's own code, whose error training will report.
         return None
     growing = [pair for pair in zip(*sizes, strict=False) if pair[0] != pair[1]]
     if not growing or (3, 4) in growing:

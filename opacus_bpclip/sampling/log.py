@@ -1,8 +1,9 @@
-"""Where a step's rows come from: one sampled batch or parts of it, each item one row, used once.
+"""The log that checks each step's rows: they must be one sample's, one for each item, used once.
 
-The accountant takes each step for a Poisson sample of its own. So the sampler numbers what it
-draws (`opacus_bpclip.sampling.loader`), the guard says how many rows the gradients at hand are of,
-and the optimizer says when a step ends. Rows carry no names: numbers of rows are compared.
+The accountant counts each step as a Poisson sample of its own. So the sampler logs each batch that
+it draws (`opacus_bpclip.sampling.loader`), the guard reports how many rows the current gradients
+are from, and the optimizer reports when a step ends. Rows cannot be told apart, so only their
+numbers are compared.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from opacus_bpclip.sampling import problems
 
-# Batches that nobody trains on would pile up without end, as those of evaluation loops do.
+# Batches that are never trained on, such as those of evaluation loops, are forgotten beyond this.
 _MOST_WAITING = 1024
 
 
@@ -24,11 +25,11 @@ class Pass:
     """One pass over the loader.
 
     Attributes:
-        alive: whether it may still draw.
-        left: whether somebody ended it before its last batch.
-        used: how many steps or physical batches have trained on what it drew.
-        ahead: how many physical batches were announced when the first of them was stepped on.
-        part: the sample of which more parts are to be announced.
+        alive: whether the pass goes on.
+        left: whether the user's loop ended it before its last batch.
+        used: how many steps or physical batches have trained on its samples.
+        ahead: how many physical batches were announced before the first step of the pass.
+        part: the sample of which more physical batches will be announced.
     """
 
     alive: bool = True
@@ -43,9 +44,9 @@ class Sample:
     """One batch that the sampler drew.
 
     Attributes:
-        items: how many items it has.
+        items: the number of items.
         of: the pass over the loader that drew it.
-        rows: how many rows the step at hand has trained on.
+        rows: how many of its rows the current step has trained on.
         announced: whether a physical batch of it was announced.
     """
 
@@ -57,12 +58,12 @@ class Sample:
 
 @dataclass(eq=False)
 class Signal:
-    """A physical batch that was announced.
+    """The announcement of one physical batch.
 
     Attributes:
-        skip: whether more parts of its logical batch follow.
-        sample: what it is a part of, ``None`` where no private loader draws.
-        thread: which thread announced it.
+        skip: whether more physical batches of its logical batch follow.
+        sample: the sample that it is a part of; ``None`` without a private loader.
+        thread: the thread that announced it.
     """
 
     skip: bool
@@ -71,18 +72,19 @@ class Signal:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether it has no items."""
+        """Return whether its sample has no items."""
         return self.sample is not None and not self.sample.items
 
 
 class SampleLog:
-    """The sampled batches that wait for their step, and the one that a step is adding up.
+    """The samples that wait for their step, and the one that the current step adds up.
 
     Attributes:
         attached: whether a private loader draws for this model. Without one, nothing is checked.
-        is_padded: whether that fills physical batches up with rows that are no item's.
-        last_step_skipped: whether the last step only collected a part of its batch.
-        mixed: whether what was collected before must not be added to.
+        is_padded: whether the loader pads physical batches with rows of zeros.
+        last_step_skipped: whether the last step only collected a physical batch.
+        mixed: whether the current batch was refused as another sample's than the sums collected
+            before.
     """
 
     def __init__(self) -> None:
@@ -93,16 +95,16 @@ class SampleLog:
         self._passes: list[Pass] = []
         self._waiting: list[Sample] = []
         self._latest: Sample | None = None
-        self._open: Sample | None = None  # what the step at hand adds up
-        self._mark: Sample | None = None  # of what its parts were announced to be
+        self._open: Sample | None = None  # the sample that the current step adds up
+        self._mark: Sample | None = None  # the sample that its parts were announced for
         self._signals: deque[Signal] = deque()
         self._last: Signal | None = None  # the latest signal
-        self._current: Signal | None = None  # the signal of the step at hand
-        self._stepping = threading.get_ident()  # in which thread steps are taken
-        self._left_out = False  # whether a physical batch was announced and not stepped on
+        self._current: Signal | None = None  # the signal of the current step
+        self._stepping = threading.get_ident()  # the thread that takes the steps
+        self._left_out = False  # whether a physical batch was announced and had no step
 
     def __getstate__(self) -> dict[str, Any]:
-        # What waits, waits for the original: a copy must not train on it, too.
+        # Waiting samples are the original's: a copy must not train on them a second time.
         kept = ("attached", "is_padded", "last_step_skipped", "mixed", "_open", "_mark")
         return vars(SampleLog()) | {name: getattr(self, name) for name in kept}
 
@@ -111,12 +113,12 @@ class SampleLog:
     def begin(self) -> Pass:
         """Begin a pass over the loader.
 
-        Forget what can only have been looked at: batches of finished passes without a step.
+        Samples of finished passes without a step are forgotten: they were not trained on.
         """
         self._forget(lambda of: not of.alive and not of.left and not of.used)
         if self._last is not None and self._last.thread == self._stepping:
-            # What somebody has left will not come any more. A pass that ended on its own had a step
-            # for each physical batch, unless one was left out.
+            # Batches of a pass that the loop has left will not come any more. In a pass that went
+            # on to its end, a signal without a step means that a physical batch was left out.
             over = [s for s in self._signals if s.sample is not None and not s.sample.of.alive]
             self._left_out |= any(
                 s.sample and not s.sample.of.left and s.sample.items for s in over
@@ -130,16 +132,16 @@ class SampleLog:
         return begun
 
     def end(self, of: Pass, *, left: bool) -> None:
-        """Note that a pass over the loader has ended.
+        """End a pass over the loader.
 
         Args:
             of: the pass.
-            left: whether that was before its last batch.
+            left: whether it ended before its last batch.
         """
         of.alive, of.left = False, left
 
     def draw(self, items: int, of: Pass) -> None:
-        """Note that a batch was drawn."""
+        """Log a sample that was drawn."""
         self._latest = Sample(items, of)
         self._waiting.append(self._latest)
         del self._waiting[:-_MOST_WAITING]
@@ -149,7 +151,7 @@ class SampleLog:
         self._signals = deque(s for s in self._signals if s.sample is None or not done(s.sample.of))
 
     def _forget_looks(self) -> None:
-        """Forget what was announced by a pass that ended without a step, unless it is the last."""
+        """Forget the signals of passes that ended without a step, except the latest pass."""
         last = self._last.sample.of if self._last and self._last.sample else None
         self._signals = deque(
             s
@@ -160,10 +162,10 @@ class SampleLog:
     # Physical batches
 
     def signal(self, skip: bool) -> None:
-        """Announce a physical batch, a part of a sample.
+        """Announce a physical batch.
 
         Args:
-            skip: whether more parts of its logical batch follow.
+            skip: whether more physical batches of its logical batch follow.
         """
         self._last = Signal(skip, self._next_of(), threading.get_ident())
         self._signals.append(self._last)
@@ -173,26 +175,26 @@ class SampleLog:
             sample.of.part = sample if skip else None
 
     def _next_of(self) -> Sample | None:
-        """Return of which sample the next part is: of one just drawn, or of the one before."""
+        """Return the sample that the next physical batch is a part of."""
         latest = self._latest
         if latest is None or (latest.of.alive and not latest.announced):
             return latest
-        # A pass in between, for evaluation, has drawn others, and has ended.
+        # An evaluation pass may have drawn later samples and ended in between.
         unfinished = (of.part for of in reversed(self._passes) if of.alive and of.part)
         return next(unfinished, latest)
 
     def skips(self, *, pop: bool, rows: int | None = None) -> bool:
-        """Return whether the step at hand is of a batch that has more parts.
+        """Return whether more physical batches follow the one of the current step.
 
         Args:
-            pop: whether that step begins: the next one is of the next physical batch.
-            rows: how many rows the gradients at hand are of, ``None`` if unknown.
+            pop: whether the step begins with this call, which takes its signal.
+            rows: how many rows the current gradients are from, ``None`` if unknown.
         """
         self._stepping = threading.get_ident()
         if not pop:
             return bool(self._signals) and self._signals[0].skip
         self._forget_looks()
-        # Users may take no step on a batch without items, unless it was filled up.
+        # Loops may leave out the step of an empty batch, unless it was padded.
         while rows and not self.is_padded and len(self._signals) > 1 and self._signals[0].is_empty:
             self._signals.popleft()
         if self._signals:
@@ -201,9 +203,9 @@ class SampleLog:
         return self._current is not None and self._current.skip
 
     def _drop_left_out(self, first: Signal) -> None:
-        """Find signals too many: each step has taken one, however far a reader is ahead."""
+        """Find signals without a step: the number of waiting signals must not grow in a pass."""
         if first.sample is None or first.thread != self._stepping:
-            return  # A thread that reads ahead does so at its own pace.
+            return  # A thread that reads ahead may be any number of signals ahead.
         of, count = first.sample.of, len(self._signals)
         if not of.ahead:
             of.ahead = count
@@ -214,10 +216,10 @@ class SampleLog:
     # Step
 
     def spend(self, rows: int | None) -> str | None:
-        """Note that the step at hand adds up gradients of some rows; return why it must not.
+        """Add rows to the current step; return why that is refused, if it is.
 
         Args:
-            rows: how many, ``None`` if unknown, as in a compiled graph.
+            rows: the number of rows, ``None`` if unknown, as in a compiled graph.
         """
         if not self.attached:
             return None
@@ -234,7 +236,7 @@ class SampleLog:
         sample = self._holding(total, rows is not None and self._open is None, announced)
         if sample is None:
             if rows == 0:
-                return None  # An empty batch adds nothing, whoever made it.
+                return None  # An empty batch adds nothing, wherever it came from.
             among = [announced] if self._is_at_hand(announced) else [self._open, *self._waiting]
             known = [s.items for s in among if s is not None]
             return problems.too_many(rows, total, known, padded=self.is_padded)
@@ -243,29 +245,29 @@ class SampleLog:
         return None
 
     def close(self) -> None:
-        """End the step: nothing more is added to it, and its sample has been used."""
+        """End the step; its sample has been used."""
         self._open = self._mark = self._current = None
         self.mixed = False
 
     def _holding(self, rows: int, whole: bool, announced: Sample | None) -> Sample | None:
-        """Return the sample that so many rows may be of; the open one where there is one."""
+        """Return a sample that may have this many rows; the current step's, if it has one."""
         if announced is not None and self._is_at_hand(announced):
             return announced if announced.items >= rows else None
         candidates = [*([self._open] if self._open else []), *self._waiting]
         fitting = [sample for sample in candidates if sample.items >= rows]
         if whole and announced is None:
-            # Nobody split it up: a batch of just this size is likelier than a part of another.
+            # Without signals a batch is more likely a whole sample than a part of a larger one.
             fitting.sort(key=lambda sample: sample.items != rows)
         return fitting[0] if fitting else None
 
     def _is_at_hand(self, sample: Sample | None) -> bool:
-        """Return whether a sample may be trained on."""
+        """Return whether a sample waits for its step or is the current step's."""
         return sample is not None and sample in (self._open, *self._waiting)
 
     def _take(self, sample: Sample, rows: int) -> None:
         if sample is not self._open:
             self._waiting.remove(sample)
-            if self._open is not None:  # With several waiting it was taken for another one.
+            if self._open is not None:  # The first rows were assigned to too small a sample.
                 self._open.rows = 0
                 self._waiting.insert(0, self._open)
         sample.rows = rows

@@ -1,8 +1,8 @@
-"""Rows of zeros that fill a batch up to a public size: how they are made, and known again.
+"""Rows of zeros that pad a batch to a public size: how they are added, and how they are recognised.
 
-A row is padding if it is zero in all that the model is called with. That is a function of the
-example alone, so it needs no book-keeping on the way from the loader to the model. An example that
-is nothing but zeros is taken for padding, too, and contributes nothing.
+A row is padding if it is zero in all arguments of the model. This depends on the example alone, so
+the loader need not pass any marks to the model. An example that consists of zeros only is also
+taken for padding, and contributes nothing.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from opacus_bpclip.probe.leaves import batch_leaves, batch_size, map_leaves, par
 
 
 def present_rows(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Tensor:
-    """Return which examples of a model's call are not padding, ``[B]`` bool.
+    """Return which rows of a model's call are not padding, ``[B]`` bool.
 
     Args:
-        args: by position.
-        kwargs: by name.
-        axis: which axis of a tensor is the batch.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        axis: the batch axis of a tensor.
 
     Raises:
         CoverageError: no tensor holds examples.
     """
     present = None
     for tensor in _with_examples(args, kwargs, axis):
-        # Nan counts as a number.
+        # A nan is not zero.
         own = tensor.detach().movedim(axis, 0).unsqueeze(-1).flatten(1).any(dim=1)
         present = own if present is None else present | own.to(present.device)
     if present is None:
         raise CoverageError(
-            "The model was called without a tensor that has one row for each example, so nothing "
-            "shows which rows physical_batch_size has added, and they would count as data. Pass "
+            "The model was called without a tensor that has one row for each example, so the rows "
+            "that physical_batch_size has added cannot be recognised and would count as data. Pass "
             "the batch as tensors, and pack sequences inside the model."
         )
     return present
@@ -46,7 +46,7 @@ def present_rows(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Te
 
 def _with_examples(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Sequence[Tensor]:
     if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
-        # As simply as it can be traced.
+        # Simple enough for torch.compile to trace.
         found = [x for x in _tensors((args, kwargs)) if x.dim() > axis]
         return [x for x in found if x.shape[axis] == found[0].shape[axis]]
     size = batch_size(args, kwargs, axis)
@@ -65,18 +65,18 @@ def _tensors(value: Any) -> list[Tensor]:  # pragma: no cover (traced, unseen by
 
 
 def with_rows(value: Any, one: Any, two: Any, *, items: int, rows: int) -> Any:
-    """Return a batch with another number of rows.
+    """Return a batch with more rows, or with none.
 
     Args:
         value: the batch.
-        one: a batch of the same form, of one item.
-        two: the same, of that item twice: together they show where a batch has its rows.
-        items: how many items the batch has.
-        rows: 0 for none, or at least ``items``: then zeros are added. A list gets more entries
-            like its first, with zeros and empty strings.
+        one: a batch of one item, of the same structure.
+        two: a batch of that item twice. The axis that differs between the two is the batch axis.
+        items: the number of items in the batch.
+        rows: 0 for an empty batch, or at least ``items``: rows of zeros are added. A list gets
+            more entries like the first item's, with zeros and empty strings.
 
     Raises:
-        ValueError: something in the batch has not one row for each item.
+        ValueError: a part of the batch does not have one row for each item.
     """
 
     def changed(part: Any, first: Any, second: Any) -> Any:
@@ -98,7 +98,7 @@ def with_rows(value: Any, one: Any, two: Any, *, items: int, rows: int) -> Any:
         if is_packed(one) and rows > items:
             raise ValueError(
                 "The collate_fn makes a packed sequence, to which physical_batch_size cannot add "
-                "rows without a length. Collate a padded tensor and the lengths, and pack inside "
+                "sequences of length 0. Collate a padded tensor and the lengths, and pack inside "
                 "the model, with lengths.clamp(min=1)."
             )
         return value
@@ -123,14 +123,14 @@ def _resized(x: Tensor, axis: int, items: int, rows: int) -> Tensor:
 def _require_rows(size: int, items: int, what: str) -> None:
     if size != items:
         raise ValueError(
-            f"The collate_fn makes {what} with {size} rows of {items} items, so that "
-            "physical_batch_size cannot fill it up to a constant number of rows. Make one row of "
+            f"The collate_fn makes {what} with {size} rows of {items} items, so "
+            "physical_batch_size cannot pad it to a constant number of rows. Make one row of "
             "each item, or leave physical_batch_size out."
         )
 
 
 def _zero(leaf: Any) -> Any:
-    """Return what stands in a list for a number, a text or a tensor of an item."""
+    """Return the padding for a number, a text or a tensor in a list."""
     if isinstance(leaf, Tensor):
         return torch.zeros_like(leaf)
     if isinstance(leaf, (bool, int, float, complex, str, bytes)):

@@ -63,7 +63,7 @@ def test_a_rehearsal_leaves_no_trace(rehearsed, clipping):
     sums = {watched.name: watched._collected.clone() for watched in guard.arrived}
     passes, before = vars(guard.passes).copy(), snapshot(model)
     waiting = len(guard.passes.samples._waiting)
-    rehearsal.vouch(model, guard)
+    rehearsal.check_graphs(model, guard)
     assert len(rehearsed) == 1
     assert snapshot(model) == before
     for one, other in zip(left, [model.calls, model.latest, torch.get_rng_state()], strict=True):
@@ -206,8 +206,8 @@ def test_what_cannot_be_rehearsed_is_refused_until_an_eager_batch_has_vouched():
         with pytest.raises(
             PrivacyViolationError,
             match=r"called in a way \(arguments, flags, numbers of axes, training or evaluation\) "
-            r"whose use of its parameters was never checked.*made-up examples could not be tried "
-            r"in eager mode \(none could be made up for its arguments\).*"
+            r"that was never checked in eager mode.*Trying it on made-up examples "
+            r"failed \(none could be made up for its arguments\).*"
             r"Run one batch of each way of calling it without torch\.compile first",
         ):
             step(fast)
@@ -245,8 +245,8 @@ def test_what_only_the_loss_reaches_is_refused_until_an_eager_batch_has_vouched(
 
     with pytest.raises(
         PrivacyViolationError,
-        match=r"A compiled graph sent a gradient to other\.(weight|bias), and in eager mode none "
-        r"came.*run one batch without torch\.compile first",
+        match=r"A compiled graph sent a gradient to other\.(weight|bias), but its layer's call "
+        r"made none in eager mode.*run one batch without torch\.compile first",
     ):
         step(fast)
     step(private.model)

@@ -99,16 +99,16 @@ REFUSED = {
         {"w": torch.randn(16, 4)},
         "couples examples",
     ),
-    "rows in another order": (lambda s, x: (x.flip(0) * s.w).flip(0), {"w": W}, "these places"),
+    "rows in another order": (lambda s, x: (x.flip(0) * s.w).flip(0), {"w": W}, "the same places"),
     "half the batch after the other": (
         lambda s, x: (x.roll(len(x) // 2, 0) * s.w).roll(-(len(x) // 2), 0),
         {"w": W},
-        "these places",
+        "the same places",
     ),
     "copies in another order": (
         lambda s, x: x * s.w.expand(len(x), -1).flip(0),
         {"w": W},
-        "these places",
+        "the same places",
     ),
     "a custom autograd function": (lambda s, x: Squared.apply(x, s.w), {"w": W}, "s.w|w got"),
     "an argument that is changed after the call": (_changed_later, {"w": W}, "changed in place"),
@@ -118,7 +118,7 @@ REFUSED = {
         "would be lost|got gradient|got a gradient",
     ),
     "a selection by values": (_selected, {"w": W}, "does not have one row for each of them"),
-    "rows sorted by a random number": (_sorted_by_a_draw, {"w": W}, "these places"),
+    "rows sorted by a random number": (_sorted_by_a_draw, {"w": W}, "the same places"),
     "a loop over the examples": (
         lambda s, x: torch.stack([row * s.w for row in x]),
         {"w": W},
@@ -154,7 +154,7 @@ def test_copies_that_meet_sorted_examples_are_refused(compute, descending):
     )
     if compute is _sorted_by_a_mask:
         x = torch.randint(2, (6, 4))
-    with pytest.raises((CoverageError, PrivacyViolationError), match="these places"):
+    with pytest.raises((CoverageError, PrivacyViolationError), match="the same places"):
         _run(model, x)
 
 

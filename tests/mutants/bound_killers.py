@@ -99,13 +99,13 @@ def reflected_pixel() -> None:
 
 
 def second_group() -> None:
-    """A grouped convolution whose second group alone sees anything."""
+    """A grouped convolution whose second group alone has an input."""
     layer = nn.Conv1d(2, 2, 1, groups=2, bias=False)
     _one(layer, (2, 3), _spike(2, 3, at=(1, 1)), _spike(2, 3, at=(1, 1)))
 
 
 def two_groups() -> None:
-    """A grouped convolution whose groups see the same."""
+    """A grouped convolution whose groups have the same input."""
     layer = nn.Conv1d(2, 2, 1, groups=2, bias=False)
     _one(layer, (2, 1), torch.full((2, 1), HUGE), torch.full((2,), HUGE))
 

@@ -42,8 +42,8 @@ def sqrt_of_the_layers_lost(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.two_layers_after_a_new_limit, says=MOVED)
 def layers_not_told_of_a_new_limit(patch: pytest.MonkeyPatch) -> None:
-    """A scheduler lowers `max_grad_norm`, and with it the noise; the layers go on clipping to the
-    old one."""
+    """A scheduler lowers `max_grad_norm`, and with it the noise; the layers still clip to the old
+    limit."""
     setter = BackpropClipHooks._max_grad_norm
 
     def once(self: BackpropClipHooks, value: float) -> None:
@@ -57,7 +57,7 @@ def layers_not_told_of_a_new_limit(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.product_with_bias, says=MOVED)
 def bias_uncovered_by_product(patch: pytest.MonkeyPatch) -> None:
-    """The product bound forgets the column of ones that the bias appends to the input."""
+    """The product bound leaves out the column of ones that the bias appends to the input."""
     patch.setattr(norms, "max_column_norm", lambda max_norm, *, weight, bias: max_norm)
 
 
@@ -80,7 +80,7 @@ def bias_uncovered_by_exact(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.own_gradients_with_bias, says=MOVED)
 def bias_uncovered_by_own_gradients(patch: pytest.MonkeyPatch) -> None:
-    """Where an example's own gradient is made, the weight's alone is measured."""
+    """Where per-example gradients are made, only the weight's gradient is measured."""
     bound = FusedRule.bound_of_own
 
     def without(self: FusedRule, *arguments: Tensor) -> Tensor:
@@ -91,13 +91,13 @@ def bias_uncovered_by_own_gradients(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.input_above_the_clip, says=MOVED)
 def input_not_clipped(patch: pytest.MonkeyPatch) -> None:
-    """The product bound takes `max_input_norm` for granted, and nobody clips the input."""
+    """The product bound assumes inputs of norm `max_input_norm`, and the input is not clipped."""
     patch.setattr(LinearRule, "clip_factor", lambda self, norms, max_norm: torch.ones_like(norms))
 
 
 @mutant(killed_by=killers.input_above_the_clip, says=MOVED)
 def input_clip_claimed_and_not_made(patch: pytest.MonkeyPatch) -> None:
-    """The norms are those of a clipped input, and neither the output nor the gradient is scaled."""
+    """The norms are those of a clipped input, but neither the output nor the gradient is scaled."""
     measured = fused.FusedClip.measured
 
     def claimed(self: fused.FusedClip, x: Tensor) -> Any:
@@ -118,7 +118,7 @@ def largest_position_for_all(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.long_sequence, says=MOVED)
 def positions_added_up_in_squares(patch: pytest.MonkeyPatch) -> None:
-    """The weighted bound adds positions up in squares, as if they could not point the same way."""
+    """The weighted bound adds up squares of positions, as if they could not point the same way."""
 
     def squares(g: Tensor, columns: Tensor, *_: Any) -> Tensor:
         return torch.linalg.vector_norm(g * columns[:, :, None], dim=(1, 2, 3))
@@ -163,8 +163,8 @@ def groups_not_added_up(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.repeated_token_by_exact, says=MOVED)
 def embedding_row_repeated(patch: pytest.MonkeyPatch) -> None:
-    """The exact bound gives each position of an embedding a row of its own; a token that stands in
-    several puts them all into one."""
+    """The exact bound treats each position of an embedding as a separate row; the positions of one
+    token add up in one row."""
 
     def apart(self: EmbeddingRule, g: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return torch.linalg.vector_norm(g, dim=(1, 2))
@@ -174,23 +174,23 @@ def embedding_row_repeated(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.normalised_spike, says=MOVED)
 def normalised_values_ignored(patch: pytest.MonkeyPatch) -> None:
-    """The affine map of a normalisation is taken for a bias: its weight's gradient is unbounded,
-    since normalised values grow with the size of what is normalised."""
+    """The affine map of a normalisation is bounded like a bias: its weight's gradient has no bound,
+    since normalised values can be large."""
     clipped_around_the_layer(patch)
     patch.setattr(LayerNormRule, "normalized", lambda self, x: torch.zeros_like(x))
 
 
 @mutant(killed_by=killers.normalised_spike, says=MOVED)
 def affine_weight_not_measured(patch: pytest.MonkeyPatch) -> None:
-    """Of a normalisation's gradient, the bias's part alone is measured."""
+    """Of a normalisation's gradient, only the bias's part is measured."""
     row_norms = use.row_norms
     patch.setattr(use, "row_norms", lambda own: row_norms(own[:, own.shape[1] // 2 :]))
 
 
 @mutant(killed_by=killers.layer_norm_far_from_zero, says=MOVED)
 def means_left_in_normalised_layers(patch: pytest.MonkeyPatch) -> None:
-    """A mean far above the deviations stays in the layer's input, and turns rounding errors into
-    normalised values that no bound knows."""
+    """A mean far above the deviations stays in the layer's input. The normalised values are then
+    rounding errors, for which the bounds do not hold."""
     clipped_around_the_layer(patch)
     patch.setattr(LayerNormRule, "centred", lambda self, x: x)
 
@@ -203,8 +203,8 @@ def reuse_counted_once(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.tied_layers, says=MOVED)
 def tied_layers_limited_apart(patch: pytest.MonkeyPatch) -> None:
-    """Layers that share a weight get a limit each, added up in squares, though their contributions
-    to the weight can point the same way."""
+    """Layers that share a weight have a limit each, whose squares are added up, though their
+    contributions to the weight can point the same way."""
 
     def apart(layers: Any) -> dict[str, Group]:
         return {name: Group(name, (layer,)) for name, layer in layers.items()}
@@ -214,7 +214,8 @@ def tied_layers_limited_apart(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.steps_that_agree, says=MOVED)
 def time_steps_limited_apart(patch: pytest.MonkeyPatch) -> None:
-    """Each time step of a recurrent network is clipped to the whole limit, though they add up."""
+    """Each time step of a recurrent network is clipped to the whole limit, though their
+    contributions add up."""
 
     def apart(step: recurrent._Step) -> Scope:
         return step.budget.scope_of(step.target, at_once=True)
@@ -224,7 +225,7 @@ def time_steps_limited_apart(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.two_raw_parameters, says=MOVED)
 def raw_parameters_limited_apart(patch: pytest.MonkeyPatch) -> None:
-    """A module's raw parameters are bounded by the first one's gradient alone."""
+    """The bound of a module's own parameters counts only the first one's gradient."""
 
     class First(OwnUse):
         def measure(self) -> Measured:
@@ -238,16 +239,16 @@ def raw_parameters_limited_apart(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.vanishing_columns, says=MOVED)
 def vanishing_squares_taken_for_zero(patch: pytest.MonkeyPatch) -> None:
-    """Squares that vanish make norms of zero: tiny inputs pass for none, and nothing clips their
-    product with a large gradient."""
+    """Squares underflow, so norms become zero: tiny inputs count as zero, and their product with a
+    large gradient is not clipped."""
     patch.setattr(norms, "smallest_column", lambda dtype: 0.0)
     patch.setattr(norms, "underflow", lambda count, dtype: 0.0)
 
 
 @mutant(killed_by=killers.below_the_clip, says=MOVED)
 def upstream_clipped_after_use(patch: pytest.MonkeyPatch) -> None:
-    """The layer's gradient is made of the upstream gradient as it arrives; only what goes on to the
-    layers below is clipped."""
+    """The layer's gradient is made from the unclipped upstream gradient; only the gradient that
+    goes on to the layers below is clipped."""
 
     def after_use(self: FusedUse, factors_of: FactorsOf) -> Clipped:
         factors = factors_of(self.measure())
@@ -259,8 +260,8 @@ def upstream_clipped_after_use(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.buffer_filled_anew, says=MOVED)
 def measurement_kept_for_the_next_batch(patch: pytest.MonkeyPatch) -> None:
-    """An input's measurement is kept as long as the tensor is the same, whatever batch its memory
-    holds now."""
+    """The measurement of an input is kept as long as the tensor is the same object, even if its
+    memory has another batch."""
     of = SharedMeasurement.of
     patch.setattr(
         SharedMeasurement, "of", lambda self, x, how, _, measure: of(self, x, how, 0, measure)

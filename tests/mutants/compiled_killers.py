@@ -1,4 +1,4 @@
-"""Killers of mutants of what vouches for compiled graphs."""
+"""Killers of mutants of the checks of compiled graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contributions that depend on other examples, or that somebody else made."""
+"""Contributions that depend on other examples, or that are not clipped gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.mutants.registry import mutant, take_for_a_mean
     killed_by=coupling_killers.hostile_batch_together_and_alone, says="together and alone differ"
 )
 def mean_never_undone(patch: pytest.MonkeyPatch) -> None:
-    """What is clipped is the gradient of a mean: one example more shrinks all the others."""
+    """The gradient of a mean is clipped: one more example shrinks the gradients of all others."""
     take_for_a_mean(patch, False)
 
 
@@ -47,7 +47,8 @@ def mean_undone_after_clipping(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=coupling_killers.two_layers_together_and_alone, says="together and alone differ")
 def mean_undone_in_every_layer_anew(patch: pytest.MonkeyPatch) -> None:
-    """What goes on to the layers below is not divided again: they see the batch's private size."""
+    """The gradient that goes on to the layers below is not divided again, so it depends on the
+    batch's private size."""
     arrive = Scope.arrive
 
     def undivided(self: Scope, use: Use) -> tuple[Tensor | None, ...]:
@@ -59,7 +60,7 @@ def mean_undone_in_every_layer_anew(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=coupling_killers.two_layers_together_and_alone, says="together and alone differ")
 def weights_not_multiplied_back(patch: pytest.MonkeyPatch) -> None:
-    """A linear layer clips as if the loss were a sum, and leaves its gradient that of a mean."""
+    """A linear layer clips as if the loss were a sum, but returns the gradient of a mean."""
     gradients = LinearRule.gradients
 
     def divided(self: LinearRule, *args: Any, multiplier: int, **options: Any) -> Any:
@@ -72,8 +73,8 @@ def weights_not_multiplied_back(patch: pytest.MonkeyPatch) -> None:
     killed_by=coupling_killers.hostile_batch_together_and_alone, says="together and alone differ"
 )
 def one_factor_for_the_batch(patch: pytest.MonkeyPatch) -> None:
-    """All examples are scaled by the factor of the largest: one example decides what the others
-    contribute."""
+    """All examples are scaled by the factor of the largest: one example changes the contributions
+    of the others."""
     measure = FusedUse.measure_by_bound
 
     def largest(self: FusedUse) -> Measured:
@@ -86,8 +87,8 @@ def one_factor_for_the_batch(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=coupling_killers.group_norm_together_and_alone, says="together and alone differ")
 def examples_channels_mixed_up(patch: pytest.MonkeyPatch) -> None:
-    """A group norm's kernel returns the gradients of all examples' channels in one row; cut up the
-    wrong way, each piece is clipped as one example's and holds several's."""
+    """A group norm's kernel returns the gradients of all examples' channels in one row. If the row
+    is cut wrongly, each piece is clipped as one example's and has parts of several."""
     gradients = GroupNormRule.gradients
 
     def transposed(self: GroupNormRule, *args: Any, **options: Any) -> tuple[Any, Tensor]:
@@ -99,8 +100,8 @@ def examples_channels_mixed_up(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=coupling_killers.convolution_together_and_alone, says="together and alone differ")
 def examples_kernels_mixed_up(patch: pytest.MonkeyPatch) -> None:
-    """A convolution's kernel takes examples for groups of channels, and returns gradients in one
-    row; cut up the wrong way, each piece holds several examples'."""
+    """A convolution's kernel gets examples as groups of channels, and returns their gradients in
+    one row. If the row is cut wrongly, each piece has parts of several examples."""
     gradients = ConvRule.own_gradients
 
     def transposed(self: ConvRule, *args: Any) -> Tensor:
@@ -115,8 +116,8 @@ def examples_kernels_mixed_up(patch: pytest.MonkeyPatch) -> None:
     says="together and alone differ",
 )
 def means_left_in_normalisations_kernels(patch: pytest.MonkeyPatch) -> None:
-    """A group norm's backward kernel takes the mean away from what it has added up. Of a large one
-    rounding errors stay, and they change with the size of a mean loss's batch."""
+    """A group norm's backward kernel subtracts the mean's part after it has added up. A large mean
+    leaves rounding errors, which change with the batch size of a mean loss."""
     gradients = GroupNormRule.gradients
 
     def cancelling(
@@ -138,22 +139,23 @@ def means_left_in_normalisations_kernels(patch: pytest.MonkeyPatch) -> None:
     says="together and alone differ",
 )
 def frozen_normalisations_left_to_autograd(patch: pytest.MonkeyPatch) -> None:
-    """A frozen normalisation's kernel takes `mean * sum g` from `sum g x`, and the layers below
-    clip what rounding has made of the difference."""
+    """A frozen normalisation's kernel subtracts `mean * sum g` from `sum g x`, and the layers below
+    clip the rounding errors of the difference."""
     patch.setattr(grad_sample_module, "frozen_normalizations", lambda *_: ())
 
 
 @mutant(killed_by=coupling_killers.input_not_finite, says="the sum is not finite")
 @mutant(killed_by=coupling_killers.upstream_not_finite, says="the sum is not finite")
 def nan_passed_through(patch: pytest.MonkeyPatch) -> None:
-    """An example that is not finite goes into the sum, and everybody's gradient is nan."""
+    """An example that is not finite is added to the sum, and the gradient of the whole batch is
+    nan."""
     for module in (at_once, factors, use, fused, fused_use, layers, base):
         patch.setattr(module, "zero_rows", lambda x, keep: x)
 
 
 @mutant(killed_by=coupling_killers.upstream_of_a_sequence_not_finite, says="the sum is not finite")
 def nan_in_own_gradients_passed_through(patch: pytest.MonkeyPatch) -> None:
-    """A gradient that is not finite is added up with factor zero, which makes it nan."""
+    """A per-example gradient that is not finite is added up with factor zero, which gives nan."""
     for module in (at_once, fused_use):
         patch.setattr(module, "zero_rows", lambda x, keep: x)
 
@@ -164,8 +166,8 @@ def nan_in_own_gradients_passed_through(patch: pytest.MonkeyPatch) -> None:
     says="nothing bounds was released",
 )
 def sources_not_asked_for(patch: pytest.MonkeyPatch) -> None:
-    """What comes to a parameter through autograd is collected without asking where it came from, as
-    `p.grad` by nature does; layers deliver their sums another way."""
+    """Any gradient that arrives at a parameter through autograd is collected, as `p.grad` does by
+    default; the layers' sums are handed over in another way."""
 
     def collect(self: WatchedParameter, gradient: Tensor | None) -> None:
         if gradient is not None:
@@ -176,7 +178,7 @@ def sources_not_asked_for(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=guard_killers.gradient_there_before, says="nothing bounds was released")
 def sums_collected_unseen(patch: pytest.MonkeyPatch) -> None:
-    """Layers' sums are collected without a look at what was there before."""
+    """The layers' sums are collected without a check that the gradient was empty before."""
 
     def collect(self: GradientGuard, _: object, sums: Mapping[nn.Parameter, Tensor]) -> None:
         for parameter, total in sums.items():
@@ -188,8 +190,8 @@ def sums_collected_unseen(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=guard_killers.one_batch_backward_twice, says="nothing bounds was released")
 def calls_contribute_twice(patch: pytest.MonkeyPatch) -> None:
-    """Nobody counts how often a backward pass comes to a call of a layer: each is one more
-    contribution of every example."""
+    """Backward passes through one call of a layer are not counted: each adds another contribution
+    of every example."""
     backward = node._Node.backward
 
     def unspent(ctx: Any, g: Tensor) -> Any:
@@ -202,8 +204,8 @@ def calls_contribute_twice(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=guard_killers.heads_backward_apart, says="nothing bounds was released")
 def scopes_end_any_number_of_times(patch: pytest.MonkeyPatch) -> None:
-    """Each backward pass through a part of one forward pass is scaled to the whole joint budget,
-    whatever another part has spent of it."""
+    """Each backward pass through a part of one forward pass gets the whole joint budget, also if
+    another part has spent it."""
     finish = Scope.finish
 
     def again(self: Scope) -> dict[nn.Parameter, Tensor]:

@@ -14,11 +14,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "mutants.md"
 HEAD = """\
 # Mutants
 
-A test that cannot fail proves nothing. So the suite keeps a list of ways to be wrong. Each is
-patched into the real code, and a check of the suite must then fail, of what the mutant breaks; the
-same check passes on the code as it is. `tests/test_mutants.py` does that for all of them.
+A test that cannot fail proves nothing. So the suite keeps a list of mutants, each of which makes
+the code wrong in one way. A mutant is patched into the real code, and then a check of the property
+that it breaks must fail. The same check must pass on the unchanged code. `tests/test_mutants.py`
+does this for all of them.
 
-This page is generated. After a change in `tests/mutants/`:
+This page is generated. After a change in `tests/mutants/`, run
 
     python -m tests.mutants.document
 """

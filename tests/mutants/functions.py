@@ -39,19 +39,19 @@ def _with_other_places(patch: pytest.MonkeyPatch, change: Any) -> None:
 
 @mutant(killed_by=killers.batch_on_the_second_axis, says=APART)
 def batch_taken_for_the_first_axis(patch: pytest.MonkeyPatch) -> None:
-    """The examples are looked for on the first axis, where there are time steps."""
+    """The batch is assumed to be the first axis, which is that of time steps."""
     _with_other_places(patch, lambda place: place and place._replace(axis=0))
 
 
 @mutant(killed_by=killers.rows_folded_with_other_axes, says=APART)
 def fold_read_the_other_way_round(patch: pytest.MonkeyPatch) -> None:
-    """Entries of an example that are a stride apart are taken for neighbours."""
+    """Entries of an example that are a stride apart are treated as neighbours."""
     _with_other_places(patch, lambda place: place and place._replace(inner=False))
 
 
 @mutant(killed_by=killers.scale_of_every_example, says=APART)
 def copy_shared_by_two_examples(patch: pytest.MonkeyPatch) -> None:
-    """Two examples have one copy of the parameter: each is measured by the gradient of both."""
+    """Two examples share one copy of the parameter: each is measured by the gradient of both."""
     make = function_use.own_gradients
 
     def shared(*args: Any) -> Any:
@@ -67,7 +67,7 @@ def copy_shared_by_two_examples(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.linear_function_with_bias, says="joint" + MOVED)
 def bias_of_a_function_not_measured(patch: pytest.MonkeyPatch) -> None:
-    """Of a linear function the weight's gradient is measured, and the bias's is added up, too."""
+    """Of a linear function only the weight's gradient is measured; the bias's is added up, too."""
     rule_of_call = function_rules.rule_of_call
 
     def without(*args: Any) -> Any:
@@ -81,7 +81,7 @@ def bias_of_a_function_not_measured(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.parameter_used_by_two_functions, says=APART)
 def last_function_taken_for_all(patch: pytest.MonkeyPatch) -> None:
-    """Of several functions on one parameter, one is measured, and all are added up."""
+    """Of several functions on one parameter only one is measured, but all are added up."""
     enter = Scope.enter
 
     def once(self: Scope, layer: Layer, group: str) -> None:
@@ -93,7 +93,8 @@ def last_function_taken_for_all(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.weight_computed_from_parameters, says=APART)
 def weight_measured_before_it_is_sent_back(patch: pytest.MonkeyPatch) -> None:
-    """The gradient of a weight that is computed from a parameter is taken for the parameter's."""
+    """The gradient of a weight that is computed from a parameter is measured in the place of the
+    parameter's gradient."""
 
     def as_it_is(value: Tensor, own: Tensor, *, batched: bool) -> Sequence[Tensor]:
         return [own]
@@ -103,12 +104,13 @@ def weight_measured_before_it_is_sent_back(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.rows_turned_round, says=FOUND)
 def order_of_functions_not_looked_at(patch: pytest.MonkeyPatch) -> None:
-    """Nobody compares the rows that a function meets with the examples."""
+    """The rows of a function are not compared with the examples."""
     patch.setattr(trials, "narrow", lambda *args: None)
     patch.setattr(trials, "check_replayed", lambda *args: None)
 
 
 @mutant(killed_by=killers.copies_turned_round, says=FOUND)
 def copies_taken_for_the_examples_own(patch: pytest.MonkeyPatch) -> None:
-    """Of what is the same for every example, nobody looks which example it goes to."""
+    """For results that are equal for all examples, it is not checked to which example each row
+    goes."""
     patch.setattr(order_of_functions, "_outputs_stay", lambda *args: True)

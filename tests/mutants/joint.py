@@ -25,8 +25,8 @@ APART = "together and alone differ"
 
 @mutant(killed_by=killers.two_layers_in_one_budget, says=JOINT)
 def one_layer_not_measured(patch: pytest.MonkeyPatch) -> None:
-    """One layer is left out of the examples' norms, and is scaled by a factor that knows only the
-    others."""
+    """One layer is left out of the examples' norms, and is scaled by a factor from the other layers
+    only."""
     clip_kept = Scope._clip_kept
 
     def without(self: Scope) -> None:
@@ -39,7 +39,7 @@ def one_layer_not_measured(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.two_layers_in_one_budget, says=JOINT)
 def sums_made_before_all_is_measured(patch: pytest.MonkeyPatch) -> None:
-    """Each layer's sum is made as soon as its gradient arrives, with the factor of what has been
+    """Each layer's sum is made as soon as its gradient arrives, with a factor from the layers
     measured so far."""
     arrive = Scope.arrive
 
@@ -55,8 +55,8 @@ def sums_made_before_all_is_measured(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.small_gradients_normalised, says=JOINT)
 def factor_applied_twice(patch: pytest.MonkeyPatch) -> None:
-    """An example's gradient is scaled twice: where small ones are scaled up, far above the
-    limit."""
+    """An example's gradient is scaled twice. Where small gradients are scaled up, the result is far
+    above the limit."""
     factors = Scope._factors
 
     def twice(self: Scope, found: Measured, use: Use) -> Factors:
@@ -68,7 +68,7 @@ def factor_applied_twice(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.two_uses_in_one_budget, says=JOINT)
 def first_use_taken_for_all(patch: pytest.MonkeyPatch) -> None:
-    """Of a layer that is used twice, one use is measured, and both are added up."""
+    """Of a layer that is used twice only one use is measured, but both are added up."""
 
     def first(uses: Sequence[Use], bound: Bound) -> Measured:
         return uses[0].measure()
@@ -79,8 +79,8 @@ def first_use_taken_for_all(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.tied_layers_in_one_budget, says=JOINT)
 def tied_layers_measured_apart(patch: pytest.MonkeyPatch) -> None:
-    """The gradients of layers that share a weight are measured one by one and added up in squares,
-    as if they could not point the same way."""
+    """The gradients of layers that share a weight are measured separately and their squares are
+    added up, as if they could not point the same way."""
     enter = Scope.enter
 
     def apart(self: Scope, layer: Layer, group: str) -> None:
@@ -91,7 +91,7 @@ def tied_layers_measured_apart(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.small_batch_before_a_large_one, says=JOINT)
 def norms_of_the_batch_before(patch: pytest.MonkeyPatch) -> None:
-    """The factors are made of the examples' norms in the batch before."""
+    """The factors are computed from the examples' norms in the batch before."""
     factors = Scope._factors
     seen: list[tuple[Scope, Measured]] = []
 
@@ -107,8 +107,8 @@ def norms_of_the_batch_before(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.large_and_small_together_and_alone, says=APART)
 def norms_over_the_batchs_mean(patch: pytest.MonkeyPatch) -> None:
-    """An example's norm is taken relative to the batch's mean, so that its companions decide what
-    it contributes."""
+    """An example's norm is relative to the batch's mean, so the other examples change its
+    contribution."""
     factors = Scope._factors
 
     def relative(self: Scope, found: Measured, use: Use) -> Factors:
@@ -131,8 +131,8 @@ def norms_over_the_batchs_largest(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.one_layer_not_finite, says="moved the sum by")
 def example_kept_where_it_is_finite(patch: pytest.MonkeyPatch) -> None:
-    """An example that is not finite in one layer contributes to the others, with a factor that
-    nobody has found: its norm is not known."""
+    """An example that is not finite in one layer contributes to the other layers, although its norm
+    is unknown."""
 
     def own(self: Scope, total: Measured, use: Use, shared: object) -> Factors:
         return self._factors(use.measure(), use)
@@ -142,8 +142,8 @@ def example_kept_where_it_is_finite(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.rounding_normalised, says=APART)
 def stability_left_out(patch: pytest.MonkeyPatch) -> None:
-    """A gradient of which rounding alone is left is scaled up to the limit, and it changes with
-    the size of a mean loss's batch."""
+    """A gradient that consists of rounding errors is scaled up to the limit, and it changes with
+    the batch size of a mean loss."""
     target_of = budget.target_of
 
     def bare(config: BackpropClipping) -> Target:
@@ -154,8 +154,8 @@ def stability_left_out(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.sequences_of_several_lengths, says=APART)
 def packed_rows_not_put_in_order(patch: pytest.MonkeyPatch) -> None:
-    """Packed sequences are sorted by length, and nobody sorts them back: a recurrent network's row
-    is taken for another example than the same row of the other layers."""
+    """Packed sequences are sorted by length and not put back in order: a recurrent network's row is
+    another example than the same row of the other layers."""
     patch.setattr(FusedUse, "in_order", lambda self: self)
 
 
@@ -163,14 +163,14 @@ def packed_rows_not_put_in_order(patch: pytest.MonkeyPatch) -> None:
     killed_by=killers.gradient_changed_after_it_was_measured, says="nothing bounds was released"
 )
 def kept_gradients_not_looked_at(patch: pytest.MonkeyPatch) -> None:
-    """What is kept between measuring and adding up is taken for unchanged: a hook can change it in
-    place, with its norm."""
+    """A gradient that is kept between measuring and adding up is not checked for changes: a hook
+    can change it in place."""
     patch.setattr(FusedUse, "has_changed", lambda self: False)
 
 
 @mutant(killed_by=killers.two_compiled_forward_passes, says="nothing bounds was released")
 def compiled_forward_passes_not_counted(patch: pytest.MonkeyPatch) -> None:
-    """Nobody counts how many forward passes of a compiled graph a backward pass goes through: each
-    spends the whole budget on the same examples."""
+    """The forward passes of a compiled graph in one backward pass are not counted: each spends the
+    whole budget on the same examples."""
     init = Ends.__init__
     patch.setattr(Ends, "__init__", lambda self, _, *others: init(self, 2**20, *others))

@@ -30,8 +30,8 @@ REFUSED = "refused: {layer} got an input of shape .* its first axis must be the 
 
 @mutant(killed_by=killers.repeated_token_of_a_bag, says="layer" + MOVED)
 def tokens_of_a_bag_taken_for_different_ones(patch: pytest.MonkeyPatch) -> None:
-    """A bag's tokens are added up in squares, as if each had a row of its own; equal tokens add up
-    in one."""
+    """The squares of a bag's tokens are added up, as if each token were another row; equal tokens
+    add up in one row."""
 
     def apart(self: EmbeddingBagRule, bags: Any, dtype: torch.dtype) -> Tensor:
         weights = torch.ones(len(bags.ids), dtype=dtype)
@@ -45,8 +45,8 @@ def tokens_of_a_bag_taken_for_different_ones(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.mean_of_a_bag, says="layer" + MOVED)
 def mean_of_a_bag_divided_twice(patch: pytest.MonkeyPatch) -> None:
-    """The norms of a bag that is a mean are divided by its size once more: the bound is as many
-    times too small as the bag has tokens."""
+    """The norms of a bag that is a mean are divided by its size a second time: the bound is too
+    small by the bag's number of tokens."""
     column_norms = EmbeddingBagRule._column_norms
 
     def divided(self: EmbeddingBagRule, bags: Any, dtype: torch.dtype) -> Tensor:
@@ -59,8 +59,8 @@ def mean_of_a_bag_divided_twice(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.mean_of_a_bag_with_padding, says="layer" + MOVED)
 def padding_counted_in_the_mean(patch: pytest.MonkeyPatch) -> None:
-    """Padding counts as a token of the mean, which the layer leaves out: the other tokens' weights
-    are taken for smaller than they are."""
+    """Padding counts as a token of the mean, although the layer leaves it out: the other tokens'
+    weights are assumed to be too small."""
     column_norms = EmbeddingBagRule._column_norms
 
     def counted(self: EmbeddingBagRule, *args: Any) -> Tensor:
@@ -71,7 +71,7 @@ def padding_counted_in_the_mean(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.weights_of_a_bag, says="layer" + MOVED)
 def weights_of_a_bag_ignored(patch: pytest.MonkeyPatch) -> None:
-    """Every token of a bag counts as one, whatever its weight; weights have no limit."""
+    """Every token of a bag has weight one in the bound, although weights have no limit."""
     column_norms = EmbeddingBagRule._column_norms
 
     def unweighted(self: EmbeddingBagRule, bags: Any, dtype: torch.dtype) -> Tensor:
@@ -82,8 +82,8 @@ def weights_of_a_bag_ignored(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.bags_of_several_lengths, says="layer" + MOVED)
 def bags_taken_for_equally_long(patch: pytest.MonkeyPatch) -> None:
-    """The tokens are dealt out evenly, whatever the offsets say: a long bag is measured by what
-    its neighbours hold."""
+    """The tokens are divided evenly among the bags, without regard to the offsets: a long bag is
+    measured by its neighbours' tokens."""
     read = EmbeddingBagRule._bags
 
     def even(self: EmbeddingBagRule, inputs: Inputs) -> Any:
@@ -96,7 +96,7 @@ def bags_taken_for_equally_long(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.weight_of_a_bag_that_is_not_finite, says="the sum is not finite")
 def weights_that_are_not_finite_let_in(patch: pytest.MonkeyPatch) -> None:
-    """Nobody looks whether a bag's weights are finite: one nan is in everybody's sum."""
+    """A bag's weights are not checked: one nan makes the whole sum nan."""
     prepare = EmbeddingBagRule.prepare
 
     def trusting(self: EmbeddingBagRule, inputs: Inputs, max_norm: float | None) -> Prepared:
@@ -108,15 +108,15 @@ def weights_that_are_not_finite_let_in(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.many_equal_tokens, says=r"\(root\): 1\.000\d+ > 1\.0")
 def additions_taken_for_exact(patch: pytest.MonkeyPatch) -> None:
-    """Sums are taken for exact, though every addition rounds: over a long sequence, errors of one
-    direction pile up beyond the bound."""
+    """Sums are treated as exact, though every addition rounds: over a long sequence the errors may
+    all have one sign and exceed the bound."""
     patch.setattr(norms, "accumulation", lambda positions, dtype: 1)
 
 
 @mutant(killed_by=killers.transposed_convolution, says=MOVED)
 def patches_not_added_up(patch: pytest.MonkeyPatch) -> None:
-    """The largest pixel's patch stands for all of a transposed convolution, though all add up in
-    one weight."""
+    """A transposed convolution is bounded by its largest pixel's patch, though all patches add up
+    in one weight."""
 
     def largest(g: Tensor, columns: Tensor, *_: Any) -> Tensor:
         return torch.linalg.vector_norm(g.abs().amax(3) * columns.amax(2)[..., None], dim=(1, 2))
@@ -133,8 +133,8 @@ def output_bias_uncovered(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.transposed_convolution_with_bias, says=MOVED)
 def output_bias_taken_for_a_part_of_the_columns(patch: pytest.MonkeyPatch) -> None:
-    """The bias is counted once a patch, as in a convolution; here it meets every position of the
-    output."""
+    """The bias is counted once for each patch, as in a convolution; here it is added at every
+    position of the output."""
 
     def one_patch(self: ConvTransposeRule, g: Tensor) -> Tensor:
         return norms.weighted_bound(self.upstream(g)[..., :1], torch.ones(len(g), self.groups, 1))
@@ -145,8 +145,8 @@ def output_bias_taken_for_a_part_of_the_columns(patch: pytest.MonkeyPatch) -> No
 
 @mutant(killed_by=killers.transposed_convolution_with_padding, says=MOVED)
 def patches_without_padding(patch: pytest.MonkeyPatch) -> None:
-    """A transposed convolution's patches are laid from the border of the output on, not from where
-    its padding cut it off: each pixel is measured with another one's patch."""
+    """A transposed convolution's patches begin at the border of the output instead of the border
+    before its padding was cut off: each pixel is measured with another pixel's patch."""
     aligned = ConvTransposeRule._aligned
 
     def from_the_border(self: ConvTransposeRule, g: Tensor, x: Tensor) -> Tensor:
@@ -157,8 +157,8 @@ def patches_without_padding(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.transposed_convolution_in_groups, says=MOVED)
 def pixels_clipped_by_one_group(patch: pytest.MonkeyPatch) -> None:
-    """The first group's factor clips the pixels of all groups: another group's stay above the norm
-    that the product bound takes for granted."""
+    """The first group's factor clips the pixels of all groups: those of another group stay above
+    the norm that the product bound assumes."""
     clip_factor = ConvTransposeRule.clip_factor
 
     def first(self: ConvTransposeRule, columns: Tensor, max_norm: float) -> Tensor:
@@ -169,8 +169,8 @@ def pixels_clipped_by_one_group(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.pairs_by_product, says="layer" + MOVED)
 def each_input_clipped_to_the_whole_norm(patch: pytest.MonkeyPatch) -> None:
-    """Each input of a bilinear layer is clipped to the norm that their product may have, so that
-    the product has its square."""
+    """Each input of a bilinear layer is clipped to the limit of their product, which then may have
+    the limit's square as its norm."""
     prepare = BilinearRule.prepare
 
     def whole(self: BilinearRule, inputs: Inputs, max_norm: float | None) -> Prepared:
@@ -181,7 +181,7 @@ def each_input_clipped_to_the_whole_norm(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.pairs_by_weighted, says="layer" + MOVED)
 def one_input_measured(patch: pytest.MonkeyPatch) -> None:
-    """A bilinear layer's columns are measured by its first input alone; the second multiplies them
+    """A bilinear layer's columns are measured by its first input only; the second may multiply them
     by any number."""
     prepare = BilinearRule.prepare
 
@@ -210,7 +210,7 @@ def positive_inputs_taken_for_negative(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.negative_inputs_by_exact, says=MOVED)
 @mutant(killed_by=killers.negative_inputs_by_weighted, says=MOVED)
 def positions_of_a_slope_not_added_up(patch: pytest.MonkeyPatch) -> None:
-    """Positions of one slope are added up in squares, as if each had a slope of its own."""
+    """The squares of one slope's positions are added up, as if each position had another slope."""
     by_slope = PReLURule._by_slope
 
     def apart(self: PReLURule, x: Tensor) -> Tensor:
@@ -221,14 +221,15 @@ def positions_of_a_slope_not_added_up(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.added_token, says="layer" + MOVED)
 def first_token_taken_for_the_added_one(patch: pytest.MonkeyPatch) -> None:
-    """The bias that is one more token is bounded by the first token's gradient; it stands last."""
+    """The bias that is appended as one more token is bounded by the first token's gradient; it is
+    the last token."""
     patch.setattr(SequenceBiasRule, "exact", lambda self, g, *_: norms.row_norms(g[:, 0]))
 
 
 @mutant(killed_by=killers.added_token, says=REFUSED.format(layer="layer"))
 def added_token_with_the_batch_first(patch: pytest.MonkeyPatch) -> None:
-    """The layer is taken to have the batch where the model has it, and no trial shows where it is:
-    one factor would scale a mix of examples. The guard sees it, in batches that have not as many
+    """The layer is assumed to have the batch on the model's batch axis, without a trial: one factor
+    would scale a mix of examples. The guard refuses it only in batches that have not as many
     examples as steps."""
     patch.setattr(SequenceBiasRule, "batch_axis", lambda self, default: default)
     patch.setattr(functions, "_passed_by", lambda *args: set())
@@ -249,8 +250,8 @@ def bias_of_a_transposed_linear_layer_uncovered(patch: pytest.MonkeyPatch) -> No
     says=REFUSED.format(layer=r"attention\.qlinear"),
 )
 def attention_taken_for_layers_of_the_model(patch: pytest.MonkeyPatch) -> None:
-    """The layers inside an attention, and a transformer's, are taken to have the batch where the
-    model has it, and no trial shows where it is: one factor would scale one time step of all
-    examples. The guard sees it, as soon as sizes differ."""
+    """The layers inside an attention, and inside a transformer, are assumed to have the batch on
+    the model's batch axis, without a trial: one factor would scale one time step of all examples.
+    The guard refuses it only where the two sizes differ."""
     patch.setattr(coverage, "attention_axes", lambda model: {})
     patch.setattr(functions, "_passed_by", lambda *args: set())

@@ -41,7 +41,7 @@ def loss_around_the_criterion() -> None:
 
 
 def flattened_rows() -> None:
-    """A loss over the positions of all examples in one list, of whose rows none is an example."""
+    """A loss over the positions of all examples in one list, where a row is no example."""
     torch.manual_seed(0)
     trainer = Trainer(nn.Linear(2, 2), (3, 2), layerwise(), criterion=_Classes())
 
@@ -68,12 +68,12 @@ def blank_companions() -> None:
 
 
 def positions_that_cancel_in_a_norm() -> None:
-    """A group norm's own gradient, of which rounding alone is left."""
+    """A group norm's own gradient, of which only rounding errors are left."""
     check_rounding_is_small(nn.GroupNorm(2, 2), "weighted")
 
 
 def positions_that_cancel_in_a_convolution() -> None:
-    """A convolution's own gradient in the exact bound, of which rounding alone is left."""
+    """A convolution's own gradient in the exact bound, of which only rounding errors are left."""
     check_rounding_is_small(nn.Conv1d(2, 2, 1), "exact")
 
 

@@ -33,7 +33,7 @@ def _scale_noise(
 @mutant(killed_by=killers.audit, says="the audit says: .*mu is at least")
 def original_bug(patch: pytest.MonkeyPatch) -> None:
     """The withdrawn results: the sensitivity is divided by the batch size once more, so the noise
-    is as many times too small as the batch has examples."""
+    is too small by the batch's number of examples."""
     _scale_noise(patch, lambda own: 1 / own.expected_batch_size)
 
 
@@ -48,9 +48,9 @@ def delta_squared_for_delta(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.accounting, says="the accountant saw")
 @mutant(killed_by=killers.audit_of_branches, says="the audit says: .*does not follow its law")
 def layers_as_separate_steps(patch: pytest.MonkeyPatch) -> None:
-    """The repaired reference code: each layer is a step of its own, with noise for its own
-    sensitivity. The accountant is told of L samples where there was one, and a central-limit
-    accountant then claims an epsilon of 3 where it is 23.6."""
+    """The repaired reference code: each layer is a separate step, with noise for its own
+    sensitivity. The accountant counts L samples where there was one, and a central-limit accountant
+    then claims an epsilon of 3 where it is 23.6."""
 
     def add_noise(self: BackpropClipOptimizer) -> None:
         sensitivities = self.layer_sensitivities
@@ -92,8 +92,8 @@ def one_seed_for_all_layers(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.fresh_noise, says="drawn twice")
 @mutant(killed_by=killers.audit, says="the audit says: .*correlated over steps")
 def same_noise_in_every_step(patch: pytest.MonkeyPatch) -> None:
-    """The generator is set back after each step, so the noise cancels in the difference of two
-    steps."""
+    """The generator's state is restored after each step, so the noise cancels in the difference of
+    two steps."""
     add_noise = BackpropClipOptimizer.add_noise
 
     def set_back(self: BackpropClipOptimizer) -> None:
@@ -108,8 +108,8 @@ def same_noise_in_every_step(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.fresh_noise, says="(drawn twice|lower precision)")
 @mutant(killed_by=killers.audit, says="the audit says: .*low precision")
 def noise_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
-    """The noise is drawn in bfloat16: it lies on a coarse grid, and what lies between the grid's
-    points is the sum itself."""
+    """The noise is drawn in bfloat16: it has only coarse values, and the finer digits of the
+    release are the sum's own."""
     draw = noise._noise
 
     def coarse(*args: Any, **options: Any) -> Tensor:
@@ -123,8 +123,8 @@ def noise_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.noise_of_an_empty_batch, says="noise 0.0 times as wide")
 @mutant(killed_by=killers.audit, says="the audit says: .*gives other noise")
 def no_noise_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
-    """A parameter whose sum is zero gets no noise, which shows that nobody in the batch moved it,
-    or that the batch is empty."""
+    """A parameter whose sum is zero gets no noise, which reveals that no example of the batch
+    changed it, or that the batch is empty."""
     add_noise = BackpropClipOptimizer.add_noise
 
     def where_needed(self: BackpropClipOptimizer) -> None:
@@ -144,8 +144,8 @@ def _many_small_streams(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.fresh_noise_of_streams, says="drawn twice")
 @mutant(killed_by=killers.audit, says="the audit says: .*correlated over parameters")
 def two_streams_with_one_seed(patch: pytest.MonkeyPatch) -> None:
-    """The streams that the noise of a large model is drawn from begin in one state, so it cancels
-    in the difference of two parts of the gradient."""
+    """The streams of a large model's noise begin in the same state, so the noise cancels in the
+    difference of two parts of the gradient."""
     made = noise.streams
 
     def equal(generator: torch.Generator, count: int) -> list[torch.Generator]:
@@ -159,7 +159,7 @@ def two_streams_with_one_seed(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.fresh_noise_of_streams, says="drawn twice")
 @mutant(killed_by=killers.audit, says="the audit says: .*correlated over steps")
 def streams_seeded_by_their_number(patch: pytest.MonkeyPatch) -> None:
-    """A stream is seeded by its number alone, and so begins in the same state in every step."""
+    """A stream is seeded only by its number, and so begins in the same state in every step."""
 
     def numbered(generator: torch.Generator, count: int) -> list[torch.Generator]:
         return [generator, *(torch.Generator().manual_seed(i) for i in range(1, count))]

@@ -42,7 +42,7 @@ def _sampled(*items: int) -> tuple[Trainer, Tensor]:
 
 
 def padding_that_is_not_zero() -> None:
-    """Four rows, where the loader has drawn three items and filled up with what is not zero."""
+    """Four rows, where the loader has drawn three items and padded with rows that are not zero."""
     trainer, x = _sampled(3)
     check_refused(trainer, x, lambda y, _: y.sum())
 

@@ -37,23 +37,23 @@ def rounded_mean_let_through(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.mean_of_rounded_products, says=RELEASED)
 def rounded_products_let_through(patch: pytest.MonkeyPatch) -> None:
-    """Nobody looks whether products of float32 numbers are rounded to fewer bits."""
+    """It is not checked whether products of float32 numbers are rounded to fewer bits."""
     patch.setattr(Roundings, "of_products", lambda *args: None)
 
 
 @mutant(killed_by=killers.own_layer_that_rounds, says=APART)
 def layers_own_casts_not_looked_for(patch: pytest.MonkeyPatch) -> None:
-    """A layer's own graph adds up gradients, whatever it turns them to on the way."""
+    """A layer's own graph adds up gradients in whatever dtype the layer converts them to."""
     patch.setattr(layers, "low_precision_behind", lambda *args: None)
 
 
 @mutant(killed_by=killers.mean_of_a_rounded_parameter, says=RELEASED)
 def roundings_of_parameters_not_looked_for(patch: pytest.MonkeyPatch) -> None:
-    """What comes from parameters alone may round a mean's gradients on their way back."""
+    """Values computed from parameters alone may round a mean's gradients on their way back."""
     patch.setattr(functions._Following, "_check_rounding", lambda *args: None)
 
 
 @mutant(killed_by=killers.mean_rounded_between_layers, says=RELEASED)
 def roundings_between_layers_not_looked_for(patch: pytest.MonkeyPatch) -> None:
-    """Only what layers make is looked at, not what is between them."""
+    """Only the layers' outputs are checked, and not the operations between them."""
     patch.setattr(Roundings, "of_model", lambda *args: None)

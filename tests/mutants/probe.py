@@ -1,4 +1,4 @@
-"""Searches that look, and do not see."""
+"""Trial runs that do not find what is wrong."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.mutants.registry import mutant
 
 @mutant(killed_by=probe_killers.mean_over_labels_that_count, says="was not found")
 def labels_all_count(patch: pytest.MonkeyPatch) -> None:
-    """Made-up labels ignore no position: a loss that divides by how many count looks like a mean
-    over the examples."""
+    """Made-up labels ignore no position: a loss that divides by the number of labels that count
+    looks like a mean over the examples."""
     patch.setattr(ragged, "padded", lambda batch: None)
 
 
@@ -33,8 +33,8 @@ def examples_equally_long(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=probe_killers.mean_weighted_by_class, says="was not found")
 def classes_halved_evenly(patch: pytest.MonkeyPatch) -> None:
-    """Both halves of the made-up examples have equally many of each class: the weights' sum is the
-    same in both."""
+    """Both halves of the made-up examples have equally many labels of each class, so the sum of the
+    class weights is the same in both."""
     drawn = values._drawn
 
     def even(shape: tuple[int, ...], like: Tensor, *rest: Any) -> Tensor:
@@ -47,7 +47,7 @@ def classes_halved_evenly(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant(killed_by=probe_killers.module_under_two_names, says="was left changed")
-def stand_ins_stay(patch: pytest.MonkeyPatch) -> None:
-    """A model keeps the copies that it was tried out with, in double precision, and trains those:
-    nobody watches them."""
-    patch.setattr(copies.StandIns, "__exit__", lambda self, *error: None)
+def substitutes_stay(patch: pytest.MonkeyPatch) -> None:
+    """The model keeps the copies of the trial runs, in double precision, and trains those, which
+    are not watched."""
+    patch.setattr(copies.Substitutes, "__exit__", lambda self, *error: None)

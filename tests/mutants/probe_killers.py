@@ -22,7 +22,7 @@ class _Losing(nn.Module):
 
 
 def mean_over_labels_that_count() -> None:
-    """A model that returns the mean loss of its labels, of which some may be ignored."""
+    """A model that returns the mean loss of its labels, some of which may be ignored."""
     batch = made_up(torch.zeros(4, 8, 4), torch.zeros(4, 8, dtype=torch.long))
     assert found(_Losing(), batch), "the private number of labels was not found"
 

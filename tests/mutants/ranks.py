@@ -1,4 +1,4 @@
-"""Several ranks: what they add up, whose noise there is, and on whose items each trains."""
+"""Several ranks: what they add up, who draws the noise, and on whose items each trains."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.mutants.registry import mutant
 
 @mutant(killed_by=killers.noise_of_two_ranks, says=r"follow its law: its scale is (1\.99|2\.0)")
 def noise_of_every_rank(patch: pytest.MonkeyPatch) -> None:
-    """Every rank adds noise to its own sum: the release has other noise than is claimed, for no
-    privacy that anybody accounts for."""
+    """Every rank adds noise to its own sum: the release has more noise than is claimed and
+    accounted for."""
     released = optimizer.released
 
     def as_rank_0(sums: Any, parameters: Any, ranks: Ranks, add_noise: Any) -> list[Tensor]:
@@ -30,8 +30,8 @@ def noise_of_every_rank(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.noise_of_two_shards, says="correlated over parameters: by 1.000")
 @mutant(killed_by=killers.coins_of_two_ranks, says="the coins of two items fall alike")
 def ranks_seeded_alike(patch: pytest.MonkeyPatch) -> None:
-    """Generators that were seeded alike draw alike: noise in two shards cancels in their
-    difference, and an item is in a batch if another one is."""
+    """Generators with equal seeds draw equal numbers: noise in two shards cancels in their
+    difference, and two items are always sampled together."""
 
     def seed(self: Ranks, generator: torch.Generator | None, purpose: Purpose) -> int:
         return 17
@@ -41,8 +41,8 @@ def ranks_seeded_alike(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.seeds_of_two_shards, says="two generators are seeded alike")
 def purposes_seeded_alike(patch: pytest.MonkeyPatch) -> None:
-    """A rank's noise is drawn from the same numbers as its sample where the user's generators are
-    seeded alike: whoever sees the one can tell the other."""
+    """If the user's generators have the same seed, a rank's noise and its sample come from the same
+    numbers: one reveals the other."""
     seed_of_rank = Ranks.seed_of_rank
 
     def seed(self: Ranks, generator: torch.Generator | None, purpose: Purpose) -> int:
@@ -53,8 +53,8 @@ def purposes_seeded_alike(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.sum_of_two_ranks, says="the sum of two ranks is off by")
 def sum_divided_by_ranks(patch: pytest.MonkeyPatch) -> None:
-    """The ranks' sums are averaged, as data parallel training has it, and divided by the batch size
-    of all of them as well."""
+    """The ranks' sums are averaged, as in ordinary data parallel training, and also divided by the
+    batch size of all ranks."""
     released = optimizer.released
 
     def averaged(sums: Any, parameters: Any, ranks: Ranks, add_noise: Any) -> list[Tensor]:
@@ -65,7 +65,7 @@ def sum_divided_by_ranks(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.refusal_of_one_rank, says="rank 0 stepped on, while rank 1 refused")
 def refusal_not_agreed(patch: pytest.MonkeyPatch) -> None:
-    """Each rank heeds its own refusal alone: the others release a step, or wait for it for ever."""
+    """Each rank reacts only to its own refusal: the others release a step, or wait for ever."""
 
     def alone(self: Ranks, place: Place, *_: Any, refusal: str | None = None, **__: Any) -> Any:
         return refusal

@@ -14,8 +14,8 @@ from tests.mutants.registry import mutant
 
 @mutant(killed_by=noise_killers.accounting_of_physical_batches, says="steps for .* logical batches")
 def physical_batches_as_steps(patch: pytest.MonkeyPatch) -> None:
-    """Each physical batch of BatchMemoryManager is a step: an example's companions in its own
-    physical batch are few, but the accountant is told of another sample each time."""
+    """Each physical batch of BatchMemoryManager is a step, on few examples, and the accountant
+    counts each as another sample."""
     skip = BackpropClipOptimizer._check_skip_next_step
 
     def never(self: BackpropClipOptimizer, pop_next: bool = True) -> bool:
@@ -42,7 +42,7 @@ def physical_batches_accounted(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=noise_killers.accounting_of_empty_batches, says="the accountant saw")
 def empty_batches_skipped(patch: pytest.MonkeyPatch) -> None:
-    """No step is made of an empty Poisson batch, so the number of steps depends on who is in it."""
+    """There is no step for an empty Poisson batch, so the number of steps depends on the data."""
     step = BackpropClipOptimizer.step
 
     def skipping(self: BackpropClipOptimizer, closure: None = None) -> None:
@@ -56,8 +56,8 @@ def empty_batches_skipped(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=noise_killers.divisor, says="not divided by a public constant")
 def private_divisor(patch: pytest.MonkeyPatch) -> None:
-    """The released sum is divided by the size of its own batch, which is private: one example more
-    scales everybody's part, and the noise."""
+    """The released sum is divided by the size of its own batch, which is private: one more example
+    changes the scale of all contributions, and of the noise."""
 
     def scale_grad(self: BackpropClipOptimizer) -> None:
         for p in self.params:
@@ -68,7 +68,7 @@ def private_divisor(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=guard_killers.gradient_set_by_hand, says="was put into a sum")
 def gradients_taken_at_the_step(patch: pytest.MonkeyPatch) -> None:
-    """What lies in `p.grad` at the step is released as the sum, whoever put it there."""
+    """The gradient in `p.grad` at the step is released as the sum, wherever it came from."""
     take = GradientGuard.take
 
     def from_grad(self: GradientGuard, parameter: nn.Parameter) -> Tensor | None:

@@ -32,7 +32,7 @@ def network_with_dropout() -> None:
 
 
 def normalised_vectors() -> None:
-    """A normalisation of eight features, of vectors, where every group has them all."""
+    """A normalisation of eight features, of vectors, where every group has all of them."""
     _replaced(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))
 
 

@@ -19,14 +19,15 @@ DIFFERS = (
 
 @mutant(killed_by=killers.attention_that_is_wrong, says="something else was returned")
 def replacements_not_compared(patch: pytest.MonkeyPatch) -> None:
-    """What a replacement computes is never compared with what it replaces: a model would learn, and
+    """The output of a replacement is never compared with the original's: the model would learn, and
     export, another function than its author's."""
     patch.setattr(verify, "first_difference", lambda *_: None)
 
 
 @mutant(killed_by=killers.attention_with_masks, says=DIFFERS.format(kind="MultiheadAttention"))
 def padding_attended_to(patch: pytest.MonkeyPatch) -> None:
-    """Attention leaves the padding mask out: an example's value depends on what fills it up."""
+    """Attention leaves out the padding mask: an example's value depends on the values in its
+    padding."""
     mask = MultiheadAttention._mask
 
     def without(
@@ -39,7 +40,7 @@ def padding_attended_to(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.network_with_dropout, says=DIFFERS.format(kind="LSTM"))
 def last_layer_dropped_out(patch: pytest.MonkeyPatch) -> None:
-    """A recurrent network drops out what its last layer returns, too, as Opacus's own does."""
+    """A recurrent network applies dropout to its last layer's output, too, as Opacus's own does."""
     run = recurrent.Recurrent._run
 
     def dropped(
@@ -53,14 +54,14 @@ def last_layer_dropped_out(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.normalised_vectors, says="example's gradient is")
 def channels_normalised_alone(patch: pytest.MonkeyPatch) -> None:
-    """Every channel is a group of its own: of a vector nothing is left, and the layers below get no
-    gradient but rounding errors."""
+    """Every channel is a group of its own: a vector becomes zero, and the layers below get rounding
+    errors for a gradient."""
     patch.setattr(normalization, "groups_of", lambda channels: channels)
 
 
 @mutant(killed_by=killers.frozen_normalisation, says="refused|companions change")
 def frozen_statistics_forgotten_in_training(patch: pytest.MonkeyPatch) -> None:
-    """A frozen batch normalisation follows the model into training mode, and uses its batch's
+    """A frozen batch normalisation changes to training mode with the model, and uses its batch's
     statistics there: examples change each other's values."""
     patch.setattr(normalization.FixedBatchNorm, "train", _train)
 

@@ -1,4 +1,4 @@
-"""Steps on something else than one sampled batch, each item one row."""
+"""Steps on other rows than one sampled batch, one row for each item."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ RELEASED = "nothing bounds was released"
 
 @mutant(killed_by=killers.more_rows_than_items, says=RELEASED)
 def rows_not_counted(patch: pytest.MonkeyPatch) -> None:
-    """Any number of rows is taken for a sampled batch: three crops of each item move the sum by
-    three times what is claimed."""
+    """Any number of rows is accepted for a sampled batch: three crops of each item move the sum by
+    three times the claimed sensitivity."""
 
     def any_sample(self: SampleLog, rows: int, whole: bool, announced: object) -> Sample | None:
         return next(iter([*([self._open] if self._open else []), *self._waiting]), None)
@@ -26,8 +26,8 @@ def rows_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.batch_used_twice, says=RELEASED)
 def samples_stay_in_the_log(patch: pytest.MonkeyPatch) -> None:
-    """A sample is not crossed out when a step has used it: ten steps on one batch are accounted as
-    ten samples."""
+    """A sample is not marked as used by a step: ten steps on one batch are accounted as ten
+    samples."""
     take = SampleLog._take
 
     def keep(self: SampleLog, sample: Sample, rows: int) -> None:
@@ -51,13 +51,13 @@ def samples_added_up(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.group_of_two_ranks, says=RELEASED)
 def ranks_not_looked_at(patch: pytest.MonkeyPatch) -> None:
-    """A process group that is made after `make_private` goes unnoticed: its ranks train apart, each
-    with samples and noise of its own, and the accountant sees one of them."""
+    """A process group that is created after `make_private` is not noticed: its ranks train
+    separately, each with its own samples and noise, and the accountant counts one of them."""
     patch.setattr(Ranks, "problem", lambda _: None)
 
 
 @mutant(killed_by=killers.scale_of_another_axis, says=RELEASED)
 def broadcast_axes_not_compared(patch: pytest.MonkeyPatch) -> None:
-    """Nobody looks at what a broadcast parameter meets: with wrong `dims` one example's copy gets
-    the gradient of others."""
+    """The operands of a broadcast parameter are not checked: with wrong `dims`, one example's copy
+    gets the gradient of others."""
     patch.setattr(Alignment, "_check", lambda *_: None)

@@ -72,20 +72,20 @@ def test_tensors_lists_dictionaries_and_objects_are_filled_up(count: int) -> Non
     [
         (
             lambda items: (torch.cat([x for x, _ in items]), default_collate(items)[0]),
-            "The collate_fn makes a tensor of shape (6,) with 6 rows of 3 items, so that "
-            "physical_batch_size cannot fill it up to a constant number of rows. Make one row of "
-            "each item, or leave physical_batch_size out.",
+            "The collate_fn makes a tensor of shape (6,) with 6 rows of 3 items, so "
+            "physical_batch_size cannot pad it to a constant number of rows. Make one row of each "
+            "item, or leave physical_batch_size out.",
         ),
         (
             lambda items: [text for _, text in items for _ in range(2)],
-            "The collate_fn makes a list with 6 rows of 3 items, so that physical_batch_size "
-            "cannot fill it up to a constant number of rows. Make one row of each item, or leave "
+            "The collate_fn makes a list with 6 rows of 3 items, so physical_batch_size cannot "
+            "pad it to a constant number of rows. Make one row of each item, or leave "
             "physical_batch_size out.",
         ),
         (
             lambda items: pack_sequence([x for x, _ in items]),
-            "The collate_fn makes a packed sequence, to which physical_batch_size cannot add rows "
-            "without a length. Collate a padded tensor and the lengths, and pack inside the "
+            "The collate_fn makes a packed sequence, to which physical_batch_size cannot add "
+            "sequences of length 0. Collate a padded tensor and the lengths, and pack inside the "
             "model, with lengths.clamp(min=1).",
         ),
     ],

@@ -89,10 +89,11 @@ def test_an_example_that_is_not_finite_contributes_nothing_among_padding(bound, 
 
 NOT_RECOGNISED = (
     "The model trains on a batch of {rows} rows that are not padding, but the data loader sampled "
-    "{items} items. The rows that physical_batch_size adds are zeros, and known by that: something "
-    "before the model has changed them (normalisation or noise in the training loop, a mask or "
-    "positions that are made there), or an item has several rows. They would count as data that "
-    "nobody has sampled. Do it in the data set, the collate_fn, or the model's forward."
+    "{items} items. The rows that physical_batch_size adds are zeros, and recognised as such. "
+    "Something before the model has changed them (normalisation or noise in the training loop, a "
+    "mask or positions that are made there), or an item has several rows. Rows that were not "
+    "sampled would count as data. Make such changes in the data set, the collate_fn, or the "
+    "model's forward."
 )
 
 
@@ -141,7 +142,7 @@ def test_a_call_without_a_tensor_is_refused() -> None:
     with pytest.raises(CoverageError) as refusal:
         private.model(packed)
     assert str(refusal.value) == (
-        "The model was called without a tensor that has one row for each example, so nothing shows "
-        "which rows physical_batch_size has added, and they would count as data. Pass the batch as "
-        "tensors, and pack sequences inside the model."
+        "The model was called without a tensor that has one row for each example, so the rows "
+        "that physical_batch_size has added cannot be recognised and would count as data. Pass "
+        "the batch as tensors, and pack sequences inside the model."
     )

@@ -66,7 +66,7 @@ def test_a_mean_is_refused_where_the_machine_rounds(rounds, monkeypatch):
         "the loss is a mean: it divides every gradient by the batch's size, which is private, and "
         "the quotient is then rounded so coarsely that one example would change the gradients of "
         "all others. Pass criterion= to make_private and compute the loss with what it returns, "
-        'use a sum with loss_reduction="sum", or set the two to "highest" and "ieee".'
+        'use a sum with loss_reduction="sum", or set the two options to "highest" and "ieee".'
     )
     torch.set_float32_matmul_precision("highest")
     trainer.step(x, target)

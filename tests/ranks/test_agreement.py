@@ -150,9 +150,9 @@ def left_out(rank: int) -> tuple[list[str], Any]:
 def test_a_first_empty_batch_that_is_left_out_is_refused_on_all_ranks() -> None:
     (one, state), (other, others) = pair().run(left_out)
     text = (
-        "Rank 0 of 2 takes a step and has passed nothing through the model yet: other ranks' "
-        "passes wait for the shards that it has, and it has not seen how the model is called. "
-        "Pass each local batch through the model, forward and backward, also one without rows."
+        "Rank 0 of 2 takes a step and has not run the model yet. Other ranks' passes wait for its "
+        "shards of the parameters, but it does not know how the model is called. Run the model on "
+        "each local batch, forward and backward, also on one without rows."
     )
     assert one == [text]
     assert other[0].endswith(f"so no rank takes it: {text}")

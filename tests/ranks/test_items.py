@@ -160,15 +160,15 @@ def test_a_loader_of_ones_own_that_does_not_deal_items_out_is_refused(name: str)
     rank = 1 if name == "of rank 0" else 0
     text = (
         f"ValueError: With poisson_sampling=False, the data loader of rank {rank} of 2 does not "
-        "deal each item to one rank: an example that several ranks have in one step contributes "
-        "several times what the noise is made for, and the sampling rate would be another one. "
-        "Pass DataLoader(dataset, batch_size=..., sampler=DistributedSampler(dataset, "
-        "drop_last=True)) of torch.utils.data, with batch_size items of each rank, or leave "
-        "poisson_sampling=False out."
+        "give each item to exactly one rank: an example that several ranks have in one step "
+        "contributes several times what the noise is made for, and the sampling rate is not the "
+        "one that is accounted for. Pass DataLoader(dataset, batch_size=..., "
+        "sampler=DistributedSampler(dataset, drop_last=True)) of torch.utils.data, with the "
+        "batch_size of each rank, or leave poisson_sampling=False out."
     )
     assert answers[rank] == text
     assert "so no rank trains: ValueError: " in answers[0] or rank == 0
-    assert "does not deal each item to one rank" in answers[1 - rank]
+    assert "does not give each item to exactly one rank" in answers[1 - rank]
 
 
 def divided(rank: int) -> str:

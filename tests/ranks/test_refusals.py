@@ -50,7 +50,7 @@ def test_a_refusal_that_comes_again_is_told_once() -> None:
     assert len(first["errors"]) == 1
     # In the backward pass, and again by step().
     assert len(second["errors"]) == 2
-    assert second["errors"][1].startswith("The ranks have given this batch up: ")
+    assert second["errors"][1].startswith("The ranks have given up this batch: ")
 
 
 class Mixing(nn.Module):
@@ -88,7 +88,9 @@ def tried_on_one_rank(rank: int, wrapper: str) -> tuple[str, Tensor]:
 def test_a_form_of_call_that_one_rank_alone_has_is_tried_there_and_told(wrapper: str) -> None:
     (one, values), (other, others) = pair().run(tried_on_one_rank, wrapper)
     assert one == f"PrivacyViolationError: {OTHERS}{other.partition(': ')[2]}"
-    assert "couples examples: what it makes of one changes with the values of its comp" in other
+    assert (
+        "couples examples: its output for one example changes with the values of the other" in other
+    )
     assert torch.equal(values, others)
 
 
@@ -106,9 +108,9 @@ def other_limits(rank: int, wrapper: str) -> tuple[str, list[Any]]:
 def test_a_limit_that_one_rank_alone_sets_is_refused(wrapper: str) -> None:
     text = (
         "PrivacyViolationError: The ranks differ in (noise_multiplier, max_grad_norm, batches in "
-        "the step): rank 0 has (0.0, 1.0, 1), rank 1 has (0.0, 2.0, 1). Clipped sums of several "
-        "scales would meet noise of one. Change these numbers on all ranks alike, between the same "
-        "two steps."
+        "the step): rank 0 has (0.0, 1.0, 1), rank 1 has (0.0, 2.0, 1). Their clipped sums have "
+        "different scales, and one rank's noise would be for one of them only. Change these "
+        "numbers on all ranks alike, between the same two steps."
     )
     assert pair().run(other_limits, wrapper) == [(text, [(0.0, 0.25, 1)])] * 2
 
@@ -116,7 +118,7 @@ def test_a_limit_that_one_rank_alone_sets_is_refused(wrapper: str) -> None:
 # Before training: what make_private is called with, on a rank, and what both say.
 
 DIFFER = (
-    "ValueError: The ranks differ in {}. One accountant's entry stands for all of them. Call "
+    "ValueError: The ranks differ in {}. The accountant has one entry for all ranks together. Call "
     "make_private with the same model, data set and options on each rank."
 )
 CALLS: dict[str, tuple[Callable[[int], Any], str]] = {

@@ -72,10 +72,10 @@ def test_one_example_reaches_every_layers_bound():
 @pytest.mark.parametrize(
     ("probe", "reason"),
     [
-        (True, r"^attention \(MultiheadAttention\) couples examples: .* Compute from each"),
+        (True, r"^attention \(MultiheadAttention\) couples examples: .* Compute each"),
         (
             False,
-            r"^attention\.out_proj\.bias, attention\.out_proj\.weight: the rows that ",
+            r"^attention\.out_proj\.bias, attention\.out_proj\.weight: the rows of ",
         ),
     ],
     ids=["searched", "not searched"],

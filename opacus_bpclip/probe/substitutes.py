@@ -1,9 +1,8 @@
-"""Let others stand in for every tensor of a model for a while, and put all back as it was.
+"""Substitutes for the tensors of a model, for a while; afterwards the model is restored.
 
-What a model is made of is found by identity, not by name: a tensor or a module under two names is
-one, and gets one stand-in. Afterwards each module has the attributes, parameters, buffers, parts,
-hooks and flags it had, the same objects in the same order; a forward pass may rebind, add or delete
-whatever it likes.
+Tensors and modules are compared by identity, not by name: one tensor under two names gets one
+substitute. Afterwards each module has its former attributes, parameters, buffers, submodules, hooks
+and flags, the same objects in the same order, whatever the forward pass has set, added or deleted.
 """
 
 from __future__ import annotations
@@ -19,35 +18,35 @@ from torch import Tensor, nn
 
 from opacus_bpclip.probe.leaves import parts_of
 
-Substitute = Callable[[Tensor], Tensor]
+Make = Callable[[Tensor], Tensor]
 
 _HOLDERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
-class StandIns:
-    """A model whose tensors are replaced from `__enter__` to `__exit__`.
+class Substitutes:
+    """Replaces the tensors of a model from `__enter__` to `__exit__`.
 
-    Looked into are its modules, containers in their attributes, and other objects that they hold
-    with the containers in those; not what these objects hold in turn (a trainer, a data set).
+    Tensors are found in the model's modules, in containers in their attributes, and in the
+    attributes and containers of plain objects there. The search does not go deeper: an object in
+    such an object (a trainer's, a data set's) is left as it is.
 
     Args:
         model: the model.
-        substitute: makes the stand-in of a tensor, in no matter which place; it may return the
-            tensor itself.
+        make: returns the substitute of a tensor; it may return the tensor itself.
     """
 
-    def __init__(self, model: nn.Module, substitute: Substitute) -> None:
-        self._substitute = substitute
-        self._holders: list[tuple[Any, Any]] = []  # each with what it holds
-        self._copies: dict[int, tuple[Any, Any, int]] = {}  # of what nothing can stand in for
+    def __init__(self, model: nn.Module, make: Make) -> None:
+        self._make = make
+        self._holders: list[tuple[Any, Any]] = []  # each container with its content
+        self._copies: dict[int, tuple[Any, Any, int]] = {}  # of arrays that have no substitute
         self._generators: list[tuple[Any, Any]] = []  # each with its state
         self._made: dict[int, tuple[Tensor, Tensor]] = {}
         self._buffers: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
         self._seen: dict[int, Any] = {}
         self._look_into(model, objects=1)
 
-    def __enter__(self) -> StandIns:
+    def __enter__(self) -> Substitutes:
         try:
             for holder, content in self._holders:
                 _refill(holder, self._replaced(content))
@@ -64,27 +63,27 @@ class StandIns:
         self._put_generators_back()
 
     def begin_run(self) -> None:
-        """Put the values of buffers, and the model's own random number generators, back."""
+        """Restore the values of buffers, and the model's own random number generators."""
         for holder, content in self._buffers:
             for name, buffer in content.items():
                 holder[name] = None if buffer is None else self._renewed(buffer)
         self._put_generators_back()
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return what stands in for a tensor of the model."""
+        """Return the substitute of a tensor of the model."""
         if id(tensor) not in self._made:
-            own = tensor if id(tensor) in self._copies else self._substitute(tensor)
+            own = tensor if id(tensor) in self._copies else self._make(tensor)
             self._made[id(tensor)] = tensor, own
         return self._made[id(tensor)][1]
 
     def _renewed(self, buffer: Tensor) -> Tensor:
-        stand_in = self.of(buffer)
-        if stand_in is buffer:
+        substitute = self.of(buffer)
+        if substitute is buffer:
             self._put_values_back(buffer)
         else:
-            # The same object, which another attribute may hold as well.
-            stand_in.data = self._substitute(buffer)
-        return stand_in
+            # Keep the object: another attribute may refer to it as well.
+            substitute.data = self._make(buffer)
+        return substitute
 
     def _put_values_back(self, own: Any) -> None:
         _, copy, version = self._copies.get(id(own), (own, None, None))
@@ -126,7 +125,7 @@ class StandIns:
 
     def _look_into_module(self, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
-            # Nothing can be put in the place of a compiled module's tensors.
+            # The tensors of a compiled module cannot be replaced: restore their values.
             for tensor in (*module.parameters(), *module.buffers()):
                 self._keep(tensor)
             return
@@ -161,14 +160,14 @@ class StandIns:
 
 def _refill(holder: Any, content: Any) -> None:
     if _holds(holder, content):
-        # Nor would a compiler, which looks at more than we put back, find it as it was.
+        # Refilling an unchanged dictionary could make torch.compile trace the model again.
         return
     holder.clear()
     (holder.extend if isinstance(holder, (list, deque)) else holder.update)(content)
 
 
 def _holds(holder: Any, content: Any) -> bool:
-    """Return whether a holder has the very objects that it is to have, in their order."""
+    """Return whether a container has exactly these objects, in this order."""
     own, others = (
         [part for pair in value.items() for part in pair] if isinstance(value, dict) else [*value]
         for value in (holder, content)
