@@ -287,10 +287,10 @@ def _following(one: Sizes, other: Sizes, among: Companions) -> tuple[Places, Pla
 
 
 def is_followed(layer: Layer) -> bool:
-    """Return whether a layer has no rule of its own."""
+    """Return whether a layer has no rule, so that functions on its parameters are followed."""
     return isinstance(layer.rule, FunctionRule)
 
 
 def needs_plan(layers: Mapping[str, Layer]) -> bool:
-    """Return whether some layer has no rule of its own."""
+    """Return whether some layer has no rule, so that the model needs a plan."""
     return any(map(is_followed, layers.values()))
