@@ -117,7 +117,7 @@ def test_a_batch_of_another_loader_is_refused(wrap_model: bool) -> None:
 def test_a_batch_of_another_loader_is_refused_in_a_compiled_model() -> None:
     private = counted()
     batches = list(private.loader)
-    train(private, *batches[0])  # vouches for the model
+    train(private, *batches[0])  # in eager mode, which passes all checks
     compiled = private._replace(model=torch.compile(private.model, backend="eager"))
     for x, y in batches[1:]:
         train(compiled, x, y)

@@ -92,7 +92,7 @@ def test_fewer_uses_than_declared_are_fine():
     check_sensitivity(trainer, torch.ones(2, 3).double() * 50, torch.ones(2, 2).double() * 50)
 
 
-def test_a_foreign_gradient_beside_several_uses_is_found():
+def test_an_unclipped_gradient_beside_several_uses_is_found():
     trainer = _trainer(Recurrent(2), {"cell": 2})
     output = trainer.model(torch.ones(2, 3).double())
     with pytest.raises(PrivacyViolationError, match="gradient from outside its layer's call"):

@@ -22,7 +22,7 @@ def graphs() -> int:
 
 
 def compiled(private: Private, **options: object) -> Private:
-    """Compile a model after eager batches have vouched for it."""
+    """Compile a model after batches in eager mode have passed all checks."""
     train(private)
     torch._dynamo.utils.counters.clear()
     options = {"backend": "aot_eager", "fullgraph": True} | options
