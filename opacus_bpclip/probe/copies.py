@@ -120,7 +120,7 @@ class Copy:
             inside: record the outputs of the modules inside the model, too.
             mode: a context that the run is in.
             plain: run the model with gradients, and without the hooks that clip them.
-            seed: of the random number generators.
+            seed: the seed of the random number generators.
         """
         note_run()
         batch = batch.to(self.device, self.dtype)

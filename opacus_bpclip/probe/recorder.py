@@ -258,7 +258,7 @@ class Trials:
         Args:
             plan: the plan.
             batch: the batch to run on.
-            seed: of the random numbers; with ``None`` they are equal for all examples.
+            seed: the seed of the random numbers; with ``None`` they are equal for all examples.
             changes: for some of the recorded calls, by their number, a function that changes the
                 result.
         """
