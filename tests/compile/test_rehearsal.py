@@ -191,7 +191,7 @@ class OfAnObject(nn.Module):
         return self.layer(given.x)
 
 
-def test_what_cannot_be_rehearsed_is_refused_until_an_eager_batch_has_vouched():
+def test_what_cannot_be_rehearsed_is_refused_until_an_eager_batch_has_passed():
     private = make_private(OfAnObject())
     x, y = batch()
     fast = torch.compile(private.model, backend="aot_eager")
@@ -231,7 +231,7 @@ class Aside(nn.Module):
         return self.layer(x)
 
 
-def test_what_only_the_loss_reaches_is_refused_until_an_eager_batch_has_vouched():
+def test_what_only_the_loss_reaches_is_refused_until_an_eager_batch_has_passed():
     private = make_private(Aside())
     x, y = batch()
     fast = torch.compile(private.model, backend="aot_eager")
