@@ -176,9 +176,15 @@ def test_nothing_is_broadcast_in_silence():
     made = compatible_copy(attention(batch_first=True))
     x, mask = torch.zeros(2, 3, WIDTH, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.bool)
     for wrong, message in (
-        ({"key_padding_mask": mask[:1]}, r"key_padding_mask of shape \(1, 3\) to be of \(2, 3\)"),
-        ({"attn_mask": mask[:1]}, r"attn_mask of shape \(1, 3\) to be of \(3, 3\) or \(4, 3, 3\)"),
-        ({"attn_mask": mask.expand(2, 3, 3)}, r"\(2, 3, 3\) to be of \(3, 3\) or \(4, 3, 3\)"),
+        (
+            {"key_padding_mask": mask[:1]},
+            r"key_padding_mask of shape \(1, 3\) to have shape \(2, 3\)",
+        ),
+        (
+            {"attn_mask": mask[:1]},
+            r"attn_mask of shape \(1, 3\) to have shape \(3, 3\) or \(4, 3, 3\)",
+        ),
+        ({"attn_mask": mask.expand(2, 3, 3)}, r"\(2, 3, 3\) to have shape \(3, 3\) or \(4, 3, 3\)"),
         ({"attn_mask": mask.int()}, "torch.int32 to be boolean or floating point"),
         ({"is_causal": True}, "needs attn_mask"),
     ):
