@@ -192,7 +192,7 @@ def test_nothing_is_broadcast_in_silence():
             made(x, x, x, **wrong)
     with pytest.raises(ValueError, match="to have the same length"):
         made(x, x, x[:, :2])
-    with pytest.raises(ValueError, match="for the 2 examples of query"):
+    with pytest.raises(ValueError, match="and the 2 examples of query"):
         made(x, x[:1], x[:1])
     with pytest.raises(ValueError, match="to have 3 axes each"):
         made(x, x[0], x[0])
