@@ -102,7 +102,7 @@ def test_a_refused_call_keeps_the_models_own_input_clipping(wrap_model: bool) ->
 def test_a_product_bound_without_input_clipping_is_refused_before_make_private() -> None:
     model = mlp()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r'^bound="product" needs a max_input_norm'):
+    with pytest.raises(ValueError, match=r'^bound="product" needs max_input_norm'):
         make_private(model, backprop=layerwise(bound="product", max_input_norm=None))
     assert snapshot(model) == before
 

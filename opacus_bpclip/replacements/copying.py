@@ -91,9 +91,9 @@ def _require_same(done: list[_Replaced]) -> None:
             known.append(options)
         if problem:
             raise CoverageError(
-                f"{name} ({type(module).__name__}): its replacement, {type(made).__name__}, does "
-                f"not compute the same, {problem}. Use a layer that has a rule instead, and please "
-                "report this as a bug."
+                f"{name} ({type(module).__name__}): its replacement, {type(made).__name__}, is not "
+                f"valid: {problem}. Use a layer that has a rule instead, and please report this as "
+                "a bug."
             )
 
 

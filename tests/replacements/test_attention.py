@@ -176,9 +176,15 @@ def test_nothing_is_broadcast_in_silence():
     made = compatible_copy(attention(batch_first=True))
     x, mask = torch.zeros(2, 3, WIDTH, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.bool)
     for wrong, message in (
-        ({"key_padding_mask": mask[:1]}, r"key_padding_mask of shape \(1, 3\) to be of \(2, 3\)"),
-        ({"attn_mask": mask[:1]}, r"attn_mask of shape \(1, 3\) to be of \(3, 3\) or \(4, 3, 3\)"),
-        ({"attn_mask": mask.expand(2, 3, 3)}, r"\(2, 3, 3\) to be of \(3, 3\) or \(4, 3, 3\)"),
+        (
+            {"key_padding_mask": mask[:1]},
+            r"key_padding_mask of shape \(1, 3\) to have shape \(2, 3\)",
+        ),
+        (
+            {"attn_mask": mask[:1]},
+            r"attn_mask of shape \(1, 3\) to have shape \(3, 3\) or \(4, 3, 3\)",
+        ),
+        ({"attn_mask": mask.expand(2, 3, 3)}, r"\(2, 3, 3\) to have shape \(3, 3\) or \(4, 3, 3\)"),
         ({"attn_mask": mask.int()}, "torch.int32 to be boolean or floating point"),
         ({"is_causal": True}, "needs attn_mask"),
     ):
@@ -186,7 +192,7 @@ def test_nothing_is_broadcast_in_silence():
             made(x, x, x, **wrong)
     with pytest.raises(ValueError, match="to have the same length"):
         made(x, x, x[:, :2])
-    with pytest.raises(ValueError, match="for the 2 examples of query"):
+    with pytest.raises(ValueError, match="and the 2 examples of query"):
         made(x, x[:1], x[:1])
     with pytest.raises(ValueError, match="to have 3 axes each"):
         made(x, x[0], x[0])

@@ -124,7 +124,7 @@ def test_what_opacus_makes_of_dropout_is_refused(monkeypatch):
     monkeypatch.setattr(recurrent.LSTM, "of", classmethod(of))
     model = nn.ModuleDict({"body": network(nn.LSTM, num_layers=2, dropout=0.5)})
     with pytest.raises(
-        CoverageError, match=r"^body \(LSTM\): its replacement, DPLSTM, is not the "
+        CoverageError, match=r"^body \(LSTM\): its replacement, DPLSTM, is not valid: "
     ):
         compatible_copy(model)
 
