@@ -15,7 +15,8 @@ PAGES = [
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Indented blocks hold formulas, too: a command is known by its program.
 _COMMAND = re.compile(
-    r"^    (?=(?:\w+=\S+ )*(?:\.venv/bin/)?(?:opacus-bpclip|pytest|python3?|torchrun|benchmarks/)\b)"
+    r"^    (?=(?:\w+=\S+ )*(?:\.venv/bin/)?"
+    r"(?:opacus-bpclip|pytest|python3?|torchrun|benchmarks/)\b)"
     r"(?:.*\\\n)*.*\n",
     re.MULTILINE,
 )
