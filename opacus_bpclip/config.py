@@ -84,7 +84,7 @@ class BackpropClipping:
     Raises:
         ValueError: an option has another value; the message names it and the accepted values.
 
-    Example:
+    Examples:
         >>> BackpropClipping().allocation
         'joint'
         >>> BackpropClipping(bound="weighted", allocation="dimension", max_input_norm=3.0).bound

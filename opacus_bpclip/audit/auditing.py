@@ -57,7 +57,7 @@ def audit(
     Raises:
         ValueError: the noise multiplier is not above zero, or there are too few trials to judge by.
 
-    Example:
+    Examples:
         >>> from opacus_bpclip.audit import CASES
         >>> audit(CASES["linear"].target("linear"), trials=0).outcome
         'pass'
@@ -149,7 +149,7 @@ def audit_case(
     Raises:
         KeyError: there is no such case.
 
-    Example:
+    Examples:
         >>> audit_case("embedding", clipping=BackpropClipping.paper(), trials=0).violations
         ()
     """

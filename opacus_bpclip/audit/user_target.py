@@ -44,7 +44,7 @@ def model_target(
     Raises:
         ValueError: the model's output is not one tensor, and no loss was given for it.
 
-    Example:
+    Examples:
         >>> from opacus_bpclip.audit import audit
         >>> target = model_target("mine", lambda: nn.Linear(3, 2), lambda n: torch.randn(n, 3))
         >>> audit(target, trials=0).outcome

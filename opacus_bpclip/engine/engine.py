@@ -30,7 +30,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
     Guarantee: ``max_grad_norm`` is the L2 sensitivity of a step's summed gradient, as with
     ``clipping="flat"``; the noise and the accounting are Opacus's. See ``docs/guarantee.md``.
 
-    Example:
+    Examples:
         >>> import torch, warnings
         >>> warnings.simplefilter("ignore")
         >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.zeros(64).long())

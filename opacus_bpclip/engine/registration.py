@@ -27,7 +27,7 @@ def register() -> None:
     It is for engines that other libraries create, and extends subclasses, too. Other values of
     ``clipping`` behave as before. A second call does nothing.
 
-    Example:
+    Examples:
         >>> register()
         >>> unregister()
     """

@@ -41,7 +41,7 @@ class CrossEntropy(nn.Module):
     Raises:
         ValueError: an argument has another value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> logits, labels = torch.zeros(2, 3, 5), torch.tensor([[1, 2, -100], [4, -100, -100]])
         >>> CrossEntropy(class_axis=-1, reduction="none")(logits, labels)

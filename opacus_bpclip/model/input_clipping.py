@@ -57,7 +57,7 @@ def clip_inputs(model: nn.Module, max_input_norm: float, *, batch_first: bool = 
         ValueError: ``max_input_norm`` is not a finite number above zero.
         CoverageError: a trainable layer has no rule.
 
-    Example:
+    Examples:
         >>> model = clip_inputs(nn.Sequential(nn.Linear(4, 2, bias=False)), 1.0)
         >>> model[0].weight.data.fill_(1.0).shape
         torch.Size([2, 4])

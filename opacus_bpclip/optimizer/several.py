@@ -22,7 +22,7 @@ class SeveralOptimizers(torch.optim.Optimizer):
     Raises:
         ValueError: there are fewer than two, or a parameter is in two of them.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
         >>> both = SeveralOptimizers(

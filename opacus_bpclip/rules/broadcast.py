@@ -33,7 +33,7 @@ class BroadcastRule(Rule):
             the batch included. Not needed if the parameter has a first axis of size 1 for the
             batch.
 
-    Example:
+    Examples:
         >>> from opacus_bpclip import register_rule
         >>> class Scale(nn.Module):
         ...     def __init__(self, features):

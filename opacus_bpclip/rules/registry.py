@@ -44,7 +44,7 @@ def register_rule(*kinds: Kind, replace: bool = False) -> Callable[[RuleClass], 
             nor a dotted path.
         ValueError: a kind has a rule already and ``replace`` is not set.
 
-    Example:
+    Examples:
         >>> from opacus_bpclip.rules import LinearRule
         >>> class Doubled(nn.Linear):
         ...     def forward(self, x):

@@ -64,7 +64,7 @@ def check_rule(
         AssertionError: a promise is broken; the message says which one, in which setting, and by
             how much.
 
-    Example:
+    Examples:
         >>> from opacus_bpclip.rules import LinearRule
         >>> check_rule(LinearRule, lambda: nn.Linear(3, 2), lambda n: torch.randn(n, 3), rounds=1)
     """

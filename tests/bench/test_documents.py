@@ -55,8 +55,8 @@ def test_an_absent_document_is_refused(tmp_path):
         read(tmp_path / "absent.md", Record())
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
-def test_published_blocks_are_rendered_from_the_published_data(page):
-    assert (
-        read(ROOT / page, records.read(ROOT / "docs/benchmarks.json")) == (ROOT / page).read_text()
-    ), "run: opacus-bpclip bench --from-json docs/benchmarks.json --update FILE"
+def test_published_blocks_are_rendered_from_the_published_data():
+    page = ROOT / "docs/benchmarks.md"
+    assert read(page, records.read(ROOT / "docs/benchmarks.json")) == page.read_text(), (
+        "run: opacus-bpclip bench --from-json docs/benchmarks.json --update docs/benchmarks.md"
+    )

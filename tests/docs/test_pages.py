@@ -1,4 +1,4 @@
-"""The documents' code runs, and their links lead somewhere."""
+"""Links between files of the repository lead somewhere, and what pages name exists."""
 
 import importlib.util
 import re
@@ -7,24 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opacus_bpclip.rules import RULES
-
-ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
-
-
-def test_the_example_of_a_rule_of_ones_own_passes_its_own_test():
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/custom-layers.md").read_text(), re.S)
-    names = {}
-    before = dict(RULES)
-    try:
-        for block in code:
-            exec(block, names)
-        names["test_shift"]()
-    finally:
-        RULES.clear()
-        RULES.update(before)
-    assert issubclass(names["Shift"], torch.nn.Module)
+from tests.docs.pages import PAGES, ROOT, name_of
 
 
 def test_the_table_of_tightness_is_the_benchmarks(monkeypatch):
@@ -42,15 +25,15 @@ def test_the_table_of_tightness_is_the_benchmarks(monkeypatch):
         assert ratio["weighted"] <= ratio["exact"] * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_between_documents_lead_somewhere(page):
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_between_documents_lead_somewhere(page: Path):
     text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http:", "https:", "mailto:", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_named_tests_exist(page):
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_tests_exist(page: Path):
     for file, test in re.findall(r"`(tests/\S+?\.py)::(\w+)", page.read_text()):
         assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"

@@ -1,0 +1,1 @@
+"""The documents: their code runs, their commands parse, their links lead somewhere."""

@@ -1,0 +1,1 @@
+"""What is distributed: it builds, installs and works where nothing of this repository is."""
