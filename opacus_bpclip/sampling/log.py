@@ -168,7 +168,7 @@ class SampleLog:
         last = self._last.sample.of if self._last and self._last.sample else None
 
         def may_come(of: Pass) -> bool:
-            return bool(not of.is_over or of.used or (of is last and of.read is None))
+            return bool(not of.is_over or of.used or of is last)
 
         self._signals = deque(s for s in self._signals if s.sample is None or may_come(s.sample.of))
 
@@ -219,11 +219,12 @@ class SampleLog:
         """Find signals without a step: the number of waiting signals must not grow in a pass."""
         if first.sample is None or first.thread != self._stepping:
             return  # A thread that reads ahead may be any number of signals ahead.
-        of, count = first.sample.of, len(self._signals)
+        of = first.sample.of
+        own = [signal for signal in self._signals if signal.sample and signal.sample.of is of]
         if not of.ahead:
-            of.ahead = count
-        while len(self._signals) > of.ahead:
-            self._signals.popleft()
+            of.ahead = len(own)
+        for signal in own[: max(0, len(own) - of.ahead)]:
+            self._signals.remove(signal)
             self._left_out = True
 
     # Step
