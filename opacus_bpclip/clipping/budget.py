@@ -258,6 +258,8 @@ class Budget:
             token: the token of the forward pass, with a joint budget.
             sinks: the tensors from `sinks_of`.
         """
+        for watched in self._of_layer[layer.name]:
+            self._guard.require(watched.moved())
         if not self.joint:
             scope = self._new(target, present, at_once=True)
             return scope.open(layer.parameters, sinks, self._inside(counters))
