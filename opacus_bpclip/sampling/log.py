@@ -27,7 +27,8 @@ class Pass:
     Attributes:
         alive: whether the sampler may still draw.
         left: whether the user's loop ended it before its last batch.
-        read: whether the user's loop goes on: worker processes draw ahead of it. ``None`` if unknown.
+        read: whether the user's loop goes on, which worker processes draw ahead of; ``None`` if
+            unknown.
         used: how many steps or physical batches have trained on its samples.
         ahead: how many physical batches were announced before the first step of the pass.
         part: the sample of which more physical batches will be announced.
