@@ -16,7 +16,7 @@ from opacus_bpclip.clipping.budget import Budget, target_of
 from opacus_bpclip.clipping.functions import Functions
 from opacus_bpclip.clipping.recurrent import RECURRENT_IS_EAGER
 from opacus_bpclip.clipping.shared import SharedMeasurement
-from opacus_bpclip.clipping.traced_form import note_form
+from opacus_bpclip.clipping.traced_form import note_form, traced_rows
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard.forms import form_of
@@ -245,6 +245,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
                 self._loss.enter_forward(None, present)
             self._budget.close_forward()
             note_form(self._budget.key, self._axis, m.training, args, kwargs)
+            self._budget.forwards.trace(traced_rows(args, kwargs, self._axis, present))
             return
         self._guard.forms.at_hand = form_of(m.training, args, kwargs)
         size = self._batch_size(args, kwargs)

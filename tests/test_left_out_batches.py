@@ -65,6 +65,52 @@ def test_evaluation_in_the_middle_of_a_logical_batch_is_no_part_of_it(through: s
     assert private.steps == len(private.loader)
 
 
+def evaluate(private: Private) -> None:
+    with torch.no_grad():
+        for x, _ in private.loader:
+            private.model(x)
+
+
+def train_between_evaluations(private: Private, *, left_out: int) -> None:
+    for _ in range(2):
+        for index, (x, y) in enumerate(private.loader):
+            if index != left_out:
+                train(private, x, y)
+            evaluate(private)
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_after_each_step_leaves_the_pass_as_it_was(workers: int, rows: int) -> None:
+    private = large(physical_batch_size=rows)
+    if workers:
+        private.loader.num_workers, private.loader.prefetch_factor = workers, 2
+    train_between_evaluations(private, left_out=-1)
+    assert private.steps == 2 * len(private.loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_part_that_is_left_out_for_evaluation_is_noticed(workers: int) -> None:
+    private = large(physical_batch_size=4)
+    if workers:
+        private.loader.num_workers, private.loader.prefetch_factor = workers, 2
+    with pytest.raises(PrivacyViolationError) as refusal:
+        train_between_evaluations(private, left_out=1)
+    assert str(refusal.value) == LEFT_OUT
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loop_may_end_early(workers: int) -> None:
+    private = large(physical_batch_size=64)  # each sample one batch
+    if workers:
+        private.loader.num_workers, private.loader.prefetch_factor = workers, 2
+    for _ in range(3):
+        for x, y in private.loader:
+            train(private, x, y)
+            break
+    assert private.steps == 3
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("left_out", [1, 2, 4])
 def test_a_physical_batch_that_is_left_out_is_noticed_at_the_next(

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import BackpropClipping, CoverageError, PrivacyEngine, PrivacyViolationError
-from opacus_bpclip.probe import Batch
+from opacus_bpclip.probe import Batch, find_coupling
+from opacus_bpclip.probe.comparison import Companions, layouts
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence
 from tests.helpers import CLASSES, FEATURES
@@ -293,3 +294,27 @@ def test_a_convolutional_network_is_accepted() -> None:
         nn.Linear(36, CLASSES),
     )
     assert refusal(model, made_up(torch.zeros(2, 3, 8, 8))) is None
+
+
+class Mixed(Sequences):
+    """Adds to each sequence what it has read of the others."""
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        out = super().forward(x, lengths)
+        return out + out.mean(dim=0)
+
+
+@pytest.mark.parametrize("kind", [Sequences, Mixed])
+def test_steps_that_happen_to_be_in_proportion_are_no_rows_of_examples(kind: Any) -> None:
+    # Ten steps, of which the first and the third example have five: 2.5 for each.
+    lengths = torch.tensor([1, 2, 4, 3])
+    torch.manual_seed(1)
+    batch = Batch((torch.randn(4, 4, FEATURES), lengths), {}, 4, 0)
+    problem = find_coupling(kind(by_hand=False), batch, loss_reduction="mean")
+    assert bool(problem) is (kind is Mixed)
+
+
+def test_an_axis_holds_whole_rows_of_each_example() -> None:
+    halves = Companions(4, 2, (0, 1), range(2))
+    for whole, half, found in ((4, 2, 1), (8, 4, 2), (10, 5, 0)):
+        assert len(layouts(torch.Size([whole, 3]), torch.Size([half, 3]), halves)) == found

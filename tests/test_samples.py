@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from torch.utils.data import (
-    DataLoader,
-)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from opacus_bpclip import PrivacyViolationError
 from opacus_bpclip.sampling.problems import TWO_SAMPLES
@@ -121,11 +120,38 @@ def test_a_batch_of_another_loader_is_refused_in_a_compiled_model() -> None:
     compiled = private._replace(model=torch.compile(private.model, backend="eager"))
     for x, y in batches[1:]:
         train(compiled, x, y)
-    compiled.optimizer.zero_grad()
-    F.cross_entropy(compiled.model(x), y).backward()
-    with pytest.raises(PrivacyViolationError, match=r"^The model trains on a batch, but the data"):
-        compiled.optimizer.step()
+    refused(compiled, x, y, NOTHING_DRAWN.format(rows=len(x)))
     assert private.steps == len(batches)
+
+
+class TwoParts(nn.Module):
+    """Has a layer for each of two parts of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(x), self.other(z)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("longer", ["first", "second"])
+def test_a_part_of_a_batch_with_more_rows_than_the_other_is_refused(
+    compiled: bool, longer: str
+) -> None:
+    private = counted(TwoParts())
+    model = torch.compile(private.model, backend="aot_eager") if compiled else private.model
+    x, _ = next(iter(private.loader))
+    parts = [torch.cat([x, x]), x] if longer == "first" else [x, torch.cat([x, x])]
+    with pytest.raises(Exception, match=rf"in a batch of {len(parts[0])} examples: its first axis"):
+        sum(out.sum() for out in model(*parts)).backward()
+    with pytest.raises(PrivacyViolationError, match="not covered by the guarantee"):
+        private.optimizer.step()
+    private.optimizer.zero_grad()
+    sum(out.sum() for out in model(x, x)).backward()
+    private.optimizer.step()
+    assert private.steps == 1
 
 
 def test_a_batch_is_used_in_one_step_only() -> None:

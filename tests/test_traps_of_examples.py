@@ -165,7 +165,11 @@ def test_neighbour_mixing_by_an_adjacency_matrix() -> None:
         "not run on a part of its batch (RuntimeError: mat1 and mat2 shapes cannot be multiplied "
         "(4x6 and 4x4)): one example might change the contributions of others. Pass the examples "
         "as tensors that have one row each, batch first. If you are certain that no example's "
-        "output depends on another's, set BackpropClipping(probe=False)."
+        "output depends on another's, set BackpropClipping(probe=False). The argument of "
+        "shape (6, 6) is taken for one row of each example, since it is as long as the batch. If "
+        "it is the same for all examples (a mask over pairs of tokens), make it a buffer of the "
+        "model (register_buffer), or expand it to one for each example; with physical_batch_size, "
+        "another size helps, too."
     )
 
 

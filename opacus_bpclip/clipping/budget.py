@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip.clipping.ends import Ends
 from opacus_bpclip.clipping.factors import Target
+from opacus_bpclip.clipping.forward_passes import ForwardPasses
 from opacus_bpclip.clipping.scope import Gathered, Scope, always_gathered
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.guard.forms import Forms
@@ -33,11 +34,20 @@ _RECURRENT = (
     'BackpropClipping(allocation="equal"), which compiles the layers around the network.'
 )
 
+_NO_FORWARD = (
+    "A compiled part of the model was called outside its model's forward pass, where nothing ties "
+    "its rows to the examples of the batch. Call the whole model, and have its forward return "
+    "whatever the loss needs."
+)
+
 _ANOTHER_FORWARD = (
     "The model was called inside its own forward pass, with gradients. It cannot be known which "
     "rows of the two calls belong to one example. Make the inner call under torch.no_grad(), or "
     "write one forward that calls the layers as often as they are needed."
 )
+
+
+Counters = tuple[Tensor | None, ...]
 
 
 class Budget:
@@ -57,7 +67,8 @@ class Budget:
         parameters: all trainable parameters of the layers.
         clips: the clips of the layers; a traced graph refers to them by index.
         gathered: returns a context in which a layer's sharded parameters are gathered.
-        token: the token of the forward pass that is being traced, with a joint budget.
+        token: the token of the scope of the forward pass that is being traced, with a joint budget.
+        forwards: the tokens of all forward passes, inputs of every scope in a traced graph.
         present: ``[B]`` bool, which rows of the current batch are not padding; ``None`` for all.
         rows: the number of rows of the batch that the model was traced for, 0 if unknown; ``None``
             if the model runs in eager mode and only parts of it are traced.
@@ -85,17 +96,15 @@ class Budget:
         self._scope: Scope | None = None  # of the eager forward pass
         self._traced: Callable[[], Scope | None] = _nothing
         self._trace: Callable[[], object] = _nothing  # the trace of the traced scope
-        note_rows = guard.passes.note_rows
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         watched = {p: guard.parameters[p] for p in self.parameters}
         self._of_all = tuple(watched.values())
         self._of_layer = {
             layer.name: tuple([watched[p] for p in layer.parameters]) for layer in layers
         }
-        self._ends_of_all = Ends(1, guard.fail, note_rows, device)
-        self._ends = {
-            layer.name: Ends(layer.uses, guard.fail, note_rows, device) for layer in layers
-        }
+        self.forwards = ForwardPasses(guard, device)
+        uses = {} if self.joint else {layer.name: layer.uses for layer in layers}
+        self._ends = {name: Ends(count, guard.fail) for name, count in uses.items()}
         self._register()
 
     def _register(self) -> None:
@@ -119,6 +128,7 @@ class Budget:
         """Begin a forward pass of the model."""
         self.forget()
         self._scope = self.rows = None
+        self.forwards.open()
         if self.joint:
             self._scope = self._watched(self._new(self.target, self.present, at_once=False))
 
@@ -127,6 +137,7 @@ class Budget:
         if self._scope is not None:
             self._scope.close()
         self._scope = self.token = None
+        self.forwards.close()
 
     def scope_of(self, target: Target, *, at_once: bool) -> Scope:
         """Return the scope of a use of a layer.
@@ -153,9 +164,10 @@ class Budget:
         self._open.add(scope)
         return scope.open(device=self.parameters[0].device)
 
-    def ends_of(self, layer: Layer) -> tuple[Tensor, ...]:
-        """Return the tensors of `Ends` that count a layer's scopes in a traced graph."""
-        return self._ends[layer.name].tensors(with_rows=self.present is not None)
+    def counters_of(self, layer: Layer) -> Counters:
+        """Return the tensors to which a layer's scopes in a traced graph send a 1."""
+        own = () if self.joint else (self._ends[layer.name].counter,)
+        return self.forwards.token, *own
 
     def sinks_of(self, layer: Layer) -> tuple[Tensor, ...]:
         """Return the tensors that receive a layer's clipped sums from a traced graph."""
@@ -180,16 +192,17 @@ class Budget:
         traced graph.
         """
         if self.joint and self.token is None:
-            ends = self._ends_of_all.tensors(with_rows=self.present is not None)
             sinks = [watched.sink for watched in self._of_all]
-            self.token = _trace_forward(self.key, self.target.limit, self.present, ends, *sinks)
+            self.token = _trace_forward(
+                self.key, self.target.limit, self.present, (self.forwards.token,), *sinks
+            )
         return self.token
 
     def open_traced(
         self,
         limit: Tensor,
         present: Tensor | None,
-        ends: Sequence[Tensor],
+        counters: Counters,
         sinks: Sequence[Tensor],
     ) -> Tensor:
         """Open the scope of a traced forward pass; return its token.
@@ -199,20 +212,26 @@ class Budget:
         Args:
             limit: the limit of the target.
             present: ``[B]`` bool, which rows are not padding; ``None`` for all.
-            ends: the tensors of `Ends` that count the scope.
+            counters: the tensors to which the scope sends a 1.
             sinks: the tensors that receive the sums.
         """
         trace = _this_trace()
         if self._scope is not None or trace is None:
             self._fail_without_one_graph()
         scope = self._new(self.target._replace(limit=limit), present, at_once=False)
-        token = scope.open(self.parameters, sinks, ends).token
+        token = scope.open(self.parameters, sinks, self._inside(counters)).token
         assert token is not None
         # The token's graph keeps the scope alive. The references here must not outlive the trace.
         scope.close()
         self._traced = weakref.ref(scope)
         self._trace = weakref.ref(trace)
         return token
+
+    def _inside(self, counters: Counters) -> Sequence[Tensor]:
+        there = [counter for counter in counters if counter is not None]
+        if len(there) < len(counters):
+            self._guard.fail(_NO_FORWARD)
+        return there
 
     def _fail_without_one_graph(self) -> None:
         name = self.recurrent
@@ -223,7 +242,7 @@ class Budget:
         layer: Layer,
         target: Target,
         present: Tensor | None,
-        ends: Sequence[Tensor],
+        counters: Counters,
         token: Tensor | None,
         sinks: Sequence[Tensor],
     ) -> Scope:
@@ -235,13 +254,15 @@ class Budget:
             layer: the layer.
             target: the limit, if the use gets a scope of its own.
             present: ``[B]`` bool, which rows are not padding; ``None`` for all.
-            ends: the tensors from `ends_of`.
+            counters: the tensors from `counters_of`.
             token: the token of the forward pass, with a joint budget.
             sinks: the tensors from `sinks_of`.
         """
+        for watched in self._of_layer[layer.name]:
+            self._guard.require(watched.moved())
         if not self.joint:
             scope = self._new(target, present, at_once=True)
-            return scope.open(layer.parameters, sinks, ends)
+            return scope.open(layer.parameters, sinks, self._inside(counters))
         shared = self._traced()
         if shared is None or token is None or self._trace() is not _this_trace():
             self._fail_without_one_graph()
@@ -262,9 +283,9 @@ def target_of(config: BackpropClipping) -> Target:
 
 @torch._dynamo.allow_in_graph
 def _trace_forward(
-    key: str, limit: Tensor, present: Tensor | None, ends: Sequence[Tensor], *sinks: Tensor
+    key: str, limit: Tensor, present: Tensor | None, counters: Counters, *sinks: Tensor
 ) -> Tensor:
-    return BUDGETS[key].open_traced(limit, present, ends, sinks)
+    return BUDGETS[key].open_traced(limit, present, counters, sinks)
 
 
 def _this_trace() -> torch._guards.TracingContext | None:

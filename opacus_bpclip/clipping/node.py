@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.clipping.base import Clip, Settings
-from opacus_bpclip.clipping.budget import BUDGETS
+from opacus_bpclip.clipping.budget import BUDGETS, Counters
 from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.scope import Scope, unwatched_token
 from opacus_bpclip.clipping.use import Use
@@ -156,7 +156,7 @@ class NodeClip(Clip):
             y,
             self.target.limit,
             self.budget.present,
-            self.budget.ends_of(self.layer),
+            self.budget.counters_of(self.layer),
             self.budget.traced_token(),
             len(sinks),
             *sinks,
@@ -236,7 +236,7 @@ def _traced(
     y: Tensor,
     limit: Tensor,
     present: Tensor | None,
-    ends: tuple[Tensor, ...],
+    counters: Counters,
     token: Tensor | None,
     count: int,
     *tensors: Tensor | None,
@@ -249,7 +249,7 @@ def _traced(
         y: the layer's output.
         limit: the limit of the target.
         present: ``[B]`` bool, which rows are not padding; ``None`` for all.
-        ends: the tensors of `Ends` that count the layer's scopes.
+        counters: the tensors to which the layer's scopes send a 1.
         token: the token of the forward pass, with a joint budget.
         count: the number of the layer's trainable parameters.
         tensors: the sinks of the trainable parameters' sums, all of the layer's parameters, and
@@ -269,7 +269,7 @@ def _traced(
     own = tensors[count : count + len(names)]
     target = clip.target._replace(limit=limit)
     sinks = cast("tuple[Tensor, ...]", tensors[:count])
-    scope = budget.traced_scope(clip.layer, target, present, ends, token, sinks)
+    scope = budget.traced_scope(clip.layer, target, present, counters, token, sinks)
     with parameters_replaced(module, dict(zip(names, own, strict=True))):
         call = clip._call(module, tensors[count + len(names) :], {}, y)
     out = clip.attached(call, scope)

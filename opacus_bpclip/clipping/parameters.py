@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.clipping.alignment import Alignment
 from opacus_bpclip.clipping.base import Clip, Settings
-from opacus_bpclip.clipping.budget import BUDGETS
+from opacus_bpclip.clipping.budget import BUDGETS, Counters
 from opacus_bpclip.clipping.node import enter
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import OwnUse
@@ -70,7 +70,7 @@ class ParameterClip(Clip):
                 batch_size,
                 self.target.limit,
                 self.budget.present,
-                self.budget.ends_of(self.layer),
+                self.budget.counters_of(self.layer),
                 self.budget.traced_token(),
                 len(sinks),
                 *sinks,
@@ -151,7 +151,7 @@ def _traced_copies(
     batch_size: int,
     limit: Tensor,
     present: Tensor | None,
-    ends: tuple[Tensor, ...],
+    counters: Counters,
     token: Tensor | None,
     count: int,
     *tensors: Tensor,
@@ -172,7 +172,7 @@ def _traced_copies(
     budget = BUDGETS[key]
     clip: ParameterClip = budget.clips[index]
     target = clip.target._replace(limit=limit)
-    scope = budget.traced_scope(clip.layer, target, present, ends, token, tensors[:count])
+    scope = budget.traced_scope(clip.layer, target, present, counters, token, tensors[:count])
     copies = clip.copies(scope, batch_size, tensors[count:])
     scope.close()
     return copies

@@ -86,7 +86,7 @@ class Scope:
             parameters: the parameters that a traced graph makes sums for; empty in eager mode,
                 where `deliver` gets the sums.
             traced: in a traced graph, the tensors that autograd sends these sums to.
-            counters: in a traced graph, the tensors of `Ends`.
+            counters: in a traced graph, the tensors to which the scope sends a 1.
             device: the device of the token in eager mode, that of the layers. Autograd runs the
                 token's backward function on this device, on an accelerator in the stream that
                 created the token.
@@ -191,18 +191,6 @@ class Scope:
         present = None if self.present is None else self.present[rows]
         return clip_factors(found, self.target, use.dtype, examples=use.examples, present=present)
 
-    def counted(self, device: torch.device) -> Sequence[Tensor]:
-        """Return the gradients for the tensors of `Ends`: one end, and its number of rows.
-
-        Args:
-            device: the device of the tensor for the rows.
-        """
-        one = torch.ones(())
-        if self.present is None:
-            return (one,)
-        rows = torch.stack([self.present.new_ones(()), self.present.sum()])
-        return one, rows.to(device, torch.float32)
-
     def _add(self, use: Use, sums: Sums) -> None:
         for name, total in sums.items():
             parameter = use.layer.named_parameters[name]
@@ -215,7 +203,8 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scope: Scope, *start: Tensor) -> Tensor:
-        ctx.scope, ctx.count, ctx.device = scope, len(start), start[-1].device
+        ctx.scope, ctx.count = scope, len(start)
+        ctx.counters = len(start) - len(scope._parameters)
         return start[0].new_empty(())  # its value is never read
 
     @staticmethod
@@ -227,7 +216,7 @@ class _End(torch.autograd.Function):
             scope.deliver(sums)
             return (None,) * (1 + ctx.count)
         gradients = (sums.get(parameter) for parameter in scope._parameters)
-        return None, *gradients, *scope.counted(ctx.device)
+        return None, *gradients, *(torch.ones(()) for _ in range(ctx.counters))
 
 
 def unwatched_token(device: torch.device | str = "cpu") -> Tensor:

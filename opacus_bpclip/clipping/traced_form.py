@@ -77,3 +77,31 @@ def _real(leaf: Any) -> Any:
         return leaf
     shape = [number(size) for size in leaf.shape]
     return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(shape)
+
+
+def traced_rows(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], axis: int, present: Tensor | None
+) -> Tensor | None:  # pragma: no cover (traced, unseen by coverage)
+    """Return of how many examples a call is, a scalar; ``None`` where a graph does not show it.
+
+    Args:
+        args: by position.
+        kwargs: by name.
+        axis: which axis of a tensor is the batch.
+        present: ``[B]`` bool, which rows are not padding; ``None`` for all.
+    """
+    if present is not None:
+        return present.sum()
+    waiting: list[Any] = [*args, *kwargs.values()]
+    while waiting:
+        value = waiting.pop(0)
+        if isinstance(value, Tensor):
+            if value.dim() > axis:
+                return torch.ones(value.shape[axis], device="cpu").sum()
+        elif type(value) in (tuple, list):
+            waiting = [*value, *waiting]
+        elif type(value) is dict:
+            waiting = [*value.values(), *waiting]
+        elif value is not None and not isinstance(value, (bool, int, float, str)):
+            return None
+    return None

@@ -42,6 +42,7 @@ class BackwardPasses:
         self._forwards: dict[int, int | Tensor] = {}  # number of each forward pass: its rows
         self._task = -1  # autograd's number of the latest backward pass through eager layers
         self._traced_task: int | None = None  # the same, through compiled graphs
+        self._traced_forward: int | None = None  # the same, through traced forward passes
         self._traced_rows: Tensor | None = None
 
     def begin(self, forward: int, rows: int | Tensor) -> str | None:
@@ -54,13 +55,27 @@ class BackwardPasses:
         if forward in self._forwards:
             return None
         task = torch._C._current_graph_task_id()
-        if self._forwards and task == self._task:
+        if task == self._traced_forward or (self._forwards and task == self._task):
             return TWO_FORWARDS
         earlier = self._forwards or self._traced_task not in (None, task)
         if earlier and not self.accumulation_allowed:
             return ACCUMULATION
         self._forwards[forward] = rows
         self._task = task
+        return None
+
+    def begin_traced(self, forwards: int) -> str | None:
+        """Note that a backward pass came through forward passes that were traced as a whole.
+
+        Args:
+            forwards: how many.
+
+        Returns:
+            Why it must not.
+        """
+        self._traced_forward = task = torch._C._current_graph_task_id()
+        if forwards > 1 or (self._forwards and task == self._task):
+            return TWO_FORWARDS
         return None
 
     def note_traced(self) -> str | None:
@@ -74,10 +89,8 @@ class BackwardPasses:
         return None
 
     def note_rows(self, rows: Tensor) -> None:
-        """Record how many rows a compiled graph counted as examples; a scalar tensor."""
-        # Each layer of the same forward pass counts: the counts must not be added up.
-        known = self._traced_rows
-        self._traced_rows = rows if known is None else torch.maximum(known, rows)
+        """Record how many rows a traced forward pass counted as examples; a scalar tensor."""
+        self._traced_rows = rows if self._traced_rows is None else self._traced_rows + rows
 
     @property
     def is_mixed(self) -> bool:
@@ -92,9 +105,10 @@ class BackwardPasses:
     @property
     def rows(self) -> int | None:
         """Return how many rows the current gradients are from, ``None`` if that was not counted."""
-        if self._forwards:
-            return sum(map(int, self._forwards.values()))
-        return None if self._traced_rows is None else int(self._traced_rows)
+        known = [*self._forwards.values()]
+        if self._traced_rows is not None:
+            known.append(self._traced_rows)
+        return sum(map(int, known)) if known else None
 
     def skips(self, *, pop: bool) -> bool:
         """Return whether more physical batches of the current logical batch follow.
@@ -112,11 +126,10 @@ class BackwardPasses:
         """
         if not any_gradient:
             return None
-        # Compiled graphs count their rows only where batches are padded to a constant size.
         return self.samples.spend(self.rows)
 
     def clear(self) -> None:
         """Forget all passes: their gradients have been used or discarded."""
         self._forwards.clear()
-        self._traced_task = self._traced_rows = None
+        self._traced_task = self._traced_forward = self._traced_rows = None
         self.collected = 0

@@ -66,6 +66,17 @@ class WatchedParameter:
         self.clear()
         self._attach()
 
+    def moved(self) -> str | None:
+        """Say that the parameter is no longer where its sums in a compiled graph would go."""
+        p, sink = self.parameter, self.sink
+        if (sink.device, sink.dtype) == (p.device, norm_dtype(p.dtype)):
+            return None
+        return (
+            f"{self.name} was moved to {p.device} and {p.dtype} after make_private, and a compiled "
+            f"graph would send its gradient to {sink.device} in {sink.dtype}. Move the model "
+            "first, then call make_private; or train without torch.compile."
+        )
+
     def remove(self) -> None:
         """Stop watching."""
         for handle in self._handles:

@@ -84,6 +84,15 @@ class Batch(NamedTuple):
         )
 
     @property
+    def square(self) -> tuple[int, ...] | None:
+        """Return the shape of a tensor that has as many rows as examples, but may hold none.
+
+        So it is with one that has the same size on another axis, a mask over pairs of tokens.
+        """
+        shapes = (tuple(x.shape) for x in self.with_examples)
+        return min((s for s in shapes if s.count(self.size) > 1), key=len, default=None)
+
+    @property
     def shapes(self) -> object:
         """Return the shapes of the tensors that hold examples, without the batch axis."""
         axis = self.axis

@@ -5,7 +5,7 @@ The companions of an example are the other examples in its batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ def layouts(one: torch.Size, other: torch.Size, companions: Companions) -> list[
     axes = [
         axis
         for axis, (size, less) in enumerate(zip(one, other, strict=True))
-        if size != less and size * after == less * before
+        if size != less and size * after == less * before and size % max(before, 1) == 0
     ]
     if len(axes) > 1:
         return None
@@ -100,6 +100,16 @@ def vanish(
         if sum(found) >= len(companions.rows):
             return False
     return True
+
+
+def fitting(
+    where: Iterable[Layout], one: Tensor, other: Tensor, companions: Companions
+) -> list[Layout]:
+    """Return the layouts in which each example has as many rows; packed sequences have not."""
+    pairs = ((one, max(companions.before, 1)), (other, max(companions.after, 1)))
+    return [
+        layout for layout in where if all(x.shape[layout.axis] % count == 0 for x, count in pairs)
+    ]
 
 
 def _rows(x: Tensor, layout: Layout, count: int) -> Tensor:

@@ -69,7 +69,7 @@ def map_leaves(value: Any, change: Change) -> Any:
             copies[id(own)] = None
             changed = [(key, visit(part)) for key, part in parts]
             same = all(a is b for (_, a), (_, b) in zip(parts, changed, strict=True))
-            made = own if same else _rebuilt(own, changed, copies[id(own)])
+            made = own if same else rebuilt(own, changed, copies[id(own)])
         done[id(own)] = own, made
         return made
 
@@ -146,7 +146,14 @@ def _attributes(value: Any) -> list[tuple[Any, Any]] | None:
     return list(found.items()) if isinstance(own, dict) or slots else None
 
 
-def _rebuilt(value: Any, parts: list[tuple[Any, Any]], copied: Any) -> Any:
+def rebuilt(value: Any, parts: list[tuple[Any, Any]], copied: Any = None) -> Any:
+    """Return what holds other parts than a value, and is of the same kind.
+
+    Args:
+        value: what `parts_of` takes apart.
+        parts: as it returns them.
+        copied: a copy of the value to be filled; ``None`` to make one.
+    """
     if isinstance(value, tuple):
         made = [part for _, part in parts]
         return value._make(made) if hasattr(value, "_make") else type(value)(made)

@@ -95,6 +95,7 @@ class Prober:
             return self._search_made_up(batch.invent(EXAMPLES)) or self.passed[key]
         except UntriedError:
             pass
+        square = batch.square
         batch = batch.without_padding()
         if batch.size < 2:
             return Plan({})  # A later batch will have several examples.
@@ -106,7 +107,7 @@ class Prober:
             if not self.search and not needs_plan(self.layers):
                 return Plan({})
             order = ("first", "second")[batch.axis]
-            raise UntriedError(problems.untried(str(error), order)) from None
+            raise UntriedError(problems.untried(str(error), order, square)) from None
 
     def knows(self, batch: Batch) -> bool:
         """Return whether `on_batch` has an answer for such a batch without trial runs."""

@@ -71,14 +71,30 @@ def moved(name: str, kind: str) -> str:
     )
 
 
-def untried(reason: str, order: str) -> str:
-    """Return the message for a model that could not be tried."""
+def untried(reason: str, order: str, square: tuple[int, ...] | None) -> str:
+    """Return the message for a model that could not be tried.
+
+    Args:
+        reason: why.
+        order: which axis of a tensor is the batch, ``"first"`` or ``"second"``.
+        square: the shape of an argument that may have as many rows as the batch by accident.
+    """
+    maybe_shared = "" if square is None else _maybe_shared(square)
     return (
         "Whether examples influence each other inside the model cannot be tried, since it does "
         f"not run on a part of its batch ({reason}): one example might change the contributions "
         f"of others. Pass the examples as tensors that have one row each, batch {order}. If "
         "you are certain that no example's output depends on another's, set "
-        "BackpropClipping(probe=False)."
+        f"BackpropClipping(probe=False).{maybe_shared}"
+    )
+
+
+def _maybe_shared(shape: tuple[int, ...]) -> str:
+    return (
+        f" The argument of shape {shape} is taken for one row of each example, since it is as "
+        "long as the batch. If it is the same for all examples (a mask over pairs of tokens), make "
+        "it a buffer of the model (register_buffer), or expand it to one for each example; with "
+        "physical_batch_size, another size helps, too."
     )
 
 

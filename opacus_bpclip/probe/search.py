@@ -16,6 +16,7 @@ from opacus_bpclip.probe.comparison import (
     Layout,
     differ,
     distance,
+    fitting,
     layouts,
     partitions,
     vanish,
@@ -235,12 +236,12 @@ class Search:
         if len(ours) != len(theirs):
             return strict
         for index, (x, y) in enumerate(zip(ours, theirs, strict=True)):
-            where = self.layouts.get((call.name, call.index, side, index), [])
-            if where is None or x.dim() != y.dim() or not (where or x.shape == y.shape):
+            known = self.layouts.get((call.name, call.index, side, index), [])
+            where = fitting(known or (), x, y, companions) if x.dim() == y.dim() else []
+            if where and compare(x, y, where, companions, self.tolerance):
+                return True
+            if not where and strict and (known is None or known or x.shape != y.shape):
                 # Entries for pairs of examples, or a size that depends on values.
-                if strict:
-                    return True
-            elif where and compare(x, y, where, companions, self.tolerance):
                 return True
         return False
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from opacus_bpclip.probe.leaves import batch_leaves
 from opacus_bpclip.probe.randomness import repeatable
-from opacus_bpclip.sampling.log import SampleLog
+from opacus_bpclip.sampling.log import Pass, SampleLog
 from opacus_bpclip.sampling.padding import with_rows
 
 Collate = Callable[[list[Any]], Any]
@@ -172,6 +172,19 @@ class PrivateDataLoader(DPDataLoader):
 
     def __iter__(self) -> Any:
         """Yield logical batches; physical ones after `in_constant_shape`."""
+        reader = Pass(read=True)
+        try:
+            # Workers let the sampler begin here, otherwise the first batch does.
+            self.samples.announce(reader)
+            batches = self._batches()
+            yield from batches
+        except GeneratorExit:
+            reader.left = True
+            raise
+        finally:
+            reader.read = False
+
+    def _batches(self) -> Iterator[Any]:
         if self._rows is None:
             return super().__iter__()
         # Made for each pass, since the user may change an option; persistent workers must stay.

@@ -25,8 +25,10 @@ class Pass:
     """One pass over the loader.
 
     Attributes:
-        alive: whether the pass goes on.
+        alive: whether the sampler may still draw.
         left: whether the user's loop ended it before its last batch.
+        read: whether the user's loop goes on, which worker processes draw ahead of; ``None`` if
+            unknown.
         used: how many steps or physical batches have trained on its samples.
         ahead: how many physical batches were announced before the first step of the pass.
         part: the sample of which more physical batches will be announced.
@@ -34,9 +36,15 @@ class Pass:
 
     alive: bool = True
     left: bool = False
+    read: bool | None = None
     used: int = 0
     ahead: int = 0
     part: Sample | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether nothing that it drew is still to come."""
+        return not self.alive and not self.read
 
 
 @dataclass(eq=False)
@@ -94,6 +102,7 @@ class SampleLog:
         self.mixed = False
         self._passes: list[Pass] = []
         self._waiting: list[Sample] = []
+        self._reader: Pass | None = None  # of the pass that begins next
         self._latest: Sample | None = None
         self._open: Sample | None = None  # the sample that the current step adds up
         self._mark: Sample | None = None  # the sample that its parts were announced for
@@ -115,21 +124,26 @@ class SampleLog:
 
         Samples of finished passes without a step are forgotten: they were not trained on.
         """
-        self._forget(lambda of: not of.alive and not of.left and not of.used)
+        self._forget(lambda of: of.is_over and not of.left and not of.used)
         if self._last is not None and self._last.thread == self._stepping:
             # Batches of a pass that the loop has left will not come any more. In a pass that went
             # on to its end, a signal without a step means that a physical batch was left out.
-            over = [s for s in self._signals if s.sample is not None and not s.sample.of.alive]
+            over = [s for s in self._signals if s.sample is not None and s.sample.of.is_over]
             self._left_out |= any(
                 s.sample and not s.sample.of.left and s.sample.items for s in over
             )
             self._signals = deque(s for s in self._signals if s not in over)
-        begun = Pass()
+        begun = self._reader or Pass()
+        self._reader = None
         self._passes.append(begun)
-        gone = [of for of in self._passes[:-2] if not of.alive]
+        gone = [of for of in self._passes[:-2] if of.is_over]
         self._passes = [of for of in self._passes if of not in gone]
         self._forget(lambda of: of in gone and not of.left)
         return begun
+
+    def announce(self, reader: Pass) -> None:
+        """Say who reads the pass that begins next."""
+        self._reader = reader
 
     def end(self, of: Pass, *, left: bool) -> None:
         """End a pass over the loader.
@@ -138,7 +152,7 @@ class SampleLog:
             of: the pass.
             left: whether it ended before its last batch.
         """
-        of.alive, of.left = False, left
+        of.alive, of.left = False, of.left or left
 
     def draw(self, items: int, of: Pass) -> None:
         """Log a sample that was drawn."""
@@ -153,11 +167,11 @@ class SampleLog:
     def _forget_looks(self) -> None:
         """Forget the signals of passes that ended without a step, except the latest pass."""
         last = self._last.sample.of if self._last and self._last.sample else None
-        self._signals = deque(
-            s
-            for s in self._signals
-            if s.sample is None or s.sample.of is last or s.sample.of.alive or s.sample.of.used
-        )
+
+        def may_come(of: Pass) -> bool:
+            return bool(not of.is_over or of.used or of is last)
+
+        self._signals = deque(s for s in self._signals if s.sample is None or may_come(s.sample.of))
 
     # Physical batches
 
@@ -206,11 +220,12 @@ class SampleLog:
         """Find signals without a step: the number of waiting signals must not grow in a pass."""
         if first.sample is None or first.thread != self._stepping:
             return  # A thread that reads ahead may be any number of signals ahead.
-        of, count = first.sample.of, len(self._signals)
+        of = first.sample.of
+        own = [signal for signal in self._signals if signal.sample and signal.sample.of is of]
         if not of.ahead:
-            of.ahead = count
-        while len(self._signals) > of.ahead:
-            self._signals.popleft()
+            of.ahead = len(own)
+        for signal in own[: max(0, len(own) - of.ahead)]:
+            self._signals.remove(signal)
             self._left_out = True
 
     # Step

@@ -7,7 +7,7 @@ taken for padding, and contributes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.model.recurrence import is_packed
 from opacus_bpclip.probe.batches import Batch
-from opacus_bpclip.probe.leaves import batch_leaves, batch_size, map_leaves, parts_of
+from opacus_bpclip.probe.leaves import batch_leaves, batch_size, map_leaves, parts_of, rebuilt
 
 
 def present_rows(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Tensor:
@@ -102,12 +102,13 @@ def with_rows(value: Any, one: Any, two: Any, *, items: int, rows: int) -> Any:
                 "the model, with lengths.clamp(min=1)."
             )
         return value
-    partners = {id(parts[0]): parts for parts in _matched(value, one, two)}
+    leaves = [list(batch_leaves(batch)) for batch in (value, one, two)]
+    if len({len(own) for own in leaves}) > 1:
+        # It holds a list with an entry for each item.
+        matched = zip(*(parts_of(batch) or () for batch in (value, one, two)), strict=True)
+        return rebuilt(value, [(key, changed(a, b, c)) for (key, a), (_, b), (_, c) in matched])
+    partners = {id(parts[0]): parts for parts in zip(*leaves, strict=True)}
     return map_leaves(value, lambda leaf: changed(*partners[id(leaf)]))
-
-
-def _matched(*batches: Any) -> Iterator[tuple[Any, ...]]:
-    return zip(*map(batch_leaves, batches), strict=True)
 
 
 def _resized(x: Tensor, axis: int, items: int, rows: int) -> Tensor:

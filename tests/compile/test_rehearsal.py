@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from opacus_bpclip import PrivacyViolationError
+from opacus_bpclip import PrivacyEngine, PrivacyViolationError
 from opacus_bpclip.guard import rehearsal
 from tests.budgets import layerwise
 from tests.helpers import (
@@ -19,6 +20,7 @@ from tests.helpers import (
     assert_refused_until_zero_grad,
     backward,
     batch,
+    dataset,
     hand_over,
     loss_of,
     make_private,
@@ -77,6 +79,31 @@ def test_a_rehearsal_leaves_no_trace(rehearsed, clipping):
         assert watched.arrivals == 1
     private.optimizer.step()
     assert private.steps == 1
+
+
+@pytest.mark.parametrize("wrap_model", [True, False])
+def test_a_rehearsal_leaves_the_watch_of_the_criterion_as_it_was(rehearsed, wrap_model):
+    handle, optimizer, criterion, loader = PrivacyEngine().make_private(
+        module=(inner := mlp()),
+        optimizer=torch.optim.SGD(inner.parameters(), lr=0.0),
+        criterion=nn.CrossEntropyLoss(),
+        data_loader=DataLoader(dataset(), batch_size=8),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        clipping="backprop",
+        wrap_model=wrap_model,
+    )
+    x, y = next((x, y) for x, y in loader if len(x) > 1)
+    call = torch.compile(handle if wrap_model else inner, backend="aot_eager")
+    criterion(call(x), y).backward()
+    guard = handle._guard
+    before = dict(vars(guard.loss))
+    rehearsal.vouch(inner, guard)
+    assert len(rehearsed) == 1
+    assert vars(guard.loss) == before
+    # Or a loss that goes around the criterion would be taken for one inside the graph.
+    assert guard.loss.problem("0.weight") is not None
+    optimizer.step()
 
 
 def test_each_graph_is_rehearsed_once(rehearsed):

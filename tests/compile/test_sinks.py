@@ -80,3 +80,36 @@ def test_parameters_in_bfloat16_get_sums_in_float32(clipping):
         sums.append(joint(trainer.released(x, target)))
     assert sums[1].dtype == torch.float32
     torch.testing.assert_close(*sums, rtol=0, atol=1e-5)
+
+
+@BUDGETS
+@pytest.mark.parametrize(
+    ("to", "reason"),
+    [
+        (
+            {"dtype": torch.float64},
+            r"fc\.(weight|bias) was moved to cpu and torch\.float64 after make_private, and a "
+            r"compiled graph would send its gradient to cpu in torch\.float32\. Move the model "
+            r"first, then call make_private; or train without torch\.compile\.",
+        ),
+        # There torch makes other parameters.
+        ({"device": "meta"}, r"fc\.weight is not the parameter that make_private saw"),
+    ],
+)
+def test_a_model_that_was_moved_after_make_private_is_refused(clipping, to, reason):
+    trainer = Trainer(Later(), (2, D), clipping, reduction="sum", dtype=torch.float32)
+    trainer.plain.to(**to)
+    call = torch.compile(trainer.model, backend="aot_eager")
+    x = torch.randn(5, 2, D).to(**to)
+    with pytest.raises((PrivacyViolationError, TorchRuntimeError), match=reason):
+        call(x).sum().backward()
+    with pytest.raises(PrivacyViolationError, match="not covered"):
+        trainer.optimizer.step()
+
+
+def test_another_device_is_noticed_as_another_dtype_is():
+    trainer, *_ = _trained(BackpropClipping())
+    watched = trainer.model._orig_mod._guard.parameters[trainer.plain.fc.weight]
+    assert watched.moved() is None
+    watched.sink = watched.sink.to("meta")
+    assert "would send its gradient to meta" in watched.moved()

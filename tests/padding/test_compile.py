@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from opacus_bpclip import BackpropClipping
-from tests.helpers import Private, flat
+from tests.helpers import Private, flat, make_private
 from tests.padding.test_guarantee import NOT_RECOGNISED
 from tests.padding.training import check_alike, private_of, train, with_criterion
 from tests.sampling import refused
@@ -118,3 +119,39 @@ def test_padding_that_is_not_recognised_is_refused(allocation: str) -> None:
     items = int(x.any(dim=1).sum())
     refused(fast, (x - 0.5) / 2, y, NOT_RECOGNISED.format(rows=16, items=items))
     train(fast, batches)
+
+
+class OfTwo(nn.Module):
+    """Adds up what it makes of two arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.one(x) + self.other(z)
+
+
+def test_an_example_with_zeros_in_one_argument_alone_is_no_padding() -> None:
+    torch.manual_seed(1)
+    x, z = torch.randn(24, 4), torch.randn(24, 4)
+    x[::3], z[1::3] = 0, 0
+    data = TensorDataset(x, z, torch.randint(0, 3, (24,)))
+    found = {}
+    for rows in (9, None):
+        private = make_private(
+            OfTwo(),
+            backprop=BackpropClipping(),
+            data=data,
+            counted=True,
+            lr=0.0,
+            max_grad_norm=0.5,
+            physical_batch_size=rows,
+        )
+        if rows:
+            call = torch.compile(private.model, backend="aot_eager", fullgraph=True)
+            private = private._replace(model=call)
+        torch.manual_seed(7)
+        found[rows] = train(private)
+    check_alike(found[9], found[None])

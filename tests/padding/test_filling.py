@@ -23,6 +23,14 @@ class Held:
     x: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    texts: list[str]
+    inside: list[Held]
+    x: Tensor
+    kind: str = "public"
+
+
 def filled(collate: Any, items: list[Any], rows: int = 4) -> Any:
     made = CollateWithEmpty(collate, items)
     made.rows = rows
@@ -46,6 +54,7 @@ def test_tensors_lists_dictionaries_and_objects_are_filled_up(count: int) -> Non
             "numbers": [3.0] * len(items),
             "pair": Pair(x, (x, "public")),
             "held": Held(x),
+            "read": Read(texts, [Held(x) for x, _ in items], x),
             "table": torch.ones(3),
         }
 
@@ -59,6 +68,10 @@ def test_tensors_lists_dictionaries_and_objects_are_filled_up(count: int) -> Non
     assert torch.equal(batch["mask"], expected > 0)
     assert torch.equal(batch["table"], torch.ones(3))
     assert batch["texts"] == [text for _, text in ITEMS[:count]] + [""] * (rows - count)
+    read = batch["read"]
+    assert (read.texts, read.kind) == (batch["texts"], "public")
+    assert torch.equal(read.x, expected)
+    assert torch.equal(torch.stack([held.x for held in read.inside]), expected)
     assert batch["numbers"] == [3.0] * count + [0.0] * (rows - count)
     assert batch["pair"].y[1] == "public"
     assert len(batch["boxes"]) == rows
