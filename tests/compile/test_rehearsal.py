@@ -98,7 +98,7 @@ def test_a_rehearsal_leaves_the_watch_of_the_criterion_as_it_was(rehearsed, wrap
     criterion(call(x), y).backward()
     guard = handle._guard
     before = dict(vars(guard.loss))
-    rehearsal.vouch(inner, guard)
+    rehearsal.check_graphs(inner, guard)
     assert len(rehearsed) == 1
     assert vars(guard.loss) == before
     # Or a loss that goes around the criterion would be taken for one inside the graph.
