@@ -7,12 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from opacus_bpclip.cli import build_parser, main
 
 import opacus_bpclip
 from opacus_bpclip import BackpropClipping
 from opacus_bpclip.ab import command, job
 from opacus_bpclip.ab.settings import ARMS, Output, settings_for
-from opacus_bpclip.cli import build_parser, main
 from opacus_bpclip.jobs.errors import UsageError
 
 

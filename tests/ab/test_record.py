@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from opacus_bpclip.ab.record import Record
 
 from opacus_bpclip.ab import job, record
 from opacus_bpclip.ab.plot import draw
-from opacus_bpclip.ab.record import Record
 from opacus_bpclip.ab.report import heading, render
 from opacus_bpclip.ab.results import ArmResult, EpochResult, Plan, SeedResult, arm_from_dict
 from opacus_bpclip.ab.settings import ARMS, NON_PRIVATE, Output, settings_for

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from opacus.accountants import PRVAccountant
+from opacus_bpclip.cli import main
 from torch.utils.data import TensorDataset
 
 from opacus_bpclip.ab import child, job, training
@@ -14,7 +15,6 @@ from opacus_bpclip.ab.data import Data, load
 from opacus_bpclip.ab.privacy import domain_warning_silenced
 from opacus_bpclip.ab.results import Plan
 from opacus_bpclip.ab.settings import ARMS, NON_PRIVATE, Output, settings_for
-from opacus_bpclip.cli import main
 from opacus_bpclip.jobs import child as processes
 from opacus_bpclip.jobs.errors import ArmError
 from opacus_bpclip.jobs.memory import PeakMemory

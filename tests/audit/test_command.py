@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from opacus_bpclip.cli import build_parser, main
 
 from opacus_bpclip import BackpropClipping
 from opacus_bpclip.audit import CASES, command, job
 from opacus_bpclip.audit.settings import BOTH_BUDGETS, CASE_NAMES, Output, Settings, Task, tasks
-from opacus_bpclip.cli import build_parser, main
 
 EVERY_OPTION = (
     "--case conv bias --allocation equal --bound exact --loss-reduction sum --full --trials 500 "

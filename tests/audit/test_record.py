@@ -6,10 +6,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from opacus_bpclip.audit.record import Record
 
 from opacus_bpclip.audit import audit, job
 from opacus_bpclip.audit.plot import draw
-from opacus_bpclip.audit.record import Record
 from opacus_bpclip.audit.report import page, render
 from opacus_bpclip.audit.settings import Output, Settings, tasks
 from opacus_bpclip.audit.verdict import verdict_from_dict

@@ -3,9 +3,9 @@
 from importlib.util import find_spec
 
 import pytest
+from opacus_bpclip.cli import main
 
 from opacus_bpclip.audit.settings import CASE_NAMES, Settings
-from opacus_bpclip.cli import main
 from opacus_bpclip.jobs.errors import UsageError
 
 

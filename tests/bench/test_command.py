@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from opacus_bpclip.cli import build_parser, main
+from opacus_bpclip.jobs.child import in_one_line
 
 from opacus_bpclip.bench import command, job, settings
 from opacus_bpclip.bench import record as records
 from opacus_bpclip.bench.results import ArmResult
 from opacus_bpclip.bench.settings import ACCEPTANCE, ARMS, CASES, Output, Settings, points
-from opacus_bpclip.cli import build_parser, main
-from opacus_bpclip.jobs.child import in_one_line
 from opacus_bpclip.jobs.errors import ChildError
 from tests.bench.tiny import CNN, CURVE, record, tiny
 

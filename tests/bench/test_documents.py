@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from opacus_bpclip.bench.record import Record
 
 from opacus_bpclip.bench import record as records
 from opacus_bpclip.bench.documents import read, update, updated
-from opacus_bpclip.bench.record import Record
 from opacus_bpclip.bench.report import summary, tables
 from opacus_bpclip.jobs.errors import UsageError
 from tests.bench.tiny import CNN, record

@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from opacus_bpclip.bench.record import Record, circumstances
 
 from opacus_bpclip.bench import record as records
-from opacus_bpclip.bench.record import Record, circumstances
 from opacus_bpclip.bench.settings import Settings
 from opacus_bpclip.jobs.errors import UsageError
 from tests.bench.tiny import CIRCUMSTANCES, CNN, CURVE, arm, comparison, record

@@ -1,6 +1,7 @@
 """Tables say what was measured, what was not and why; verdicts are computed, not typed."""
 
 from opacus_bpclip.bench.record import Record
+
 from opacus_bpclip.bench.report import summary, tables
 from opacus_bpclip.bench.settings import CASES
 from opacus_bpclip.bench.targets import TARGETS, verdicts

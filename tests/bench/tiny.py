@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from opacus_bpclip.bench.record import Circumstances, Record
+
 from opacus_bpclip.bench.results import ArmResult, Comparison
 from opacus_bpclip.bench.settings import CASES, GROWTHS, Point
 
