@@ -31,6 +31,7 @@ app = App(
     help="Backpropagation clipping for Opacus: tools around the library.",
     version=version("opacus-bpclip"),
     help_format="markdown",
+    suppress_keyboard_interrupt=False,
     default_parameter=Parameter(consume_multiple=True, negative_iterable=(), show_default=_shown),
 )
 for _command in (ab, audit, bench, inspect):

@@ -19,7 +19,7 @@ from opacus_bpclip.ab.training import train_arm
 from opacus_bpclip.jobs.errors import ChildError, JobError, UsageError
 from opacus_bpclip.jobs.extras import require_device
 from opacus_bpclip.jobs.processes import call_in_child
-from opacus_bpclip.jobs.running import Job
+from opacus_bpclip.jobs.running import Job, View
 
 
 class Comparison(Job[ComparisonRecord]):
@@ -30,8 +30,7 @@ class Comparison(Job[ComparisonRecord]):
         progress: show a bar for each seed on stderr.
     """
 
-    title = "Comparison of clipping methods"
-    report, draw, line = staticmethod(render), staticmethod(draw), staticmethod(legend)
+    view = View("Comparison of clipping methods", render, draw, legend)
 
     def __init__(self, settings: Settings, *, progress: bool = False) -> None:
         self._settings, self._progress = settings, progress

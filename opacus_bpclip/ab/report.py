@@ -68,11 +68,10 @@ def _row(record: ComparisonRecord, result: ArmResult) -> list[str]:
         noise = record.plan.noise_multiplier
         privacy = [f"{result.epsilon:.3f}", f"{record.settings.delta:g}", f"{noise:.4g}"]
     peak = result.peak_memory_bytes
-    low, high = min(result.accuracies), max(result.accuracies)
     return [
         result.arm,
         f"{result.accuracy_mean:.2%}",
-        f"{100 * low:.2f}..{100 * high:.2f}",
+        f"{100 * result.accuracy_min:.2f}..{100 * result.accuracy_max:.2f}",
         *privacy,
         f"{1e3 * result.seconds_per_step:.2f} ms",
         "unknown" if peak is None else f"{peak / 2**20:.1f} MiB",

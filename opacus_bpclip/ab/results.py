@@ -109,6 +109,18 @@ class ArmResult(Result):
 
     @computed_field  # type: ignore[prop-decorator]
     @property
+    def accuracy_min(self) -> float:
+        """Smallest of them."""
+        return min(self.accuracies)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy_max(self) -> float:
+        """Largest of them."""
+        return max(self.accuracies)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
     def epsilon(self) -> float | None:
         """Largest epsilon any seed reports; all agree unless an accountant is broken."""
         return max((s.epsilon for s in self.seeds if s.epsilon is not None), default=None)

@@ -27,7 +27,7 @@ from opacus_bpclip.config import Allocation, BackpropClipping, Bound
 from opacus_bpclip.jobs.errors import JobError, UsageError, in_one_line
 from opacus_bpclip.jobs.loading import load_object, made_by
 from opacus_bpclip.jobs.processes import call_in_children
-from opacus_bpclip.jobs.running import Job
+from opacus_bpclip.jobs.running import Job, View
 
 VIOLATION, ASLEEP = 1, 3
 
@@ -40,8 +40,7 @@ class Audit(Job[AuditRecord]):
         processes: how many targets to audit at the same time.
     """
 
-    title = "Audit report"
-    report, draw, line = staticmethod(render), staticmethod(draw), staticmethod(in_short)
+    view = View("Audit report", render, draw, in_short)
 
     def __init__(self, settings: Settings, *, processes: int = 1) -> None:
         self._settings, self._processes = settings, processes

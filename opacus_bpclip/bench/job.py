@@ -13,13 +13,13 @@ from opacus_bpclip.bench import documents
 from opacus_bpclip.bench.cases import build
 from opacus_bpclip.bench.measure import peak_memory, step_times
 from opacus_bpclip.bench.plot import draw
-from opacus_bpclip.bench.report import tables
+from opacus_bpclip.bench.report import tables, title
 from opacus_bpclip.bench.results import ArmResult, BenchRecord, Comparison
 from opacus_bpclip.bench.settings import BenchOutput, Key, Point, Settings, is_compiled
 from opacus_bpclip.jobs.errors import ChildError, UsageError
 from opacus_bpclip.jobs.extras import require_device
 from opacus_bpclip.jobs.processes import call_in_child
-from opacus_bpclip.jobs.running import Job
+from opacus_bpclip.jobs.running import Job, View
 
 # One thread of the compiler's own: its processes would take time from a step that is measured.
 _ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -43,8 +43,7 @@ class Bench(Job[BenchRecord]):
         output: where to read and write.
     """
 
-    title = "Benchmarks"
-    report, draw, line = staticmethod(tables), staticmethod(draw), staticmethod(title)
+    view = View("Benchmarks", tables, draw, title)
 
     def __init__(self, settings: Settings, output: BenchOutput) -> None:
         self._settings, self._output = settings, output
@@ -96,7 +95,7 @@ def compare(point: Point, settings: Settings, *, progress: bool = False) -> Comp
     Raises:
         ChildError: the process that takes the times died.
     """
-    results = {arm: ArmResult(arm, peaks=None) for arm in settings.arms}
+    results: dict[str, ArmResult] = {arm: ArmResult(arm, peaks=None) for arm in settings.arms}
     for arm in settings.arms:
         # A compiled arm's process is full of the compiler, whose memory is not the step's.
         if not is_compiled(arm):

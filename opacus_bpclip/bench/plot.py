@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def _draw(
     axes: Any,
     axis: str,
     curve: list[Comparison],
-    arms: list[str],
+    arms: Sequence[str],
     what: str,
     ratio: Callable[[Comparison, str], Spread | None],
 ) -> dict[str, Any]:

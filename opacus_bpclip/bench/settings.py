@@ -190,6 +190,8 @@ class Settings(Options):
     def _go_together(self) -> Self:
         if self.growth and self.case:
             raise ValueError("--growth has a case of its own: leave --case out")
+        if not self.growth and not self.case:
+            raise ValueError("--case must name something")
         for arm in self.arms:
             if base_of(arm) not in self.arms:
                 raise ValueError(f"--arms {arm} needs {base_of(arm)}, which its ratios are to")

@@ -7,7 +7,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from opacus_bpclip.jobs.environment import versions
 from opacus_bpclip.jobs.errors import UsageError
@@ -19,8 +19,8 @@ from opacus_bpclip.jobs.tables import PAGE, TERMINAL, Style
 Kept = TypeVar("Kept", bound=Record[Any, Any])
 
 
-class Job(ABC, Generic[Kept]):
-    """What a command measures and how that reads; the rest is the same for all commands.
+class View(NamedTuple):
+    """How a command's results are shown.
 
     Args:
         title: of the report as a page.
@@ -29,10 +29,16 @@ class Job(ABC, Generic[Kept]):
         line: returns what is said on stderr of a result that has just come.
     """
 
-    title: ClassVar[str]
-    report: ClassVar[Callable[[Any, Style], str]]
-    draw: ClassVar[Callable[[Any, Path], None]]
-    line: ClassVar[Callable[[Any], str]]
+    title: str
+    report: Callable[[Any, Style], str]
+    draw: Callable[[Any, Path], None]
+    line: Callable[[Any], str]
+
+
+class Job(ABC, Generic[Kept]):
+    """What a command measures and how that reads; the rest is the same for all commands."""
+
+    view: ClassVar[View]
 
     def check(self) -> None:
         """Find what would otherwise fail only after measuring.
@@ -69,11 +75,11 @@ def run(job: Job[Any], output: Output) -> int:
         JobError: a measurement failed; what was finished before it is in the ``--json`` file.
     """
     record = measured(job, output)
-    print(job.report(record, TERMINAL))
+    print(job.view.report(record, TERMINAL))
     if output.markdown:
         write_whole(output.markdown, page(job, record))
     if output.plot:
-        job.draw(record, output.plot)
+        job.view.draw(record, output.plot)
     job.deliver(record)
     for what, path in (("page", output.markdown), ("plot", output.plot), ("data", output.data)):
         if path:
@@ -102,7 +108,9 @@ def measured(job: Job[Kept], output: Output) -> Kept:
         record = record.with_result(result)
         done.add(result.key)
         if output.progress:
-            print(f"{len(done)} of {len(todo)}  {job.line(result)}", file=sys.stderr, flush=True)
+            print(
+                f"{len(done)} of {len(todo)}  {job.view.line(result)}", file=sys.stderr, flush=True
+            )
         if output.data:
             record.write(output.data)
     if output.data:
@@ -115,9 +123,9 @@ def page(job: Job[Kept], record: Kept) -> str:
     commit = record.commit or "unknown (installed package)"
     found = ", ".join(f"{name} {value}" for name, value in versions("torch", "opacus").items())
     parts = [
-        f"# {job.title}",
+        f"# {job.view.title}",
         f"    {shlex.join(['opacus-bpclip', *sys.argv[1:]])}",
         f"Commit {commit}; {found}.",
-        job.report(record, PAGE),
+        job.view.report(record, PAGE),
     ]
     return "\n\n".join(parts) + "\n"

@@ -24,7 +24,7 @@ def _distinct(values: tuple[Item, ...]) -> tuple[Item, ...]:
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(gt=0, lt=1)]
+Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 Distinct = Annotated[tuple[Item, ...], AfterValidator(_distinct)]
