@@ -22,7 +22,7 @@ from opacus_bpclip.jobs.settings import Options
 class Result(BaseModel):
     """One result; its key tells it from the others of a record."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     @property
     @abstractmethod
@@ -47,7 +47,7 @@ class Record(BaseModel, Generic[S, R]):
         results: in the order of their first measurement.
     """
 
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True)
     # The subcommand, and what may differ between a run and its continuation.
     command: ClassVar[str]
     free: ClassVar[frozenset[str]]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from opacus_bpclip.cli import main
 
+from opacus_bpclip.__main__ import main
 from opacus_bpclip.audit import audit
 from opacus_bpclip.audit.published import PublishedTrainer, original, repaired
 

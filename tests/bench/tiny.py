@@ -29,7 +29,7 @@ def comparison(name, *arms, axis=None, value=None):
 
 
 def record(*comparisons):
-    versions = {"python": "3.11", "torch": "2.13"}
+    versions = {"python": "3.11", "torch": "2.13", "opacus": "1.6", "opacus_bpclip": "0.1"}
     return BenchRecord.new(SETTINGS, versions=versions, results=comparisons)
 
 
