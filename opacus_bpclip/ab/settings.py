@@ -12,16 +12,8 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from opacus_bpclip.config import BackpropClipping, Bound
-from opacus_bpclip.jobs.settings import (
-    Count,
-    Options,
-    OrNone,
-    Output,
-    Positive,
-    Probability,
-    Seed,
-    Several,
-)
+from opacus_bpclip.jobs.settings import Options, Output
+from opacus_bpclip.jobs.values import Count, OrNone, Positive, Probability, Seed, Several
 
 Arm = Literal[
     "non-private", "flat", "flat+input-clipping", "backprop", "backprop-layerwise", "paper"

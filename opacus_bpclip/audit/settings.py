@@ -14,16 +14,8 @@ from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
 from opacus_bpclip.config import Allocation, Bound
-from opacus_bpclip.jobs.settings import (
-    Count,
-    Options,
-    OrNone,
-    Output,
-    Positive,
-    Probability,
-    Seed,
-    Several,
-)
+from opacus_bpclip.jobs.settings import Options, Output
+from opacus_bpclip.jobs.values import Count, OrNone, Positive, Probability, Seed, Several
 
 Layer = Literal["linear", "sequence-linear", "conv", "embedding", "bias"]
 Norm = Literal["layer-norm", "rms-norm", "group-norm", "instance-norm"]

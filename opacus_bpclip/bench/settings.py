@@ -10,7 +10,8 @@ from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from opacus_bpclip.jobs.settings import Count, Distinct, Options, Output, Several
+from opacus_bpclip.jobs.settings import Options, Output
+from opacus_bpclip.jobs.values import Count, Distinct, Several
 
 # The budget, then the bound.
 Joint = Literal["joint-exact", "joint-weighted", "joint-product"]

@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, TypeAdapter
 
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
 from opacus_bpclip.jobs.errors import UsageError
-from opacus_bpclip.jobs.settings import AS_OPTIONS, Count, Options, OrNone
+from opacus_bpclip.jobs.settings import AS_OPTIONS, Options
+from opacus_bpclip.jobs.values import Count, OrNone
 
 if TYPE_CHECKING:
     from opacus_bpclip.inspection.inspection import Row

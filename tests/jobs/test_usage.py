@@ -230,68 +230,77 @@ def test_version_and_no_command(capsys):
     assert capsys.readouterr().err == text
 
 
-def test_every_option_of_ab_arrives():
-    line = (
-        "ab --dataset mnist --data-root d --seeds 7 5 --arms backprop flat --epsilon 2 "
-        "--delta 1e-6 --epochs 4 --batch-size 32 --lr 0.3 --momentum 0.5 --accountant rdp "
-        "--device cpu --precision bfloat16 --max-grad-norm 0.1 --max-input-norm 4 "
-        "--bound weighted --allocation equal --normalize --threads 2 --json r.json --plot none "
-        "--resume --no-progress --markdown r.md"
-    )
-    assert parsed(line) == {
+OUTPUT = {"data": Path("r"), "resume": True, "markdown": Path("m"), "progress": False}
+TRAINING = {"epsilon": 2.0, "delta": 1e-6, "epochs": 4, "batch_size": 32, "lr": 0.3}
+GIVEN = {
+    "ab": {
         "dataset": "mnist",
         "data_root": Path("d"),
-        "epsilon": 2.0,
-        "delta": 1e-6,
-        "epochs": 4,
-        "batch_size": 32,
-        "lr": 0.3,
+        "seeds": (7, 5),
+        "arms": ("paper", "flat"),
+        **TRAINING,
         "momentum": 0.5,
+        "accountant": "rdp",
+        "device": "cuda",
+        "threads": 2,
+        "precision": "bfloat16",
         "max_grad_norm": 0.1,
         "max_input_norm": 4.0,
         "bound": "weighted",
         "allocation": "equal",
         "normalize": True,
-        "seeds": (7, 5),
-        "arms": ("backprop", "flat"),
-        "threads": 2,
-        "accountant": "rdp",
-        "device": "cpu",
-        "precision": "bfloat16",
-        "data": Path("r.json"),
         "plot": None,
-        "resume": True,
-        "progress": False,
-        "markdown": Path("r.md"),
-    }
+    },
+    "audit": {
+        "case": ("conv", "bias"),
+        "allocation": ("equal",),
+        "bound": ("exact",),
+        "seed": 7,
+        "loss_reduction": ("sum",),
+        "full": True,
+        "trials": 500,
+        "noise_multiplier": 2.0,
+        "max_grad_norm": 3.0,
+        "max_input_norm": None,
+        "alpha": 0.01,
+        "delta": 1e-6,
+        "model": "a:b",
+        "input": "3x4",
+        "vocabulary": 3,
+        "plot": Path("p"),
+        "processes": 3,
+    },
+    "bench": {
+        "case": ("lstm", "text"),
+        "arms": ("non-private", "ghost"),
+        "rounds": 3,
+        "limit": 2.0,
+        "threads": 2,
+        "processes": 4,
+        "precision": "bfloat16",
+        "device": "cuda",
+        "from_json": Path("a"),
+        "update": (Path("b"), Path("c")),
+        "plot": Path("p"),
+    },
+}
+# They exclude others that are given.
+NOT_GIVEN = {"ab": set(), "audit": {"target", "loss"}, "bench": {"growth"}}
 
 
-def test_every_option_of_audit_and_bench_arrives():
-    audit = parsed(
-        "audit --case conv bias --allocation equal --bound exact --loss-reduction sum --full "
-        "--trials 500 --noise-multiplier 2 --max-grad-norm 3 --max-input-norm none --alpha 0.01 "
-        "--delta 1e-6 --seed 7 --processes 3"
-    )
-    assert audit["case"] == ("conv", "bias")
-    options = ("allocation", "bound", "loss_reduction", "full", "trials", "noise_multiplier")
-    assert [audit[name] for name in options] == [("equal",), ("exact",), ("sum",), True, 500, 2.0]
-    options = ("max_grad_norm", "max_input_norm", "alpha", "delta", "seed", "processes")
-    assert [audit[name] for name in options] == [3.0, None, 0.01, 1e-6, 7, 3]
-    bench = parsed(
-        "bench --case lstm text --arms non-private ghost --rounds 3 --limit 2 --threads 2 "
-        "--processes 4 --precision bfloat16 --from-json a --update b c"
-    )
-    options = ("case", "arms", "rounds", "limit", "threads", "processes", "precision")
-    assert [bench[name] for name in options] == [
-        ("lstm", "text"),
-        ("non-private", "ghost"),
-        3,
-        2.0,
-        2,
-        4,
-        "bfloat16",
-    ]
-    assert (bench["from_json"], bench["update"]) == (Path("a"), (Path("b"), Path("c")))
+@pytest.mark.parametrize("command", MEASURING)
+def test_every_option_arrives(command):
+    given = GIVEN[command] | OUTPUT
+    words = [command]
+    for name, value in given.items():
+        option = "json" if name == "data" else name.replace("_", "-")
+        words.append(f"--no-{option}" if value is False else f"--{option}")
+        if not isinstance(value, bool):
+            values = value if isinstance(value, tuple) else (value,)
+            words += ["none" if part is None else str(part) for part in values]
+    found = parsed(words)
+    assert set(found) - set(given) == NOT_GIVEN[command]
+    assert {name: found[name] for name in given} == given
 
 
 def test_help_imports_nothing_heavy():
