@@ -48,7 +48,7 @@ run() {
 run tests 150 "$python" -m pytest -q -p no:cacheprovider --device "$device" "${core[@]}"
 run audit 60 "$python" benchmarks/gpu_audit.py --device "$device" "${audited[@]}"
 for precision in float32 bfloat16; do
-    run "bench-$precision" 130 "$python" -m opacus_bpclip.cli bench --device "$device" \
+    run "bench-$precision" 130 "$python" -m opacus_bpclip bench --device "$device" \
         --precision "$precision" --case "${cases[@]}" --arms "${arms[@]}" "${rounds[@]}" \
         --json "$folder/bench-$precision.json" --markdown "$folder/bench-$precision.md"
 done

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from opacus_bpclip import CoverageError
-from opacus_bpclip.cli import main
+from opacus_bpclip.__main__ import main
 from opacus_bpclip.inspection.inspection import inspect
 from tests.budgets import layerwise
 
@@ -155,11 +155,11 @@ def test_a_model_with_nothing_to_train_would_be_refused(capsys):
     ("arguments", "message"),
     [
         (["my_models"], "not of the form MODULE:FACTORY"),
-        (["nowhere:good"], "cannot import nowhere"),
-        (["my_models:missing"], "my_models has no missing"),
-        (["my_models:NUMBER"], "neither a model nor callable"),
+        (["nowhere:good"], "cannot load nowhere:good: No module named 'nowhere'"),
+        (["my_models:missing"], "has no attribute 'missing'"),
+        (["my_models:NUMBER"], "neither callable nor a Module"),
         (["my_models:greedy"], "cannot be called without arguments"),
-        (["my_models:number"], "makes a int, not a torch.nn.Module"),
+        (["my_models:number"], "makes a int, not a Module"),
         (["my_models:good", "--max-input-norm", "-1"], "max_input_norm=-1.0"),
         (["my_models:good", "--max-grad-norm", "nan"], "max_grad_norm=nan"),
         (["my_models:Loop", "--uses", "auto"], "give their --input-shape"),
@@ -169,6 +169,8 @@ def test_a_model_with_nothing_to_train_would_be_refused(capsys):
             ["my_models:Loop", "--uses", "body=2"],
             "names layers that the model does not train: body",
         ),
+        (["my_models:good", "--input-shape", "3,x"], "--input-shape x: input should be a valid"),
+        (["my_models:good", "--bound", "loose"], "--bound loose: input should be 'product', "),
         (["my_models:good", "--input-shape", "3"], "does not run on such an input"),
         (["my_models:good", "--json", "no/such/folder.json"], "No such file"),
     ],

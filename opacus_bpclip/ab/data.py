@@ -54,7 +54,7 @@ _SOURCES = {
 }
 
 
-def load(dataset: str, root: str) -> Data:
+def load(dataset: str, root: Path) -> Data:
     """Read a dataset; torchvision downloads it into ``root`` if it is not there.
 
     Args:
@@ -87,7 +87,7 @@ def _digits() -> Data:
     )
 
 
-def _read(source: _Source, root: str, *, train: bool) -> TensorDataset:
+def _read(source: _Source, root: Path, *, train: bool) -> TensorDataset:
     dataset = _open(source, root, train=train)
     pixels = torch.as_tensor(dataset.data)
     # MNIST is [N, H, W]; CIFAR-10 is [N, H, W, C].
@@ -98,7 +98,7 @@ def _read(source: _Source, root: str, *, train: bool) -> TensorDataset:
     return TensorDataset(normalised, torch.as_tensor(dataset.targets, dtype=torch.int64))
 
 
-def _open(source: _Source, root: str, *, train: bool) -> Any:
+def _open(source: _Source, root: Path, *, train: bool) -> Any:
     require("torchvision", f"the dataset {source.torchvision_name}")
     import torchvision
 
@@ -114,12 +114,12 @@ def _open(source: _Source, root: str, *, train: bool) -> Any:
         raise UsageError(_missing(source, root, error)) from error
 
 
-def _missing(source: _Source, root: str, error: Exception) -> str:
+def _missing(source: _Source, root: Path, error: Exception) -> str:
     name = source.torchvision_name
     reason = " ".join(str(error).split()) or type(error).__name__
-    command = f"from torchvision.datasets import {name}; {name}({root!r}, download=True)"
+    command = f"from torchvision.datasets import {name}; {name}({str(root)!r}, download=True)"
     return (
-        f"{name} was looked for in {Path(root, source.folder)}, is not there or not readable, and "
+        f"{name} was looked for in {root / source.folder}, is not there or not readable, and "
         f"could not be downloaded ({reason}). Put {source.files} there, name the folder that holds "
         f"{source.folder} by --data-root, or, where there is a network, run: "
         f'python -c "{command}"'

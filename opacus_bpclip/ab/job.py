@@ -1,61 +1,58 @@
-"""The whole comparison: check everything, plan, train arm after arm, keep what is finished."""
+"""The whole comparison: check everything, plan, train arm after arm."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
 import torch
 from opacus.data_loader import DPDataLoader
 from torch.utils.data import DataLoader
 
-from opacus_bpclip.ab import record as records
-from opacus_bpclip.ab.child import train_arm_in_child
 from opacus_bpclip.ab.data import Data, load
 from opacus_bpclip.ab.models import build, count_parameters
+from opacus_bpclip.ab.plot import draw, legend
 from opacus_bpclip.ab.privacy import epsilon_spent, noise_multiplier_for
-from opacus_bpclip.ab.record import Record
-from opacus_bpclip.ab.results import ArmResult, Plan
-from opacus_bpclip.ab.settings import Output, Settings
-from opacus_bpclip.jobs.errors import UsageError
-from opacus_bpclip.jobs.extras import require, require_device
-from opacus_bpclip.jobs.files import check_plot, check_writable
-from opacus_bpclip.jobs.records import require_resumable
+from opacus_bpclip.ab.report import render
+from opacus_bpclip.ab.results import ArmResult, ComparisonRecord, Plan
+from opacus_bpclip.ab.settings import Arm, Settings
+from opacus_bpclip.ab.training import train_arm
+from opacus_bpclip.jobs.errors import ChildError, JobError, UsageError
+from opacus_bpclip.jobs.extras import require_device
+from opacus_bpclip.jobs.processes import call_in_child
+from opacus_bpclip.jobs.running import Job, View
 
 
-class ArmTrainer(Protocol):
-    """What trains one arm; the tests put an in-process one in place of a child process."""
-
-    def __call__(
-        self, name: str, settings: Settings, plan: Plan, *, progress: bool = ...
-    ) -> ArmResult:
-        """Train an arm for each seed."""
-
-
-def compare(
-    settings: Settings, output: Output, *, train: ArmTrainer = train_arm_in_child
-) -> Record:
-    """Run a comparison; ``output.json`` is written after every finished arm.
+class Comparison(Job[ComparisonRecord]):
+    """Several arms, each in a process of its own, so that its peak memory is nobody else's.
 
     Args:
         settings: what to measure.
-        output: where to write; the plot is left to the caller.
-        train: trains one arm.
-
-    Raises:
-        UsageError: something is wrong that was found before anything trained.
-        ArmError: an arm failed; those before it are in ``output.json``.
+        progress: show a bar for each seed on stderr.
     """
-    check(settings, output)
-    torch.set_num_threads(settings.threads)
-    record = Record(settings, plan_for(settings, load(settings.dataset, settings.data_root)))
-    if output.resume and output.json:
-        record = records.resumed(record, output.json)
-    for name in settings.arms:
-        if record.arm(name) is None:
-            record = record.with_arm(train(name, settings, record.plan, progress=output.progress))
-            _keep(record, output)
-    _keep(record, output)
-    return record
+
+    view = View("Comparison of clipping methods", render, draw, legend)
+
+    def __init__(self, settings: Settings, *, progress: bool = False) -> None:
+        self._settings, self._progress = settings, progress
+
+    def check(self) -> None:
+        """Find out whether the device is there."""
+        require_device(self._settings.device)
+
+    def begin(self) -> ComparisonRecord:
+        """Plan what the arms share."""
+        settings = self._settings
+        torch.set_num_threads(settings.threads)
+        plan = plan_for(settings, load(settings.dataset, settings.data_root))
+        return ComparisonRecord.new(settings, settings.device, plan=plan)
+
+    def measure(self, record: ComparisonRecord, todo: Sequence[Arm]) -> Iterator[ArmResult]:
+        """Train arm after arm."""
+        for arm in todo:
+            try:
+                yield call_in_child(_train, arm, self._settings, record.plan, self._progress)
+            except ChildError as error:
+                raise JobError(f"the arm {arm} failed: {error}") from error
 
 
 def plan_for(settings: Settings, data: Data) -> Plan:
@@ -91,20 +88,6 @@ def plan_for(settings: Settings, data: Data) -> Plan:
     )
 
 
-def check(settings: Settings, output: Output) -> None:
-    """Find what would otherwise fail only after training.
-
-    Raises:
-        UsageError: a package or the device is missing, or a file cannot be written.
-    """
-    require_device(settings.device)
-    if output.progress:
-        require("tqdm", "a progress bar (or else --no-progress)")
-    require_resumable(output.resume, output.json)
-    check_plot(output.plot, "a plot (or else --plot none)")
-    check_writable(plot=output.plot, json=output.json)
-
-
-def _keep(record: Record, output: Output) -> None:
-    if output.json:
-        records.write(record, output.json)
+def _train(arm: Arm, settings: Settings, plan: Plan, progress: bool) -> ArmResult:
+    data = load(settings.dataset, settings.data_root)
+    return train_arm(arm, settings, plan, data, progress=progress)

@@ -32,33 +32,15 @@ def count_parameters(model: nn.Module) -> int:
 
 def digits_cnn() -> nn.Sequential:
     """Return CNN26k scaled down to 8 by 8 images: 9,258 parameters, input [N, 1, 8, 8]."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.Tanh(),
-        nn.MaxPool2d(2, 1),
-        nn.Conv2d(16, 32, 3, stride=2),
-        nn.Tanh(),
-        nn.MaxPool2d(2, 1),
-        nn.Flatten(),
-        nn.Linear(32 * 2 * 2, 32),
-        nn.Tanh(),
-        nn.Linear(32, 10),
+    return _two_convolutions(
+        nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, stride=2), positions=2 * 2
     )
 
 
 def cnn26k() -> nn.Sequential:
     """Return the CNN of Papernot et al. (arXiv 2007.14191): 26,010 parameters, [N, 1, 28, 28]."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 8, stride=2, padding=2),
-        nn.Tanh(),
-        nn.MaxPool2d(2, 1),
-        nn.Conv2d(16, 32, 4, stride=2),
-        nn.Tanh(),
-        nn.MaxPool2d(2, 1),
-        nn.Flatten(),
-        nn.Linear(32 * 4 * 4, 32),
-        nn.Tanh(),
-        nn.Linear(32, 10),
+    return _two_convolutions(
+        nn.Conv2d(1, 16, 8, stride=2, padding=2), nn.Conv2d(16, 32, 4, stride=2), positions=4 * 4
     )
 
 
@@ -72,6 +54,15 @@ def cnn550k() -> nn.Sequential:
         nn.Linear(128 * 4 * 4, 128),
         nn.Tanh(),
         nn.Linear(128, 10),
+    )
+
+
+def _two_convolutions(first: nn.Conv2d, second: nn.Conv2d, positions: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(first, nn.Tanh(), nn.MaxPool2d(2, 1)),
+        *(second, nn.Tanh(), nn.MaxPool2d(2, 1)),
+        *(nn.Flatten(), nn.Linear(second.out_channels * positions, 32), nn.Tanh()),
+        nn.Linear(32, 10),
     )
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from opacus_bpclip.ab.record import Record
-from opacus_bpclip.ab.results import ArmResult
+from opacus_bpclip.ab.results import ArmResult, ComparisonRecord
 from opacus_bpclip.ab.settings import (
     BACKPROP,
     FLAT,
@@ -40,7 +39,7 @@ _STYLES = {
 }
 
 
-def draw(record: Record, path: Path) -> None:
+def draw(record: ComparisonRecord, path: Path) -> None:
     """Write the plot of a comparison, in the format of the path's suffix.
 
     Private arms are curves over their epochs, mean over seeds in a band from the smallest to the
@@ -48,12 +47,9 @@ def draw(record: Record, path: Path) -> None:
     """
     figure = new_figure(7.2, 4.8, dpi=150)
     axes = figure.add_subplot()
-    for name in record.settings.arms:
-        result = record.arm(name)
-        if result is None:
-            continue
-        if name == NON_PRIVATE:
-            draw_level(axes, 100 * result.accuracy_mean, linewidth=1.5, label=_legend(result))
+    for result in record.asked:
+        if result.arm == NON_PRIVATE:
+            draw_level(axes, 100 * result.accuracy_mean, linewidth=1.5, label=legend(result))
         else:
             _draw_curve(axes, result)
     _label(axes, record)
@@ -76,15 +72,16 @@ def _draw_curve(axes: Any, result: ArmResult) -> None:
         for epochs in zip(*(seed.epochs for seed in result.seeds), strict=True)
     ]
     rows = [(min(values), fmean(values), max(values)) for values in by_epoch]
-    line = {"linestyle": dashes, "linewidth": width, "zorder": height, "label": _legend(result)}
+    line = {"linestyle": dashes, "linewidth": width, "zorder": height, "label": legend(result)}
     draw_band(axes, epsilons, rows, colour=colour, marker=marker, **line)
 
 
-def _legend(result: ArmResult) -> str:
+def legend(result: ArmResult) -> str:
+    """Return an arm and its accuracy in a few words."""
     return f"{result.arm}: {result.accuracy_mean:.1%}"
 
 
-def _label(axes: Any, record: Record) -> None:
+def _label(axes: Any, record: ComparisonRecord) -> None:
     settings = record.settings
     axes.set_xlabel(f"epsilon spent (delta = {settings.delta:g})")
     axes.set_ylabel("test accuracy (%)")
@@ -93,7 +90,7 @@ def _label(axes: Any, record: Record) -> None:
     open_frame(axes)
 
 
-def _title(record: Record) -> str:
+def _title(record: ComparisonRecord) -> str:
     settings, plan = record.settings, record.plan
     input_norm = "none" if settings.max_input_norm is None else f"{settings.max_input_norm:g}"
     noise = f", noise multiplier {plan.noise_multiplier:.3g}" if settings.is_private else ""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from opacus_bpclip.ab.record import Record
-from opacus_bpclip.ab.results import ArmResult
+from opacus_bpclip.ab.results import ArmResult, ComparisonRecord
 from opacus_bpclip.ab.settings import Settings
 from opacus_bpclip.ab.training import WARM_UP_STEPS
-from opacus_bpclip.jobs.tables import aligned
+from opacus_bpclip.jobs.tables import Style
 
 _NOTES = f"""\
 accuracy: on the test set after the last epoch, mean over seeds; range: smallest to largest seed.
@@ -14,13 +13,25 @@ time per step: median of forward, backward and optimizer, the first {WARM_UP_STE
 peak memory: largest growth during training steps over what was held just before training."""
 
 
-def render(record: Record) -> str:
+_HEADER = [
+    "arm",
+    "accuracy",
+    "range",
+    "epsilon",
+    "delta",
+    "noise multiplier",
+    "time per step",
+    "peak memory",
+]
+
+
+def render(record: ComparisonRecord, style: Style) -> str:
     """Return the settings in short, a table with a line for each finished arm, and its legend."""
-    rows = [_header()] + [_row(record, result) for result in _in_order(record)]
-    return f"{heading(record)}\n\n{aligned(rows)}\n\n{_NOTES}"
+    rows = [_HEADER, *(_row(record, result) for result in record.asked)]
+    return f"{heading(record)}\n\n{style.table(rows)}\n\n{_NOTES}"
 
 
-def heading(record: Record) -> str:
+def heading(record: ComparisonRecord) -> str:
     """Return the facts that all arms share."""
     settings, plan = record.settings, record.plan
     batch = plan.train_examples * plan.sample_rate
@@ -51,35 +62,16 @@ def _options(settings: Settings, arm: str) -> str:
     return f"allocation {own.allocation}, bound {own.bound}, {inputs}{scaling}"
 
 
-def _in_order(record: Record) -> list[ArmResult]:
-    found = [record.arm(name) for name in record.settings.arms]
-    return [result for result in found if result is not None]
-
-
-def _header() -> list[str]:
-    return [
-        "arm",
-        "accuracy",
-        "range",
-        "epsilon",
-        "delta",
-        "noise multiplier",
-        "time per step",
-        "peak memory",
-    ]
-
-
-def _row(record: Record, result: ArmResult) -> list[str]:
+def _row(record: ComparisonRecord, result: ArmResult) -> list[str]:
     privacy = ["-", "-", "-"]
     if result.epsilon is not None:
         noise = record.plan.noise_multiplier
         privacy = [f"{result.epsilon:.3f}", f"{record.settings.delta:g}", f"{noise:.4g}"]
     peak = result.peak_memory_bytes
-    low, high = min(result.accuracies), max(result.accuracies)
     return [
         result.arm,
         f"{result.accuracy_mean:.2%}",
-        f"{100 * low:.2f}..{100 * high:.2f}",
+        f"{100 * result.accuracy_min:.2f}..{100 * result.accuracy_max:.2f}",
         *privacy,
         f"{1e3 * result.seconds_per_step:.2f} ms",
         "unknown" if peak is None else f"{peak / 2**20:.1f} MiB",

@@ -1,12 +1,15 @@
-"""What a comparison measures, and how it becomes JSON and comes back."""
+"""What a comparison measures."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from statistics import fmean, median
-from typing import Any
+from typing import ClassVar
+
+from pydantic import computed_field
+from pydantic.dataclasses import dataclass
+
+from opacus_bpclip.ab.settings import Arm, Settings
+from opacus_bpclip.jobs.record import Record, Result
 
 
 @dataclass(frozen=True)
@@ -75,33 +78,60 @@ class SeedResult:
         return self.epochs[-1].accuracy
 
 
-@dataclass(frozen=True)
-class ArmResult:
-    """All training runs of one arm."""
+class ArmResult(Result):
+    """All training runs of one arm.
 
-    arm: str
+    Args:
+        arm: which one.
+        max_input_norm: that the arm clipped its layers' inputs to; None where it did not.
+        seeds: one run for each.
+    """
+
+    arm: Arm
+    max_input_norm: float | None
     seeds: tuple[SeedResult, ...]
+
+    @property
+    def key(self) -> str:
+        """The arm's name."""
+        return self.arm
 
     @property
     def accuracies(self) -> tuple[float, ...]:
         """Final test accuracy of each seed."""
         return tuple(seed.accuracy for seed in self.seeds)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def accuracy_mean(self) -> float:
         """Mean of the final test accuracies."""
         return fmean(self.accuracies)
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy_min(self) -> float:
+        """Smallest of them."""
+        return min(self.accuracies)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy_max(self) -> float:
+        """Largest of them."""
+        return max(self.accuracies)
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def epsilon(self) -> float | None:
         """Largest epsilon any seed reports; all agree unless an accountant is broken."""
         return max((s.epsilon for s in self.seeds if s.epsilon is not None), default=None)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def seconds_per_step(self) -> float:
         """Median over seeds."""
         return median(seed.seconds_per_step for seed in self.seeds)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def peak_memory_bytes(self) -> int | None:
         """Largest over seeds; None if unknown for any."""
@@ -109,38 +139,25 @@ class ArmResult:
         known = [peak for peak in peaks if peak is not None]
         return max(known) if len(known) == len(peaks) else None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the summary and every record, as JSON knows them."""
-        return {
-            "accuracy_mean": self.accuracy_mean,
-            "accuracy_min": min(self.accuracies),
-            "accuracy_max": max(self.accuracies),
-            "epsilon": self.epsilon,
-            "seconds_per_step": self.seconds_per_step,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "seeds": [{**asdict(seed), "accuracy": seed.accuracy} for seed in self.seeds],
-        }
 
+class ComparisonRecord(Record[Settings, ArmResult]):
+    """A comparison as far as it has come.
 
-def arm_from_dict(arm: str, record: Mapping[str, Any]) -> ArmResult:
-    """Return the result that `ArmResult.as_dict` wrote.
-
-    Raises:
-        KeyError, TypeError: the record has another shape.
+    Args:
+        plan: what its arms share.
     """
-    return ArmResult(arm, tuple(_seed_from_dict(seed) for seed in record["seeds"]))
 
+    command: ClassVar = "ab"
+    free: ClassVar = frozenset({"data_root", "arms", "commit", "hardware"})
 
-def _seed_from_dict(record: Mapping[str, Any]) -> SeedResult:
-    return SeedResult(
-        seed=record["seed"],
-        epochs=tuple(EpochResult(**epoch) for epoch in record["epochs"]),
-        epsilon=record["epsilon"],
-        seconds_per_step=record["seconds_per_step"],
-        peak_memory_bytes=record["peak_memory_bytes"],
-    )
+    plan: Plan
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The arms asked for."""
+        return self.settings.arms
 
-def finite_or_none(value: float) -> float | None:
-    """Return a number that JSON can hold."""
-    return value if math.isfinite(value) else None
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One for each run of an arm."""
+        return self.settings.seeds

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,12 @@ from opacus_bpclip.ab.arms import Arm, prepare
 from opacus_bpclip.ab.data import Data
 from opacus_bpclip.ab.models import build
 from opacus_bpclip.ab.privacy import domain_warning_silenced
-from opacus_bpclip.ab.results import ArmResult, EpochResult, Plan, SeedResult, finite_or_none
+from opacus_bpclip.ab.results import ArmResult, EpochResult, Plan, SeedResult
+from opacus_bpclip.ab.settings import Arm as ArmName
 from opacus_bpclip.ab.settings import Settings
-from opacus_bpclip.jobs.errors import ArmError
+from opacus_bpclip.jobs.errors import JobError
 from opacus_bpclip.jobs.memory import PeakMemory
+from opacus_bpclip.jobs.progress import Bar, progress_bar
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 
 # The first steps of a run allocate, compile and page in; they are not what a step costs.
@@ -32,7 +33,7 @@ _EVALUATION_BATCH = 1000
 
 
 def train_arm(
-    name: str, settings: Settings, plan: Plan, data: Data, *, progress: bool = False
+    name: ArmName, settings: Settings, plan: Plan, data: Data, *, progress: bool = False
 ) -> ArmResult:
     """Train an arm once for each seed.
 
@@ -44,12 +45,12 @@ def train_arm(
         progress: show a bar for each seed on stderr.
 
     Raises:
-        ArmError: the arm's accountant was charged otherwise than once for every step.
+        JobError: the arm's accountant was charged otherwise than once for every step.
     """
     torch.set_num_threads(settings.threads)
     _load_libraries(settings, data)
     seeds = [train_seed(name, seed, settings, plan, data, progress) for seed in settings.seeds]
-    return ArmResult(name, tuple(seeds))
+    return ArmResult(arm=name, max_input_norm=settings.input_norm(name), seeds=tuple(seeds))
 
 
 @known_warnings_silenced()
@@ -62,7 +63,8 @@ def train_seed(
     memory = PeakMemory(device)
     seconds: list[float] = []
     epochs: list[EpochResult] = []
-    with _progress_bar(f"{name}, seed {seed}", settings, plan, progress) as bar:
+    steps = settings.epochs * plan.steps_per_epoch
+    with progress_bar(f"{name}, seed {seed}", steps, shown=progress) as bar:
         for epoch in range(settings.epochs):
             with memory.watch():
                 loss = _train_epoch(arm, device, seconds, bar)
@@ -71,7 +73,7 @@ def train_seed(
                     epoch=epoch + 1,
                     epsilon=plan.epsilons[epoch] if arm.engine else None,
                     accuracy=accuracy(arm.model, data.test, device),
-                    loss=finite_or_none(loss),
+                    loss=loss if math.isfinite(loss) else None,
                 )
             )
             _show(bar, epochs[-1])
@@ -117,7 +119,7 @@ def _start(name: str, seed: int, settings: Settings, plan: Plan, data: Data) -> 
     return prepare(name, model, loader, settings, plan.noise_multiplier, noise)
 
 
-def _train_epoch(arm: Arm, device: torch.device, seconds: list[float], bar: Any) -> float:
+def _train_epoch(arm: Arm, device: torch.device, seconds: list[float], bar: Bar) -> float:
     """Train for an epoch, append each step's time, and return the mean loss of its examples."""
     total, examples = 0.0, 0
     for images, labels in arm.loader:
@@ -128,8 +130,7 @@ def _train_epoch(arm: Arm, device: torch.device, seconds: list[float], bar: Any)
             if len(labels):
                 total += loss.item() * len(labels)
                 examples += len(labels)
-        if bar is not None:
-            bar.update()
+        bar.advance()
     return total / examples if examples else float("nan")
 
 
@@ -164,7 +165,7 @@ def _epsilon(arm: Arm, settings: Settings, plan: Plan) -> float | None:
     expected = [(plan.noise_multiplier, plan.sample_rate, steps)]
     charged = arm.engine.accountant.history
     if charged != expected:
-        raise ArmError(
+        raise JobError(
             "the accountant was charged (noise multiplier, sample rate, steps) "
             f"{charged} where training took {expected}"
         )
@@ -172,25 +173,9 @@ def _epsilon(arm: Arm, settings: Settings, plan: Plan) -> float | None:
         return float(arm.engine.get_epsilon(settings.delta))
 
 
-@contextmanager
-def _progress_bar(text: str, settings: Settings, plan: Plan, progress: bool) -> Iterator[Any]:
-    if not progress:
-        yield None
-        return
-    from tqdm import tqdm
-
-    steps = settings.epochs * plan.steps_per_epoch
-    # In a log file every refresh is a line.
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    with tqdm(total=steps, desc=text, unit="step", mininterval=interval) as bar:
-        yield bar
-
-
-def _show(bar: Any, epoch: EpochResult) -> None:
-    if bar is None:
-        return
+def _show(bar: Bar, epoch: EpochResult) -> None:
     shown = {"loss": "not finite" if epoch.loss is None else f"{epoch.loss:.3f}"}
     shown["accuracy"] = f"{epoch.accuracy:.1%}"
     if epoch.epsilon is not None:
         shown["epsilon"] = f"{epoch.epsilon:.3f}"
-    bar.set_postfix(shown, refresh=False)
+    bar.tell(**shown)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from opacus_bpclip.audit.cases import CASES, Reduction
+from opacus_bpclip.audit.cases import CASES
 from opacus_bpclip.audit.empirical import Empirical, estimate
 from opacus_bpclip.audit.neighbours import SEARCHES, NeighbourSearch
 from opacus_bpclip.audit.noise_law import judge
 from opacus_bpclip.audit.replay import replay
-from opacus_bpclip.audit.settings import ALPHA, DELTA, FEWEST_TRIALS, MAX_GRAD_NORM, TRIALS
+from opacus_bpclip.audit.settings import (
+    ALPHA,
+    DELTA,
+    FEWEST_TRIALS,
+    MAX_GRAD_NORM,
+    TRIALS,
+    Reduction,
+)
 from opacus_bpclip.audit.target import Batch, Target, empty
 from opacus_bpclip.audit.trials import Trials, run_trials
 from opacus_bpclip.audit.verdict import Verdict

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.audit.engine_target import EngineTrainer, linear_loss
-from opacus_bpclip.audit.settings import MAX_GRAD_NORM
+from opacus_bpclip.audit.settings import MAX_GRAD_NORM, Reduction
 from opacus_bpclip.audit.target import Batch, Target, Trainer
 from opacus_bpclip.config import BackpropClipping
-
-Reduction = Literal["mean", "sum"]
 
 _LARGE = 1e4
 _ORDINARY = 2  # examples in the batch of the statistical checks

@@ -1,26 +1,21 @@
-"""A whole audit: check everything, audit target after target, keep what is finished."""
+"""A whole audit: check everything, audit target after target."""
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.audit import record as records
 from opacus_bpclip.audit.auditing import audit
-from opacus_bpclip.audit.cases import CASES, Reduction
-from opacus_bpclip.audit.record import Record
+from opacus_bpclip.audit.cases import CASES
+from opacus_bpclip.audit.plot import draw
+from opacus_bpclip.audit.report import in_short, render
+from opacus_bpclip.audit.results import Audited, AuditRecord
 from opacus_bpclip.audit.settings import (
     MAX_INPUT_NORM,
-    Output,
+    Reduction,
     Settings,
     Task,
     shape_of,
@@ -28,68 +23,64 @@ from opacus_bpclip.audit.settings import (
 )
 from opacus_bpclip.audit.target import Target
 from opacus_bpclip.audit.user_target import Inputs, model_target
-from opacus_bpclip.audit.verdict import Verdict
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
-from opacus_bpclip.jobs.errors import JobError, UsageError
-from opacus_bpclip.jobs.files import check_plot, check_writable
+from opacus_bpclip.jobs.errors import JobError, UsageError, in_one_line
 from opacus_bpclip.jobs.loading import load_object, made_by
-from opacus_bpclip.jobs.records import require_resumable
-from opacus_bpclip.jobs.values import require_at_least_one
+from opacus_bpclip.jobs.processes import call_in_children
+from opacus_bpclip.jobs.running import Job, View
+
+VIOLATION, ASLEEP = 1, 3
 
 
-def run_audits(settings: Settings, output: Output) -> Record:
-    """Audit everything that the settings ask for; ``output.json`` is written after each target.
+class Audit(Job[AuditRecord]):
+    """All targets that the settings ask for.
 
     Args:
         settings: what to audit.
-        output: where to write; the page and the plot are left to the caller.
+        processes: how many targets to audit at the same time.
+    """
+
+    view = View("Audit report", render, draw, in_short)
+
+    def __init__(self, settings: Settings, *, processes: int = 1) -> None:
+        self._settings, self._processes = settings, processes
+
+    def check(self) -> None:
+        """Load the user's own code, if there is any."""
+        if self._settings.target or self._settings.model:
+            build(self._settings, tasks(self._settings)[0])
+
+    def begin(self) -> AuditRecord:
+        """Return a record without results."""
+        return AuditRecord.new(self._settings)
+
+    def measure(self, record: AuditRecord, todo: Sequence[Task]) -> Iterator[Audited]:
+        """Audit target after target, or several at the same time."""
+        processes = min(self._processes, len(todo))
+        if processes <= 1:
+            yield from (run_task(self._settings, task) for task in todo)
+            return
+        # The long ones first, so that none is left over for the end; the last case is the largest.
+        order = sorted(enumerate(todo), key=lambda pair: (-pair[1].trials, -pair[0]))
+        calls = [(self._settings, task) for _, task in order]
+        yield from call_in_children(run_task, calls, processes=processes)
+
+    def status(self, record: AuditRecord) -> int:
+        """Return 1 for a violation, 3 for an audit that was too weak, 0 for a pass."""
+        outcomes = {found.outcome for found in record.asked}
+        return VIOLATION if "violation" in outcomes else ASLEEP if "asleep" in outcomes else 0
+
+
+def run_task(settings: Settings, task: Task) -> Audited:
+    """Audit one target on one thread: on more, steps this small are many times slower.
 
     Raises:
-        UsageError: something is wrong that was found before anything ran.
-        JobError: a target could not be audited; what was finished is in ``output.json``.
+        JobError: the target, a user's own code that may raise anything, cannot be audited.
     """
-    check(settings, output)
-    record = Record(settings, tuple(tasks(settings)))
-    if output.resume and output.json:
-        record = records.resumed(record, output.json)
-    open_tasks = [task for task in record.tasks if record.verdict(task) is None]
-    processes = min(output.processes, len(open_tasks))
-    done = (
-        _one_by_one(settings, open_tasks)
-        if processes <= 1
-        else _side_by_side(settings, open_tasks, processes)
-    )
-    for task, verdict in done:
-        record = record.with_verdict(task, verdict)
-        if output.progress:
-            finished = f"{len(record.verdicts)} of {len(record.tasks)}"
-            print(f"{finished}  {task.name}: {verdict.outcome}", file=sys.stderr)
-        records.keep(record, output.json)
-    records.keep(record, output.json)
-    return record
-
-
-def check(settings: Settings, output: Output) -> None:
-    """Find what would otherwise fail only later.
-
-    Raises:
-        UsageError: a package is missing, a file cannot be written, or the user's own code cannot be
-            loaded.
-    """
-    require_resumable(output.resume, output.json)
-    require_at_least_one("--processes", output.processes)
-    check_plot(output.plot)
-    check_writable(json=output.json, markdown=output.markdown, plot=output.plot)
-    if settings.target or settings.model:
-        build(settings, tasks(settings)[0])
-
-
-def run_task(settings: Settings, task: Task) -> Verdict:
-    """Audit one target on one thread: on more, steps this small are many times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return audit(
+        verdict = audit(
             build(settings, task),
             noise_multiplier=settings.noise_multiplier,
             trials=task.trials,
@@ -100,11 +91,10 @@ def run_task(settings: Settings, task: Task) -> Verdict:
     except JobError:
         raise
     except Exception as error:
-        # The user's own code may raise anything; across processes only text travels well.
-        text = " ".join(str(error).split())
-        raise JobError(f"{task.name} cannot be audited: {type(error).__name__}: {text}") from error
+        raise JobError(f"{task.name} cannot be audited: {in_one_line(error)}") from error
     finally:
         torch.set_num_threads(threads)
+    return Audited(task=task, verdict=verdict)
 
 
 def build(settings: Settings, task: Task) -> Target:
@@ -113,13 +103,10 @@ def build(settings: Settings, task: Task) -> Target:
     Raises:
         UsageError: the user's own code cannot be loaded, or makes something else.
     """
-    try:
-        if settings.target:
-            return _loaded_target(settings.target)
-        if task.case is None:
-            return _loaded_model(settings, task)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    if settings.target:
+        return made_by(settings.target, Target)
+    if task.case is None:
+        return _loaded_model(settings, task)
     return CASES[task.case].target(
         task.name,
         loss_reduction=cast(Reduction, task.loss_reduction),
@@ -141,35 +128,22 @@ def clipping_of(settings: Settings, task: Task) -> BackpropClipping:
     )
 
 
-def _loaded_target(path: str) -> Target:
-    found = made_by(path)
-    if not isinstance(found, Target):
-        raise ValueError(
-            f"{path} makes a {type(found).__name__}, not an opacus_bpclip.audit.Target"
-        )
-    return found
-
-
 def _loaded_model(settings: Settings, task: Task) -> Target:
-    assert settings.model is not None
     path = settings.model
-
-    def make_model() -> nn.Module:
-        model = made_by(path)
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"{path} makes a {type(model).__name__}, not a torch.nn.Module")
-        return model
-
-    target = model_target(
-        task.name,
-        make_model,
-        _inputs(settings),
-        loss=load_object(settings.loss) if settings.loss else None,
-        loss_reduction=task.loss_reduction,
-        max_grad_norm=settings.max_grad_norm,
-        clipping=clipping_of(settings, task),
-    )
-    target.make(settings.noise_multiplier)  # refusals of the model come before any work
+    assert path is not None
+    try:
+        target = model_target(
+            task.name,
+            lambda: made_by(path, nn.Module),
+            _inputs(settings),
+            loss=load_object(settings.loss) if settings.loss else None,
+            loss_reduction=task.loss_reduction,
+            max_grad_norm=settings.max_grad_norm,
+            clipping=clipping_of(settings, task),
+        )
+        target.make(settings.noise_multiplier)  # refusals of the model come before any work
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return target
 
 
@@ -186,41 +160,3 @@ def _inputs(settings: Settings) -> Inputs:
         return torch.randn(count, *shape)
 
     return draw
-
-
-def _end_with_parent() -> None:
-    """Let a worker die with the process that wants its answer, however that one dies."""
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-Done = Iterator[tuple[Task, Verdict]]
-
-
-def _one_by_one(settings: Settings, open_tasks: Iterable[Task]) -> Done:
-    for task in open_tasks:
-        yield task, run_task(settings, task)
-
-
-def _side_by_side(settings: Settings, open_tasks: Sequence[Task], processes: int) -> Done:
-    # The long ones first, so that none is left over for the end; the last case is the largest.
-    order = sorted(enumerate(open_tasks), key=lambda pair: (-pair[1].trials, -pair[0]))
-    with ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=_end_with_parent
-    ) as pool:
-        futures: dict[Future[Verdict], Task] = {
-            pool.submit(run_task, settings, task): task for _, task in order
-        }
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise JobError(f"an audit's process died: {error}") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)

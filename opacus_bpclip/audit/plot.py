@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from opacus_bpclip.audit.empirical import Empirical
-from opacus_bpclip.audit.record import Record
+from opacus_bpclip.audit.results import AuditRecord
 from opacus_bpclip.jobs.figures import BLUE, GREY, ORANGE, new_figure, open_frame
 
 _COLUMNS = 5
 
 
-def draw(record: Record, path: Path) -> None:
+def draw(record: AuditRecord, path: Path) -> None:
     """Write the histograms of all one-step trials, in the format of the path's suffix."""
     panels = [
-        (verdict.target, verdict.empirical[0])
-        for _, verdict in record.in_order
-        if verdict.is_statistical
+        (found.verdict.target, found.verdict.empirical[0])
+        for found in record.asked
+        if found.verdict.is_statistical
     ]
     columns = min(_COLUMNS, max(len(panels), 1))
     lines = max(math.ceil(len(panels) / columns), 1)

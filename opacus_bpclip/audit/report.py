@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from opacus_bpclip.audit.noise_law import NoiseLaw
-from opacus_bpclip.audit.record import Record
-from opacus_bpclip.audit.settings import Settings, Task
+from opacus_bpclip.audit.results import Audited, AuditRecord
+from opacus_bpclip.audit.settings import Settings
 from opacus_bpclip.audit.verdict import Verdict
-from opacus_bpclip.jobs.environment import commit, versions
-from opacus_bpclip.jobs.tables import aligned, markdown
+from opacus_bpclip.jobs.tables import Style
 
 Rows = list[list[str]]
 
@@ -26,30 +24,25 @@ scale: of the noise over the claimed one; p-value: of the Kolmogorov-Smirnov tes
 correlation: the largest over parameters and over steps, as a share of what is allowed."""
 
 
-def render(record: Record) -> str:
-    """Return the whole report as text."""
-    parts = [heading(record.settings)]
-    parts += _sections(record, aligned, "{}:")
-    return "\n\n".join([*parts, conclusion(record)])
-
-
-def page(record: Record, command: Sequence[str]) -> str:
-    """Return the whole report as a page in Markdown.
-
-    Args:
-        record: what was found.
-        command: the command line that found it.
-    """
-    found = ", ".join(f"{name} {value}" for name, value in versions("torch", "opacus").items())
+def render(record: AuditRecord, style: Style) -> str:
+    """Return the whole report."""
     parts = [
-        "# Audit report",
-        f"    {shlex.join(command)}",
-        f"Commit {commit() or 'unknown (installed package)'}; {found}.",
-        heading(record.settings) + ".",
-        *_sections(record, markdown, "## {}"),
-        "**Verdict.** " + conclusion(record),
+        heading(record.settings),
+        style.title("Neighbours and replay"),
+        style.table(_deterministic(record)),
+        _DETERMINISTIC_NOTES,
     ]
-    return "\n\n".join(parts) + "\n"
+    statistical = [found.verdict for found in record.asked if found.verdict.is_statistical]
+    if statistical:
+        parts += [style.title("Empirical epsilon"), style.table(_epsilons(statistical))]
+        parts += [style.title("The noise's law"), style.table(_noises(statistical))]
+        parts.append(_STATISTICAL_NOTES)
+    return "\n\n".join([*parts, style.title("Verdict"), conclusion(record)])
+
+
+def in_short(found: Audited) -> str:
+    """Return a target and its outcome."""
+    return f"{found.task.name}: {found.outcome}"
 
 
 def heading(settings: Settings) -> str:
@@ -63,15 +56,15 @@ def heading(settings: Settings) -> str:
     return text
 
 
-def conclusion(record: Record) -> str:
+def conclusion(record: AuditRecord) -> str:
     """Return the verdict, and what each convicted target did."""
-    verdicts = [verdict for _, verdict in record.in_order]
+    verdicts = [found.verdict for found in record.asked]
     counts = {
         outcome: sum(verdict.outcome == outcome for verdict in verdicts)
         for outcome in ("pass", "violation", "asleep")
     }
     lines = []
-    for _, verdict in record.in_order:
+    for verdict in verdicts:
         for text in verdict.violations:
             lines.append(f"- {verdict.target}: {text}")
         if verdict.outcome == "asleep":
@@ -88,25 +81,12 @@ def conclusion(record: Record) -> str:
     return "\n".join([head, *([""] if lines else []), *lines])
 
 
-def _sections(record: Record, table: Callable[[Rows], str], title: str) -> list[str]:
-    parts = [
-        title.format("Neighbours and replay"),
-        table(_deterministic(record)),
-        _DETERMINISTIC_NOTES,
-    ]
-    statistical = [pair for pair in record.in_order if pair[1].is_statistical]
-    if statistical:
-        parts += [title.format("Empirical epsilon"), table(_epsilons(statistical))]
-        parts += [title.format("The noise's law"), table(_noises(statistical)), _STATISTICAL_NOTES]
-    return parts
-
-
-def _deterministic(record: Record) -> Rows:
+def _deterministic(record: AuditRecord) -> Rows:
     """Return a row for each case, over all its combinations of allocation, bound and loss."""
     rows = [["target", "combinations", "pairs", "largest change", "replay", "verdict"]]
     groups: dict[str, list[Verdict]] = {}
-    for task, verdict in record.in_order:
-        groups.setdefault(task.case or task.name, []).append(verdict)
+    for found in record.asked:
+        groups.setdefault(found.task.case or found.task.name, []).append(found.verdict)
     for name, verdicts in groups.items():
         worst = max(v.neighbours.change / v.neighbours.sensitivity for v in verdicts)
         differences = sum(bool(v.replay.differences) for v in verdicts)
@@ -125,11 +105,11 @@ def _deterministic(record: Record) -> Rows:
     return rows
 
 
-def _epsilons(pairs: Sequence[tuple[Task, Verdict]]) -> Rows:
+def _epsilons(verdicts: Sequence[Verdict]) -> Rows:
     rows = [
         ["target", "steps", "trials", "mu", "bound", "tightness", "epsilon", "bound", "verdict"]
     ]
-    for _, verdict in pairs:
+    for verdict in verdicts:
         for found in verdict.empirical:
             rows.append(
                 [
@@ -147,9 +127,9 @@ def _epsilons(pairs: Sequence[tuple[Task, Verdict]]) -> Rows:
     return rows
 
 
-def _noises(pairs: Sequence[tuple[Task, Verdict]]) -> Rows:
+def _noises(verdicts: Sequence[Verdict]) -> Rows:
     rows = [["target", "batch", "draws", "scale", "p-value", "correlation", "verdict"]]
-    for _, verdict in pairs:
+    for verdict in verdicts:
         for law in verdict.noise:
             rows.append(
                 [

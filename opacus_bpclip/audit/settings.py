@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from cyclopts import Parameter
+from pydantic import AfterValidator, Field, model_validator
+from typing_extensions import Self
 
 from opacus_bpclip.config import Allocation, Bound
-from opacus_bpclip.jobs.errors import UsageError
-from opacus_bpclip.jobs.values import (
-    require_at_least_one,
-    require_choice,
-    require_distinct,
-    require_positive,
-    require_probability,
-)
+from opacus_bpclip.jobs.settings import Options, Output
+from opacus_bpclip.jobs.values import Count, OrNone, Positive, Probability, Seed, Several
 
-CASE_NAMES = (
-    "linear",
-    "sequence-linear",
-    "conv",
-    "embedding",
-    "bias",
-    "layer-norm",
-    "rms-norm",
-    "group-norm",
-    "instance-norm",
-    "branches",
-    "shared",
-)
+Layer = Literal["linear", "sequence-linear", "conv", "embedding", "bias"]
+Norm = Literal["layer-norm", "rms-norm", "group-norm", "instance-norm"]
+CaseName = Literal[Layer, Norm, "branches", "shared"]
+CASE_NAMES: tuple[CaseName, ...] = get_args(CaseName)
 # Where the two ways to spend the budget differ.
 OF_SEVERAL_LAYERS = ("branches", "shared")
-ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
-BOTH_BUDGETS = ("joint", "dimension")
-BOUNDS: tuple[str, ...] = get_args(Bound)
-REDUCTIONS = ("mean", "sum")
+Reduction = Literal["mean", "sum"]
 
 TRIALS, ALPHA, DELTA = 10_000, 1e-6, 1e-5
 FEWEST_TRIALS = 100
@@ -46,94 +32,105 @@ MAX_GRAD_NORM = 0.7
 MAX_INPUT_NORM = 3.0
 
 
-@dataclass(frozen=True)
-class Settings:
+def _enough(trials: int) -> int:
+    if trials != 0 and trials < FEWEST_TRIALS:
+        raise ValueError(f"must be 0 or at least {FEWEST_TRIALS}")
+    return trials
+
+
+def _all(values: tuple[str, ...], of_model: str) -> tuple[Any, Parameter]:
+    """Return a default that is one value for a user's model, and how the help shows it."""
+    default = Field(default_factory=lambda given: (of_model,) if given["model"] else values)
+    return default, Parameter(show_default=f"{' '.join(values)}; {of_model} for --model")
+
+
+_ALLOCATIONS, _SHOW_ALLOCATIONS = _all(("joint", "dimension"), "joint")
+_BOUNDS, _SHOW_BOUNDS = _all(get_args(Bound), "exact")
+_REDUCTIONS, _SHOW_REDUCTIONS = _all(get_args(Reduction), "mean")
+
+
+class Settings(Options):
     """What to audit, and how thoroughly.
 
     Args:
-        cases: built-in cases.
-        allocations: of the clipping.
-        bounds: of the clipping.
-        loss_reductions: of the loss.
-        full: audit every combination statistically, not one for each case.
-        noise_multiplier: claimed.
-        max_grad_norm: joint L2 sensitivity.
-        max_input_norm: of the clipping; ``"usual"`` is none for joint budgets, as in training, and
-            3 where the product bound or a layerwise budget is to show that inputs are clipped.
-        trials: one-step trials in each world; 0 leaves the statistical checks out.
-        alpha: chance of one faultless target to be convicted by chance.
-        delta: at which epsilon is compared.
-        seed: of everything random.
-        target: ``module:factory`` of a `Target`, in place of the cases.
-        model: ``module:factory`` of a model, likewise.
-        loss: ``module:function`` for that model.
-        input: ``module:function`` that makes a batch for it, or an example's shape, as ``3x8x8``.
-        vocabulary: number of token ids, where the shape is one of ids.
-
-    Raises:
-        UsageError: a value that makes no sense; the text names the option.
+        target: MODULE:FACTORY of an opacus_bpclip.audit.Target, in place of the cases: training
+            code of any kind; for example opacus_bpclip.audit.published:original
+        model: MODULE:FACTORY of a model of your own, in place of the cases, trained by this
+            package's engine
+        input: for --model: an example's shape, as 3x8x8, or MODULE:FUNCTION that makes a batch of N
+        vocabulary: for a shape: the input is ids below this number
+        loss: for --model: MODULE:FUNCTION that is called with the output and the batch's other
+            tensors; without it the loss is the worst one, which gives every output any gradient
+        case: some of the built-in cases
+        allocation: how budgets are split
+        bound: how gradients are bounded
+        loss_reduction: how losses are reduced
+        max_grad_norm: joint L2 sensitivity
+        max_input_norm: a number, none or usual: none for joint budgets, as in training, and 3 where
+            the product bound or a layerwise budget is to show that inputs are clipped
+        full: judge every combination of a case statistically, not one in rotation
+        trials: one-step trials in each world; 0 for the deterministic checks alone
+        noise_multiplier: that is claimed
+        alpha: chance of one faultless target to be convicted by chance
+        delta: at which epsilon is taken
+        seed: of everything random
     """
 
-    cases: tuple[str, ...] = CASE_NAMES
-    allocations: tuple[str, ...] = BOTH_BUDGETS
-    bounds: tuple[str, ...] = BOUNDS
-    loss_reductions: tuple[str, ...] = REDUCTIONS
-    full: bool = False
-    noise_multiplier: float = 1.0
-    max_grad_norm: float = MAX_GRAD_NORM
-    max_input_norm: float | Literal["usual"] | None = "usual"
-    trials: int = TRIALS
-    alpha: float = ALPHA
-    delta: float = DELTA
-    seed: int = 0
     target: str | None = None
     model: str | None = None
-    loss: str | None = None
     input: str | None = None
-    vocabulary: int | None = None
+    vocabulary: Count | None = None
+    loss: str | None = None
+    case: Several[CaseName] = CASE_NAMES
+    allocation: Annotated[Several[Allocation], _SHOW_ALLOCATIONS] = _ALLOCATIONS
+    bound: Annotated[Several[Bound], _SHOW_BOUNDS] = _BOUNDS
+    loss_reduction: Annotated[Several[Reduction], _SHOW_REDUCTIONS] = _REDUCTIONS
+    max_grad_norm: Positive = MAX_GRAD_NORM
+    max_input_norm: OrNone[Positive | Literal["usual"]] = "usual"
+    full: bool = False
+    trials: Annotated[int, AfterValidator(_enough)] = TRIALS
+    noise_multiplier: Positive = 1.0
+    alpha: Probability = ALPHA
+    delta: Probability = DELTA
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        _require_some_of("--case", self.cases, CASE_NAMES)
-        _require_some_of("--allocation", self.allocations, ALLOCATIONS)
-        _require_some_of("--bound", self.bounds, BOUNDS)
-        _require_some_of("--loss-reduction", self.loss_reductions, REDUCTIONS)
-        require_positive("--noise-multiplier", self.noise_multiplier)
-        require_positive("--max-grad-norm", self.max_grad_norm)
-        if self.max_input_norm != "usual":
-            require_positive("--max-input-norm", self.max_input_norm)
-        require_probability("--alpha", self.alpha)
-        require_probability("--delta", self.delta)
-        if self.trials != 0 and self.trials < FEWEST_TRIALS:
-            raise UsageError(f"--trials must be 0 or at least {FEWEST_TRIALS}, not {self.trials}")
-        if self.seed < 0:
-            raise UsageError(f"--seed must be 0 or above, not {self.seed}")
-        if self.max_input_norm is None and "product" in self.bounds:
-            raise UsageError("--bound product needs a number for --max-input-norm")
-        self._check_users_own()
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        shape = self.input if self.input and ":" not in self.input else None
+        if shape:
+            shape_of(shape)
+        mistakes = {
+            "--bound product needs a number for --max-input-norm": (
+                self.max_input_norm is None and "product" in self.bound
+            ),
+            "--target and --model are two ways to name what is audited: give one": (
+                self.target and self.model
+            ),
+            "--model needs --input, an example's shape or MODULE:FUNCTION": (
+                self.model and not self.input
+            ),
+            "--loss, --input and --vocabulary go with --model MODULE:FACTORY": (
+                (self.loss or self.input or self.vocabulary) and not self.model
+            ),
+            "--loss needs targets: give --input MODULE:FUNCTION, which makes batches of inputs "
+            "and targets": shape and self.loss,
+            "--vocabulary goes with an --input that is a shape": self.vocabulary and not shape,
+        }
+        for text, made in mistakes.items():
+            if made:
+                raise ValueError(text)
+        return self
 
-    def _check_users_own(self) -> None:
-        if self.target and self.model:
-            raise UsageError("--target and --model are two ways to name what is audited: give one")
-        if self.model and not self.input:
-            raise UsageError("--model needs --input, an example's shape or MODULE:FUNCTION")
-        for option, value in (
-            ("--loss", self.loss),
-            ("--input", self.input),
-            ("--vocabulary", self.vocabulary),
-        ):
-            if value and not self.model:
-                raise UsageError(f"{option} goes with --model MODULE:FACTORY")
-        if self.input and ":" not in self.input:
-            shape_of(self.input)
-            if self.loss:
-                raise UsageError(
-                    "--loss needs targets: give --input MODULE:FUNCTION, which makes batches of "
-                    "inputs and targets"
-                )
-        elif self.vocabulary:
-            raise UsageError("--vocabulary goes with an --input that is a shape")
-        if self.vocabulary is not None:
-            require_at_least_one("--vocabulary", self.vocabulary)
+
+class AuditOutput(Output):
+    """Where the results of an audit go.
+
+    Args:
+        plot: draw histograms of both worlds' scores into this file (needs matplotlib)
+        processes: targets audited at the same time, one thread each
+    """
+
+    processes: Annotated[Count, Parameter(show_default="one for each core")] = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -169,12 +166,12 @@ def tasks(settings: Settings) -> list[Task]:
     """
     if settings.target:
         return [Task(settings.target, None, "", "", "", settings.trials)]
-    names = [settings.model] if settings.model else list(settings.cases)
+    names: tuple[str, ...] = (settings.model,) if settings.model else settings.case
     found = []
     for name in names:
         turns = None if settings.full or settings.model else _turns(settings, name)
         for combination in itertools.product(
-            settings.loss_reductions, settings.bounds, settings.allocations
+            settings.loss_reduction, settings.bound, settings.allocation
         ):
             reduction, bound, allocation = combination
             case = None if settings.model else name
@@ -186,42 +183,21 @@ def tasks(settings: Settings) -> list[Task]:
 
 def _turns(settings: Settings, case: str) -> set[tuple[str, str, str]]:
     """Return the combinations in which a case has its statistical audit."""
-    pairs = list(itertools.product(settings.loss_reductions, settings.bounds))
-    turn = CASE_NAMES.index(case)
+    pairs = list(itertools.product(settings.loss_reduction, settings.bound))
+    turn = list[str](CASE_NAMES).index(case)
     reduction, bound = pairs[turn % len(pairs)]
-    allocations = settings.allocations
+    allocations = settings.allocation
     if case not in OF_SEVERAL_LAYERS:
         # Each round through the pairs begins with another one.
         allocations = (allocations[(turn + turn // len(pairs)) % len(allocations)],)
     return {(reduction, bound, allocation) for allocation in allocations}
 
 
-@dataclass(frozen=True)
-class Output:
-    """Where the results go.
-
-    Args:
-        json: every fact, rewritten after each finished target.
-        markdown: the report as a page.
-        plot: a histogram of both worlds' scores.
-        resume: keep what the json file holds already.
-        progress: say on stderr what is finished.
-        processes: how many targets to audit at the same time.
-    """
-
-    json: Path | None = None
-    markdown: Path | None = None
-    plot: Path | None = None
-    resume: bool = False
-    progress: bool = True
-    processes: int = 1
-
-
 def shape_of(text: str) -> tuple[int, ...]:
     """Return the shape that a text such as ``3x8x8`` stands for.
 
     Raises:
-        UsageError: it stands for none.
+        ValueError: it stands for none.
 
     Example:
         >>> shape_of("3x8x8")
@@ -232,11 +208,5 @@ def shape_of(text: str) -> tuple[int, ...]:
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1 or math.prod(shape) < 1:
-        raise UsageError(f"--input must be a shape such as 3x8x8, or MODULE:FUNCTION, not {text!r}")
+        raise ValueError(f"--input must be a shape such as 3x8x8, or MODULE:FUNCTION, not {text!r}")
     return shape
-
-
-def _require_some_of(option: str, values: tuple[str, ...], choices: tuple[str, ...]) -> None:
-    for value in values:
-        require_choice(option, value, choices)
-    require_distinct(option, values)

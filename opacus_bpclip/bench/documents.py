@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from opacus_bpclip.bench.record import Record
 from opacus_bpclip.bench.report import summary, tables
+from opacus_bpclip.bench.results import BenchRecord
 from opacus_bpclip.jobs.errors import UsageError
 from opacus_bpclip.jobs.files import write_whole
 
-BLOCKS: dict[str, Callable[[Record], str]] = {"bench-summary": summary, "bench-tables": tables}
+BLOCKS: dict[str, Callable[[BenchRecord], str]] = {"bench-summary": summary, "bench-tables": tables}
 
 
-def updated(text: str, record: Record) -> str:
+def updated(text: str, record: BenchRecord) -> str:
     """Return a document's text with its blocks rewritten.
 
     A block named ``bench-summary`` is what stands between ``<!-- bench-summary -->`` and
@@ -37,7 +37,7 @@ def updated(text: str, record: Record) -> str:
     return text
 
 
-def read(path: Path, record: Record) -> str:
+def read(path: Path, record: BenchRecord) -> str:
     """Return the text that a document is to have.
 
     Raises:
@@ -49,7 +49,7 @@ def read(path: Path, record: Record) -> str:
         raise UsageError(f"--update {path}: {error}") from error
 
 
-def update(path: Path, record: Record) -> None:
+def update(path: Path, record: BenchRecord) -> None:
     """Rewrite the blocks of a document.
 
     Raises:

@@ -1,25 +1,25 @@
-"""A whole run: check everything, then one comparison after another, and keep what is finished."""
+"""A whole run: check everything, then one comparison after another."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from opacus_bpclip.ab.models import count_parameters
 from opacus_bpclip.bench import documents
-from opacus_bpclip.bench import record as records
 from opacus_bpclip.bench.cases import build
 from opacus_bpclip.bench.measure import peak_memory, step_times
-from opacus_bpclip.bench.record import Record
-from opacus_bpclip.bench.results import ArmResult, Comparison
-from opacus_bpclip.bench.settings import Output, Point, Settings, is_compiled
-from opacus_bpclip.jobs.child import call_in_child
-from opacus_bpclip.jobs.errors import ChildError
+from opacus_bpclip.bench.plot import draw
+from opacus_bpclip.bench.report import tables, title
+from opacus_bpclip.bench.results import ArmResult, BenchRecord, Comparison
+from opacus_bpclip.bench.settings import BenchOutput, Key, Point, Settings, is_compiled
+from opacus_bpclip.jobs.errors import ChildError, UsageError
 from opacus_bpclip.jobs.extras import require_device
-from opacus_bpclip.jobs.files import check_plot, check_writable
+from opacus_bpclip.jobs.processes import call_in_child
+from opacus_bpclip.jobs.running import Job, View
 
 # One thread of the compiler's own: its processes would take time from a step that is measured.
 _ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -35,26 +35,58 @@ _TIME_ENVIRONMENT = {
 _MEMORY_ENVIRONMENT = {**_ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": str(64 * 2**10)}
 
 
-def measure(todo: Sequence[Point], settings: Settings, output: Output) -> Record:
-    """Measure points, and add them to the record of ``output.from_json``.
+class Bench(Job[BenchRecord]):
+    """Comparisons of training steps.
 
-    ``output.json`` is written after every point, and without any, too.
-
-    Raises:
-        UsageError: something is wrong that was found before anything was measured.
-        ChildError: a measuring process died.
+    Args:
+        settings: what to measure, and how.
+        output: where to read and write.
     """
-    check(settings, output)
-    record = records.read(output.from_json) if output.from_json else Record()
-    if todo:
-        record = records.continued(record, records.circumstances(settings))
-    for point in todo:
-        record = record.with_comparison(compare(point, settings, progress=output.progress))
-        if output.json:
-            records.write(record, output.json)
-    if output.json and not todo:
-        records.write(record, output.json)
-    return record
+
+    view = View("Benchmarks", tables, draw, title)
+
+    def __init__(self, settings: Settings, output: BenchOutput) -> None:
+        self._settings, self._output = settings, output
+        given = settings.model_fields_set
+        # A results file alone is only rendered.
+        self._measures = not output.from_json or bool(given & {"case", "growth"})
+        if given and not self._measures:
+            raise UsageError(f"--{min(given)} with --from-json needs --case or --growth")
+        if output.plot and settings.growth is None and output.from_json is None:
+            raise UsageError("--plot draws growth curves: it needs --growth or --from-json")
+
+    def check(self) -> None:
+        """Find out whether the device and the documents' blocks are there."""
+        require_device(self._settings.device)
+        empty = BenchRecord.new(self._settings, self._settings.device)
+        for path in self._output.update:
+            documents.read(path, empty)
+
+    def begin(self) -> BenchRecord:
+        """Return what ``--from-json`` holds, if measurements may be added to it."""
+        new = BenchRecord.new(self._settings, self._settings.device)
+        if self._output.from_json is None:
+            return new
+        held = BenchRecord.read(self._output.from_json)
+        refusal = "cannot add to the results in --from-json"
+        return new.continued(held, refusal) if self._measures else held
+
+    def todo(self, record: BenchRecord) -> Sequence[Key]:
+        """Return what is missing; what is added to ``--from-json`` is always measured."""
+        if self._output.from_json is None:
+            return super().todo(record)
+        return record.wanted if self._measures else ()
+
+    def measure(self, record: BenchRecord, todo: Sequence[Key]) -> Iterator[Comparison]:
+        """Compare point after point."""
+        for point in self._settings.points:
+            if point.key in todo:
+                yield compare(point, self._settings, progress=self._output.progress)
+
+    def deliver(self, record: BenchRecord) -> None:
+        """Rewrite the documents' blocks."""
+        for path in self._output.update:
+            documents.update(path, record)
 
 
 def compare(point: Point, settings: Settings, *, progress: bool = False) -> Comparison:
@@ -63,7 +95,7 @@ def compare(point: Point, settings: Settings, *, progress: bool = False) -> Comp
     Raises:
         ChildError: the process that takes the times died.
     """
-    results = {arm: ArmResult(arm, peaks=None) for arm in settings.arms}
+    results: dict[str, ArmResult] = {arm: ArmResult(arm, peaks=None) for arm in settings.arms}
     for arm in settings.arms:
         # A compiled arm's process is full of the compiler, whose memory is not the step's.
         if not is_compiled(arm):
@@ -77,21 +109,9 @@ def compare(point: Point, settings: Settings, *, progress: bool = False) -> Comp
         if running:
             _say(progress, point, f"time of {', '.join(running)}")
             _add_times(results, running, point, settings)
-    return Comparison(point, _count_parameters(point), tuple(results.values()))
-
-
-def check(settings: Settings, output: Output) -> None:
-    """Find what would otherwise fail only after measuring.
-
-    Raises:
-        UsageError: a package or the device is missing, or a file cannot be written.
-    """
-    require_device(settings.device)
-    check_plot(output.plot)
-    check_writable(json=output.json, markdown=output.markdown, plot=output.plot)
-    for path in output.update:
-        # What has no block would be found out only after everything is measured.
-        documents.read(path, Record())
+    return Comparison(
+        point=point, parameters=_count_parameters(point), arms=tuple(results.values())
+    )
 
 
 def _memory(arm: str, point: Point, settings: Settings, progress: bool) -> ArmResult:
@@ -108,11 +128,13 @@ def _memory(arm: str, point: Point, settings: Settings, progress: bool) -> ArmRe
 def _add_times(
     results: dict[str, ArmResult], arms: Sequence[str], point: Point, settings: Settings
 ) -> None:
-    for share in settings.shares():
+    for share in settings.shares:
         running = [arm for arm in arms if results[arm].failure is None]
         if not running:
             return
-        times = call_in_child(step_times, running, point.case, share, environment=_TIME_ENVIRONMENT)
+        times = call_in_child(
+            step_times, running, point.case, settings, share, environment=_TIME_ENVIRONMENT
+        )
         for arm, found in times.items():
             if isinstance(found, str):
                 results[arm] = ArmResult(arm, failure=found)

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 
 from opacus_bpclip.bench.arms import Step, make_step
-from opacus_bpclip.bench.settings import Case, Settings, is_compiled
-from opacus_bpclip.jobs.child import in_one_line
+from opacus_bpclip.bench.settings import Case, Settings, Share, is_compiled
+from opacus_bpclip.jobs.errors import in_one_line
 from opacus_bpclip.jobs.memory import PeakMemory
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 
@@ -67,7 +67,7 @@ def tensor_bytes() -> int:
 
 
 def step_times(
-    arms: Sequence[str], case: Case, settings: Settings
+    arms: Sequence[str], case: Case, settings: Settings, share: Share
 ) -> dict[str, tuple[float, ...] | str]:
     """Return the seconds of each round's step, or why an arm does not run, by arm.
 
@@ -90,8 +90,8 @@ def step_times(
     order, shuffle = list(steps), random.Random(0).shuffle
     with known_warnings_silenced(), _no_garbage_collection():
         start = time.monotonic()
-        for index in range(settings.rounds):
-            if index >= settings.least_rounds and time.monotonic() - start > settings.limit:
+        for index in range(share.rounds):
+            if index >= share.least_rounds and time.monotonic() - start > share.limit:
                 break
             shuffle(order)
             for arm in order:

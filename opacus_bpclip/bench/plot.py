@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from opacus_bpclip.bench.record import Record
-from opacus_bpclip.bench.results import Comparison, Spread
+from opacus_bpclip.bench.results import BenchRecord, Comparison, Spread
 from opacus_bpclip.bench.settings import ARMS, GROWTHS, base_of
 from opacus_bpclip.jobs.errors import UsageError
 from opacus_bpclip.jobs.figures import (
@@ -28,7 +27,7 @@ _COLOURS = (GREEN, BLUE, RED, ORANGE, PURPLE, SKY, GREY)
 _MARKERS = "osD^vP*"
 
 
-def draw(record: Record, path: Path) -> None:
+def draw(record: BenchRecord, path: Path) -> None:
     """Write the growth curves of a record, in the format of the path's suffix.
 
     A row for each size that grows: time ratios on the left, memory on the right, medians with
@@ -37,9 +36,7 @@ def draw(record: Record, path: Path) -> None:
     Raises:
         UsageError: the record holds no growth curve.
     """
-    curves = {
-        axis: [own for own in record.comparisons if own.point.axis == axis] for axis in GROWTHS
-    }
+    curves = {axis: [own for own in record.results if own.point.axis == axis] for axis in GROWTHS}
     drawn = {axis: curve for axis, curve in curves.items() if curve}
     if not drawn:
         raise UsageError("--plot needs a growth curve: --growth, or a file that holds one")
@@ -59,7 +56,7 @@ def _draw(
     axes: Any,
     axis: str,
     curve: list[Comparison],
-    arms: list[str],
+    arms: Sequence[str],
     what: str,
     ratio: Callable[[Comparison, str], Spread | None],
 ) -> dict[str, Any]:

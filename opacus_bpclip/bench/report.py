@@ -5,29 +5,32 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Iterator
 
-from opacus_bpclip.bench.record import Record
-from opacus_bpclip.bench.results import ArmResult, Comparison, Spread, median_of
+from opacus_bpclip.bench.results import ArmResult, BenchRecord, Comparison, Spread, median_of
 from opacus_bpclip.bench.settings import ARMS, DEFAULT, GROWTHS, NON_PRIVATE, base_of
 from opacus_bpclip.bench.targets import rivals, verdicts
-from opacus_bpclip.jobs.tables import markdown
+from opacus_bpclip.jobs.tables import PAGE, Style, markdown
 
 _EMPTY = "No results yet."
+_DECISIVE = ("python", "torch", "opacus", "opacus_bpclip")
 
 
-def tables(record: Record) -> str:
-    """Return everything: circumstances, targets, a table for each case, growth curves."""
-    if not record.comparisons:
+def tables(record: BenchRecord, style: Style = PAGE) -> str:
+    """Return everything: circumstances, targets, a table for each case, growth curves.
+
+    In Markdown whatever the style: it also reads well on a terminal.
+    """
+    if not record.results:
         return _EMPTY
     return "\n\n".join([_heading(record), *_targets(record), *_cases(record), *_growths(record)])
 
 
-def summary(record: Record) -> str:
+def summary(record: BenchRecord) -> str:
     """Return one table with a line for each case: what the default options cost.
 
     Time and memory, against training without privacy and against the best that Opacus has for each.
     """
     rows = [["case", "without privacy", "Opacus's fastest mode", "Opacus's smallest mode"]]
-    for own in record.comparisons:
+    for own in record.results:
         if own.point.axis is None and own.arm(DEFAULT) is not None:
             cells = (_against(own, other) for other in rivals(own))
             rows.append([title(own), _of_default(own, NON_PRIVATE), *cells])
@@ -47,7 +50,7 @@ def title(comparison: Comparison) -> str:
     return f"{case.title}, batch {case.batch_size}{sizes}"
 
 
-def _heading(record: Record) -> str:
+def _heading(record: BenchRecord) -> str:
     return (
         f"{_circumstances(record)} Ratios are to training the same model without privacy "
         "(compiled arms: to the compiled one) in the same round, or for memory to its median "
@@ -55,18 +58,17 @@ def _heading(record: Record) -> str:
     )
 
 
-def _circumstances(record: Record) -> str:
-    around = record.circumstances
-    assert around is not None
-    used = ", ".join(f"{name} {version}" for name, version in around.versions.items())
-    device = around.hardware if around.device == "cuda" else f"{around.threads} CPU thread(s)"
-    computed = "" if around.precision == "float32" else f", {around.precision} by autocast"
+def _circumstances(record: BenchRecord) -> str:
+    settings = record.settings
+    used = ", ".join(f"{name} {record.versions.get(name)}" for name in _DECISIVE)
+    device = record.hardware if settings.device == "cuda" else f"{settings.threads} CPU thread(s)"
+    computed = "" if settings.precision == "float32" else f", {settings.precision} by autocast"
     return f"{device}{computed}; {used}."
 
 
-def _targets(record: Record) -> Iterator[str]:
+def _targets(record: BenchRecord) -> Iterator[str]:
     rows = [["case", "arm", "what", "target", "measured", "met"]]
-    for comparison in record.comparisons:
+    for comparison in record.results:
         for own in verdicts(comparison):
             sign = "<" if own.strict else "<="
             met = {True: "yes", False: "**no**", None: "-"}[own.met]
@@ -77,8 +79,8 @@ def _targets(record: Record) -> Iterator[str]:
         yield f"### Targets\n\n{markdown(rows)}"
 
 
-def _cases(record: Record) -> Iterator[str]:
-    for comparison in record.comparisons:
+def _cases(record: BenchRecord) -> Iterator[str]:
+    for comparison in record.results:
         if comparison.point.axis is not None:
             continue
         rows = [["arm", "time", "step", "memory", "peak"]]
@@ -103,9 +105,9 @@ def _row(comparison: Comparison, own: ArmResult) -> list[str]:
     return [f"`{own.arm}`", _spread(time), step, _spread(memory), peak]
 
 
-def _growths(record: Record) -> Iterator[str]:
+def _growths(record: BenchRecord) -> Iterator[str]:
     for axis in GROWTHS:
-        curve = [own for own in record.comparisons if own.point.axis == axis]
+        curve = [own for own in record.results if own.point.axis == axis]
         if not curve:
             continue
         arms = _in_order(own.arm for comparison in curve for own in comparison.arms)

@@ -1,13 +1,19 @@
-"""What a comparison measures, and how it becomes JSON and comes back."""
+"""What a comparison measures."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from opacus_bpclip.bench.settings import Case, Point, base_of
+from pydantic import PlainSerializer
+
+from opacus_bpclip.bench.settings import Key, Point, Settings, base_of
+from opacus_bpclip.jobs.record import Record, Result
+
+# Four digits are more than a clock is good for.
+Seconds = Annotated[float, PlainSerializer(lambda seconds: float(f"{seconds:.4g}"))]
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,12 @@ class ArmResult:
     """
 
     arm: str
-    seconds: tuple[float, ...] = ()
+    seconds: tuple[Seconds, ...] = ()
     peaks: tuple[int, ...] | None = ()
     failure: str | None = None
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """All arms of one point.
 
     Args:
@@ -67,6 +72,11 @@ class Comparison:
     point: Point
     parameters: int
     arms: tuple[ArmResult, ...]
+
+    @property
+    def key(self) -> Key:
+        """The point's key."""
+        return self.point.key
 
     def arm(self, name: str) -> ArmResult | None:
         """Return an arm's result; None if it was not measured or does not run."""
@@ -103,42 +113,22 @@ class Comparison:
         found = {name: spread.median for name in names if (spread := ratio(name)) is not None}
         return min(found, key=lambda name: found[name]) if found else None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return every fact, as JSON knows them; times to four digits."""
-        return {
-            "name": self.point.name,
-            "axis": self.point.axis,
-            "case": asdict(self.point.case),
-            "parameters": self.parameters,
-            "arms": {
-                own.arm: {
-                    "seconds": [float(f"{value:.4g}") for value in own.seconds],
-                    "peak_memory_bytes": None if own.peaks is None else list(own.peaks),
-                    "failure": own.failure,
-                }
-                for own in self.arms
-            },
-        }
 
+class BenchRecord(Record[Settings, Comparison]):
+    """Comparisons that were measured under the same circumstances."""
 
-def comparison_from_dict(record: Mapping[str, Any]) -> Comparison:
-    """Return the comparison that `Comparison.as_dict` wrote.
-
-    Raises:
-        KeyError, TypeError: the record has another shape.
-    """
-    return Comparison(
-        Point(record["name"], record["axis"], Case(**record["case"])),
-        record["parameters"],
-        tuple(_arm_from_dict(name, own) for name, own in record["arms"].items()),
+    command: ClassVar = "bench"
+    free: ClassVar = frozenset(
+        {"growth", "case", "arms", "rounds", "limit", "processes", "commit"}
+        | {"numpy", "scipy", "scikit_learn", "torchvision"}
     )
 
+    @property
+    def wanted(self) -> list[Key]:
+        """What the settings ask for."""
+        return [point.key for point in self.settings.points]
 
-def _arm_from_dict(name: str, record: Mapping[str, Any]) -> ArmResult:
-    peaks = record["peak_memory_bytes"]
-    return ArmResult(
-        name,
-        tuple(record["seconds"]),
-        None if peaks is None else tuple(peaks),
-        record["failure"],
-    )
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """That of weights, batches and orders."""
+        return (0,)

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-from opacus_bpclip.jobs.errors import UsageError
-from opacus_bpclip.jobs.values import (
-    require_at_least_one,
-    require_choice,
-    require_distinct,
-    require_some,
-)
+from cyclopts import Parameter
+from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
 
-NON_PRIVATE = "non-private"
-# The budget, then the bound. The first is what a user gets who names neither.
-JOINT = ("joint-exact", "joint-weighted", "joint-product")
-LAYERWISE = ("layerwise-exact", "layerwise-weighted", "layerwise-product")
-BACKPROP = JOINT + LAYERWISE
-DEFAULT = JOINT[0]
-OPACUS = ("hooks", "functorch", "ew", "ghost")
-EAGER = (NON_PRIVATE, *BACKPROP, *OPACUS)
+from opacus_bpclip.jobs.settings import Options, Output
+from opacus_bpclip.jobs.values import Count, Distinct, Several
+
+# The budget, then the bound.
+Joint = Literal["joint-exact", "joint-weighted", "joint-product"]
+Layerwise = Literal["layerwise-exact", "layerwise-weighted", "layerwise-product"]
+Mode = Literal["hooks", "functorch", "ew", "ghost"]
+CompiledJoint = Literal["joint-exact-compiled", "joint-weighted-compiled", "joint-product-compiled"]
+CompiledLayerwise = Literal[
+    "layerwise-exact-compiled", "layerwise-weighted-compiled", "layerwise-product-compiled"
+]
+Compiled = Literal["non-private-compiled", CompiledJoint, CompiledLayerwise]
+Arm = Literal["non-private", Joint, Layerwise, Mode, Compiled]
+ARMS: tuple[Arm, ...] = get_args(Arm)
 _COMPILED = "-compiled"
-COMPILED = tuple(name + _COMPILED for name in (NON_PRIVATE, *BACKPROP))
-ARMS = EAGER + COMPILED
-
-DEVICES = ("cpu", "cuda")
-# Of what a model computes; in the second by autocast, with parameters in float32.
-PRECISIONS = ("float32", "bfloat16")
+EAGER = tuple(arm for arm in ARMS if not arm.endswith(_COMPILED))
+NON_PRIVATE = ARMS[0]
+BACKPROP, OPACUS = get_args(Literal[Joint, Layerwise]), get_args(Mode)
+# What a user gets who names neither budget nor bound.
+DEFAULT = BACKPROP[0]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class Case:
 _ENCODER = Case(
     "transformer encoder", "transformer", 32, width=256, depth=4, length=64, vocabulary=1000
 )
-CASES = {
+Accepted = Literal["cnn26k", "resnet18-gn", "transformer", "mlp", "transformer-512"]
+CaseName = Literal[Accepted, "cnn26k-2048", "text", "lstm", "lora"]
+CASES: dict[CaseName, Case] = {
     "cnn26k": Case("CNN26k", "cnn26k", 256),
     "resnet18-gn": Case("ResNet-18 with GroupNorm, 32 x 32", "resnet18-gn", 32, width=64),
     "transformer": _ENCODER,
@@ -84,26 +86,32 @@ CASES = {
     ),
 }
 # The cases that the project's acceptance table names.
-ACCEPTANCE = ("cnn26k", "resnet18-gn", "transformer", "mlp", "transformer-512")
+ACCEPTANCE: tuple[CaseName, ...] = get_args(Accepted)
 
 
 @dataclass(frozen=True)
 class Growth:
     """A curve: one size of a case takes one value after another."""
 
-    case: str
+    case: CaseName
     field: str
     values: tuple[int, ...]
 
 
-GROWTHS = {
+GrowthName = Literal["batch", "width", "depth", "length"]
+GROWTHS: dict[GrowthName, Growth] = {
     "batch": Growth("cnn26k", "batch_size", (16, 64, 256, 1024, 4096)),
     "width": Growth("mlp", "width", (128, 256, 512, 1024, 2048)),
     "depth": Growth("transformer", "depth", (1, 2, 4, 8)),
     "length": Growth("transformer", "length", (16, 32, 64, 128, 256, 512)),
 }
 # Without `functorch` and `ew`, which nobody uses for speed, and the bound that is never tighter.
-_GROWTH_ARMS = (NON_PRIVATE, *JOINT[:2], *LAYERWISE[:2], "hooks", "ghost")
+_GROWTH_ARMS = (NON_PRIVATE, *get_args(Joint)[:2], *get_args(Layerwise)[:2], "hooks", "ghost")
+# Rounds that are taken whatever the limit.
+LEAST_ROUNDS = 6
+
+
+Key = tuple[CaseName, GrowthName | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -116,101 +124,126 @@ class Point:
         case: with the sizes that are measured.
     """
 
-    name: str
-    axis: str | None
+    name: CaseName
+    axis: GrowthName | None
     case: Case
 
     @property
-    def key(self) -> tuple[str, str | None, int | None]:
+    def key(self) -> Key:
         """What tells this comparison from others of the same record."""
         field = GROWTHS[self.axis].field if self.axis else None
         return self.name, self.axis, getattr(self.case, field) if field else None
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to measure.
+class Share:
+    """The rounds of one process.
 
     Args:
-        arms: names in `ARMS`, no arm twice; each with its base, see `base_of`.
         rounds: steps of every arm that count, at most.
-        limit: seconds after which no round of a comparison begins, once there are `least_rounds`.
-        threads: torch's intra-op threads.
-        device: ``"cpu"`` or ``"cuda"``.
-        processes: that share the rounds, one after the other. Where the system puts a process's
-            memory decides some hundredths of a ratio.
+        limit: seconds after which no round begins, once there are ``least_rounds``.
         least_rounds: that are taken whatever the limit.
-        precision: of the forward pass, in `PRECISIONS`.
-
-    Raises:
-        UsageError: a value outside these; the text names the option.
     """
 
-    arms: tuple[str, ...] = ARMS
-    rounds: int = 40
+    rounds: int
     limit: float = 60.0
-    threads: int = 1
-    device: str = "cpu"
-    processes: int = 3
-    least_rounds: int = 6
-    precision: str = "float32"
+    least_rounds: int = LEAST_ROUNDS
 
-    def __post_init__(self) -> None:
-        _require_choices("--arms", self.arms, ARMS)
+
+def _every_case(value: Any) -> Any:
+    return tuple(CASES) if tuple(value) == ("all",) else value
+
+
+class Settings(Options):
+    """What to measure, and how.
+
+    Args:
+        growth: a growth curve in place of cases: the size that grows
+        case: all, or some of the cases
+        arms: some of the arms, each with the one that its ratios are to
+        rounds: steps of every arm that count, at most
+        limit: seconds after which no round of a comparison begins, once there are 6
+        processes: that share the rounds, one after the other: where the system puts a process's
+            memory decides some hundredths of a ratio
+        threads: torch's intra-op threads
+        device: where to train
+        precision: of what a model computes; bfloat16 by autocast, with losses that are summed and
+            parameters in float32
+    """
+
+    growth: GrowthName | None = None
+    case: Annotated[
+        Distinct[CaseName],
+        BeforeValidator(_every_case),
+        Parameter(show_default=" ".join(ACCEPTANCE)),
+    ] = Field(default_factory=lambda given: () if given["growth"] else ACCEPTANCE)
+    arms: Annotated[
+        Several[Arm], Parameter(show_default=f"all; for a growth curve {' '.join(_GROWTH_ARMS)}")
+    ] = Field(default_factory=lambda given: _GROWTH_ARMS if given["growth"] else ARMS)
+    rounds: Count = 40
+    limit: Annotated[float, Field(ge=0)] = 60.0
+    processes: Count = 3
+    threads: Count = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.growth and self.case:
+            raise ValueError("--growth has a case of its own: leave --case out")
+        if not self.growth and not self.case:
+            raise ValueError("--case must name something")
         for arm in self.arms:
             if base_of(arm) not in self.arms:
-                raise UsageError(f"--arms {arm} needs {base_of(arm)}, which its ratios are to")
-        for name in ("rounds", "threads", "processes"):
-            require_at_least_one(f"--{name}", getattr(self, name))
-        if not self.limit >= 0:
-            raise UsageError(f"--limit must be a number of seconds at least 0, not {self.limit}")
-        require_choice("--device", self.device, DEVICES)
-        require_choice("--precision", self.precision, PRECISIONS)
+                raise ValueError(f"--arms {arm} needs {base_of(arm)}, which its ratios are to")
+        return self
 
-    def shares(self) -> list[Settings]:
-        """Return what each process measures.
+    @property
+    def points(self) -> list[Point]:
+        """What is to be compared: the cases, or a growth curve's points."""
+        if self.growth is None:
+            return [Point(name, None, CASES[name]) for name in self.case]
+        curve = GROWTHS[self.growth]
+        base = CASES[curve.case]
+        changed: list[dict[str, Any]] = [{curve.field: value} for value in curve.values]
+        return [Point(curve.case, self.growth, replace(base, **change)) for change in changed]
+
+    @property
+    def shares(self) -> list[Share]:
+        """What each process measures.
 
         Example:
-            >>> [share.rounds for share in Settings(rounds=8).shares()]
+            >>> [share.rounds for share in Settings(rounds=8).shares]
             [3, 3, 2]
         """
         number = min(self.processes, self.rounds)
         return [
-            replace(
-                self,
-                processes=1,
+            Share(
                 rounds=self.rounds // number + (index < self.rounds % number),
                 limit=self.limit / number,
-                least_rounds=-(-self.least_rounds // number),
+                least_rounds=-(-LEAST_ROUNDS // number),
             )
             for index in range(number)
         ]
 
 
-@dataclass(frozen=True)
-class Output:
-    """Where a run reads and writes; nothing in it changes what is measured.
+class BenchOutput(Output):
+    """Where a run reads and writes.
 
     Args:
-        from_json: a results file to start from, or None.
-        json: file for the results as data, or None.
-        markdown: file for the tables, or None.
-        plot: file for the growth curves, or None.
-        update: documents whose generated blocks are to be rewritten.
-        progress: say on stderr what is being measured.
+        plot: draw the growth curves into this file (needs matplotlib)
+        from_json: start from the results in this file: add to them what is measured now, or render
+            them if nothing else is asked for
+        update: rewrite the generated blocks of these documents
     """
 
     from_json: Path | None = None
-    json: Path | None = None
-    markdown: Path | None = None
-    plot: Path | None = None
     update: tuple[Path, ...] = ()
-    progress: bool = False
 
 
-def base_of(arm: str) -> str:
+def base_of(arm: str) -> Arm:
     """Return the arm that an arm's ratios are to: compiled arms have a compiled one."""
-    return NON_PRIVATE + (_COMPILED if is_compiled(arm) else "")
+    return "non-private-compiled" if is_compiled(arm) else NON_PRIVATE
 
 
 def is_compiled(arm: str) -> bool:
@@ -221,31 +254,3 @@ def is_compiled(arm: str) -> bool:
 def method_of(arm: str) -> str:
     """Return how an arm trains, without whether it is compiled."""
     return arm.removesuffix(_COMPILED)
-
-
-def points(cases: Sequence[str], growth: str | None) -> list[Point]:
-    """Return what is to be compared: the cases, or a growth curve's points.
-
-    Raises:
-        UsageError: an unknown name, or one twice.
-    """
-    if growth is None:
-        _require_choices("--case", cases, CASES)
-        return [Point(name, None, CASES[name]) for name in cases]
-    require_choice("--growth", growth, GROWTHS)
-    curve = GROWTHS[growth]
-    base = CASES[curve.case]
-    changed: list[dict[str, Any]] = [{curve.field: value} for value in curve.values]
-    return [Point(curve.case, growth, replace(base, **change)) for change in changed]
-
-
-def default_arms(growth: str | None) -> tuple[str, ...]:
-    """Return the arms of a run that names none."""
-    return ARMS if growth is None else _GROWTH_ARMS
-
-
-def _require_choices(option: str, values: Sequence[str], choices: Collection[str]) -> None:
-    require_some(option, values)
-    require_distinct(option, values)
-    for value in values:
-        require_choice(option, value, choices)

@@ -2,89 +2,89 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+from pydantic import BeforeValidator, TypeAdapter
 
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
-from opacus_bpclip.inspection.inspection import Row, inspect, render
-from opacus_bpclip.jobs.loading import load_object, made_by
+from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.settings import AS_OPTIONS, Options
+from opacus_bpclip.jobs.values import Count, OrNone
 
 if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
-    from torch import nn
-
+    from opacus_bpclip.inspection.inspection import Row
     from opacus_bpclip.probe import Batch
-
 
 _DEFAULT = BackpropClipping()
 
 
-def add_parser(subparsers: _SubParsersAction[Any]) -> None:
-    """Add the subcommand to the command line."""
-    parser = subparsers.add_parser(
-        "inspect",
-        help="show how each layer of a model would be bounded, or why it would be refused",
-        description="Show how each layer of a model would be bounded, or why it would be refused. "
-        "The exit status is 1 if anything would be refused.",
-    )
-    parser.add_argument(
-        "model",
-        metavar="MODULE:FACTORY",
-        help="an importable module and what in it makes the model when called without arguments, "
-        "or is one; for example torchvision.models:resnet18",
-    )
-    parser.add_argument("--max-grad-norm", type=float, default=1.0, metavar="C")
-    parser.add_argument(
-        "--max-input-norm",
-        type=_norm_or_none,
-        default=_DEFAULT.max_input_norm,
-        metavar="NORM",
-        help="a number or none",
-    )
-    parser.add_argument("--bound", choices=get_args(Bound), default=_DEFAULT.bound)
-    parser.add_argument("--allocation", choices=get_args(Allocation), default=_DEFAULT.allocation)
-    parser.add_argument(
-        "--uses",
-        action="append",
-        default=[],
-        metavar="NAME=K",
-        help="how often a layer is used in one forward pass, if more than once; auto counts",
-    )
-    parser.add_argument(
-        "--input-shape",
-        type=_shape,
-        metavar="N,N,...",
-        help="shape of one example, without the batch: the model is run on made-up examples to see "
-        "whether they influence each other; for example 3,32,32",
-    )
-    parser.add_argument(
-        "--input-dtype", choices=("float", "int"), default="float", help="int makes up ids 0 and 1"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same facts as data")
-    parser.set_defaults(run=run)
+def _parts(value: Any) -> list[str]:
+    return [size for part in value for size in str(part).split(",")]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the subcommand; 0 if the model would train, 1 if it would be refused, 2 if misused."""
-    try:
-        config = BackpropClipping(
-            max_input_norm=args.max_input_norm,
-            bound=args.bound,
-            allocation=args.allocation,
-            uses=_uses(args.uses),
+class Settings(Options):
+    """How a model would be clipped, and what it is tried on.
+
+    Args:
+        max_grad_norm: joint L2 sensitivity
+        max_input_norm: largest norm of a column of a layer's input, or none
+        bound: how an example's gradient norm is bounded
+        allocation: how --max-grad-norm is spent on the layers
+        uses: how often layers are used in one forward pass, as NAME=K, if more than once; auto
+            counts
+        input_shape: shape of one example, without the batch, as 3,32,32: the model is run on
+            made-up examples to see whether they influence each other
+        input_dtype: int makes up ids 0 and 1
+        data: write the same facts to this file
+    """
+
+    max_grad_norm: float = 1.0
+    max_input_norm: OrNone[float] = _DEFAULT.max_input_norm
+    bound: Bound = _DEFAULT.bound
+    allocation: Allocation = "joint"
+    uses: tuple[str, ...] = ()
+    input_shape: Annotated[tuple[Count, ...], BeforeValidator(_parts)] = ()
+    input_dtype: Literal["float", "int"] = "float"
+    data: Annotated[Path | None, Parameter(name="--json")] = None
+
+    def clipping(self) -> BackpropClipping:
+        """Return the same for the library.
+
+        Raises:
+            ValueError: an option is wrong, or goes with another one.
+        """
+        return BackpropClipping(
+            max_input_norm=self.max_input_norm,
+            bound=self.bound,
+            allocation=self.allocation,
+            uses=_uses(self.uses),
         )
-        batch = None if args.input_shape is None else _batch(args.input_shape, args.input_dtype)
-        rows = _inspected(_load(args.model), config, args.max_grad_norm, batch)
-        if args.json:
-            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"opacus-bpclip inspect: error: {error}", file=sys.stderr)
-        return 2
+
+
+def inspect(
+    model: Annotated[str, Parameter(name="MODULE:FACTORY")],
+    /,
+    *,
+    settings: Annotated[Settings, AS_OPTIONS] = Settings(),
+) -> int:
+    """Show how each layer of a model would be bounded, or why it would be refused.
+
+    The exit status is 1 if anything would be refused.
+
+    Args:
+        model: an importable module and what in it makes the model when called without arguments,
+            or is one; for example torchvision.models:resnet18
+    """
+    from opacus_bpclip.inspection.inspection import Row, render
+    from opacus_bpclip.jobs.files import check_writable, write_whole
+
+    check_writable({"--json": settings.data})
+    rows = _inspected(model, settings)
+    if settings.data:
+        data = TypeAdapter(list[Row]).dump_json(rows, indent=2)
+        write_whole(settings.data, data.decode() + "\n")
     if not rows:
         print("The model has no trainable parameter.")
         return 1
@@ -92,30 +92,37 @@ def run(args: argparse.Namespace) -> int:
     return int(any(row.problem for row in rows))
 
 
-def _inspected(
-    model: nn.Module, config: BackpropClipping, max_grad_norm: float, batch: Batch | None
-) -> list[Row]:
+def _inspected(model: str, settings: Settings) -> list[Row]:
+    from torch import nn
+
+    from opacus_bpclip.inspection.inspection import inspect
+    from opacus_bpclip.jobs.loading import made_by
     from opacus_bpclip.probe import UntriedError
 
-    if config.uses == "auto" and batch is None:
-        raise ValueError("--uses auto counts on made-up examples: give their --input-shape")
     try:
-        return inspect(model, config, max_grad_norm, batch)
+        config = settings.clipping()
+        batch = _batch(settings) if settings.input_shape else None
+        if settings.uses == ("auto",) and batch is None:
+            raise ValueError("--uses auto counts on made-up examples: give their --input-shape")
+        return inspect(made_by(model, nn.Module), config, settings.max_grad_norm, batch)
     except UntriedError as error:
-        raise ValueError(f"the model does not run on such an input: {error}") from error
+        raise UsageError(f"the model does not run on such an input: {error}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
-def _batch(shape: tuple[int, ...], dtype: str) -> Batch:
+def _batch(settings: Settings) -> Batch:
     import torch
 
     from opacus_bpclip.probe import EXAMPLES, Batch
 
-    like = torch.zeros(EXAMPLES, *shape, dtype=torch.float32 if dtype == "float" else torch.int64)
+    dtype = torch.float32 if settings.input_dtype == "float" else torch.int64
+    like = torch.zeros(EXAMPLES, *settings.input_shape, dtype=dtype)
     return Batch((like,), {}, EXAMPLES, 0).invent(EXAMPLES)
 
 
-def _uses(texts: list[str]) -> Literal["auto"] | dict[str, int]:
-    if texts == ["auto"]:
+def _uses(texts: tuple[str, ...]) -> Literal["auto"] | dict[str, int]:
+    if texts == ("auto",):
         return "auto"
     uses = {}
     for text in texts:
@@ -124,29 +131,3 @@ def _uses(texts: list[str]) -> Literal["auto"] | dict[str, int]:
             raise ValueError(f"--uses {text!r} is neither NAME=K nor auto alone")
         uses[name] = int(count)
     return uses
-
-
-def _load(path: str) -> nn.Module:
-    """Import ``module:factory`` and make the model.
-
-    Raises:
-        ValueError: there is no such module, no such name in it, or what it makes is no model.
-    """
-    from torch import nn
-
-    found = load_object(path)
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise ValueError(f"{path} is neither a model nor callable")
-        found = made_by(path)
-    if not isinstance(found, nn.Module):
-        raise ValueError(f"{path} makes a {type(found).__name__}, not a torch.nn.Module")
-    return found
-
-
-def _norm_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(","))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from opacus_bpclip.config import BackpropClipping, is_positive_number
+from opacus_bpclip.jobs.tables import aligned
 
 if TYPE_CHECKING:
     from torch import nn
@@ -162,14 +163,7 @@ def render(rows: list[Row]) -> str:
         ]
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = [
-        "  ".join(
-            cell.rjust(width) if column in (2, 4, 6, 7) else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    table = [aligned(lines, left=(0, 1, 3, 5))]
     followed = [row for row in rows if row.functions]
     if followed:
         table += ["", "By the functions that are called on them, and how gradients are made:"]

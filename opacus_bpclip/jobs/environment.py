@@ -7,11 +7,17 @@ import platform
 import subprocess
 from pathlib import Path
 
+_PACKAGES = ("torch", "opacus", "opacus-bpclip", "numpy", "scipy", "scikit-learn", "torchvision")
+
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Return the versions of Python and of packages; None for one that is not installed."""
+    """Return the versions of Python and of packages; None for one that is not installed.
+
+    Args:
+        *packages: their names; without any, all that may decide results.
+    """
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in packages:
+    for package in packages or _PACKAGES:
         try:
             found[package.replace("-", "_")] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -44,3 +50,17 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{head} with changes" if changed else head
+
+
+def hardware(device: str) -> str:
+    """Return in words what ``"cpu"`` or ``"cuda"`` is here."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import ClassVar
+
+from pydantic import ValidationError
 
 
 class JobError(Exception):
@@ -21,5 +25,32 @@ class ChildError(JobError):
     """Work that failed in a process of its own."""
 
 
-class ArmError(JobError):
-    """An arm that failed while it was training."""
+def in_one_line(error: Exception) -> str:
+    """Return what went wrong; for an error that is not a message to the user also where."""
+    text = " ".join(str(error).split())
+    if isinstance(error, JobError):
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    place = ""
+    if frames:
+        # The end of the path tells the file; the start tells only whose machine it is.
+        file = "/".join(Path(frames[-1].filename).parts[-3:])
+        place = f" (raised at {file}:{frames[-1].lineno})"
+    return f"{type(error).__name__}: {text}{place}"
+
+
+def what_is_wrong(error: ValidationError) -> str:
+    """Return in one line which options have wrong values, and which values they may have."""
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        if problem["type"] == "default_factory_not_called":
+            continue  # follows from another one
+        text = str(problem.get("ctx", {}).get("error") or problem["msg"])
+        if not problem["loc"]:
+            return text
+        option, value = f"--{problem['loc'][0]}".replace("_", "-"), problem["input"]
+        given = value if isinstance(value, (list, tuple)) else [value]
+        line = f"{' '.join([option, *map(str, given)])}: {text[0].lower()}{text[1:]}"
+        # Of a value that may be of several kinds, the first one says enough.
+        found.setdefault(option, line)
+    return "; ".join(found.values())

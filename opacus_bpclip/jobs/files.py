@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from opacus_bpclip.jobs.errors import UsageError
@@ -20,34 +20,33 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def check_writable(**files: Path | None) -> None:
+def check_writable(files: Mapping[str, Path | None]) -> None:
     """Try to write: permissions alone do not tell of full disks, read-only mounts and folders.
 
     Args:
-        **files: by their options' names, in the order to try them; None for one that is not wanted.
-            An ordinary file is left as it is, and an absent one absent.
+        files: by option, in the order to try them; None for one that is not wanted. An ordinary
+            file is left as it is, and an absent one absent.
 
     Raises:
         UsageError: a file cannot be written.
     """
     for option, path in files.items():
         if path:
-            _try_to_write(f"--{option}", path)
+            _try_to_write(option, path)
 
 
-def check_plot(path: Path | None, purpose: str = "a plot") -> None:
+def check_plot(path: Path | None) -> None:
     """Check that a plot, if one is wanted, can be drawn in the format of its name.
 
     Args:
         path: of the plot; None if none is wanted.
-        purpose: what needs matplotlib, to start the error with.
 
     Raises:
         UsageError: matplotlib is not installed, or cannot write such a file.
     """
     if path is None:
         return
-    require("matplotlib", purpose)
+    require("matplotlib", "--plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     known: Callable[[], dict[str, str]] = FigureCanvasAgg.get_supported_filetypes

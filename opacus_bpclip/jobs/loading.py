@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+import pkgutil
 import sys
-from typing import Any
+from typing import Any, TypeVar
+
+from opacus_bpclip.jobs.errors import UsageError
+
+Made = TypeVar("Made")
 
 
 def load_object(path: str) -> Any:
@@ -15,40 +19,42 @@ def load_object(path: str) -> Any:
         path: ``module:name`` or ``package.module:name.attribute``.
 
     Raises:
-        ValueError: there is no such module, or no such name in it.
+        UsageError: there is no such module, or no such name in it.
 
     Example:
         >>> load_object("math:pi")
         3.141592653589793
     """
-    module_name, separator, attribute = path.partition(":")
-    if not (separator and module_name and attribute):
-        raise ValueError(f"{path!r} is not of the form MODULE:FACTORY, as in my_package.models:Net")
     # A console script does not look for modules where it is started.
     sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"cannot import {module_name}: {error}") from error
+        if not path.partition(":")[2]:
+            raise ValueError("it is not of the form MODULE:FACTORY, as in my_package.models:Net")
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"cannot load {path}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{module_name} has no {attribute}")
-        found = getattr(found, part)
-    return found
 
 
-def made_by(path: str) -> Any:
-    """Return what the callable at ``module:name`` makes without arguments.
+def made_by(path: str, kind: type[Made]) -> Made:
+    """Return what the callable at ``module:name`` makes without arguments, or what is there.
+
+    Args:
+        path: as for `load_object`.
+        kind: of what is wanted.
 
     Raises:
-        ValueError: there is none, or it needs arguments.
+        UsageError: there is none, it needs arguments, or makes something else.
     """
     found = load_object(path)
-    if not callable(found):
-        raise ValueError(f"{path} is not callable")
-    try:
-        return found()
-    except TypeError as error:
-        raise ValueError(f"{path} cannot be called without arguments: {error}") from error
+    if not isinstance(found, kind):
+        if not callable(found):
+            raise UsageError(f"{path} is neither callable nor a {kind.__name__}")
+        try:
+            found = found()
+        except TypeError as error:
+            raise UsageError(f"{path} cannot be called without arguments: {error}") from error
+    if not isinstance(found, kind):
+        raise UsageError(f"{path} makes a {type(found).__name__}, not a {kind.__name__}")
+    return found

@@ -1,5 +1,7 @@
 """Where clipping is flat's, number for number, so is the training: the final weights agree."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from opacus.optimizers.optimizer import _generate_noise
@@ -7,7 +9,7 @@ from opacus.optimizers.optimizer import _generate_noise
 from opacus_bpclip.ab import training
 from opacus_bpclip.ab.data import load
 from opacus_bpclip.ab.results import Plan
-from opacus_bpclip.ab.settings import settings_for
+from opacus_bpclip.ab.settings import Settings
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 
 STEPS = 12
@@ -22,7 +24,7 @@ def add_noise_as_opacus(gradients, *, std, generator, secure_mode):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("digits", "data")
+    return load("digits", Path("data"))
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def train(digits, monkeypatch):
 
     @known_warnings_silenced()
     def train(name, **given):
-        settings = settings_for(epochs=1, threads=1, **given)
+        settings = Settings(epochs=1, threads=1, **given)
         arm = training._start(name, 0, settings, PLAN, digits)
         before = weights_of(arm)
         losses = [training._step(arm, *batch).item() for batch in arm.loader]

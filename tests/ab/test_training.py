@@ -1,31 +1,32 @@
 """Real training, in this process and in a child: equal terms, and epsilon as Opacus counts it."""
 
 import json
-import multiprocessing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from opacus.accountants import PRVAccountant
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip.ab import child, job, training
+from opacus_bpclip.__main__ import main
+from opacus_bpclip.ab import job, training
 from opacus_bpclip.ab.data import Data, load
 from opacus_bpclip.ab.privacy import domain_warning_silenced
 from opacus_bpclip.ab.results import Plan
-from opacus_bpclip.ab.settings import ARMS, NON_PRIVATE, Output, settings_for
-from opacus_bpclip.cli import main
-from opacus_bpclip.jobs import child as processes
-from opacus_bpclip.jobs.errors import ArmError
+from opacus_bpclip.ab.settings import ARMS, NON_PRIVATE, Settings
+from opacus_bpclip.jobs.errors import ChildError, JobError
 from opacus_bpclip.jobs.memory import PeakMemory
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
+from opacus_bpclip.jobs.running import measured
+from opacus_bpclip.jobs.settings import Output
 
-SETTINGS = settings_for(epochs=1, epsilon=1.0, seeds=(0,), threads=1)
+SETTINGS = Settings(epochs=1, epsilon=1.0, seeds=(0,), threads=1)
 
 
-def train_here(name, settings, plan, *, progress=False):
-    data = load(settings.dataset, settings.data_root)
-    return training.train_arm(name, settings, plan, data, progress=progress)
+def call_here(function, *args):
+    """Stand in for a process of its own."""
+    return function(*args)
 
 
 def opacus_epsilon(noise_multiplier, sample_rate, steps, delta):
@@ -37,7 +38,7 @@ def opacus_epsilon(noise_multiplier, sample_rate, steps, delta):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("digits", "data")
+    return load("digits", Path("data"))
 
 
 @pytest.fixture(scope="module")
@@ -53,29 +54,28 @@ def test_plan_meets_the_target(plan):
 
 def test_the_loader_decides_the_number_of_steps(digits):
     # 1 / (1 / 93) is a little less than 93: Opacus's loader draws 92 batches, not 93.
-    settings = replace(SETTINGS, batch_size=2, epochs=2)
+    settings = SETTINGS.replace(batch_size=2, epochs=2)
     subset = Data(TensorDataset(*digits.train[:185]), digits.test)
     plan = job.plan_for(settings, subset)
     assert (plan.steps_per_epoch, plan.sample_rate) == (92, 1 / 92)
     assert training.train_seed("backprop", 0, settings, plan, subset, False).epsilon <= 1.0
 
 
-def test_all_arms_end_to_end(tmp_path):
-    path = tmp_path / "results.json"
-    done = job.compare(SETTINGS, Output(json=path), train=train_here)
-    facts = json.loads(path.read_text())
-    assert facts["complete"] is True
+def test_all_arms_end_to_end(monkeypatch):
+    monkeypatch.setattr(job, "call_in_child", call_here)
+    done = measured(job.Comparison(SETTINGS), Output())
+    assert done.complete
     expected = opacus_epsilon(done.plan.noise_multiplier, 1 / 12, 12, 1e-5)
     for name in ARMS:
-        arm = facts["arms"][name]
-        (epoch,) = arm["seeds"][0]["epochs"]
-        assert 0 <= epoch["accuracy"] <= 1
-        assert 0 < epoch["loss"] < 10
-        assert arm["seconds_per_step"] > 0
+        arm = done.result(name)
+        (epoch,) = arm.seeds[0].epochs
+        assert 0 <= epoch.accuracy <= 1
+        assert 0 < epoch.loss < 10
+        assert arm.seconds_per_step > 0
         if name == NON_PRIVATE:
-            assert arm["epsilon"] is epoch["epsilon"] is None
+            assert arm.epsilon is epoch.epsilon is None
         else:
-            assert arm["epsilon"] == epoch["epsilon"] == expected <= 1.0
+            assert arm.epsilon == epoch.epsilon == expected <= 1.0
 
 
 def test_arms_start_alike_and_see_the_same_batches(digits, plan):
@@ -95,7 +95,7 @@ def test_arms_start_alike_and_see_the_same_batches(digits, plan):
 def test_bfloat16_trains_to_about_the_same_weights(digits, plan, name):
     ends = []
     for precision in ("float32", "bfloat16"):
-        arm = training._start(name, 5, replace(SETTINGS, precision=precision), plan, digits)
+        arm = training._start(name, 5, SETTINGS.replace(precision=precision), plan, digits)
         with known_warnings_silenced():
             for batch in arm.loader:
                 training._step(arm, *batch)
@@ -104,7 +104,7 @@ def test_bfloat16_trains_to_about_the_same_weights(digits, plan, name):
 
 
 def test_private_arms_draw_noise_of_the_same_scale(digits, plan):
-    quiet = replace(SETTINGS, lr=1e-30)
+    quiet = SETTINGS.replace(lr=1e-30)
     for name in ARMS[1:]:
         arm = training._start(name, 5, quiet, plan, digits)
         images = digits.train.tensors[0][:0]
@@ -124,7 +124,7 @@ def test_runs_can_be_repeated(name, digits, plan):
 def test_empty_batches(name, digits):
     # Three examples at rate 1/3: three batches in ten are empty.
     few = Data(TensorDataset(*digits.train[:3]), digits.test)
-    settings = replace(SETTINGS, batch_size=1, epochs=8)
+    settings = SETTINGS.replace(batch_size=1, epochs=8)
     plan = Plan(1 / 3, 3, 1.0, (1.0,) * 8, 9258, 3, 360)
     result = training.train_seed(name, 0, settings, plan, few, False)
     assert len(result.epochs) == 8
@@ -135,14 +135,15 @@ def test_progress_bar_goes_to_stderr(digits, plan, capsys):
     training.train_seed("flat", 0, SETTINGS, plan, digits, True)
     out, err = capsys.readouterr()
     assert out == ""
-    assert "flat, seed 0: 100%" in err
+    assert err.startswith("flat, seed 0 ")
+    assert "100%" in err
     assert "loss=" in err
     assert f"epsilon={plan.epsilons[-1]:.3f}" in err
 
 
 def test_an_accountant_charged_otherwise_is_found(digits, plan):
     wrong = replace(plan, steps_per_epoch=11)
-    with pytest.raises(ArmError) as caught:
+    with pytest.raises(JobError) as caught:
         training.train_seed("flat", 0, SETTINGS, wrong, digits, False)
     noise = plan.noise_multiplier
     assert str(caught.value) == (
@@ -178,65 +179,16 @@ def test_command_in_a_child_process(tmp_path, capfd):
     assert err == ""
     assert out.splitlines()[-2:] == [f"plot: {plot}", f"data: {path}"]
     assert plot.stat().st_size > 0
-    facts = json.loads(path.read_text())
-    assert facts["arms"]["backprop"]["epsilon"] <= 1.0
-    assert facts["arms"]["backprop"]["peak_memory_bytes"] < 500 * 2**20
+    (arm,) = json.loads(path.read_text())["results"]
+    assert arm["epsilon"] <= 1.0
+    assert arm["peak_memory_bytes"] < 500 * 2**20
 
 
-class InThisProcess:
-    """Stands in for multiprocessing's context: the child's code runs here, or dies at once."""
+def test_an_arm_that_fails_is_named(plan, monkeypatch):
+    def fail(*args):
+        raise ChildError("its process was ended by SIGKILL")
 
-    Pipe = staticmethod(multiprocessing.Pipe)
-
-    def __init__(self, exitcode=0):
-        self.exitcode = exitcode
-
-    def Process(self, *, target, args, daemon):  # noqa: N802
-        assert daemon
-        self.target, self.args = target, args
-        return self
-
-    def start(self):
-        if self.exitcode == 0:
-            self.target(*self.args)
-
-    def join(self):
-        pass
-
-    def kill(self):
-        pass
-
-
-def test_failing_child_is_one_message(plan, monkeypatch):
-    monkeypatch.setattr(processes.signal, "signal", lambda *args: None)
-    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: InThisProcess())
-    with pytest.raises(ArmError) as caught:
-        child.train_arm_in_child("flat", SETTINGS, replace(plan, epsilons=()))
-    assert str(caught.value).startswith(
-        "the arm flat failed: IndexError: tuple index out of range (raised at "
-    )
-
-
-def test_dead_child_is_one_message(plan, monkeypatch):
-    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: InThisProcess(-9))
-    with pytest.raises(ArmError) as caught:
-        child.train_arm_in_child("flat", SETTINGS, plan)
-    assert str(caught.value) == (
-        "the arm flat failed: its process was ended by SIGKILL; the system may be out of memory"
-    )
-
-
-def test_arm_errors_are_quoted_whole():
-    assert processes.in_one_line(ArmError("as it\nis")) == "as it is"
-
-
-@pytest.mark.parametrize(
-    ("exitcode", "text"),
-    [
-        (-9, "its process was ended by SIGKILL; the system may be out of memory"),
-        (-11, "its process was ended by SIGSEGV"),
-        (3, "its process ended with status 3 and no result"),
-    ],
-)
-def test_how_a_child_died(exitcode, text):
-    assert processes._how_it_died(exitcode) == text
+    monkeypatch.setattr(job, "call_in_child", fail)
+    comparison = job.Comparison(SETTINGS)
+    with pytest.raises(JobError, match=r"^the arm flat failed: its process was ended by SIGKILL$"):
+        next(comparison.measure(comparison.begin(), ["flat"]))

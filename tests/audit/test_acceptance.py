@@ -16,7 +16,7 @@ STATISTICAL = [task for task in tasks(Settings()) if task.trials]
 
 @pytest.mark.parametrize("task", STATISTICAL, ids=lambda task: task.name)
 def test_at_noise_multiplier_one_the_audit_sees_most_of_mu_and_no_more(task):
-    verdict = run_task(Settings(), task)
+    verdict = run_task(Settings(), task).verdict
     assert (verdict.violations, verdict.doubts) == ((), ())
     one, _ = verdict.empirical
     assert 0.8 * one.mu <= one.mu_lower <= one.mu

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from opacus_bpclip.__main__ import main
 from opacus_bpclip.audit import audit
 from opacus_bpclip.audit.published import PublishedTrainer, original, repaired
-from opacus_bpclip.cli import main
 
 PAGE = Path(__file__).parents[2] / "docs/tutorials/2022.md"
 

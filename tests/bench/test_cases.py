@@ -15,7 +15,7 @@ from opacus_bpclip import BackpropClipping, PrivacyEngine
 from opacus_bpclip.ab.models import count_parameters
 from opacus_bpclip.bench import arms
 from opacus_bpclip.bench.cases import batch, build
-from opacus_bpclip.bench.settings import BACKPROP, CASES, EAGER, OPACUS, points
+from opacus_bpclip.bench.settings import BACKPROP, CASES, EAGER, OPACUS, Settings
 from opacus_bpclip.engine.module import BackpropClipModule
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 from tests.bench.tiny import tiny
@@ -55,7 +55,7 @@ def test_case_is_what_it_says(name):
 
 @pytest.mark.parametrize("axis", ["batch", "width", "depth", "length"])
 def test_growth_curve_has_models(axis):
-    for point in points((), axis):
+    for point in Settings(growth=axis).points:
         with torch.device("meta"):
             build(point.case)
 

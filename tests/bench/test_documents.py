@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from opacus_bpclip.bench import record as records
 from opacus_bpclip.bench.documents import read, update, updated
-from opacus_bpclip.bench.record import Record
 from opacus_bpclip.bench.report import summary, tables
+from opacus_bpclip.bench.results import BenchRecord
 from opacus_bpclip.jobs.errors import UsageError
 from tests.bench.tiny import CNN, record
 
@@ -39,7 +38,7 @@ def test_a_document_without_a_block_is_refused(tmp_path):
     path = tmp_path / "page.md"
     path.write_text("no block\n")
     with pytest.raises(UsageError) as caught:
-        read(path, Record())
+        read(path, record())
     assert str(caught.value) == (
         f"--update {path}: no block to update: <!-- bench-summary --> or <!-- bench-tables -->"
     )
@@ -47,16 +46,16 @@ def test_a_document_without_a_block_is_refused(tmp_path):
 
 def test_a_block_without_an_end_is_refused():
     with pytest.raises(UsageError, match=r"^the block bench-summary has no end: <!-- /bench-summ"):
-        updated("<!-- bench-summary -->\ntext\n", Record())
+        updated("<!-- bench-summary -->\ntext\n", record())
 
 
 def test_an_absent_document_is_refused(tmp_path):
     with pytest.raises(UsageError, match="No such file"):
-        read(tmp_path / "absent.md", Record())
+        read(tmp_path / "absent.md", record())
 
 
 def test_published_blocks_are_rendered_from_the_published_data():
     page = ROOT / "docs/benchmarks.md"
-    assert read(page, records.read(ROOT / "docs/benchmarks.json")) == page.read_text(), (
+    assert read(page, BenchRecord.read(ROOT / "docs/benchmarks.json")) == page.read_text(), (
         "run: opacus-bpclip bench --from-json docs/benchmarks.json --update docs/benchmarks.md"
     )

@@ -7,14 +7,14 @@ import torch
 
 from opacus_bpclip.bench import measure
 from opacus_bpclip.bench.measure import peak_memory, step_times, tensor_bytes
-from opacus_bpclip.bench.settings import Settings
+from opacus_bpclip.bench.settings import LEAST_ROUNDS, Settings, Share
 from tests.bench.tiny import tiny
 
 MEBIBYTE = 2**20
 
 
 def test_every_arm_has_a_time_for_every_round():
-    times = step_times(("non-private", "joint-exact"), tiny("mlp"), Settings(rounds=2))
+    times = step_times(("non-private", "joint-exact"), tiny("mlp"), Settings(), Share(rounds=2))
     assert {arm: len(own) for arm, own in times.items()} == {"non-private": 2, "joint-exact": 2}
     assert min(map(min, times.values())) > 0
 
@@ -22,7 +22,7 @@ def test_every_arm_has_a_time_for_every_round():
 def test_order_changes_and_a_round_has_every_arm_once(monkeypatch):
     steps = []
     monkeypatch.setattr(measure, "make_step", lambda arm, *_: lambda: steps.append(arm))
-    step_times("abc", tiny("mlp"), Settings(rounds=20))
+    step_times("abc", tiny("mlp"), Settings(), Share(rounds=20))
     counted = steps[3 * measure.WARM_UP_STEPS :]
     rounds = [tuple(counted[start : start + 3]) for start in range(0, 60, 3)]
     assert all(sorted(own) == ["a", "b", "c"] for own in rounds)
@@ -32,8 +32,8 @@ def test_order_changes_and_a_round_has_every_arm_once(monkeypatch):
 
 def test_limit_ends_rounds_but_not_before_the_least_number(monkeypatch):
     monkeypatch.setattr(measure, "make_step", lambda *_: lambda: None)
-    times = step_times("a", tiny("mlp"), Settings(rounds=20, limit=0.0))
-    assert len(times["a"]) == Settings.least_rounds
+    times = step_times("a", tiny("mlp"), Settings(), Share(rounds=20, limit=0.0))
+    assert len(times["a"]) == LEAST_ROUNDS
 
 
 def test_arm_that_fails_is_a_reason_and_no_reason_to_stop(monkeypatch):
@@ -43,7 +43,7 @@ def test_arm_that_fails_is_a_reason_and_no_reason_to_stop(monkeypatch):
         return lambda: None
 
     monkeypatch.setattr(measure, "make_step", make)
-    times = step_times("ab", tiny("mlp"), Settings(rounds=2))
+    times = step_times("ab", tiny("mlp"), Settings(), Share(rounds=2))
     assert times["a"].startswith("RuntimeError: cannot do this (raised at ")
     assert len(times["b"]) == 2
 
@@ -79,6 +79,6 @@ def test_tensor_bytes_counts_each_storage_once():
 # torch.cuda waits for a GPU and counts its memory, and raises where there is none.
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda raises without a GPU")
 def test_measures_on_a_gpu():
-    settings = Settings(rounds=2, device="cuda")
+    settings = Settings(device="cuda")
     assert min(peak_memory("joint-exact", tiny("mlp"), settings)) > 0
-    assert len(step_times(("joint-exact",), tiny("mlp"), settings)["joint-exact"]) == 2
+    assert len(step_times(("joint-exact",), tiny("mlp"), settings, Share(2))["joint-exact"]) == 2

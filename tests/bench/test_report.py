@@ -1,6 +1,5 @@
 """Tables say what was measured, what was not and why; verdicts are computed, not typed."""
 
-from opacus_bpclip.bench.record import Record
 from opacus_bpclip.bench.report import summary, tables
 from opacus_bpclip.bench.settings import CASES
 from opacus_bpclip.bench.targets import TARGETS, verdicts
@@ -9,7 +8,7 @@ from tests.bench.tiny import CNN, CURVE, arm, comparison, record
 
 def test_a_case():
     text = tables(record(CNN))
-    assert "1 CPU thread(s); torch 2.13." in text
+    assert "1 CPU thread(s); python 3.11, torch 2.13, opacus 1.6, opacus_bpclip 0.1." in text
     assert "### CNN26k, batch 256\n\n1,234 parameters; rounds: 3.\n" in text
     assert (
         "| `layerwise-weighted` | 1.10 (1.10 to 1.15) | 2200 ms | 1.05 (1.05 to 1.05) | 105.0 MiB |"
@@ -88,7 +87,7 @@ def test_compiled_arms_have_a_base_of_their_own():
 
 
 def test_nothing_measured():
-    assert tables(Record()) == summary(Record()) == "No results yet."
+    assert tables(record()) == summary(record()) == "No results yet."
 
 
 def test_targets_name_cases():

@@ -1,11 +1,9 @@
 """Ratios pair the steps of one round; results survive JSON to four digits."""
 
-import json
-
 import pytest
 
-from opacus_bpclip.bench.results import Spread, comparison_from_dict, median_of
-from tests.bench.tiny import CNN, CURVE
+from opacus_bpclip.bench.results import ArmResult, BenchRecord, Spread, median_of
+from tests.bench.tiny import CNN, CURVE, comparison, record
 
 
 def test_spread_interpolates_quartiles():
@@ -40,6 +38,18 @@ def test_best_of_looks_at_one_quantity():
     assert CNN.best_of(("ew", "functorch")) is None
 
 
-@pytest.mark.parametrize("own", [CNN, *CURVE])
-def test_results_come_back_from_json(own):
-    assert comparison_from_dict(json.loads(json.dumps(own.as_dict()))) == own
+def test_results_come_back_from_a_file_with_each_list_on_one_line(tmp_path):
+    path = tmp_path / "r.json"
+    whole = record(CNN, *CURVE)
+    whole.write(path)
+    assert BenchRecord.read(path) == whole
+    assert '"seconds": [ 1.0, 2.0, 4.0 ]' in path.read_text()
+    arm = ArmResult("ew", seconds=(0.123456,))
+    precise = CNN.model_copy(update={"arms": (arm,)})
+    assert precise.model_dump()["arms"][0]["seconds"] == (0.1235,)
+
+
+def test_a_point_measured_again_takes_the_old_ones_place():
+    new = comparison("cnn26k", ArmResult("non-private", (1.0, 1.0)))
+    assert record(CNN, *CURVE).with_result(new).results == (new, *CURVE)
+    assert record(CNN).with_result(CURVE[0]).results == (CNN, CURVE[0])

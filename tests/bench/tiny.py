@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from opacus_bpclip.bench.record import Circumstances, Record
-from opacus_bpclip.bench.results import ArmResult, Comparison
-from opacus_bpclip.bench.settings import CASES, GROWTHS, Point
+from opacus_bpclip.bench.results import ArmResult, BenchRecord, Comparison
+from opacus_bpclip.bench.settings import CASES, GROWTHS, Point, Settings
 
 _SIZES = {"width": 8, "depth": 1, "length": 4, "vocabulary": 11}
 
@@ -15,9 +14,7 @@ def tiny(name):
     return replace(case, batch_size=2, **sizes)
 
 
-CIRCUMSTANCES = Circumstances(
-    threads=1, device="cpu", hardware="a CPU", platform="a system", versions={"torch": "2.13"}
-)
+SETTINGS = Settings()
 
 
 def arm(name, seconds, peaks=(2**20,)):
@@ -28,11 +25,12 @@ def comparison(name, *arms, axis=None, value=None):
     case = CASES[name]
     if axis is not None:
         case = replace(case, **{GROWTHS[axis].field: value})
-    return Comparison(Point(name, axis, case), 1234, arms)
+    return Comparison(point=Point(name, axis, case), parameters=1234, arms=arms)
 
 
 def record(*comparisons):
-    return Record(CIRCUMSTANCES, comparisons)
+    versions = {"python": "3.11", "torch": "2.13", "opacus": "1.6", "opacus_bpclip": "0.1"}
+    return BenchRecord.new(SETTINGS, versions=versions, results=comparisons)
 
 
 CNN = comparison(

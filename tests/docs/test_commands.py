@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opacus_bpclip.cli import build_parser
+from opacus_bpclip.__main__ import app
 from tests.docs.pages import PAGES, ROOT, name_of, shell_lines
 
 
@@ -31,8 +31,8 @@ OWN = [
 
 @pytest.mark.parametrize("arguments", OWN)
 def test_a_command_of_the_package_parses(arguments: list[str]) -> None:
-    parsed = build_parser().parse_args(arguments)
-    assert parsed.command == arguments[0]
+    command, *_ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    assert command.__name__ == arguments[0]
 
 
 def test_there_are_commands_of_each_kind() -> None:

@@ -1,0 +1,73 @@
+"""The command line ``opacus-bpclip``; what a subcommand does is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from cyclopts import App, CycloptsError, Parameter
+from pydantic import ValidationError
+
+from opacus_bpclip.ab.command import ab
+from opacus_bpclip.audit.command import audit
+from opacus_bpclip.bench.command import bench
+from opacus_bpclip.inspection.command import inspect
+from opacus_bpclip.jobs.errors import JobError, UsageError, what_is_wrong
+
+# What a shell reports of a program that Ctrl-C ended.
+INTERRUPTED = 130
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+app = App(
+    name="opacus-bpclip",
+    help="Backpropagation clipping for Opacus: tools around the library.",
+    version=version("opacus-bpclip"),
+    help_format="markdown",
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=(), show_default=_shown),
+)
+for _command in (ab, audit, bench, inspect):
+    app.command(_command)
+app.register_install_completion_command()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: those after the program's name; None takes those of the process.
+
+    Returns:
+        The exit status: 0 if all went well, 2 for wrong usage, 1 for a failure while running, 130
+        after Ctrl-C, and what else a command's help names.
+    """
+    tokens = sys.argv[1:] if arguments is None else list(arguments)
+    name = " ".join(["opacus-bpclip", *app.parse_commands(tokens)[0]])
+    try:
+        if not tokens:
+            raise UsageError("name a command (see opacus-bpclip --help)")
+        status = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        return status or 0
+    except CycloptsError as error:
+        cause = error.__cause__
+        text = what_is_wrong(cause) if isinstance(cause, ValidationError) else str(error)
+        print(f"{name}: error: {' '.join(text.split())} (see {name} --help)", file=sys.stderr)
+        return 2
+    except (JobError, OSError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return error.exit_status if isinstance(error, JobError) else JobError.exit_status
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

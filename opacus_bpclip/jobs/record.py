@@ -1,0 +1,156 @@
+"""The results of a command: written whole, read with care, continued where nothing changed."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from abc import abstractmethod
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Self
+
+from opacus_bpclip.jobs.environment import commit, hardware, versions
+from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.files import write_whole
+from opacus_bpclip.jobs.settings import Options
+
+
+class Result(BaseModel):
+    """One result; its key tells it from the others of a record."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    @property
+    @abstractmethod
+    def key(self) -> Hashable:
+        """What was measured."""
+
+
+S = TypeVar("S", bound=Options)
+R = TypeVar("R", bound=Result)
+
+
+class Record(BaseModel, Generic[S, R]):
+    """What a command has found so far, and with what.
+
+    Args:
+        format: of the file.
+        settings: of the measurements.
+        commit: that the package runs from; None if it is installed.
+        platform: the system, in words.
+        hardware: the device, in words.
+        versions: of what decides the results.
+        results: in the order of their first measurement.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    # The subcommand, and what may differ between a run and its continuation.
+    command: ClassVar[str]
+    free: ClassVar[frozenset[str]]
+
+    format: int = Field(3, ge=3, le=3)
+    settings: S
+    commit: str | None = Field(default_factory=commit)
+    platform: str = Field(default_factory=platform.platform)
+    hardware: str
+    versions: dict[str, str | None] = Field(default_factory=versions)
+    results: tuple[R, ...] = ()
+
+    @classmethod
+    def new(cls, settings: S, device: str = "cpu", **more: Any) -> Self:
+        """Return a record without results of what runs here and now."""
+        return cls(settings=settings, hardware=hardware(device), **more)
+
+    @classmethod
+    def read(cls, path: Path, subject: str | None = None) -> Self:
+        """Return the record that a file holds.
+
+        Args:
+            path: of the file.
+            subject: what the error starts with; the path without it.
+
+        Raises:
+            UsageError: the file cannot be read, or is not a results file of the command.
+        """
+        try:
+            return cls.model_validate_json(path.read_text())
+        except (OSError, ValueError) as error:
+            reason = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors(include_url=False)[0]
+                reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise UsageError(
+                f"{subject or path} is not a results file of opacus-bpclip {cls.command} ({reason})"
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Write the record to a file, whole or not at all, each list of numbers on one line."""
+        facts = {"complete": self.complete, "seeds": self.seeds, **self._as_json()}
+        text = json.dumps(facts, indent=1, allow_nan=False)
+        flat = re.sub(r"\[[-+.\de,\s]+\]", lambda found: " ".join(found[0].split()), text)
+        write_whole(path, flat + "\n")
+
+    @property
+    @abstractmethod
+    def wanted(self) -> Sequence[Hashable]:
+        """The keys of the results that the settings ask for, in the report's order."""
+
+    @property
+    @abstractmethod
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of everything random."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is a result for everything that is wanted."""
+        return len(self.asked) == len(self.wanted)
+
+    @property
+    def asked(self) -> list[R]:
+        """The results that the settings ask for, in the report's order."""
+        return [found for key in self.wanted if (found := self.result(key)) is not None]
+
+    def result(self, key: Hashable) -> R | None:
+        """Return the result with a key, or None."""
+        return next((found for found in self.results if found.key == key), None)
+
+    def with_result(self, new: R) -> Self:
+        """Return a record with one more result, in place of an older one with the same key."""
+        by_key = {**{found.key: found for found in self.results}, new.key: new}
+        return self.model_copy(update={"results": tuple(by_key.values())})
+
+    def continued(self, held: Record[S, R], refusal: str) -> Self:
+        """Return this record with the results of another one.
+
+        Args:
+            held: the other record.
+            refusal: what the error starts with.
+
+        Raises:
+            UsageError: they were measured with other settings, other versions or elsewhere; the
+                text names all differences.
+        """
+        there, now = held._decisive(), self._decisive()
+        differences = [
+            f"{name} {there.get(name)} there, {now.get(name)} now"
+            for name in {**there, **now}
+            if there.get(name) != now.get(name)
+        ]
+        if differences and held.results:
+            raise UsageError(f"{refusal}: {'; '.join(differences)}")
+        return self.model_copy(update={"results": held.results})
+
+    def _decisive(self) -> dict[str, Any]:
+        facts = self._as_json()
+        del facts["results"]
+        every = {**facts.pop("settings"), **facts.pop("versions"), **facts}
+        return {name: value for name, value in every.items() if name not in self.free}
+
+    def _as_json(self) -> dict[str, Any]:
+        # Numbers that JSON does not know become texts on this way only.
+        facts: dict[str, Any] = json.loads(self.model_dump_json())
+        return facts
