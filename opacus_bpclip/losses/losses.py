@@ -93,7 +93,7 @@ class CrossEntropy(nn.Module):
         Raises:
             ValueError: the shapes do not match, or their first axis is not the examples.
         """
-        losses = self._of_examples(_logits(outputs), labels)
+        losses = self._of_examples(logits_of(outputs), labels)
         if self.reduction == "none":
             return losses
         total = losses.sum()
@@ -165,7 +165,7 @@ def mean_of_counted(losses: Tensor, counted: Tensor | None) -> Tensor:
     return losses.sum(dim=1) / counted.flatten(1).sum(dim=1).clamp(min=1)
 
 
-def _logits(outputs: Any) -> Tensor:
+def logits_of(outputs: Any) -> Tensor:
     """Return the logits in a model's output."""
     found = getattr(outputs, "logits", None)
     if isinstance(outputs, Tensor):

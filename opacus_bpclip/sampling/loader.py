@@ -156,22 +156,33 @@ class PrivateDataLoader(DPDataLoader):
         """Return the log of the batches drawn."""
         return self.batch_sampler.samples
 
+    def in_parts(self, rows: int) -> None:
+        """Yield physical batches: parts of a sample.
+
+        A sample of ``n`` items becomes ``max(1, ceil(n / rows))`` physical batches, announced to
+        the log as `BatchMemoryManager` announces its own. The loader's length stays the number of
+        samples.
+
+        Args:
+            rows: the largest number of rows of a physical batch.
+        """
+        self._rows = rows
+
     def in_constant_shape(self, rows: int) -> None:
         """Yield physical batches of constant size: parts of a sample, padded with rows of zeros.
 
-        A sample of ``n`` items becomes ``max(1, ceil(n / rows))`` physical batches, announced to
-        the log as `BatchMemoryManager` announces its own. A loader that other code builds from
-        this one's sampler and collate function yields whole samples, padded to a multiple of
-        ``rows``.
+        A loader that other code builds from this one's sampler and collate function yields whole
+        samples, padded to a multiple of ``rows``.
 
         Args:
             rows: the number of rows of each physical batch.
         """
-        self._rows = self.collate_fn.rows = rows
+        self.in_parts(rows)
+        self.collate_fn.rows = rows
         self.samples.is_padded = True
 
     def __iter__(self) -> Any:
-        """Yield logical batches; physical ones after `in_constant_shape`."""
+        """Yield logical batches; physical ones after `in_parts` or `in_constant_shape`."""
         reader = Pass(read=True)
         try:
             # Workers let the sampler begin here, otherwise the first batch does.

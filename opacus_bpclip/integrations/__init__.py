@@ -1,0 +1,1 @@
+"""Private training inside other libraries' training loops; each module needs its library."""

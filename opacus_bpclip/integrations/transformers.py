@@ -1,0 +1,321 @@
+"""`PrivateTrainer`: Hugging Face's ``Trainer`` with private training.
+
+The loop stays the library's. One of its steps is one logical batch, a Poisson sample; the trainer
+runs its physical batches one after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import secrets
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from opacus.accountants.utils import get_noise_multiplier
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from opacus_bpclip.engine.engine import PrivacyEngine
+from opacus_bpclip.hooks import BackpropClipHooks
+from opacus_bpclip.integrations.arguments import PrivacyArguments
+from opacus_bpclip.integrations.losses import loss_of
+from opacus_bpclip.integrations.refusals import refuse
+from opacus_bpclip.integrations.spending import Spending
+from opacus_bpclip.losses.criterion import BackpropClipCriterion
+from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
+from opacus_bpclip.sampling.loader import PrivateDataLoader
+
+__all__ = ["PrivacyArguments", "PrivateTrainer"]
+
+
+class _Private(NamedTuple):
+    """What `make_private` has returned for one call of ``train``."""
+
+    wrapped: nn.Module
+    hooks: BackpropClipHooks
+    optimizer: BackpropClipOptimizer
+    criterion: BackpropClipCriterion
+    loader: PrivateDataLoader
+    steps: int  # as many as are planned
+
+
+class PrivateTrainer(Trainer):
+    """Hugging Face's ``Trainer``, whose ``train`` is differentially private.
+
+    Three of the training arguments mean what they mean in private training:
+
+    - ``max_grad_norm`` bounds each example's gradient, before the noise; the batch's gradient is
+      not clipped again.
+    - The expected batch size is ``per_device_train_batch_size`` times
+      ``gradient_accumulation_steps`` times the number of processes. Batches are Poisson samples.
+    - ``per_device_train_batch_size`` is the largest number of examples that the model sees at
+      once.
+
+    The loss is ``compute_loss_func``, or that of the model's task, with one term for each example.
+    Evaluation and prediction are ``Trainer``'s own.
+
+    Guarantee: the model after each step, and so each checkpoint, is private with `epsilon` and
+    ``target_delta``. What ``Trainer`` logs of the training data (the loss, counts of tokens) is
+    not covered. See ``docs/hugging-face.md``.
+
+    Args:
+        *args: the arguments of ``Trainer``.
+        privacy: the privacy of the run.
+        **kwargs: the arguments of ``Trainer``.
+
+    Raises:
+        ValueError: an argument does not go with private training; the message says why, and what
+            to do instead.
+
+    Attributes:
+        privacy: the privacy of the run.
+        engine: the privacy engine, whose accountant has counted all steps.
+    """
+
+    def __init__(self, *args: Any, privacy: PrivacyArguments, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refuse(self)
+        self.privacy = privacy
+        self.engine = PrivacyEngine(
+            accountant=privacy.accountant, secure_mode=privacy.secure_mode
+        )
+        self._spending = Spending(
+            self.engine.accountant, privacy.target_delta, privacy.target_epsilon
+        )
+        self._private: _Private | None = None
+        self._batches: Iterator[Any] = iter(())
+        self._generators = (
+            privacy.sampling_generator or _secret(torch.device("cpu")),
+            privacy.noise_generator or _secret(self.args.device),
+        )
+        self._logical_batch = (
+            self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size
+        )
+        # Each pass of the library's loop is one logical batch. There is nothing to skip after a
+        # checkpoint: each sample is drawn independently of all others.
+        self.args = copy.copy(self.args)
+        self.args.gradient_accumulation_steps = 1
+        self.args.ignore_data_skip = True
+        self.add_callback(_Stop(self))
+
+    @property
+    def epsilon(self) -> float:
+        """Return the epsilon that the run has spent, at ``target_delta``."""
+        return self._spending.epsilon
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train privately; arguments and results are ``Trainer``'s.
+
+        Args:
+            resume_from_checkpoint: the folder of a checkpoint that a `PrivateTrainer` has saved,
+                or ``True`` for the latest one. Its steps, and those of the run's later
+                checkpoints, count as spent.
+            *args: further arguments of ``Trainer.train``.
+            **kwargs: further arguments of ``Trainer.train``.
+
+        Raises:
+            CoverageError: the model cannot be trained privately.
+            ValueError: ``target_epsilon`` is spent, the checkpoint does not say what was spent, or
+                another argument is wrong.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str):
+            self._spending.restore(resume_from_checkpoint)
+        self._spending.forget_end()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and beside it what was spent on it."""
+        if self.args.should_save:
+            self._spending.save(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what ``Trainer`` logs, and with a training loss the epsilon that is spent."""
+        if "loss" in logs or "train_loss" in logs:
+            logs["epsilon"] = self.epsilon
+        super().log(logs, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the private loader while training, otherwise ``Trainer``'s own."""
+        if self._private is None:
+            return super().get_train_dataloader()
+        return self._private.loader
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Return the expected size of a logical batch, on all processes together."""
+        return self._logical_batch
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """Return a logical batch's first physical batch; `training_step` draws the others.
+
+        The number of labels is not counted: it is private.
+        """
+        self._batches = epoch_iterator
+        return [next(epoch_iterator)], None
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Run the forward and backward passes of a logical batch; return its mean loss."""
+        assert self._private is not None
+        optimizer = self._private.optimizer
+        rows = len(inputs["labels"])
+        total = super().training_step(model, inputs) * rows
+        while optimizer._check_skip_next_step(pop_next=False):
+            optimizer.step()  # It only collects: more physical batches follow.
+            optimizer.zero_grad()
+            inputs = next(self._batches)
+            more = len(inputs["labels"])
+            total, rows = total + super().training_step(model, inputs) * more, rows + more
+        return total / max(rows, 1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the loss: in training the private criterion's, otherwise ``Trainer``'s own.
+
+        The model does not get the labels in training, so that its own loss is not computed.
+        """
+        if self._private is None or not torch.is_grad_enabled():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        shifted = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if shifted is not None and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = shifted(labels=labels)
+        outputs = model(**inputs)
+        loss = self._private.criterion(outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._private = self._make_private()
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self._private.hooks.cleanup()
+            # The next call of `train` begins with the optimizer that this one has wrapped.
+            self.optimizer = self._private.optimizer.original_optimizer
+            self._private = None
+
+    def _make_private(self) -> _Private:
+        loader = self._plain_loader()
+        planned = self.args.max_steps
+        if planned <= 0:
+            planned = math.ceil(self.args.num_train_epochs * len(loader))
+        wrapped = self.model.train()  # as each of the library's steps does
+        if self.args.world_size > 1:
+            wrapped = DifferentiallyPrivateDistributedDataParallel(self.model)
+        criterion = self.compute_loss_func or loss_of(
+            self.model, label_smoothing=self.args.label_smoothing_factor
+        )
+        hooks, optimizer, criterion, private = self.engine.make_private(
+            module=wrapped,
+            optimizer=self.create_optimizer(),
+            criterion=criterion,
+            data_loader=loader,
+            noise_multiplier=self._noise_multiplier(1 / len(loader), planned),
+            max_grad_norm=self.args.max_grad_norm,
+            clipping="backprop",
+            backprop=self.privacy.backprop,
+            noise_generator=None if self.privacy.secure_mode else self._generators[1],
+            wrap_model=False,
+        )
+        self.optimizer = optimizer
+        private.in_parts(self.args.per_device_train_batch_size)
+        return _Private(wrapped, hooks, optimizer, criterion, private, planned)
+
+    def _plain_loader(self) -> DataLoader[Any]:
+        """Return a loader of logical batches with the library's collate function and workers."""
+        theirs = super().get_train_dataloader()
+        return DataLoader(
+            theirs.dataset,
+            batch_size=self._logical_batch,
+            generator=self._generators[0],
+            collate_fn=theirs.collate_fn,
+            num_workers=theirs.num_workers,
+            pin_memory=theirs.pin_memory,
+            worker_init_fn=theirs.worker_init_fn,
+            multiprocessing_context=theirs.multiprocessing_context,
+            prefetch_factor=theirs.prefetch_factor,
+            persistent_workers=theirs.persistent_workers,
+        )
+
+    def _noise_multiplier(self, sample_rate: float, planned: int) -> float:
+        if self.privacy.noise_multiplier is not None:
+            return self.privacy.noise_multiplier
+        return float(
+            get_noise_multiplier(
+                target_epsilon=self.privacy.target_epsilon,
+                target_delta=self.privacy.target_delta,
+                sample_rate=sample_rate,
+                steps=planned,
+                accountant=self.privacy.accountant,
+            )
+        )
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any) -> nn.Module:
+        """Return the model as training calls it: with several processes, in Opacus's wrapper."""
+        if not training or self._private is None or self._private.wrapped is self.model:
+            return super()._wrap_model(model, training, *args)
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # mixed precision alone
+        return self._private.wrapped
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """Do nothing: each example's gradient was clipped before the noise."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """Return ``None``: without noise, the norm is private."""
+
+
+class _Stop(TrainerCallback):
+    """Stops a trainer before the step that would spend more than the target.
+
+    Args:
+        trainer: the trainer.
+    """
+
+    def __init__(self, trainer: PrivateTrainer) -> None:
+        self.trainer = trainer
+
+    def _is_spent(self) -> bool:
+        private = self.trainer._private
+        assert private is not None
+        rate = private.optimizer.step_hook.sample_rate
+        return self.trainer._spending.is_spent(
+            private.optimizer.noise_multiplier, rate, private.steps
+        )
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        """Raise if no step is left."""
+        if self._is_spent():
+            spent, target = self.trainer.epsilon, self.trainer.privacy.target_epsilon
+            raise ValueError(
+                f"The run has spent an epsilon of {spent:.4g}, and one more step would exceed "
+                f"target_epsilon={target}. Pass a larger target_epsilon, or a larger "
+                "noise_multiplier, with which more steps fit."
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop after the last step that fits the target."""
+        if self._is_spent():
+            control.should_training_stop = True
+
+
+def _secret(device: torch.device) -> torch.Generator:
+    """Return a generator that the operating system has seeded."""
+    return torch.Generator(device).manual_seed(secrets.randbits(63))
