@@ -1,0 +1,12 @@
+"""Train on two processes, each with its share of a batch; the test starts it with torchrun."""
+
+import tempfile
+from pathlib import Path
+
+from tests.integrations.tiny import flat, trainer
+
+with tempfile.TemporaryDirectory() as folder:
+    run = trainer(Path(folder))
+    run.train()
+    # Both have the same model, so one noise, and count the same steps.
+    print("found", run.engine.accountant.history, float(flat(run.model).sum()), flush=True)
