@@ -65,9 +65,7 @@ class Classification(nn.Module):
         if kind == "single_label_classification":
             losses = self.of_classes(logits, labels)
         else:
-            of_each = (
-                F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
-            )
+            of_each = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
             targets = labels.reshape(logits.shape).to(logits.dtype)
             losses = of_each(logits, targets, reduction="none").mean(1)
         if self.reduction == "none":

@@ -133,7 +133,7 @@ class Spending:
         low, high = 0, planned + 1  # `low` steps fit, `high` do not, or are not planned
         middle = planned
         while high - low > 1:
-            more = self.accountant.history + [(noise_multiplier, sample_rate, middle)]
+            more = [*self.accountant.history, (noise_multiplier, sample_rate, middle)]
             if self._epsilon_of(more) <= self.target:
                 low = middle
             else:

@@ -81,9 +81,7 @@ class PrivateTrainer(Trainer):
         super().__init__(*args, **kwargs)
         refuse(self)
         self.privacy = privacy
-        self.engine = PrivacyEngine(
-            accountant=privacy.accountant, secure_mode=privacy.secure_mode
-        )
+        self.engine = PrivacyEngine(accountant=privacy.accountant, secure_mode=privacy.secure_mode)
         self._spending = Spending(
             self.engine.accountant, privacy.target_delta, privacy.target_epsilon
         )
