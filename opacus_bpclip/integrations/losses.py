@@ -83,7 +83,9 @@ def loss_of(model: nn.Module, *, label_smoothing: float = 0.0) -> nn.Module:
     Raises:
         ValueError: the task is none of those whose loss is known.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(model, "get_base_model"):  # of peft
+        base = base.get_base_model()
     name = type(base).__name__
     if _is_one_of(name, _NEXT_TOKEN) and not base.config.is_encoder_decoder:
         return CrossEntropy(shift=True, label_smoothing=label_smoothing)

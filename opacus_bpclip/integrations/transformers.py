@@ -77,6 +77,8 @@ class PrivateTrainer(Trainer):
         engine: the privacy engine, whose accountant has counted all steps.
     """
 
+    args: Any
+
     def __init__(self, *args: Any, privacy: PrivacyArguments, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse(self)
