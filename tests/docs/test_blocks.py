@@ -22,7 +22,10 @@ GIVEN = ("model", "optimizer", "loader")
 # The blocks of this page are part of a script for several processes, which runs in tests/ranks.
 PARTS = {"docs/many-devices.md": "docs/examples/two_ranks.py"}
 
-WITH_PYTHON = [page for page in PAGES if python(page) and name_of(page) not in PARTS]
+# The blocks of this page are given a model of transformers, in tests/integrations.
+ELSEWHERE = ("docs/hugging-face.md",)
+
+WITH_PYTHON = [page for page in PAGES if python(page) and name_of(page) not in (*PARTS, *ELSEWHERE)]
 
 
 def given() -> dict[str, Any]:
