@@ -17,7 +17,7 @@ from opacus.accountants.utils import get_noise_multiplier
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from opacus_bpclip.engine.engine import PrivacyEngine
@@ -26,6 +26,7 @@ from opacus_bpclip.integrations.arguments import PrivacyArguments
 from opacus_bpclip.integrations.losses import loss_of
 from opacus_bpclip.integrations.refusals import refuse
 from opacus_bpclip.integrations.spending import Spending
+from opacus_bpclip.integrations.stopping import StopAtTarget
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
 from opacus_bpclip.sampling.loader import PrivateDataLoader
@@ -103,7 +104,7 @@ class PrivateTrainer(Trainer):
         self.args = copy.copy(self.args)
         self.args.gradient_accumulation_steps = 1
         self.args.ignore_data_skip = True
-        self.add_callback(_Stop(self))
+        self.add_callback(StopAtTarget(self))
 
     @property
     def epsilon(self) -> float:
@@ -170,15 +171,23 @@ class PrivateTrainer(Trainer):
         """Run the forward and backward passes of a logical batch; return its mean loss."""
         assert self._private is not None
         optimizer = self._private.optimizer
-        rows = len(inputs["labels"])
-        total = super().training_step(model, inputs) * rows
+        total, rows = self._pass(model, inputs)
         while optimizer._check_skip_next_step(pop_next=False):
             optimizer.step()  # It only collects: more physical batches follow.
             optimizer.zero_grad()
-            inputs = next(self._batches)
-            more = len(inputs["labels"])
-            total, rows = total + super().training_step(model, inputs) * more, rows + more
+            more, count = self._pass(model, next(self._batches))
+            total, rows = total + more, rows + count
         return total / max(rows, 1)
+
+    def _pass(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+        """Run a physical batch; return the sum of its losses and the number of its examples.
+
+        Not every model runs on an empty batch. The step adds the noise without it, too.
+        """
+        rows = len(inputs["labels"])
+        if not rows:
+            return torch.zeros((), device=self.args.device), 0
+        return super().training_step(model, inputs) * rows, rows
 
     def compute_loss(
         self,
@@ -280,40 +289,6 @@ class PrivateTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """Return ``None``: without noise, the norm is private."""
-
-
-class _Stop(TrainerCallback):
-    """Stops a trainer before the step that would spend more than the target.
-
-    Args:
-        trainer: the trainer.
-    """
-
-    def __init__(self, trainer: PrivateTrainer) -> None:
-        self.trainer = trainer
-
-    def _is_spent(self) -> bool:
-        private = self.trainer._private
-        assert private is not None
-        rate = private.optimizer.step_hook.sample_rate
-        return self.trainer._spending.is_spent(
-            private.optimizer.noise_multiplier, rate, private.steps
-        )
-
-    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
-        """Raise if no step is left."""
-        if self._is_spent():
-            spent, target = self.trainer.epsilon, self.trainer.privacy.target_epsilon
-            raise ValueError(
-                f"The run has spent an epsilon of {spent:.4g}, and one more step would exceed "
-                f"target_epsilon={target}. Pass a larger target_epsilon, or a larger "
-                "noise_multiplier, with which more steps fit."
-            )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop after the last step that fits the target."""
-        if self._is_spent():
-            control.should_training_stop = True
 
 
 def _secret(device: torch.device) -> torch.Generator:

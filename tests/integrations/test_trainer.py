@@ -132,6 +132,27 @@ def test_a_branch_counts_the_steps_of_the_branches_beside_it(tmp_path: Path) -> 
     assert branch._spending.steps == 13
 
 
+def test_an_empty_sample_is_a_step_for_which_the_model_does_not_run(tmp_path: Path) -> None:
+    seen: list[int] = []
+    model = bert()
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    run = trainer(
+        tmp_path,
+        model=model,
+        privacy={"sampling_generator": torch.Generator().manual_seed(0)},
+        per_device_train_batch_size=1,
+        max_steps=8,
+        logging_steps=1,
+    )
+    run.train()
+    empty = [entry["step"] for entry in run.state.log_history if entry.get("loss") == 0.0]
+    assert empty
+    assert 0 not in seen
+    assert run.engine.accountant.history == [(1.0, 1 / 32, 8)]
+
+
 def test_runs_that_are_seeded_alike_draw_other_noise(tmp_path: Path) -> None:
     runs = [trainer(tmp_path, max_steps=1, seed=7, per_device_train_batch_size=32) for _ in "ab"]
     for run in runs:
