@@ -103,8 +103,7 @@ class Budget:
             layer.name: tuple([watched[p] for p in layer.parameters]) for layer in layers
         }
         self.forwards = ForwardPasses(guard, device)
-        uses = {} if self.joint else {layer.name: layer.uses for layer in layers}
-        self._ends = {name: Ends(count, guard.fail) for name, count in uses.items()}
+        self._ends = {} if self.joint else {layer.name: Ends(layer, guard) for layer in layers}
         self._register()
 
     def _register(self) -> None:

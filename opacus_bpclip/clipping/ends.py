@@ -1,32 +1,32 @@
-"""How often traced graphs spend a layer's budget in one backward pass.
+"""How often traced graphs use a layer in one backward pass.
 
 Inside a traced graph nothing can be counted. But each of the layer's scopes sends a 1 to a tensor,
-and autograd adds up what a backward pass sends there.
+and autograd adds up what a backward pass sends there. The layer's eager uses in the same forward
+pass spend the same budget: the guard adds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from opacus_bpclip.guard.passes import TWO_FORWARDS
+from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.model.layer import Layer
 
 
 class Ends:
     """Counts for one layer.
 
     Args:
-        allowed: how many scopes may end in one backward pass.
-        fail: called with what is wrong; raises.
+        layer: the layer.
+        guard: checks the model's gradients.
 
     Attributes:
-        counter: what the scopes send to.
+        counter: the tensor to which the scopes send a 1.
     """
 
-    def __init__(self, allowed: int, fail: Callable[[str], object]) -> None:
-        self._allowed, self._fail = allowed, fail
+    def __init__(self, layer: Layer, guard: GradientGuard) -> None:
+        self._layer, self._guard = layer, guard
         self._attach()
 
     def _attach(self) -> None:
@@ -43,7 +43,6 @@ class Ends:
     def _arrive(self, count: Tensor | None) -> Tensor | None:
         if count is None:
             return None
-        if int(count) > self._allowed:
-            self._fail(TWO_FORWARDS)
+        self._guard.require(self._guard.passes.note_traced_uses(self._layer, int(count)))
         # What is accumulated does not count.
         return torch.zeros_like(count)

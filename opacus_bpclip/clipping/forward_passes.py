@@ -17,6 +17,12 @@ from torch import Tensor
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.rules.first_order import first_order
 
+_RAN_TWICE = (
+    "The backward pass ran twice for one forward pass of a compiled model: its examples would "
+    "contribute twice. Add the losses and call backward once; with several batches, call backward "
+    "after each forward pass."
+)
+
 
 class ForwardPasses:
     """The tokens of one model's forward passes.
@@ -35,6 +41,8 @@ class ForwardPasses:
 
     def _attach(self) -> None:
         self.token: Tensor | None = None
+        # Only ever set while a graph is traced: to read it there would compile the graph anew.
+        self._ran = False
         self._count = torch.zeros((), requires_grad=True, device="cpu")
         self._count.register_hook(self._arrive)
         self._rows, self._rows_there = (
@@ -53,10 +61,14 @@ class ForwardPasses:
 
     def open(self) -> None:
         """Begin a forward pass in eager mode; parts of it may be graphs."""
-        begin = self._guard.begin_backward()
+        begin, guard, spent = self._guard.begin_backward(), self._guard, False
 
         def arrive(gradient: Tensor) -> Tensor:
+            nonlocal spent
             begin()
+            if spent and not guard.idle:
+                guard.fail(_RAN_TWICE)
+            spent = True
             return torch.zeros_like(gradient)
 
         self.token = torch.zeros((), requires_grad=True)
@@ -68,6 +80,7 @@ class ForwardPasses:
         Args:
             rows: how many it is over, a scalar; ``None`` if that is unknown.
         """
+        self._ran = True
         if rows is None:
             self.token = _traced_token(rows, self._count)
         else:
@@ -83,6 +96,8 @@ class ForwardPasses:
             return None
         if not self._guard.idle:
             self._guard.require(self._guard.passes.begin_traced(int(count)))
+            ran, self._ran = self._ran, False
+            self._guard.require(None if ran else _RAN_TWICE)
         # What is accumulated does not count.
         return torch.zeros_like(count)
 

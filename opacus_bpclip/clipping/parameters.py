@@ -14,7 +14,14 @@ from opacus_bpclip.clipping.budget import BUDGETS, Counters
 from opacus_bpclip.clipping.node import enter
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import OwnUse
-from opacus_bpclip.guard.call_checks import ran_twice, replaced_parameter, wrong_batch
+from opacus_bpclip.guard.call_checks import (
+    changed_layer,
+    number,
+    ran_twice,
+    replaced_parameter,
+    wrong_batch,
+    wrong_rows,
+)
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import BroadcastRule
@@ -171,6 +178,11 @@ def _traced_copies(
     """
     budget = BUDGETS[key]
     clip: ParameterClip = budget.clips[index]
+    clip.guard.require(changed_layer(clip.layer))
+    rows = clip.guard.examples if budget.rows is None else budget.rows
+    if rows:
+        shape, axis = (number(batch_size),), clip.layer.arguments.batch_axis
+        clip.guard.require(wrong_rows(clip.layer.name, shape, shape[0], rows, axis))
     target = clip.target._replace(limit=limit)
     scope = budget.traced_scope(clip.layer, target, present, counters, token, tensors[:count])
     copies = clip.copies(scope, batch_size, tensors[count:])

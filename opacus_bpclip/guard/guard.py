@@ -141,7 +141,7 @@ class GradientGuard:
             if mixes_examples(norm):
                 self.fail(batch_normalization_problem(name, norm))
         self.ran_compiled = False
-        self._calls.clear()
+        self._calls = {}
         self._forward += 1
         self._in_forward = True
         self._batch_size = batch_size
@@ -227,14 +227,14 @@ class GradientGuard:
 
     def begin_backward(self) -> Callable[[], None]:
         """Return what the latest forward pass's scope calls when a gradient arrives."""
-        return partial(self._begin_backward, self._forward, self._rows)
+        return partial(self._begin_backward, self._forward, self._rows, self._calls)
 
-    def _begin_backward(self, forward: int, rows: int | Tensor) -> None:
+    def _begin_backward(self, forward: int, rows: int | Tensor, calls: Mapping[str, int]) -> None:
         if self.idle:
             return
         if self.undoes_mean and under_autocast():
             self.fail(backward_under_autocast(compiled=False))
-        self.require(self.passes.begin(forward, rows))
+        self.require(self.passes.begin(forward, rows, calls))
         self._check_mixed()
 
     def _check_mixed(self) -> None:

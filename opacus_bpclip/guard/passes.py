@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from opacus_bpclip.guard.call_checks import used_too_often
+from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.sampling.log import SampleLog
 
 ACCUMULATION = (
@@ -44,13 +48,20 @@ class BackwardPasses:
         self._traced_task: int | None = None  # the same, through compiled graphs
         self._traced_forward: int | None = None  # the same, through traced forward passes
         self._traced_rows: Tensor | None = None
+        self._calls: Mapping[str, int] = {}  # of eager layers, in the latest backward pass
+        # The uses of layers in graphs that the latest backward pass went through, and that pass.
+        self._traced_uses: list[tuple[Layer, int]] = []
+        self._uses_task = -1
 
-    def begin(self, forward: int, rows: int | Tensor) -> str | None:
+    def begin(
+        self, forward: int, rows: int | Tensor, calls: Mapping[str, int] | None = None
+    ) -> str | None:
         """Record that a backward pass reached a layer; return why it is refused, if it is.
 
         Args:
             forward: the number of the forward pass that it belongs to.
             rows: that pass's number of examples; a tensor is read only when the step is taken.
+            calls: how often it has called each layer in eager mode.
         """
         if forward in self._forwards:
             return None
@@ -62,6 +73,28 @@ class BackwardPasses:
             return ACCUMULATION
         self._forwards[forward] = rows
         self._task = task
+        self._calls = calls or {}
+        return self._used_too_often(task)
+
+    def note_traced_uses(self, layer: Layer, count: int) -> str | None:
+        """Record how often graphs have used a layer in the current backward pass.
+
+        Returns:
+            Why this is refused, if it is: eager uses in the same forward pass count, too.
+        """
+        task = torch._C._current_graph_task_id()
+        if task != self._uses_task:
+            self._traced_uses, self._uses_task = [], task
+        self._traced_uses.append((layer, count))
+        return self._used_too_often(task)
+
+    def _used_too_often(self, task: int) -> str | None:
+        if task != self._uses_task:
+            return None
+        calls = self._calls if task == self._task else {}
+        for layer, count in self._traced_uses:
+            if count + calls.get(layer.name, 0) > layer.uses:
+                return used_too_often(layer)
         return None
 
     def begin_traced(self, forwards: int) -> str | None:
@@ -132,4 +165,5 @@ class BackwardPasses:
         """Forget all passes: their gradients have been used or discarded."""
         self._forwards.clear()
         self._traced_task = self._traced_forward = self._traced_rows = None
+        self._calls, self._traced_uses = {}, []
         self.collected = 0

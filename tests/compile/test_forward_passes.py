@@ -2,15 +2,18 @@
 
 import itertools
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 from opacus_bpclip import PrivacyViolationError
 from opacus_bpclip.guard.passes import TWO_FORWARDS
+from opacus_bpclip.rules import RULES, BroadcastRule
 from tests.budgets import layerwise
-from tests.helpers import FEATURES, Private, loss_of, summed
+from tests.helpers import FEATURES, Private, loss_of, make_private, summed
 from tests.joint.helpers import joint
 from tests.sampling import NOTHING_DRAWN, TOO_MANY, counted, first, refused, train
 
@@ -98,4 +101,84 @@ def test_a_graph_that_runs_more_often_than_declared_is_refused():
     x, y = first(private)
     with pytest.raises(PrivacyViolationError) as refusal:
         loss_of(call, 1e7 * x, y).backward()
-    assert str(refusal.value) == TWO_FORWARDS
+    assert str(refusal.value).startswith("body is used more than 2 times in a forward pass")
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_an_eager_and_a_compiled_use_in_one_forward_pass_add_up(flag):
+    """By a flag that is set later, or by the number of rows: made-up batches show neither."""
+
+    class Both(Partly):
+        flag = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.graphs[0](x)
+            both = self.flag if flag else len(x) > 5
+            return y + self.body(x) if both else y
+
+    private = counted(Both(), backprop=layerwise())
+    x, y = first(private)
+    private.handle._module.flag = True
+    x, y = x[:1].expand(8, -1), y[:1].expand(8)
+    with pytest.raises(PrivacyViolationError, match=r"^body is used more than once"):
+        loss_of(private.model, x, y).backward()
+
+
+# A joint budget refuses a model that is compiled in part.
+@pytest.mark.parametrize(
+    ("clipping", "way"),
+    [(joint(), "eager"), (joint(), "compiled"), *((layerwise(), way) for way in WAYS)],
+    ids=lambda value: getattr(value, "allocation", value),
+)
+# By default torch itself refuses most of them, and says to turn this off.
+@functorch_config.patch("donated_buffer", False)
+def test_two_backward_passes_over_one_forward_pass_are_refused_without_sampling(way, clipping):
+    private = make_private(Partly(), backprop=clipping, poisson_sampling=False)
+    call = _calls(private)[way]
+    for x, y in itertools.islice(private.loader, 2):  # two batches may add up
+        loss_of(call, x, y).backward()
+    private.optimizer.step()
+    private.optimizer.zero_grad()
+    loss = loss_of(call, *next(iter(private.loader)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(PrivacyViolationError, match="twice"):
+        loss.backward()
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+class ScaleRule(BroadcastRule):
+    parameters = ("scale",)
+    dims: ClassVar = {"scale": 3}
+
+
+class Folded(nn.Module):
+    """Gives a layer with copied parameters two rows for each example, in large batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.head = Scale(), nn.Linear(FEATURES, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = 2 if len(x) > 4 else 1  # made-up batches have four
+        y = self.scale(x.reshape(rows * len(x), -1, 2))
+        return self.head(y.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("clipping", [joint(), layerwise()], ids=["joint", "layerwise"])
+def test_copied_parameters_need_one_row_for_each_example_in_graphs_too(monkeypatch, clipping):
+    monkeypatch.setitem(RULES, Scale, ScaleRule)
+    private = make_private(Folded(), backprop=clipping)
+    call = torch.compile(private.model, backend="aot_eager")
+    x, y = torch.randn(7, FEATURES), torch.zeros(7, dtype=torch.long)
+    loss_of(call, x[:4], y[:4]).backward()
+    private.optimizer.zero_grad()
+    with pytest.raises(Exception, match="in a batch of 7 examples"):
+        loss_of(call, x, y).backward()
