@@ -68,8 +68,10 @@ class Bench(Job[BenchRecord]):
         if self._output.from_json is None:
             return new
         held = BenchRecord.read(self._output.from_json)
+        if not self._measures:
+            return held
         refusal = "cannot add to the results in --from-json"
-        return new.continued(held, refusal) if self._measures else held
+        return new.continued(held, refusal, free=BenchRecord.free_beside)
 
     def todo(self, record: BenchRecord) -> Sequence[Key]:
         """Return what is missing; what is added to ``--from-json`` is always measured."""
