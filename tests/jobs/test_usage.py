@@ -157,6 +157,10 @@ COUNT = "input should be greater than or equal to 1"
             "bench --from-json r.json --rounds 3",
             "--rounds with --from-json needs --case or --growth",
         ),
+        (
+            "bench --case mlp --from-json r.json --json s.json --resume",
+            "--resume and --from-json are two ways to start from results: give one",
+        ),
         ("bench --update absent.md", f"--update absent.md: [Errno 2] {ABSENT}: 'absent.md'"),
         (
             "bench --from-json absent",
