@@ -45,6 +45,8 @@ def error_of(capsys, line, lines=1):
         ("--json absent/a.json", f"--json absent/a.json cannot be written: {ABSENT}"),
         ("--markdown absent/a.md", f"--markdown absent/a.md cannot be written: {ABSENT}"),
         ("--json .", "--json . cannot be written: Is a directory"),
+        ("--json a --markdown ./a", "--json and --markdown both name a: give each its own file"),
+        ("--plot a.png --json a.png", "--plot and --json both name a.png: give each its own file"),
         ("--plot a.doc", "--plot a.doc: name a file that ends in .png, .pdf or .svg"),
         ("--plot absent/a.png", f"--plot absent/a.png cannot be written: {ABSENT}"),
         ("--json", "Command"),
