@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, TypeAdapter
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
 from opacus_bpclip.jobs.errors import UsageError
 from opacus_bpclip.jobs.settings import AS_OPTIONS, Options
-from opacus_bpclip.jobs.values import Count, OrNone
+from opacus_bpclip.jobs.values import Count, Finite, OrNone
 
 if TYPE_CHECKING:
     from opacus_bpclip.inspection.inspection import Row
@@ -40,8 +40,8 @@ class Settings(Options):
         data: write the same facts to this file
     """
 
-    max_grad_norm: float = 1.0
-    max_input_norm: OrNone[float] = _DEFAULT.max_input_norm
+    max_grad_norm: Finite = 1.0
+    max_input_norm: OrNone[Finite] = _DEFAULT.max_input_norm
     bound: Bound = _DEFAULT.bound
     allocation: Allocation = "joint"
     uses: tuple[str, ...] = ()

@@ -153,7 +153,11 @@ COUNT = "input should be greater than or equal to 1"
         ),
         ("bench --rounds 0", f"--rounds 0: {COUNT}"),
         ("bench --limit -1", "--limit -1: input should be greater than or equal to 0"),
-        ("bench --limit nan", "--limit nan: input should be greater than or equal to 0"),
+        ("bench --limit nan", f"--limit nan: {FINITE}"),
+        ("bench --limit inf", f"--limit inf: {FINITE}"),
+        ("ab --momentum nan", f"--momentum nan: {FINITE}"),
+        ("inspect a:b --max-grad-norm inf", f"--max-grad-norm inf: {FINITE}"),
+        ("inspect a:b --max-input-norm inf", f"--max-input-norm inf: {FINITE}"),
         ("bench --plot p.png", "--plot draws growth curves: it needs --growth or --from-json"),
         (
             "bench --from-json r.json --rounds 3",
