@@ -200,6 +200,13 @@ def test_uses_are_shown(arguments, capsys):
 
 
 @pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("options", ["--uses cell=3", "--uses auto --input-shape 4"])
+def test_the_model_may_come_last(options, capsys):
+    assert main(["inspect", *options.split(), "my_models:Loop"]) == 0
+    assert "cell " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("models")
 def test_coupled_examples_are_found_on_made_up_ones(capsys):
     assert main(["inspect", "my_models:coupled"]) == 0
     capsys.readouterr()

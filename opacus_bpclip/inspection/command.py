@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from opacus_bpclip.probe import Batch
 
 _DEFAULT = BackpropClipping()
+# What follows an option's value may be the model.
+_ONE_WORD = Parameter(consume_multiple=False)
 
 
 def _parts(value: Any) -> list[str]:
@@ -32,8 +34,8 @@ class Settings(Options):
         max_input_norm: largest norm of a column of a layer's input, or none
         bound: how an example's gradient norm is bounded
         allocation: how --max-grad-norm is spent on the layers
-        uses: how often layers are used in one forward pass, as NAME=K, if more than once; auto
-            counts
+        uses: how often layers are used in one forward pass, as NAME=K, if more than once, each with a
+            --uses of its own; auto counts
         input_shape: shape of one example, without the batch, as 3,32,32: the model is run on
             made-up examples to see whether they influence each other
         input_dtype: int makes up ids 0 and 1
@@ -44,8 +46,8 @@ class Settings(Options):
     max_input_norm: OrNone[Finite] = _DEFAULT.max_input_norm
     bound: Bound = _DEFAULT.bound
     allocation: Allocation = "joint"
-    uses: tuple[str, ...] = ()
-    input_shape: Annotated[tuple[Count, ...], BeforeValidator(_parts)] = ()
+    uses: Annotated[tuple[str, ...], _ONE_WORD] = ()
+    input_shape: Annotated[tuple[Count, ...], BeforeValidator(_parts), _ONE_WORD] = ()
     input_dtype: Literal["float", "int"] = "float"
     data: Annotated[Path | None, Parameter(name="--json")] = None
 
