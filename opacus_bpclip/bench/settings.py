@@ -25,7 +25,6 @@ Compiled = Literal["non-private-compiled", CompiledJoint, CompiledLayerwise]
 Arm = Literal["non-private", Joint, Layerwise, Mode, Compiled]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 _COMPILED = "-compiled"
-EAGER = tuple(arm for arm in ARMS if not arm.endswith(_COMPILED))
 NON_PRIVATE = ARMS[0]
 BACKPROP, OPACUS = get_args(Literal[Joint, Layerwise]), get_args(Mode)
 # What a user gets who names neither budget nor bound.
