@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
@@ -15,15 +14,10 @@ from opacus_bpclip.audit.command import audit
 from opacus_bpclip.bench.command import bench
 from opacus_bpclip.inspection.command import inspect
 from opacus_bpclip.jobs.errors import JobError, UsageError, what_is_wrong
+from opacus_bpclip.jobs.values import shown
 
 # What a shell reports of a program that Ctrl-C ended.
 INTERRUPTED = 130
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
 
 
 app = App(
@@ -32,7 +26,7 @@ app = App(
     version=version("opacus-bpclip"),
     help_format="markdown",
     suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(consume_multiple=True, negative_iterable=(), show_default=_shown),
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=(), show_default=shown),
 )
 for _command in (ab, audit, bench, inspect):
     app.command(_command)

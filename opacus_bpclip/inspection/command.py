@@ -34,8 +34,8 @@ class Settings(Options):
         max_input_norm: largest norm of a column of a layer's input, or none
         bound: how an example's gradient norm is bounded
         allocation: how --max-grad-norm is spent on the layers
-        uses: how often layers are used in one forward pass, as NAME=K, if more than once, each with a
-            --uses of its own; auto counts
+        uses: how often layers are used in one forward pass, as NAME=K, if more than once, each
+            with a --uses of its own; auto counts
         input_shape: shape of one example, without the batch, as 3,32,32: the model is run on
             made-up examples to see whether they influence each other
         input_dtype: int makes up ids 0 and 1

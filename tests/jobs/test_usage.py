@@ -215,7 +215,7 @@ def test_what_ends_a_command_is_one_line(command, error, status, text, monkeypat
 @pytest.mark.parametrize(
     ("command", "texts"),
     [
-        ("ab", ["[default: digits 3, mnist 1, fashion-mnist 1, cifar10 3]", "[default: none]"]),
+        ("ab", ["[default: digits 3, mnist 1, fashion-mnist 1, cifar10 3]"]),
         ("audit", ["sequence-linear", "3 no violation, but the audit was too weak."]),
         ("bench", ["[default: cnn26k resnet18-gn transformer mlp transformer-512]"]),
         ("inspect", ["[default: exact]", "torchvision.models:resnet18"]),
@@ -229,6 +229,21 @@ def test_help_shows_every_option_with_its_default(command, texts, capsys):
     for argument in app[command].assemble_argument_collection():
         assert argument.name in words or argument.name == "*"
     assert words.count("[default:") >= words.count("--no-")
+
+
+@pytest.mark.parametrize(
+    ("command", "takers"),
+    [("ab", []), ("audit", ["--plot"]), ("bench", ["--plot"]), ("inspect", ["--max-input-norm"])],
+)
+def test_help_says_none_only_where_an_option_takes_the_word(command, takers, capsys):
+    assert main([command, "--help"]) == 0
+    assert capsys.readouterr().out.count("[default: none]") == len(takers)
+    before = ["a:b"] if command == "inspect" else []
+    for option in takers:
+        name = option.removeprefix("--").replace("-", "_")
+        _, bound, _ = app.parse_args([command, *before, option, "none"], exit_on_error=False)
+        groups = bound.arguments.values()
+        assert [getattr(own, name) for own in groups if hasattr(own, name)] == [None]
 
 
 def test_version_and_no_command(capsys):
