@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from pydantic import BeforeValidator, TypeAdapter
 
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
-from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.errors import UsageError, told_of_users_code
 from opacus_bpclip.jobs.settings import AS_OPTIONS, Options
 from opacus_bpclip.jobs.values import Count, Finite, OrNone
 
@@ -119,8 +119,11 @@ def _batch(settings: Settings) -> Batch:
     from opacus_bpclip.probe import EXAMPLES, Batch
 
     dtype = torch.float32 if settings.input_dtype == "float" else torch.int64
-    like = torch.zeros(EXAMPLES, *settings.input_shape, dtype=dtype)
-    return Batch((like,), {}, EXAMPLES, 0).invent(EXAMPLES)
+    shape = settings.input_shape
+    # Such a shape may need more memory than there is.
+    with told_of_users_code(f"--input-shape {','.join(map(str, shape))}"):
+        like = torch.zeros(EXAMPLES, *shape, dtype=dtype)
+        return Batch((like,), {}, EXAMPLES, 0).invent(EXAMPLES)
 
 
 def _uses(texts: tuple[str, ...]) -> Literal["auto"] | dict[str, int]:
