@@ -24,4 +24,4 @@ def audit(
     from opacus_bpclip.audit.job import Audit
     from opacus_bpclip.jobs.running import run
 
-    return run(Audit(settings, processes=output.processes), output)
+    return run(Audit(settings, processes=output.processes, plot=output.plot), output)

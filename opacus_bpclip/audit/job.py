@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -38,12 +39,18 @@ class Audit(Job[AuditRecord]):
     Args:
         settings: what to audit.
         processes: how many targets to audit at the same time.
+        plot: the file to draw the trials into; None for no plot.
+
+    Raises:
+        UsageError: a plot is wanted, but no trials to draw.
     """
 
     view = View("Audit report", render, draw, in_short)
 
-    def __init__(self, settings: Settings, *, processes: int = 1) -> None:
+    def __init__(self, settings: Settings, *, processes: int = 1, plot: Path | None = None) -> None:
         self._settings, self._processes = settings, processes
+        if plot and not settings.trials:
+            raise UsageError("--plot draws the trials' scores: it needs --trials above 0")
 
     def check(self) -> None:
         """Load the user's own code, if there is any."""

@@ -106,6 +106,9 @@ class Settings(Options):
             "--target and --model are two ways to name what is audited: give one": (
                 self.target and self.model
             ),
+            "--case names built-in cases: leave it out for --target or --model": (
+                self.case != CASE_NAMES and (self.target or self.model)
+            ),
             "--model needs --input, an example's shape or MODULE:FUNCTION": (
                 self.model and not self.input
             ),

@@ -121,6 +121,9 @@ COUNT = "input should be greater than or equal to 1"
         ("audit --seed -1", "--seed -1: input should be greater than or equal to 0"),
         ("audit --processes 0", f"--processes 0: {COUNT}"),
         ("audit --target a:b --model c:d", "--target and --model are two ways to name what is au"),
+        ("audit --target a:b --case bias", "--case names built-in cases: leave it out for --targ"),
+        ("audit --model a:b --input 3 --case bias", "--case names built-in cases: leave it out f"),
+        ("audit --plot p.png --trials 0", "--plot draws the trials' scores: it needs --trials ab"),
         ("audit --model a:b", "--model needs --input, an example's shape or MODULE:FUNCTION"),
         ("audit --input 4", "--loss, --input and --vocabulary go with --model MODULE:FACTORY"),
         ("audit --loss a:b", "--loss, --input and --vocabulary go with --model MODULE:FACTORY"),
@@ -277,7 +280,6 @@ GIVEN = {
         "plot": None,
     },
     "audit": {
-        "case": ("conv", "bias"),
         "allocation": ("equal",),
         "bound": ("exact",),
         "seed": 7,
@@ -310,7 +312,7 @@ GIVEN = {
     },
 }
 # They exclude others that are given.
-NOT_GIVEN = {"ab": set(), "audit": {"target", "loss"}, "bench": {"growth"}}
+NOT_GIVEN = {"ab": set(), "audit": {"case", "target", "loss"}, "bench": {"growth"}}
 
 
 @pytest.mark.parametrize("command", MEASURING)
