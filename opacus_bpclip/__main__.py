@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -56,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: error: {' '.join(text.split())} (see {name} --help)", file=sys.stderr)
         return 2
     except (JobError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        # One line, but for a list: it keeps a line for each item.
+        text = re.sub(r"\s*\n(?!- )\s*", " ", str(error).strip())
+        print(f"{name}: error: {text}", file=sys.stderr)
         return error.exit_status if isinstance(error, JobError) else JobError.exit_status
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

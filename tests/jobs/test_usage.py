@@ -13,6 +13,7 @@ import opacus_bpclip
 from opacus_bpclip.__main__ import app, main
 from opacus_bpclip.audit.settings import CASE_NAMES
 from opacus_bpclip.jobs import running
+from opacus_bpclip.jobs.errors import JobError, UsageError
 
 MEASURING = ["ab", "audit", "bench"]
 ABSENT = "No such file or directory"
@@ -204,6 +205,8 @@ def test_a_plot_without_matplotlib(command, capsys, monkeypatch):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError("disk full"), 1, "error: disk full"),
+        (JobError("the arm\n  flat\n\nfailed\n"), 1, "error: the arm flat failed"),
+        (UsageError("wrong:\n- one\n  thing\n- two"), 2, "error: wrong:\n- one thing\n- two"),
     ],
 )
 def test_what_ends_a_command_is_one_line(command, error, status, text, monkeypatch, capsys):
