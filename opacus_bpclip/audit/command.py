@@ -1,4 +1,4 @@
-"""The subcommand ``opacus-bpclip audit``; imports no torch by itself."""
+"""The subcommand ``opacus-bpclip audit``."""
 
 from __future__ import annotations
 

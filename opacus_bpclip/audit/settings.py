@@ -1,4 +1,4 @@
-"""What an audit's command line asks for; imports no torch."""
+"""What an audit's command line asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be measured, and what a run measures; imports no torch."""
+"""What can be measured, and what a run measures."""
 
 from __future__ import annotations
 
