@@ -1,7 +1,8 @@
-"""What the command line says of itself: its help, and what it tells a shell."""
+"""What the command line says of itself: its help, its version, and what it tells a shell."""
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def test_help_says_none_only_where_an_option_takes_the_word(command, takers, cap
         _, bound, _ = app.parse_args([command, *before, option, "none"], exit_on_error=False)
         groups = bound.arguments.values()
         assert [getattr(own, name) for own in groups if hasattr(own, name)] == [None]
+
+
+def test_version_and_no_command(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{version('opacus-bpclip')}\n"
+    assert opacus_bpclip.__version__ == version("opacus-bpclip")
+    assert main([]) == 2
+    text = "opacus-bpclip: error: name a command (see opacus-bpclip --help)\n"
+    assert capsys.readouterr().err == text
 
 
 def test_help_imports_nothing_heavy():

@@ -2,14 +2,12 @@
 
 import subprocess
 import sys
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-import opacus_bpclip
 from opacus_bpclip.__main__ import app, main
 from opacus_bpclip.audit.settings import CASE_NAMES
 from opacus_bpclip.jobs import running
@@ -216,15 +214,6 @@ def test_what_ends_a_command_is_one_line(command, error, status, text, monkeypat
     monkeypatch.setattr(running, "run", fail)
     assert main([command]) == status
     assert capsys.readouterr().err == f"opacus-bpclip {command}: {text}\n"
-
-
-def test_version_and_no_command(capsys):
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"{version('opacus-bpclip')}\n"
-    assert opacus_bpclip.__version__ == version("opacus-bpclip")
-    assert main([]) == 2
-    text = "opacus-bpclip: error: name a command (see opacus-bpclip --help)\n"
-    assert capsys.readouterr().err == text
 
 
 OUTPUT = {"data": Path("r"), "resume": True, "markdown": Path("m"), "progress": False}
