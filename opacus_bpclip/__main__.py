@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
@@ -15,15 +15,10 @@ from opacus_bpclip.audit.command import audit
 from opacus_bpclip.bench.command import bench
 from opacus_bpclip.inspection.command import inspect
 from opacus_bpclip.jobs.errors import JobError, UsageError, what_is_wrong
+from opacus_bpclip.jobs.values import shown
 
 # What a shell reports of a program that Ctrl-C ended.
 INTERRUPTED = 130
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
 
 
 app = App(
@@ -32,7 +27,7 @@ app = App(
     version=version("opacus-bpclip"),
     help_format="markdown",
     suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(consume_multiple=True, negative_iterable=(), show_default=_shown),
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=(), show_default=shown),
 )
 for _command in (ab, audit, bench, inspect):
     app.command(_command)
@@ -62,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: error: {' '.join(text.split())} (see {name} --help)", file=sys.stderr)
         return 2
     except (JobError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        # One line, but for a list: it keeps a line for each item.
+        text = re.sub(r"\s*\n(?!- )\s*", " ", str(error).strip())
+        print(f"{name}: error: {text}", file=sys.stderr)
         return error.exit_status if isinstance(error, JobError) else JobError.exit_status
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

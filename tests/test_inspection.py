@@ -161,7 +161,10 @@ def test_a_model_with_nothing_to_train_would_be_refused(capsys):
         (["my_models:greedy"], "cannot be called without arguments"),
         (["my_models:number"], "makes a int, not a Module"),
         (["my_models:good", "--max-input-norm", "-1"], "max_input_norm=-1.0"),
-        (["my_models:good", "--max-grad-norm", "nan"], "max_grad_norm=nan"),
+        (
+            ["my_models:good", "--max-grad-norm", "nan"],
+            "--max-grad-norm nan: input should be a finite number",
+        ),
         (["my_models:Loop", "--uses", "auto"], "give their --input-shape"),
         (["my_models:Loop", "--uses", "cell"], "neither NAME=K nor auto alone"),
         (["my_models:Loop", "--uses", "cell=0"], "an integer >= 1"),
@@ -194,6 +197,13 @@ def test_uses_are_shown(arguments, capsys):
     assert main(["inspect", "my_models:Loop", *arguments]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [(row[0], row[6]) for row in table[1:]] == [("cell", "3"), ("head", "1")]
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("options", ["--uses cell=3", "--uses auto --input-shape 4"])
+def test_the_model_may_come_last(options, capsys):
+    assert main(["inspect", *options.split(), "my_models:Loop"]) == 0
+    assert "cell " in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("models")

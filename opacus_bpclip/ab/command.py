@@ -1,4 +1,4 @@
-"""The subcommand ``opacus-bpclip ab``; imports no torch by itself."""
+"""The subcommand ``opacus-bpclip ab``."""
 
 from __future__ import annotations
 

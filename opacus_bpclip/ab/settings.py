@@ -13,7 +13,15 @@ from typing_extensions import Self
 
 from opacus_bpclip.config import BackpropClipping, Bound
 from opacus_bpclip.jobs.settings import Options, Output
-from opacus_bpclip.jobs.values import Count, OrNone, Positive, Probability, Seed, Several
+from opacus_bpclip.jobs.values import (
+    Count,
+    NotNegative,
+    OrNone,
+    Positive,
+    Probability,
+    Seed,
+    Several,
+)
 
 Arm = Literal[
     "non-private", "flat", "flat+input-clipping", "backprop", "backprop-layerwise", "paper"
@@ -104,7 +112,7 @@ class Settings(Options):
     epochs: Annotated[Count, _shown("epochs")] = _of_dataset("epochs")
     batch_size: Annotated[Count, _shown("batch_size")] = _of_dataset("batch_size")
     lr: Annotated[Positive, _shown("lr")] = _of_dataset("lr")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[NotNegative, Field(lt=1)] = 0.9
     accountant: Literal["prv", "rdp", "gdp"] = "prv"
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -1,4 +1,4 @@
-"""The subcommand ``opacus-bpclip audit``; imports no torch by itself."""
+"""The subcommand ``opacus-bpclip audit``."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ def audit(
     from opacus_bpclip.audit.job import Audit
     from opacus_bpclip.jobs.running import run
 
-    return run(Audit(settings, processes=output.processes), output)
+    return run(Audit(settings, processes=output.processes, plot=output.plot), output)

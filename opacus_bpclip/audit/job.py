@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,10 +22,10 @@ from opacus_bpclip.audit.settings import (
     shape_of,
     tasks,
 )
-from opacus_bpclip.audit.target import Target
+from opacus_bpclip.audit.target import Batch, Target
 from opacus_bpclip.audit.user_target import Inputs, model_target
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
-from opacus_bpclip.jobs.errors import JobError, UsageError, in_one_line
+from opacus_bpclip.jobs.errors import JobError, UsageError, in_one_line, told_of_users_code
 from opacus_bpclip.jobs.loading import load_object, made_by
 from opacus_bpclip.jobs.processes import call_in_children
 from opacus_bpclip.jobs.running import Job, View
@@ -38,12 +39,18 @@ class Audit(Job[AuditRecord]):
     Args:
         settings: what to audit.
         processes: how many targets to audit at the same time.
+        plot: the file to draw the trials into; None for no plot.
+
+    Raises:
+        UsageError: a plot is wanted, but no trials to draw.
     """
 
     view = View("Audit report", render, draw, in_short)
 
-    def __init__(self, settings: Settings, *, processes: int = 1) -> None:
+    def __init__(self, settings: Settings, *, processes: int = 1, plot: Path | None = None) -> None:
         self._settings, self._processes = settings, processes
+        if plot and not settings.trials:
+            raise UsageError("--plot draws the trials' scores: it needs --trials above 0")
 
     def check(self) -> None:
         """Load the user's own code, if there is any."""
@@ -131,32 +138,49 @@ def clipping_of(settings: Settings, task: Task) -> BackpropClipping:
 def _loaded_model(settings: Settings, task: Task) -> Target:
     path = settings.model
     assert path is not None
-    try:
-        target = model_target(
-            task.name,
-            lambda: made_by(path, nn.Module),
-            _inputs(settings),
-            loss=load_object(settings.loss) if settings.loss else None,
-            loss_reduction=task.loss_reduction,
-            max_grad_norm=settings.max_grad_norm,
-            clipping=clipping_of(settings, task),
-        )
-        target.make(settings.noise_multiplier)  # refusals of the model come before any work
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    with told_of_users_code(f"--model {path} with --input {settings.input}"):
+        try:
+            target = model_target(
+                task.name,
+                lambda: made_by(path, nn.Module),
+                _inputs(settings),
+                loss=load_object(settings.loss) if settings.loss else None,
+                loss_reduction=task.loss_reduction,
+                max_grad_norm=settings.max_grad_norm,
+                clipping=clipping_of(settings, task),
+            )
+            target.make(settings.noise_multiplier)  # refusals of the model come before any work
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     return target
 
 
 def _inputs(settings: Settings) -> Inputs:
     assert settings.input is not None
     if ":" in settings.input:
-        made: Inputs = load_object(settings.input)
-        return made
+        return _users_inputs(settings.input)
     shape, vocabulary = shape_of(settings.input), settings.vocabulary
 
     def draw(count: int) -> Tensor:
         if vocabulary is not None:
             return torch.randint(vocabulary, (count, *shape))
         return torch.randn(count, *shape)
+
+    return draw
+
+
+def _users_inputs(path: str) -> Inputs:
+    make = load_object(path)
+
+    def draw(count: int) -> Tensor | Batch:
+        with told_of_users_code(f"--input {path}"):
+            made: Tensor | Batch = make(count)
+        parts = made if isinstance(made, tuple) else (made,)
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
+            raise UsageError(
+                f"--input {path} makes a {type(made).__name__}, not a batch: a tensor, or a tuple "
+                "of tensors"
+            )
+        return made
 
     return draw

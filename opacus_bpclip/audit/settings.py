@@ -1,4 +1,4 @@
-"""What an audit's command line asks for; imports no torch."""
+"""What an audit's command line asks for."""
 
 from __future__ import annotations
 
@@ -105,6 +105,9 @@ class Settings(Options):
             ),
             "--target and --model are two ways to name what is audited: give one": (
                 self.target and self.model
+            ),
+            "--case names built-in cases: leave it out for --target or --model": (
+                self.case != CASE_NAMES and (self.target or self.model)
             ),
             "--model needs --input, an example's shape or MODULE:FUNCTION": (
                 self.model and not self.input

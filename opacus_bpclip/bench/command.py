@@ -1,4 +1,4 @@
-"""The subcommand ``opacus-bpclip bench``; imports no torch by itself."""
+"""The subcommand ``opacus-bpclip bench``."""
 
 from __future__ import annotations
 

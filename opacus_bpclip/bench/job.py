@@ -52,6 +52,10 @@ class Bench(Job[BenchRecord]):
         self._measures = not output.from_json or bool(given & {"case", "growth"})
         if given and not self._measures:
             raise UsageError(f"--{min(given)} with --from-json needs --case or --growth")
+        if output.resume and output.from_json:
+            raise UsageError(
+                "--resume and --from-json are two ways to start from results: give one"
+            )
         if output.plot and settings.growth is None and output.from_json is None:
             raise UsageError("--plot draws growth curves: it needs --growth or --from-json")
 
@@ -68,8 +72,10 @@ class Bench(Job[BenchRecord]):
         if self._output.from_json is None:
             return new
         held = BenchRecord.read(self._output.from_json)
+        if not self._measures:
+            return held
         refusal = "cannot add to the results in --from-json"
-        return new.continued(held, refusal) if self._measures else held
+        return new.continued(held, refusal, free=BenchRecord.free_beside)
 
     def todo(self, record: BenchRecord) -> Sequence[Key]:
         """Return what is missing; what is added to ``--from-json`` is always measured."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from pydantic import PlainSerializer
+from typing_extensions import Self
 
 from opacus_bpclip.bench.settings import Key, Point, Settings, base_of
 from opacus_bpclip.jobs.record import Record, Result
@@ -119,9 +120,24 @@ class BenchRecord(Record[Settings, Comparison]):
 
     command: ClassVar = "bench"
     free: ClassVar = frozenset(
-        {"growth", "case", "arms", "rounds", "limit", "processes", "commit"}
+        {"growth", "case", "processes", "commit"}
         | {"numpy", "scipy", "scikit_learn", "torchvision"}
     )
+    # What may differ, too, in results that new ones only stand beside.
+    free_beside: ClassVar = frozenset({"arms", "rounds", "limit"})
+
+    def differences(self, held: Self, free: Collection[str]) -> list[str]:
+        """Return what keeps results out; the arms decide by point, not by what was asked for."""
+        found = super().differences(held, {"arms", *free})
+        if "arms" in free:
+            return found
+        now = self.settings.arms
+        for comparison in held.results:
+            there = [own.arm for own in comparison.arms]
+            if comparison.key in self.wanted and not set(now) <= set(there):
+                name = " ".join(str(part) for part in comparison.key if part is not None)
+                found.append(f"arms of {name} {' '.join(there)} there, {' '.join(now)} now")
+        return found
 
     @property
     def wanted(self) -> list[Key]:

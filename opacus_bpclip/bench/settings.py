@@ -1,4 +1,4 @@
-"""What can be measured, and what a run measures; imports no torch."""
+"""What can be measured, and what a run measures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from opacus_bpclip.jobs.settings import Options, Output
-from opacus_bpclip.jobs.values import Count, Distinct, Several
+from opacus_bpclip.jobs.values import Count, Distinct, NotNegative, Several
 
 # The budget, then the bound.
 Joint = Literal["joint-exact", "joint-weighted", "joint-product"]
@@ -25,7 +25,6 @@ Compiled = Literal["non-private-compiled", CompiledJoint, CompiledLayerwise]
 Arm = Literal["non-private", Joint, Layerwise, Mode, Compiled]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 _COMPILED = "-compiled"
-EAGER = tuple(arm for arm in ARMS if not arm.endswith(_COMPILED))
 NON_PRIVATE = ARMS[0]
 BACKPROP, OPACUS = get_args(Literal[Joint, Layerwise]), get_args(Mode)
 # What a user gets who names neither budget nor bound.
@@ -181,7 +180,7 @@ class Settings(Options):
         Several[Arm], Parameter(show_default=f"all; for a growth curve {' '.join(_GROWTH_ARMS)}")
     ] = Field(default_factory=lambda given: _GROWTH_ARMS if given["growth"] else ARMS)
     rounds: Count = 40
-    limit: Annotated[float, Field(ge=0)] = 60.0
+    limit: NotNegative = 60.0
     processes: Count = 3
     threads: Count = 1
     device: Literal["cpu", "cuda"] = "cpu"

@@ -9,15 +9,17 @@ from cyclopts import Parameter
 from pydantic import BeforeValidator, TypeAdapter
 
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
-from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.errors import UsageError, told_of_users_code
 from opacus_bpclip.jobs.settings import AS_OPTIONS, Options
-from opacus_bpclip.jobs.values import Count, OrNone
+from opacus_bpclip.jobs.values import Count, Finite, OrNone
 
 if TYPE_CHECKING:
     from opacus_bpclip.inspection.inspection import Row
     from opacus_bpclip.probe import Batch
 
 _DEFAULT = BackpropClipping()
+# What follows an option's value may be the model.
+_ONE_WORD = Parameter(consume_multiple=False)
 
 
 def _parts(value: Any) -> list[str]:
@@ -32,20 +34,20 @@ class Settings(Options):
         max_input_norm: largest norm of a column of a layer's input, or none
         bound: how an example's gradient norm is bounded
         allocation: how --max-grad-norm is spent on the layers
-        uses: how often layers are used in one forward pass, as NAME=K, if more than once; auto
-            counts
+        uses: how often layers are used in one forward pass, as NAME=K, if more than once, each
+            with a --uses of its own; auto counts
         input_shape: shape of one example, without the batch, as 3,32,32: the model is run on
             made-up examples to see whether they influence each other
         input_dtype: int makes up ids 0 and 1
         data: write the same facts to this file
     """
 
-    max_grad_norm: float = 1.0
-    max_input_norm: OrNone[float] = _DEFAULT.max_input_norm
+    max_grad_norm: Finite = 1.0
+    max_input_norm: OrNone[Finite] = _DEFAULT.max_input_norm
     bound: Bound = _DEFAULT.bound
     allocation: Allocation = "joint"
-    uses: tuple[str, ...] = ()
-    input_shape: Annotated[tuple[Count, ...], BeforeValidator(_parts)] = ()
+    uses: Annotated[tuple[str, ...], _ONE_WORD] = ()
+    input_shape: Annotated[tuple[Count, ...], BeforeValidator(_parts), _ONE_WORD] = ()
     input_dtype: Literal["float", "int"] = "float"
     data: Annotated[Path | None, Parameter(name="--json")] = None
 
@@ -117,8 +119,11 @@ def _batch(settings: Settings) -> Batch:
     from opacus_bpclip.probe import EXAMPLES, Batch
 
     dtype = torch.float32 if settings.input_dtype == "float" else torch.int64
-    like = torch.zeros(EXAMPLES, *settings.input_shape, dtype=dtype)
-    return Batch((like,), {}, EXAMPLES, 0).invent(EXAMPLES)
+    shape = settings.input_shape
+    # Such a shape may need more memory than there is.
+    with told_of_users_code(f"--input-shape {','.join(map(str, shape))}"):
+        like = torch.zeros(EXAMPLES, *shape, dtype=dtype)
+        return Batch((like,), {}, EXAMPLES, 0).invent(EXAMPLES)
 
 
 def _uses(texts: tuple[str, ...]) -> Literal["auto"] | dict[str, int]:

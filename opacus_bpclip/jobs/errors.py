@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,11 +34,30 @@ def in_one_line(error: Exception) -> str:
         return text
     frames = traceback.extract_tb(error.__traceback__)
     place = ""
-    if frames:
+    # A syntax error's text names its place; it is raised in the importing code.
+    if frames and not isinstance(error, SyntaxError):
         # The end of the path tells the file; the start tells only whose machine it is.
         file = "/".join(Path(frames[-1].filename).parts[-3:])
         place = f" (raised at {file}:{frames[-1].lineno})"
     return f"{type(error).__name__}: {text}{place}"
+
+
+@contextmanager
+def told_of_users_code(subject: str) -> Iterator[None]:
+    """Tell in one line what a user's own code raises, which may be anything.
+
+    Args:
+        subject: what ran, as the command line names it, to start the error with.
+
+    Raises:
+        UsageError: in place of an exception that is not a message to the user already.
+    """
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{subject}: {in_one_line(error)}") from error
 
 
 def what_is_wrong(error: ValidationError) -> str:

@@ -28,11 +28,18 @@ def check_writable(files: Mapping[str, Path | None]) -> None:
             file is left as it is, and an absent one absent.
 
     Raises:
-        UsageError: a file cannot be written.
+        UsageError: a file cannot be written, or two options name the same one.
     """
+    seen: dict[Path, str] = {}
     for option, path in files.items():
-        if path:
-            _try_to_write(option, path)
+        if not path:
+            continue
+        _try_to_write(option, path)
+        # What is no ordinary file, a terminal or a pipe, takes several outputs.
+        if path.is_file() or not path.exists():
+            other = seen.setdefault(path.resolve(), option)
+            if other != option:
+                raise UsageError(f"{other} and {option} both name {path}: give each its own file")
 
 
 def check_plot(path: Path | None) -> None:

@@ -7,7 +7,7 @@ import pkgutil
 import sys
 from typing import Any, TypeVar
 
-from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.errors import UsageError, in_one_line, told_of_users_code
 
 Made = TypeVar("Made")
 
@@ -19,7 +19,7 @@ def load_object(path: str) -> Any:
         path: ``module:name`` or ``package.module:name.attribute``.
 
     Raises:
-        UsageError: there is no such module, or no such name in it.
+        UsageError: there is no such module, no such name in it, or it raises when it is imported.
 
     Example:
         >>> load_object("math:pi")
@@ -33,6 +33,8 @@ def load_object(path: str) -> Any:
         return pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"cannot load {path}: {error}") from error
+    except Exception as error:
+        raise UsageError(f"cannot load {path}: {in_one_line(error)}") from error
     finally:
         sys.path.remove(os.getcwd())
 
@@ -45,16 +47,21 @@ def made_by(path: str, kind: type[Made]) -> Made:
         kind: of what is wanted.
 
     Raises:
-        UsageError: there is none, it needs arguments, or makes something else.
+        UsageError: there is none, it needs arguments, raises, or makes something else.
     """
     found = load_object(path)
     if not isinstance(found, kind):
         if not callable(found):
             raise UsageError(f"{path} is neither callable nor a {kind.__name__}")
-        try:
-            found = found()
-        except TypeError as error:
-            raise UsageError(f"{path} cannot be called without arguments: {error}") from error
+        with told_of_users_code(path):
+            try:
+                found = found()
+            except TypeError as error:
+                # What is raised in the call itself, and not in what is called, has no frame below.
+                if error.__traceback__ is None or error.__traceback__.tb_next is None:
+                    text = f"{path} cannot be called without arguments: {error}"
+                    raise UsageError(text) from error
+                raise
     if not isinstance(found, kind):
         raise UsageError(f"{path} makes a {type(found).__name__}, not a {kind.__name__}")
     return found

@@ -6,7 +6,7 @@ import json
 import platform
 import re
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -123,26 +123,31 @@ class Record(BaseModel, Generic[S, R]):
         by_key = {**{found.key: found for found in self.results}, new.key: new}
         return self.model_copy(update={"results": tuple(by_key.values())})
 
-    def continued(self, held: Record[S, R], refusal: str) -> Self:
+    def continued(self, held: Self, refusal: str, *, free: Collection[str] = ()) -> Self:
         """Return this record with the results of another one.
 
         Args:
             held: the other record.
             refusal: what the error starts with.
+            free: what may differ besides the class's ``free``.
 
         Raises:
             UsageError: they were measured with other settings, other versions or elsewhere; the
                 text names all differences.
         """
-        there, now = held._decisive(), self._decisive()
-        differences = [
-            f"{name} {there.get(name)} there, {now.get(name)} now"
-            for name in {**there, **now}
-            if there.get(name) != now.get(name)
-        ]
+        differences = self.differences(held, free)
         if differences and held.results:
             raise UsageError(f"{refusal}: {'; '.join(differences)}")
         return self.model_copy(update={"results": held.results})
+
+    def differences(self, held: Self, free: Collection[str]) -> list[str]:
+        """Return in words what keeps another record's results out, as for `continued`."""
+        there, now = held._decisive(), self._decisive()
+        return [
+            f"{name} {there.get(name)} there, {now.get(name)} now"
+            for name in {**there, **now}
+            if there.get(name) != now.get(name) and name not in free
+        ]
 
     def _decisive(self) -> dict[str, Any]:
         facts = self._as_json()

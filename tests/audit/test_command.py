@@ -166,6 +166,23 @@ def test_an_error_in_the_users_code_is_one_line(capsys):
             "--model users_code:two --input 4",
             "the model's output is a tuple, not one tensor; name a loss that takes it\n",
         ),
+        (
+            "--model users_code:net --input 5",
+            "error: --model users_code:net with --input 5: RuntimeError: mat1 and mat2 shapes",
+        ),
+        (
+            "--model users_code:net --input 4 --vocabulary 3",
+            "error: --model users_code:net with --input 4: RuntimeError: mat1 and mat2 must have",
+        ),
+        (
+            "--model users_code:net --input users_code:nothing",
+            "error: --input users_code:nothing makes a NoneType, not a batch: a tensor, or a tuple "
+            "of tensors\n",
+        ),
+        (
+            "--model users_code:net --input users_code:net",
+            "error: --input users_code:net: TypeError: net() takes 0 positional arguments but 1 ",
+        ),
         # One line for each problem of the model.
         ("--model users_code:batch_norm --input 4", "\n- 1 normalises over the batch"),
     ],

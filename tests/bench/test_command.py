@@ -37,6 +37,15 @@ def test_results_of_another_machine_are_not_added_to(tmp_path):
         job.Bench(Settings(case=("mlp",)), BenchOutput(from_json=path)).begin()
 
 
+def test_other_arms_and_rounds_are_added_to_what_is_held(tmp_path):
+    path = tmp_path / "r.json"
+    held = BenchRecord.new(Settings(case=("cnn26k",), rounds=3), results=(CNN,))
+    held.write(path)
+    added = job.Bench(Settings(case=("cnn26k", "mlp")), BenchOutput(from_json=path))
+    assert added.begin().results == held.results
+    assert added.todo(added.begin()) == added.begin().wanted
+
+
 def call_here(function, *args, environment):
     """Stand in for a process of its own."""
     assert environment["TORCHINDUCTOR_COMPILE_THREADS"] == "1"

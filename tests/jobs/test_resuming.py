@@ -81,9 +81,11 @@ def audit_case(monkeypatch):
 def bench_case(monkeypatch):
     stub = Measurements(lambda point: CNN.model_copy(update={"point": point}), lambda args: args[0])
     monkeypatch.setattr(bench, "compare", stub)
-    settings = Bench(case=("cnn26k", "mlp", "text"))
-    less = {"case": ("cnn26k", "mlp"), "rounds": 3}
-    return Case(bench.Bench, settings, less, {"threads": 2}, "threads 1 there, 2 now", stub)
+    settings = Bench(case=("cnn26k", "mlp", "text"), arms=[own.arm for own in CNN.arms])
+    less = {"case": ("cnn26k", "mlp")}
+    other = {"rounds": 3, "limit": 1.0, "threads": 2}
+    difference = "rounds 40 there, 3 now; limit 60.0 there, 1.0 now; threads 1 there, 2 now"
+    return Case(bench.Bench, settings, less, other, difference, stub)
 
 
 @pytest.fixture(params=[ab_case, audit_case, bench_case], ids=["ab", "audit", "bench"])
@@ -147,6 +149,23 @@ def test_results_of_other_settings_are_not_continued(case, path):
     with pytest.raises(UsageError) as caught:
         measured(case.job(**case.other), Output(data=path, resume=True))
     assert str(caught.value) == f"cannot resume from {path}: {case.difference}"
+
+
+def test_a_point_without_an_arm_that_is_asked_for_is_not_done(monkeypatch, path):
+    case = bench_case(monkeypatch)
+    held = case.settings.arms
+    measured(case.job(case=("mlp",)), Output(data=path, progress=False))
+    resumed = Output(data=path, resume=True, progress=False)
+    fewer = measured(case.job(case=("mlp",), arms=held[:2]), resumed)
+    assert (fewer.complete, len(case.measurements.asked)) == (True, 1)
+    more = (*held, "functorch")
+    with pytest.raises(UsageError) as caught:
+        measured(case.job(case=("mlp",), arms=more), resumed)
+    difference = f"arms of mlp {' '.join(held)} there, {' '.join(more)} now"
+    assert str(caught.value) == f"cannot resume from {path}: {difference}"
+    # What is asked for of another point does not concern this one.
+    assert measured(case.job(case=("text",), arms=more), resumed).complete
+    assert len(case.measurements.asked) == 2
 
 
 @pytest.mark.parametrize("name", ["torch", "opacus_bpclip"])
