@@ -1,4 +1,4 @@
-"""Backpropagation clipping for Opacus: DP-SGD without per-example gradients."""
+"""Backpropagation clipping for Opacus: DP-SGD that never holds a model's per-example gradients."""
 
 from importlib.metadata import version
 

@@ -18,7 +18,7 @@ def ab(
     Train one model by several clipping methods on equal terms: same initial weights, same Poisson
     batches, same noise multiplier, same accountant. Prints accuracy, epsilon, time per step and
     peak memory of each arm, and plots accuracy over epsilon. Without options: scikit-learn's
-    digits, one to two minutes, nothing downloaded.
+    digits, up to three minutes, nothing downloaded.
     """
     from opacus_bpclip.ab.job import Comparison
     from opacus_bpclip.jobs.running import run

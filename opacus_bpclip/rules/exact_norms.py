@@ -17,7 +17,7 @@ from opacus_bpclip.rules.precision import norm_dtype
 
 # Upper limits for the temporary columns or gradients of an exact bound, in bytes. On a CPU, small
 # blocks stay in the cache and are cheap to allocate. A traced graph repeats its operations for
-# each chunk, so it has fewer chunks; an accelerator is faster with large ones.
+# each chunk, so it has fewer chunks; an accelerator prefers few large operations.
 EXACT_MEMORY_CAP = 2 * 2**20
 _TRACED_EXACT_MEMORY_CAP = 16 * 2**20
 _ACCELERATOR_EXACT_MEMORY_CAP = 64 * 2**20
