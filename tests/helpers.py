@@ -20,7 +20,7 @@ from opacus_bpclip import (
     PrivacyEngine,
     PrivacyViolationError,
 )
-from opacus_bpclip.sampling.log import Pass
+from opacus_bpclip.sampling.records import Pass
 from tests.budgets import layerwise
 from tests.devices import device, generator_there, there
 

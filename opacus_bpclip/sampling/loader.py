@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from opacus_bpclip.probe.leaves import batch_leaves
 from opacus_bpclip.probe.randomness import repeatable
-from opacus_bpclip.sampling.log import Pass, SampleLog
+from opacus_bpclip.sampling.log import SampleLog
 from opacus_bpclip.sampling.padding import with_rows
+from opacus_bpclip.sampling.records import Pass
 
 Collate = Callable[[list[Any]], Any]
 
@@ -187,8 +188,9 @@ class PrivateDataLoader(DPDataLoader):
         try:
             # Workers let the sampler begin here, otherwise the first batch does.
             self.samples.announce(reader)
-            batches = self._batches()
-            yield from batches
+            for batch in self._batches():
+                self.samples.hand_over(reader)
+                yield batch
         except GeneratorExit:
             reader.left = True
             raise

@@ -11,77 +11,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from opacus_bpclip.sampling import problems
+from opacus_bpclip.sampling.records import Pass, Sample, Signal
 
 # Batches that are never trained on, such as those of evaluation loops, are forgotten beyond this.
 _MOST_WAITING = 1024
-
-
-@dataclass(eq=False)
-class Pass:
-    """One pass over the loader.
-
-    Attributes:
-        alive: whether the sampler may still draw.
-        left: whether the user's loop ended it before its last batch.
-        read: whether the user's loop goes on, which worker processes draw ahead of; ``None`` if
-            unknown.
-        used: how many steps or physical batches have trained on its samples.
-        ahead: how many physical batches were announced before the first step of the pass.
-        part: the sample of which more physical batches will be announced.
-    """
-
-    alive: bool = True
-    left: bool = False
-    read: bool | None = None
-    used: int = 0
-    ahead: int = 0
-    part: Sample | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Return whether nothing that it drew is still to come."""
-        return not self.alive and not self.read
-
-
-@dataclass(eq=False)
-class Sample:
-    """One batch that the sampler drew.
-
-    Attributes:
-        items: the number of items.
-        of: the pass over the loader that drew it.
-        rows: how many of its rows the current step has trained on.
-        announced: whether a physical batch of it was announced.
-    """
-
-    items: int
-    of: Pass
-    rows: int = 0
-    announced: bool = False
-
-
-@dataclass(eq=False)
-class Signal:
-    """The announcement of one physical batch.
-
-    Attributes:
-        skip: whether more physical batches of its logical batch follow.
-        sample: the sample that it is a part of; ``None`` without a private loader.
-        thread: the thread that announced it.
-    """
-
-    skip: bool
-    sample: Sample | None
-    thread: int
-
-    @property
-    def is_empty(self) -> bool:
-        """Return whether its sample has no items."""
-        return self.sample is not None and not self.sample.items
 
 
 class SampleLog:
@@ -103,6 +39,7 @@ class SampleLog:
         self._passes: list[Pass] = []
         self._waiting: list[Sample] = []
         self._reader: Pass | None = None  # of the pass that begins next
+        self._read_last: Pass | None = None  # the pass that the loop took its latest batch from
         self._latest: Sample | None = None
         self._open: Sample | None = None  # the sample that the current step adds up
         self._mark: Sample | None = None  # the sample that its parts were announced for
@@ -110,7 +47,7 @@ class SampleLog:
         self._last: Signal | None = None  # the latest signal
         self._current: Signal | None = None  # the signal of the current step
         self._stepping = threading.get_ident()  # the thread that takes the steps
-        self._left_out = False  # whether a physical batch was announced and had no step
+        self._refusal: str | None = None  # why the next step with rows is refused
 
     def __getstate__(self) -> dict[str, Any]:
         # Waiting samples are the original's: a copy must not train on them a second time.
@@ -129,12 +66,12 @@ class SampleLog:
             # Batches of a pass that the loop has left will not come any more. In a pass that went
             # on to its end, a signal without a step means that a physical batch was left out.
             over = [s for s in self._signals if s.sample is not None and s.sample.of.is_over]
-            self._left_out |= any(
-                s.sample and not s.sample.of.left and s.sample.items for s in over
-            )
+            if any(s.sample and s.sample.of.is_owed_steps and s.sample.items for s in over):
+                self._refusal = problems.LEFT_OUT
             self._signals = deque(s for s in self._signals if s not in over)
         begun = self._reader or Pass()
         self._reader = None
+        begun.beside = [of for of in self._passes if not of.is_over]
         self._passes.append(begun)
         gone = [of for of in self._passes[:-2] if of.is_over]
         self._passes = [of for of in self._passes if of not in gone]
@@ -144,6 +81,10 @@ class SampleLog:
     def announce(self, reader: Pass) -> None:
         """Say who reads the pass that begins next."""
         self._reader = reader
+
+    def hand_over(self, of: Pass) -> None:
+        """Note that the user's loop is given a batch of a pass."""
+        self._read_last = of
 
     def end(self, of: Pass, *, left: bool) -> None:
         """End a pass over the loader.
@@ -165,11 +106,10 @@ class SampleLog:
         self._signals = deque(s for s in self._signals if s.sample is None or not done(s.sample.of))
 
     def _forget_looks(self) -> None:
-        """Forget the signals of passes that ended without a step, except the latest pass."""
-        last = self._last.sample.of if self._last and self._last.sample else None
+        """Forget the signals of passes that ended without a step, except the pass read last."""
 
         def may_come(of: Pass) -> bool:
-            return bool(not of.is_over or of.used or of is last)
+            return bool(not of.is_over or of.used or of is self._read_last)
 
         self._signals = deque(s for s in self._signals if s.sample is None or may_come(s.sample.of))
 
@@ -187,6 +127,8 @@ class SampleLog:
         if sample is not None:
             sample.announced = True
             sample.of.part = sample if skip else None
+            if sample.of.read is None:
+                self.hand_over(sample.of)  # nobody else says so
 
     def _next_of(self) -> Sample | None:
         """Return the sample that the next physical batch is a part of."""
@@ -211,10 +153,27 @@ class SampleLog:
         # Loops may leave out the step of an empty batch, unless it was padded.
         while rows and not self.is_padded and len(self._signals) > 1 and self._signals[0].is_empty:
             self._signals.popleft()
+        self._abandon_if_ambiguous()
         if self._signals:
             self._drop_left_out(self._signals[0])
         self._current = self._signals.popleft() if self._signals else None
+        if self._current and self._current.sample and self._current.sample.of.is_abandoned:
+            self._refusal = problems.SEVERAL_ITERATORS
         return self._current is not None and self._current.skip
+
+    def _abandon_if_ambiguous(self) -> None:
+        """Refuse the step if its batch may be of either of two passes, both for good.
+
+        Whichever was read last, the batch at hand may be the other's: read first, stepped on later.
+        After a wrong guess, each later batch would count as a part of the sample before its own.
+        """
+        waiting = {signal.sample.of for signal in self._signals if signal.sample}
+        if all(waiting.isdisjoint(of.beside) for of in waiting):
+            return  # One pass, or passes of which each began after the other's end.
+        for of in waiting:
+            of.is_abandoned, of.part = True, None
+        self._forget(lambda of: of.is_abandoned)
+        self._refusal = problems.SEVERAL_ITERATORS
 
     def _drop_left_out(self, first: Signal) -> None:
         """Find signals without a step: the number of waiting signals must not grow in a pass."""
@@ -226,7 +185,7 @@ class SampleLog:
             of.ahead = len(own)
         for signal in own[: max(0, len(own) - of.ahead)]:
             self._signals.remove(signal)
-            self._left_out = True
+            self._refusal = problems.LEFT_OUT
 
     # Step
 
@@ -238,9 +197,9 @@ class SampleLog:
         """
         if not self.attached:
             return None
-        if self._left_out:
-            self._left_out, self.mixed = False, True
-            return problems.LEFT_OUT
+        if self._refusal is not None:
+            refusal, self._refusal, self.mixed = self._refusal, None, True
+            return refusal
         announced = self._current.sample if self._current else None
         mark = announced or self._next_of()
         if self._open is not None and mark is not self._mark:

@@ -17,6 +17,14 @@ LEFT_OUT = (
     "decides whether a batch is left out, that example changes what the others contribute. Call "
     "optimizer.step() for each physical batch; after zero_grad() it adds nothing."
 )
+SEVERAL_ITERATORS = (
+    "Several iterators over the loader are open, each with a batch that had no step. This step's "
+    "batch may be of any of them, so one step might add up two samples. Close or exhaust the other "
+    "iterator first, for example `del it`; to evaluate on the loader, finish or leave that loop, "
+    "and read the next batch before its step. Then begin the training loop anew: no step may use "
+    "the batches of these iterators any more. A notebook keeps the traceback of a loop that was "
+    "interrupted, and its iterator with it."
+)
 
 
 def too_many(rows: int | None, total: int, waiting: Sequence[int], *, padded: bool) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
-from opacus_bpclip.sampling.log import Pass
+from opacus_bpclip.sampling.records import Pass
 from tests.checks import HUGE, Trainer, check_independence, check_refused, check_sensitivity
 from tests.padding.padded import Padded
 

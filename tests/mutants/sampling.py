@@ -6,7 +6,8 @@ import pytest
 
 from opacus_bpclip.clipping.alignment import Alignment
 from opacus_bpclip.guard.ranks import Ranks
-from opacus_bpclip.sampling.log import Sample, SampleLog
+from opacus_bpclip.sampling.log import SampleLog
+from opacus_bpclip.sampling.records import Sample
 from tests.mutants import sampling_killers as killers
 from tests.mutants.registry import mutant
 

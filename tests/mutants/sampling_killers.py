@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opacus_bpclip.rules import RULES, BroadcastRule
-from opacus_bpclip.sampling.log import Pass
+from opacus_bpclip.sampling.records import Pass
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_refused
 

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from opacus_bpclip import PrivacyViolationError
 from opacus_bpclip.audit.noise_law import SAMPLE, judge
 from opacus_bpclip.optimizer import optimizer
-from opacus_bpclip.sampling.log import Pass
+from opacus_bpclip.sampling.records import Pass
 from tests.ranks.models import Mean, Net, Private, examples, make_private, share
 from tests.ranks.pair import pair
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from opacus_bpclip import BackpropClipOptimizer, BackpropClipping, PrivacyEngine
-from opacus_bpclip.sampling.log import Pass
+from opacus_bpclip.sampling.records import Pass
 
 WORDS, WIDTH, LENGTH, CLASSES = 7, 6, 5, 3
 EXPECTED = 10

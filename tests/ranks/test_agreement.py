@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import PrivacyEngine, PrivacyViolationError
-from opacus_bpclip.sampling.log import Pass
+from opacus_bpclip.sampling.records import Pass
 from tests.ranks.checks import check_seeds
 from tests.ranks.models import Private, examples, make_private, wrapped
 from tests.ranks.pair import pair

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from opacus_bpclip import BackpropClipping, PrivacyEngine, PrivacyViolationError
 from opacus_bpclip.rules import RULES
-from opacus_bpclip.sampling.log import Pass
+from opacus_bpclip.sampling.records import Pass
 from tests.joint import compiled
 from tests.ranks.checks import step_in_parts
 from tests.ranks.models import Net, Private, examples, make_private, share, wrapped

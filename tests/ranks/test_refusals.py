@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel
 from torch.utils.data import TensorDataset
 
 from opacus_bpclip import CoverageError, PrivacyViolationError
-from opacus_bpclip.sampling.log import Pass
+from opacus_bpclip.sampling.records import Pass
 from tests.ranks.checks import check_refusal, stepped_after
 from tests.ranks.models import Net, Private, examples, make_private, share, wrapped
 from tests.ranks.pair import pair
