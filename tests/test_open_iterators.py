@@ -134,3 +134,24 @@ def test_a_list_of_batches_that_is_made_inside_an_open_loop_is_refused(
         assert private.steps == 0
         del it
         train_on_all(private, loader)
+
+
+def train_in_turn(private: Private, inner: Iterator[Any], outer: Iterator[Any]) -> None:
+    private.optimizer.zero_grad()  # the outer loop's batch failed, as for want of memory
+    private.optimizer.step()
+    train(private, *next(inner))
+    train(private, *next(outer))
+
+
+def test_a_part_of_the_outer_loops_sample_is_no_part_of_the_inner_ones(
+    manager: bool, workers: int
+) -> None:
+    with physical(manager=manager, workers=workers) as (private, loader):
+        outer, inner = iter(loader), iter(loader)
+        next(outer)
+        with pytest.raises(PrivacyViolationError):
+            train_in_turn(private, inner, outer)
+        assert private.steps == 0
+        private.optimizer.zero_grad()
+        del outer, inner
+        train_on_all(private, loader)

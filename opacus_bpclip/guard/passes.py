@@ -158,7 +158,7 @@ class BackwardPasses:
             any_gradient: whether there are gradients.
         """
         if not any_gradient:
-            return None
+            return self.samples.refusal()
         return self.samples.spend(self.rows)
 
     def clear(self) -> None:

@@ -120,6 +120,7 @@ class PrivateDataLoader(DPDataLoader):
     collate_fn: CollateWithEmpty
     _rows: int | None = None
     _parts: DataLoader[Any] | None = None
+    _announcing: _Announcing
 
     def __init__(
         self,
@@ -188,7 +189,7 @@ class PrivateDataLoader(DPDataLoader):
         try:
             # Workers let the sampler begin here, otherwise the first batch does.
             self.samples.announce(reader)
-            for batch in self._batches():
+            for batch in self._batches(reader):
                 self.samples.hand_over(reader)
                 yield batch
         except GeneratorExit:
@@ -197,14 +198,16 @@ class PrivateDataLoader(DPDataLoader):
         finally:
             reader.read = False
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self, reader: Pass) -> Iterator[Any]:
         if self._rows is None:
             return super().__iter__()
         # Made for each pass, since the user may change an option; persistent workers must stay.
         if self._parts is None or not self.persistent_workers:
+            self._announcing = _Announcing(self.samples)
             self._parts = wrap_data_loader(
-                data_loader=self, max_batch_size=self._rows, optimizer=_Announcing(self.samples)
+                data_loader=self, max_batch_size=self._rows, optimizer=self._announcing
             )
+        self._announcing.reader = reader
         return iter(self._parts)
 
 
@@ -213,10 +216,11 @@ class _Announcing:
 
     def __init__(self, samples: SampleLog) -> None:
         self.samples = samples
+        self.reader: Pass | None = None
 
     def signal_skip_step(self, do_skip: bool) -> None:
         """Announce a physical batch."""
-        self.samples.signal(do_skip)
+        self.samples.signal(do_skip, self.reader)
 
 
 def part_of_rank(items: int) -> range:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from opacus_bpclip.sampling import problems
@@ -47,7 +47,7 @@ class SampleLog:
         self._last: Signal | None = None  # the latest signal
         self._current: Signal | None = None  # the signal of the current step
         self._stepping = threading.get_ident()  # the thread that takes the steps
-        self._refusal: str | None = None  # why the next step with rows is refused
+        self._refusal: str | None = None  # why the next step is refused whatever its rows are
 
     def __getstate__(self) -> dict[str, Any]:
         # Waiting samples are the original's: a copy must not train on them a second time.
@@ -115,13 +115,19 @@ class SampleLog:
 
     # Physical batches
 
-    def signal(self, skip: bool) -> None:
+    def signal(self, skip: bool, of: Pass | None = None) -> None:
         """Announce a physical batch.
 
         Args:
             skip: whether more physical batches of its logical batch follow.
+            of: the pass that it comes from; ``None`` if unknown, as with `BatchMemoryManager`.
         """
-        self._last = Signal(skip, self._next_of(), threading.get_ident())
+        begun = [sample.of for sample in self._unfinished() if not sample.of.is_abandoned]
+        if of is None and len(begun) > 1 and begun[0].ahead:
+            # It may be of any of them. An evaluation inside training, in contrast, has no step.
+            self._abandon(begun)
+        part = of.part if of is not None else None
+        self._last = Signal(skip, part or self._next_of(), threading.get_ident())
         self._signals.append(self._last)
         sample = self._last.sample
         if sample is not None:
@@ -132,12 +138,16 @@ class SampleLog:
 
     def _next_of(self) -> Sample | None:
         """Return the sample that the next physical batch is a part of."""
+        return next(iter(self._unfinished()), self._latest)
+
+    def _unfinished(self) -> Sequence[Sample]:
+        """Return the samples that it may be a further part of, of the latest pass first."""
         latest = self._latest
         if latest is None or (latest.of.alive and not latest.announced):
-            return latest
+            return ()
         # An evaluation pass may have drawn later samples and ended in between.
-        unfinished = (of.part for of in reversed(self._passes) if of.alive and of.part)
-        return next(unfinished, latest)
+        found = [of.part for of in reversed(self._passes) if of.alive and of.part]
+        return sorted(found, key=lambda sample: sample.of.is_abandoned)
 
     def skips(self, *, pop: bool, rows: int | None = None) -> bool:
         """Return whether more physical batches follow the one of the current step.
@@ -170,10 +180,13 @@ class SampleLog:
         waiting = {signal.sample.of for signal in self._signals if signal.sample}
         if all(waiting.isdisjoint(of.beside) for of in waiting):
             return  # One pass, or passes of which each began after the other's end.
-        for of in waiting:
-            of.is_abandoned, of.part = True, None
-        self._forget(lambda of: of.is_abandoned)
+        self._abandon(waiting)
         self._refusal = problems.SEVERAL_ITERATORS
+
+    def _abandon(self, passes: Iterable[Pass]) -> None:
+        for of in passes:
+            of.is_abandoned = True
+        self._forget(lambda of: of.is_abandoned)
 
     def _drop_left_out(self, first: Signal) -> None:
         """Find signals without a step: the number of waiting signals must not grow in a pass."""
@@ -197,8 +210,8 @@ class SampleLog:
         """
         if not self.attached:
             return None
-        if self._refusal is not None:
-            refusal, self._refusal, self.mixed = self._refusal, None, True
+        refusal = self.refusal()
+        if refusal is not None:
             return refusal
         announced = self._current.sample if self._current else None
         mark = announced or self._next_of()
@@ -217,6 +230,13 @@ class SampleLog:
         self._take(sample, total)
         sample.of.used += 1
         return None
+
+    def refusal(self) -> str | None:
+        """Return why the step is refused whatever its rows are, if it is; say so once."""
+        if not self.attached or self._refusal is None:
+            return None
+        refusal, self._refusal, self.mixed = self._refusal, None, True
+        return refusal
 
     def close(self) -> None:
         """End the step; its sample has been used."""

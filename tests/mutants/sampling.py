@@ -50,6 +50,13 @@ def samples_added_up(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SampleLog, "spend", forgetful)
 
 
+@mutant(killed_by=killers.two_open_iterators, says=RELEASED)
+def open_iterators_not_told_apart(patch: pytest.MonkeyPatch) -> None:
+    """A step takes the oldest announcement of all passes over the loader: an iterator that was only
+    looked at shifts those of the training loop, so that steps add up parts of two samples."""
+    patch.setattr(SampleLog, "_abandon_if_ambiguous", lambda _: None)
+
+
 @mutant(killed_by=killers.group_of_two_ranks, says=RELEASED)
 def ranks_not_looked_at(patch: pytest.MonkeyPatch) -> None:
     """A process group that is created after `make_private` is not noticed: its ranks train

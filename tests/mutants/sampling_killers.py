@@ -50,6 +50,17 @@ def two_samples_in_one_step() -> None:
     check_refused(trainer, x[:1], lambda y, _: y.sum())
 
 
+def two_open_iterators() -> None:
+    """A step while two iterators over the loader are open, each with a batch that had no step."""
+    trainer, x = _sampled()
+    log = trainer.loader.samples
+    for skip in (True, False):
+        opened = log.begin()
+        log.draw(3, opened)
+        log.signal(skip)
+    check_refused(trainer, x[:2], lambda y, _: y.sum())
+
+
 def group_of_two_ranks() -> None:
     """A process group of two ranks, made after `make_private`."""
     trainer, x = _sampled()
