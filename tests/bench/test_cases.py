@@ -15,10 +15,12 @@ from opacus_bpclip import BackpropClipping, PrivacyEngine
 from opacus_bpclip.ab.models import count_parameters
 from opacus_bpclip.bench import arms
 from opacus_bpclip.bench.cases import batch, build
-from opacus_bpclip.bench.settings import BACKPROP, CASES, EAGER, OPACUS, Settings
+from opacus_bpclip.bench.settings import ARMS, BACKPROP, CASES, OPACUS, Settings
 from opacus_bpclip.engine.module import BackpropClipModule
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 from tests.bench.tiny import tiny
+
+EAGER = tuple(arm for arm in ARMS if not arm.endswith("-compiled"))
 
 CPU = torch.device("cpu")
 # The defaults of the version that had no joint budget, so that its numbers can be compared.
