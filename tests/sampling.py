@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from opacus_bpclip import PrivacyViolationError
 from tests.helpers import Private, make_private, mlp, values
@@ -54,3 +58,22 @@ def refused(private: Private, x: Tensor, y: Tensor, message: str) -> None:
 
 def first(private: Private) -> tuple[Tensor, Tensor]:
     return next((x, y) for x, y in private.loader if len(x) > 2)
+
+
+@contextmanager
+def in_parts(*, manager: bool, workers: int) -> Iterator[tuple[Private, DataLoader[Any]]]:
+    """Give what makes parts of at most 4 rows of samples of about 16."""
+    torch.manual_seed(3)
+    rows = None if manager else 4
+    private = make_private(
+        mlp(), counted=True, batch_size=16, noise_multiplier=1.0, physical_batch_size=rows
+    )
+    if workers:
+        private.loader.num_workers, private.loader.prefetch_factor = workers, 2
+    if not manager:
+        yield private, private.loader
+        return
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
+    ) as loader:
+        yield private, loader

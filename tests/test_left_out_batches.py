@@ -10,9 +10,9 @@ import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 
 from opacus_bpclip import PrivacyViolationError
-from opacus_bpclip.sampling.problems import LEFT_OUT
+from opacus_bpclip.sampling.problems import LEFT_OUT, TWO_SAMPLES
 from tests.helpers import Private, dataset, make_private, mlp
-from tests.sampling import counted, refused, train
+from tests.sampling import counted, in_parts, refused, train
 
 # Physical batches that are not all stepped on
 
@@ -178,3 +178,20 @@ def test_several_batches_may_be_taken_before_the_first_step() -> None:
     for x, y in [next(iter(private.loader)) for _ in range(5)]:
         train(private, x, y)
     assert private.steps == 5
+
+
+@pytest.mark.parametrize("manager", [False, True], ids=["constant shape", "manager"])
+def test_first_batches_of_several_passes_never_join_in_one_step(manager):
+    with in_parts(manager=manager, workers=0) as (private, loader):
+        for _ in range(4):
+            collecting = False
+            for x, y in [next(iter(loader)) for _ in range(5)]:
+                try:
+                    train(private, x, y)
+                except PrivacyViolationError as refusal:
+                    assert str(refusal) == TWO_SAMPLES  # noqa: PT017 (also if none is raised)
+                    private.optimizer.zero_grad()
+                    collecting = False
+                else:
+                    assert not collecting, "a part of one sample was added to another's"
+                    collecting = private.optimizer._is_last_step_skipped

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch
-from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import DataLoader
 
 from opacus_bpclip import PrivacyViolationError
 from opacus_bpclip.sampling.problems import SEVERAL_ITERATORS
-from tests.helpers import Private, make_private, mlp
-from tests.sampling import refused, train
+from tests.helpers import Private
+from tests.sampling import in_parts, refused, train
 
 pytestmark = [
     pytest.mark.parametrize("manager", [False, True], ids=["constant shape", "manager"]),
     pytest.mark.parametrize("workers", [0, 1]),
 ]
-
-
-@contextmanager
-def physical(*, manager: bool, workers: int) -> Iterator[tuple[Private, DataLoader[Any]]]:
-    """Give what makes parts of at most 4 rows of samples of about 16."""
-    torch.manual_seed(3)
-    rows = None if manager else 4
-    private = make_private(
-        mlp(), counted=True, batch_size=16, noise_multiplier=1.0, physical_batch_size=rows
-    )
-    if workers:
-        private.loader.num_workers, private.loader.prefetch_factor = workers, 2
-    if not manager:
-        yield private, private.loader
-        return
-    with BatchMemoryManager(
-        data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
-    ) as loader:
-        yield private, loader
 
 
 def refused_at_first(private: Private, loader: DataLoader[Any]) -> None:
@@ -57,7 +35,7 @@ def train_on_all(private: Private, loader: DataLoader[Any]) -> None:
 def test_a_loop_beside_an_open_iterator_is_refused_until_it_is_closed(
     manager: bool, workers: int
 ) -> None:
-    with physical(manager=manager, workers=workers) as (private, loader):
+    with in_parts(manager=manager, workers=workers) as (private, loader):
         it = iter(loader)
         next(it)
         refused_at_first(private, loader)
@@ -68,7 +46,7 @@ def test_a_loop_beside_an_open_iterator_is_refused_until_it_is_closed(
 def test_an_iterator_that_is_closed_or_exhausted_first_is_no_obstacle(
     manager: bool, workers: int
 ) -> None:
-    with physical(manager=manager, workers=workers) as (private, loader):
+    with in_parts(manager=manager, workers=workers) as (private, loader):
         it = iter(loader)
         next(it)
         del it
@@ -81,7 +59,7 @@ def test_an_iterator_that_is_closed_or_exhausted_first_is_no_obstacle(
 def test_a_loop_is_begun_anew_beside_iterators_that_nobody_can_close(
     manager: bool, workers: int
 ) -> None:
-    with physical(manager=manager, workers=workers) as (private, loader):
+    with in_parts(manager=manager, workers=workers) as (private, loader):
         held, interrupted = iter(loader), iter(loader)
         next(held)
         refused(private, *next(interrupted), SEVERAL_ITERATORS)
@@ -92,7 +70,7 @@ def test_a_loop_is_begun_anew_beside_iterators_that_nobody_can_close(
 
 
 def test_training_inside_an_open_evaluation_is_refused(manager: bool, workers: int) -> None:
-    with physical(manager=manager, workers=workers) as (private, loader):
+    with in_parts(manager=manager, workers=workers) as (private, loader):
         for _ in loader:
             refused_at_first(private, loader)
             break
@@ -102,7 +80,7 @@ def test_training_inside_an_open_evaluation_is_refused(manager: bool, workers: i
 def test_a_batch_that_is_read_before_the_step_is_not_taken_for_the_one_at_hand(
     manager: bool, workers: int
 ) -> None:
-    with physical(manager=manager, workers=workers) as (private, loader):
+    with in_parts(manager=manager, workers=workers) as (private, loader):
         others = iter(loader)
         for x, y in loader:
             next(others)  # the one read last, and not trained on
@@ -113,7 +91,7 @@ def test_a_batch_that_is_read_before_the_step_is_not_taken_for_the_one_at_hand(
 
 
 def test_two_loops_at_once_are_refused(manager: bool, workers: int) -> None:
-    with physical(manager=manager, workers=workers) as (private, loader):
+    with in_parts(manager=manager, workers=workers) as (private, loader):
         for (x, y), _ in zip(loader, loader, strict=False):
             refused(private, x, y, SEVERAL_ITERATORS)
             break
@@ -123,7 +101,7 @@ def test_two_loops_at_once_are_refused(manager: bool, workers: int) -> None:
 def test_a_list_of_batches_that_is_made_inside_an_open_loop_is_refused(
     manager: bool, workers: int
 ) -> None:
-    with physical(manager=manager, workers=workers) as (private, loader):
+    with in_parts(manager=manager, workers=workers) as (private, loader):
         it = iter(loader)
         next(it)
         for x, y in list(loader):
@@ -146,7 +124,7 @@ def train_in_turn(private: Private, inner: Iterator[Any], outer: Iterator[Any]) 
 def test_a_part_of_the_outer_loops_sample_is_no_part_of_the_inner_ones(
     manager: bool, workers: int
 ) -> None:
-    with physical(manager=manager, workers=workers) as (private, loader):
+    with in_parts(manager=manager, workers=workers) as (private, loader):
         outer, inner = iter(loader), iter(loader)
         next(outer)
         with pytest.raises(PrivacyViolationError):

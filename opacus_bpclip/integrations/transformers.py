@@ -29,6 +29,7 @@ from opacus_bpclip.integrations.spending import Spending
 from opacus_bpclip.integrations.stopping import StopAtTarget
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
+from opacus_bpclip.sampling.items import like
 from opacus_bpclip.sampling.loader import PrivateDataLoader
 
 __all__ = ["PrivacyArguments", "PrivateTrainer"]
@@ -251,17 +252,11 @@ class PrivateTrainer(Trainer):
     def _plain_loader(self) -> DataLoader[Any]:
         """Return a loader of logical batches with the library's collate function and workers."""
         theirs = super().get_train_dataloader()
-        return DataLoader(
+        return like(
+            theirs,
             theirs.dataset,
             batch_size=self._logical_batch,
             generator=self._generators[0],
-            collate_fn=theirs.collate_fn,
-            num_workers=theirs.num_workers,
-            pin_memory=theirs.pin_memory,
-            worker_init_fn=theirs.worker_init_fn,
-            multiprocessing_context=theirs.multiprocessing_context,
-            prefetch_factor=theirs.prefetch_factor,
-            persistent_workers=theirs.persistent_workers,
         )
 
     def _noise_multiplier(self, sample_rate: float, planned: int) -> float:

@@ -14,6 +14,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -24,6 +25,18 @@ from torch.utils.data.distributed import DistributedSampler
 
 from opacus_bpclip.guard.ranks import world_size
 from opacus_bpclip.probe.randomness import repeatable
+
+# How a loader reads and collates, whatever it draws.
+_READING = (
+    "collate_fn",
+    "multiprocessing_context",
+    "num_workers",
+    "persistent_workers",
+    "pin_memory",
+    "prefetch_factor",
+    "timeout",
+    "worker_init_fn",
+)
 
 _REMEDY = (
     "Pass a DataLoader with batch_size (and shuffle=True, if you like) over the items to train "
@@ -68,20 +81,24 @@ def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
     indices = _subset(batches.sampler, size)
     if indices is None:
         return loader
-    return DataLoader(
+    return like(
+        loader,
         Subset(loader.dataset, indices),
         batch_size=batches.batch_size,
         drop_last=batches.drop_last,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
         generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
     )
+
+
+def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    """Return a loader that reads and collates as another one does.
+
+    Args:
+        loader: the other one; what it draws from, and how, is not taken over.
+        dataset: the data set.
+        **options: further arguments of ``torch.utils.data.DataLoader``.
+    """
+    return DataLoader(dataset, **{name: getattr(loader, name) for name in _READING}, **options)
 
 
 def _subset(sampler: Any, size: int) -> Sequence[int] | None:

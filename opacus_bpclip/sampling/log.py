@@ -215,7 +215,9 @@ class SampleLog:
             return refusal
         announced = self._current.sample if self._current else None
         mark = announced or self._next_of()
-        if self._open is not None and mark is not self._mark:
+        # Further parts of a sample are announced, too: without that, the batch is another's, from a
+        # pass that was left, whose announcements are forgotten.
+        if self._open is not None and (mark is not self._mark or self._current is None):
             self.mixed = True
             return problems.TWO_SAMPLES
         self._mark = mark

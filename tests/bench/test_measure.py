@@ -76,9 +76,8 @@ def test_tensor_bytes_counts_each_storage_once():
     assert tensor_bytes() == before
 
 
-# torch.cuda waits for a GPU and counts its memory, and raises where there is none.
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda raises without a GPU")
-def test_measures_on_a_gpu():
-    settings = Settings(device="cuda")
+@pytest.mark.parametrize("device", ["cpu", "cuda"][: 1 + torch.cuda.is_available()])
+def test_measures_on_every_device_that_is_there(device):
+    settings = Settings(device=device)
     assert min(peak_memory("joint-exact", tiny("mlp"), settings)) > 0
     assert len(step_times(("joint-exact",), tiny("mlp"), settings, Share(2))["joint-exact"]) == 2
