@@ -17,8 +17,9 @@ def _ended_ranks() -> Iterator[None]:
     end_pair()
 
 
-# A list, not tests; collected for its doctests it would be imported, and filled, a second time.
-collect_ignore = ["mutants"]
+# Not tests. Collected for their doctests, the mutants would be listed a second time, and the
+# stranger's script would register its rule in the process of the tests.
+collect_ignore = ["mutants", "packaging/stranger.py"]
 
 # Tiny steps on two threads are many times slower than on one.
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import pytest
 from opacus_bpclip.clipping.alignment import Alignment
 from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.sampling.log import SampleLog
-from opacus_bpclip.sampling.records import Sample
+from opacus_bpclip.sampling.records import Sample, Signal
 from tests.mutants import sampling_killers as killers
 from tests.mutants.registry import mutant
 
@@ -48,6 +48,20 @@ def samples_added_up(patch: pytest.MonkeyPatch) -> None:
         return spend(self, rows)
 
     patch.setattr(SampleLog, "spend", forgetful)
+
+
+@mutant(killed_by=killers.part_without_announcement, says=RELEASED)
+def parts_not_announced(patch: pytest.MonkeyPatch) -> None:
+    """A batch that nothing announces is added to the sample that the step has begun, though it may
+    be of another pass: an example that is in both contributes twice."""
+    spend = SampleLog.spend
+
+    def trusting(self: SampleLog, rows: int | None) -> str | None:
+        if self._mark is not None and self._current is None:
+            self._current = Signal(False, self._mark, self._stepping)
+        return spend(self, rows)
+
+    patch.setattr(SampleLog, "spend", trusting)
 
 
 @mutant(killed_by=killers.two_open_iterators, says=RELEASED)

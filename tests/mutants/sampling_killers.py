@@ -47,6 +47,16 @@ def two_samples_in_one_step() -> None:
     trainer.model(x[:2]).sum().backward()
     trainer.optimizer.step()
     trainer.loader.samples.draw(3, Pass())
+    trainer.optimizer.signal_skip_step(False)
+    check_refused(trainer, x[:1], lambda y, _: y.sum())
+
+
+def part_without_announcement() -> None:
+    """A further part of a sample, where `signal_skip_step` announced only the first one."""
+    trainer, x = _sampled()
+    trainer.optimizer.signal_skip_step(True)
+    trainer.model(x[:2]).sum().backward()
+    trainer.optimizer.step()
     check_refused(trainer, x[:1], lambda y, _: y.sum())
 
 
