@@ -58,7 +58,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _end(group: dist.ProcessGroup) -> None:
+def _end(group: Any) -> None:
     """End a process group."""
     with suppress(ValueError):  # The end of the default group has ended this one, too.
         dist.destroy_process_group(group)
