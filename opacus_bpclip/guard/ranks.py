@@ -43,7 +43,7 @@ class Place(IntEnum):
 class Purpose(IntEnum):
     """What a rank's own generator draws: the Poisson sampling, or the noise."""
 
-    COINS = 0
+    SAMPLING = 0
     NOISE = 1
 
 
