@@ -1,37 +1,27 @@
-"""The command line ``opacus-bpclip``; what a subcommand does is imported when it runs."""
+"""The command line ``opacus-bpclip``, also as ``python -m opacus_bpclip``."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from cyclopts import App, CycloptsError, Parameter
-from pydantic import ValidationError
-
-from opacus_bpclip.ab.command import ab
-from opacus_bpclip.audit.command import audit
-from opacus_bpclip.bench.command import bench
-from opacus_bpclip.inspection.command import inspect
-from opacus_bpclip.jobs.errors import JobError, UsageError, what_is_wrong
-from opacus_bpclip.jobs.values import shown
+if TYPE_CHECKING:
+    from cyclopts import App
 
 # What a shell reports of a program that Ctrl-C ended.
 INTERRUPTED = 130
 
 
-app = App(
-    name="opacus-bpclip",
-    help="Backpropagation clipping for Opacus: tools around the library.",
-    version=version("opacus-bpclip"),
-    help_format="markdown",
-    suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(consume_multiple=True, negative_iterable=(), show_default=shown),
-)
-for _command in (ab, audit, bench, inspect):
-    app.command(_command)
-app.register_install_completion_command()
+def program() -> App:
+    """Return the commands; they are imported here, so that Ctrl-C meanwhile is answered, too."""
+    from opacus_bpclip.ab.command import ab
+    from opacus_bpclip.audit.command import audit
+    from opacus_bpclip.bench.command import bench
+    from opacus_bpclip.inspection.command import inspect
+    from opacus_bpclip.jobs.application import application
+
+    return application(ab, audit, bench, inspect)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,25 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 if all went well, 2 for wrong usage, 1 for a failure while running, 130
         after Ctrl-C, and what else a command's help names.
     """
-    tokens = sys.argv[1:] if arguments is None else list(arguments)
-    name = " ".join(["opacus-bpclip", *app.parse_commands(tokens)[0]])
     try:
-        if not tokens:
-            raise UsageError("name a command (see opacus-bpclip --help)")
-        status = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
-        return status or 0
-    except CycloptsError as error:
-        cause = error.__cause__
-        text = what_is_wrong(cause) if isinstance(cause, ValidationError) else str(error)
-        print(f"{name}: error: {' '.join(text.split())} (see {name} --help)", file=sys.stderr)
-        return 2
-    except (JobError, OSError) as error:
-        # One line, but for a list: it keeps a line for each item.
-        text = re.sub(r"\s*\n(?!- )\s*", " ", str(error).strip())
-        print(f"{name}: error: {text}", file=sys.stderr)
-        return error.exit_status if isinstance(error, JobError) else JobError.exit_status
+        from opacus_bpclip.jobs.application import answer
+
+        return answer(program(), sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        print("opacus-bpclip: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 

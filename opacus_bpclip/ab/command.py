@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from opacus_bpclip.ab.settings import ComparisonOutput, Settings
-from opacus_bpclip.jobs.settings import AS_OPTIONS
 
 
 def ab(
     *,
-    settings: Annotated[Settings, AS_OPTIONS] = Settings(),
-    output: Annotated[ComparisonOutput, AS_OPTIONS] = ComparisonOutput(),
+    settings: Settings = Settings(),
+    output: ComparisonOutput = ComparisonOutput(),
 ) -> int:
     """Compare clipping methods at equal privacy.
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from opacus_bpclip.audit.settings import AuditOutput, Settings
-from opacus_bpclip.jobs.settings import AS_OPTIONS
 
 
 def audit(
     *,
-    settings: Annotated[Settings, AS_OPTIONS] = Settings(),
-    output: Annotated[AuditOutput, AS_OPTIONS] = AuditOutput(),
+    settings: Settings = Settings(),
+    output: AuditOutput = AuditOutput(),
 ) -> int:
     """Measure sensitivity, noise and epsilon against what is claimed.
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from opacus_bpclip.bench.settings import BenchOutput, Settings
-from opacus_bpclip.jobs.settings import AS_OPTIONS
 
 
 def bench(
     *,
-    settings: Annotated[Settings, AS_OPTIONS] = Settings(),
-    output: Annotated[BenchOutput, AS_OPTIONS] = BenchOutput(),
+    settings: Settings = Settings(),
+    output: BenchOutput = BenchOutput(),
 ) -> int:
     """Compare the time and memory of training steps.
 

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from opacus_bpclip.jobs.settings import Options, Output
-from opacus_bpclip.jobs.values import Count, Distinct, NotNegative, Several
+from opacus_bpclip.jobs.values import HOW_TO_RUN, Count, Device, Distinct, NotNegative, Several
 
 # The budget, then the bound.
 Joint = Literal["joint-exact", "joint-weighted", "joint-product"]
@@ -181,9 +181,9 @@ class Settings(Options):
     ] = Field(default_factory=lambda given: _GROWTH_ARMS if given["growth"] else ARMS)
     rounds: Count = 40
     limit: NotNegative = 60.0
-    processes: Count = 3
-    threads: Count = 1
-    device: Literal["cpu", "cuda"] = "cpu"
+    processes: Annotated[Count, HOW_TO_RUN] = 3
+    threads: Annotated[Count, HOW_TO_RUN] = 1
+    device: Device = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
@@ -236,7 +236,7 @@ class BenchOutput(Output):
         update: rewrite the generated blocks of these documents
     """
 
-    from_json: Path | None = None
+    from_json: Annotated[Path | None, HOW_TO_RUN] = None
     update: tuple[Path, ...] = ()
 
 

@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, TypeAdapter
 
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
 from opacus_bpclip.jobs.errors import UsageError, told_of_users_code
-from opacus_bpclip.jobs.settings import AS_OPTIONS, Options
-from opacus_bpclip.jobs.values import Count, Finite, OrNone
+from opacus_bpclip.jobs.settings import Options
+from opacus_bpclip.jobs.values import WHERE_TO_WRITE, Count, Finite, OrNone
 
 if TYPE_CHECKING:
     from opacus_bpclip.inspection.inspection import Row
@@ -49,7 +49,7 @@ class Settings(Options):
     uses: Annotated[tuple[str, ...], _ONE_WORD] = ()
     input_shape: Annotated[tuple[Count, ...], BeforeValidator(_parts), _ONE_WORD] = ()
     input_dtype: Literal["float", "int"] = "float"
-    data: Annotated[Path | None, Parameter(name="--json")] = None
+    data: Annotated[Path | None, WHERE_TO_WRITE, Parameter(name="--json")] = None
 
     def clipping(self) -> BackpropClipping:
         """Return the same for the library.
@@ -69,7 +69,7 @@ def inspect(
     model: Annotated[str, Parameter(name="MODULE:FACTORY")],
     /,
     *,
-    settings: Annotated[Settings, AS_OPTIONS] = Settings(),
+    settings: Settings = Settings(),
 ) -> int:
     """Show how each layer of a model would be bounded, or why it would be refused.
 

@@ -8,13 +8,13 @@ import re
 from abc import abstractmethod
 from collections.abc import Collection, Hashable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 
 from opacus_bpclip.jobs.environment import commit, hardware, versions
-from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.errors import UsageError, in_words
 from opacus_bpclip.jobs.files import write_whole
 from opacus_bpclip.jobs.settings import Options
 
@@ -52,7 +52,7 @@ class Record(BaseModel, Generic[S, R]):
     command: ClassVar[str]
     free: ClassVar[frozenset[str]]
 
-    format: int = Field(3, ge=3, le=3)
+    format: Literal[3] = 3
     settings: S
     commit: str | None = Field(default_factory=commit)
     platform: str = Field(default_factory=platform.platform)
@@ -82,7 +82,7 @@ class Record(BaseModel, Generic[S, R]):
             reason = str(error)
             if isinstance(error, ValidationError):
                 first = error.errors(include_url=False)[0]
-                reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+                reason = f"{'.'.join(map(str, first['loc']))}: {in_words(first)}"
             raise UsageError(
                 f"{subject or path} is not a results file of opacus-bpclip {cls.command} ({reason})"
             ) from error
