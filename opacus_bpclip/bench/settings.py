@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, model_validator
@@ -88,8 +88,7 @@ CASES: dict[CaseName, Case] = {
 ACCEPTANCE: tuple[CaseName, ...] = get_args(Accepted)
 
 
-@dataclass(frozen=True)
-class Growth:
+class Growth(NamedTuple):
     """A curve: one size of a case takes one value after another."""
 
     case: CaseName
@@ -106,10 +105,8 @@ GROWTHS: dict[GrowthName, Growth] = {
 }
 # Without `functorch` and `ew`, which nobody uses for speed, and the bound that is never tighter.
 _GROWTH_ARMS = (NON_PRIVATE, *get_args(Joint)[:2], *get_args(Layerwise)[:2], "hooks", "ghost")
-# Rounds that are taken whatever the limit.
+# Rounds of a comparison that are taken whatever the limit.
 LEAST_ROUNDS = 6
-
-
 Key = tuple[CaseName, GrowthName | None, int | None]
 
 
@@ -132,21 +129,6 @@ class Point:
         """What tells this comparison from others of the same record."""
         field = GROWTHS[self.axis].field if self.axis else None
         return self.name, self.axis, getattr(self.case, field) if field else None
-
-
-@dataclass(frozen=True)
-class Share:
-    """The rounds of one process.
-
-    Args:
-        rounds: steps of every arm that count, at most.
-        limit: seconds after which no round begins, once there are ``least_rounds``.
-        least_rounds: that are taken whatever the limit.
-    """
-
-    rounds: int
-    limit: float = 60.0
-    least_rounds: int = LEAST_ROUNDS
 
 
 def _every_case(value: Any) -> Any:
@@ -208,8 +190,8 @@ class Settings(Options):
         return [Point(curve.case, self.growth, replace(base, **change)) for change in changed]
 
     @property
-    def shares(self) -> list[Share]:
-        """What each process measures.
+    def shares(self) -> list[Self]:
+        """The same settings for each process, which takes its share of the rounds.
 
         Example:
             >>> [share.rounds for share in Settings(rounds=8).shares]
@@ -217,13 +199,18 @@ class Settings(Options):
         """
         number = min(self.processes, self.rounds)
         return [
-            Share(
+            self.replace(
+                processes=number,
                 rounds=self.rounds // number + (index < self.rounds % number),
                 limit=self.limit / number,
-                least_rounds=-(-LEAST_ROUNDS // number),
             )
             for index in range(number)
         ]
+
+    @property
+    def least_rounds(self) -> int:
+        """The rounds of each process that are taken whatever the limit."""
+        return -(-LEAST_ROUNDS // self.processes)
 
 
 class BenchOutput(Output):

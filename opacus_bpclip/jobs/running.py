@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from opacus_bpclip.jobs.environment import versions
 from opacus_bpclip.jobs.errors import UsageError
 from opacus_bpclip.jobs.files import check_plot, check_writable, write_whole
-from opacus_bpclip.jobs.record import Record
+from opacus_bpclip.jobs.record import UNKNOWN_COMMIT, Record
 from opacus_bpclip.jobs.settings import Output
 from opacus_bpclip.jobs.tables import PAGE, TERMINAL, Style
 
@@ -120,12 +120,11 @@ def measured(job: Job[Kept], output: Output) -> Kept:
 
 def page(job: Job[Kept], record: Kept) -> str:
     """Return the report as a page in Markdown, with the command line that made it."""
-    commit = record.commit or "unknown (installed package)"
     found = ", ".join(f"{name} {value}" for name, value in versions("torch", "opacus").items())
     parts = [
         f"# {job.view.title}",
         f"    {shlex.join(['opacus-bpclip', *sys.argv[1:]])}",
-        f"Commit {commit}; {found}.",
+        f"Commit {record.commit or UNKNOWN_COMMIT}; {found}.",
         job.view.report(record, PAGE),
     ]
     return "\n\n".join(parts) + "\n"
