@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from opacus_bpclip.bench.settings import BenchOutput, Settings
+from opacus_bpclip.jobs.interrupts import ending_at_once
 
 
 def bench(
@@ -16,7 +17,8 @@ def bench(
     medians of ratios to training the same model without privacy, paired in interleaved rounds in
     one process; peak memory comes from a process for each arm. Nothing is downloaded.
     """
-    from opacus_bpclip.bench.job import Bench
-    from opacus_bpclip.jobs.running import run
+    with ending_at_once():
+        from opacus_bpclip.bench.job import Bench
+        from opacus_bpclip.jobs.running import run
 
     return run(Bench(settings, output), output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, model_validator
@@ -13,22 +13,18 @@ from typing_extensions import Self
 from opacus_bpclip.jobs.settings import Options, Output
 from opacus_bpclip.jobs.values import HOW_TO_RUN, Count, Device, Distinct, NotNegative, Several
 
-# The budget, then the bound.
-Joint = Literal["joint-exact", "joint-weighted", "joint-product"]
-Layerwise = Literal["layerwise-exact", "layerwise-weighted", "layerwise-product"]
-Mode = Literal["hooks", "functorch", "ew", "ghost"]
-CompiledJoint = Literal["joint-exact-compiled", "joint-weighted-compiled", "joint-product-compiled"]
-CompiledLayerwise = Literal[
-    "layerwise-exact-compiled", "layerwise-weighted-compiled", "layerwise-product-compiled"
-]
-Compiled = Literal["non-private-compiled", CompiledJoint, CompiledLayerwise]
-Arm = Literal["non-private", Joint, Layerwise, Mode, Compiled]
-ARMS: tuple[Arm, ...] = get_args(Arm)
-_COMPILED = "-compiled"
-NON_PRIVATE = ARMS[0]
-BACKPROP, OPACUS = get_args(Literal[Joint, Layerwise]), get_args(Mode)
-# What a user gets who names neither budget nor bound.
+NON_PRIVATE, _COMPILED = "non-private", "-compiled"
+# The budget, then the bound. The first is what a user gets who names neither.
+_BOUNDS = ("exact", "weighted", "product")
+BACKPROP = tuple(f"{budget}-{bound}" for budget in ("joint", "layerwise") for bound in _BOUNDS)
 DEFAULT = BACKPROP[0]
+OPACUS = ("hooks", "functorch", "ew", "ghost")
+COMPILED = tuple(f"{arm}{_COMPILED}" for arm in (NON_PRIVATE, *BACKPROP))
+ARMS = (NON_PRIVATE, *BACKPROP, *OPACUS, *COMPILED)
+if TYPE_CHECKING:
+    Arm = str
+else:
+    Arm = Literal[ARMS]
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ GROWTHS: dict[GrowthName, Growth] = {
     "length": Growth("transformer", "length", (16, 32, 64, 128, 256, 512)),
 }
 # Without `functorch` and `ew`, which nobody uses for speed, and the bound that is never tighter.
-_GROWTH_ARMS = (NON_PRIVATE, *get_args(Joint)[:2], *get_args(Layerwise)[:2], "hooks", "ghost")
+_GROWTH_ARMS = (NON_PRIVATE, *BACKPROP[0:2], *BACKPROP[3:5], "hooks", "ghost")
 # Rounds of a comparison that are taken whatever the limit.
 LEAST_ROUNDS = 6
 Key = tuple[CaseName, GrowthName | None, int | None]
@@ -229,7 +225,7 @@ class BenchOutput(Output):
 
 def base_of(arm: str) -> Arm:
     """Return the arm that an arm's ratios are to: compiled arms have a compiled one."""
-    return "non-private-compiled" if is_compiled(arm) else NON_PRIVATE
+    return COMPILED[0] if is_compiled(arm) else NON_PRIVATE
 
 
 def is_compiled(arm: str) -> bool:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, TypeAdapter
 
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
 from opacus_bpclip.jobs.errors import UsageError, told_of_users_code
+from opacus_bpclip.jobs.interrupts import ending_at_once
 from opacus_bpclip.jobs.settings import Options
 from opacus_bpclip.jobs.values import WHERE_TO_WRITE, Count, Finite, OrNone
 
@@ -83,11 +84,12 @@ def inspect(
 
 
 def _inspected(model: str, settings: Settings) -> list[Row]:
-    from torch import nn
+    with ending_at_once():
+        from torch import nn
 
-    from opacus_bpclip.inspection.inspection import inspect
-    from opacus_bpclip.jobs.loading import made_by
-    from opacus_bpclip.probe import UntriedError
+        from opacus_bpclip.inspection.inspection import inspect
+        from opacus_bpclip.jobs.loading import made_by
+        from opacus_bpclip.probe import UntriedError
 
     try:
         uses = _uses(settings.uses)

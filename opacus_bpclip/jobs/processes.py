@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from opacus_bpclip.jobs.errors import ChildError, JobError, in_one_line
+from opacus_bpclip.jobs.interrupts import held_back
 
 Result = TypeVar("Result")
 
@@ -59,7 +60,7 @@ def call_in_children(
     children: list[BaseProcess] = []
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare)
     try:
-        with _environment(environment or {}), _interrupts_held_back():
+        with _environment(environment or {}), held_back():
             futures = [pool.submit(_answer, function, args) for args in calls]
             children += set(multiprocessing.active_children()) - others
         for future in as_completed(futures):
@@ -121,16 +122,3 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Deliver Ctrl-C only afterwards; a process started meanwhile never sees it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -96,21 +96,18 @@ def measured(job: Job[Kept], output: Output) -> Kept:
     if output.resume and not output.data:
         raise UsageError("--resume needs --json FILE, the file to continue from")
     check_plot(output.plot)
-    check_writable(output.files)
+    check_writable({"--plot": output.plot, "--json": output.data, "--markdown": output.markdown})
     job.check()
     record = job.begin()
     if output.resume and output.data and output.data.exists():
         refusal = f"cannot resume from {output.data}"
         record = record.continued(type(record).read(output.data, f"{refusal}: it"), refusal)
     todo = job.todo(record)
-    done: set[Hashable] = set()
-    for result in job.measure(record, todo):
+    for number, result in enumerate(job.measure(record, todo), 1):
         record = record.with_result(result)
-        done.add(result.key)
         if output.progress:
-            print(
-                f"{len(done)} of {len(todo)}  {job.view.line(result)}", file=sys.stderr, flush=True
-            )
+            line = f"{number} of {len(todo)}  {job.view.line(result)}"
+            print(line, file=sys.stderr, flush=True)
         if output.data:
             record.write(output.data)
     if output.data:

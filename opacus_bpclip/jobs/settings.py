@@ -45,8 +45,3 @@ class Output(Options):
     markdown: Path | None = None
     plot: OrNone[Path] = None
     progress: Annotated[bool, HOW_TO_RUN] = True
-
-    @property
-    def files(self) -> dict[str, Path | None]:
-        """Return every file that will be written, by its option, in the order to check them."""
-        return {"--plot": self.plot, "--json": self.data, "--markdown": self.markdown}

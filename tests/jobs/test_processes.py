@@ -98,7 +98,7 @@ def _runs(process):
         return stat.read().split()[2] != "Z"
 
 
-@pytest.mark.parametrize("moment", ["opacus_bpclip.jobs.application", "cyclopts", "torch"])
+@pytest.mark.parametrize("moment", ["cyclopts", "opacus_bpclip.inspection.command", "torch"])
 def test_ctrl_c_during_an_import_is_one_line(moment):
     # What Ctrl-C does, in the moment in which a module begins to be imported.
     code = (
@@ -109,7 +109,7 @@ def test_ctrl_c_during_an_import_is_one_line(moment):
         "            signal.raise_signal(signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupt())\n"
         "from opacus_bpclip.__main__ import main\n"
-        "sys.exit(main(['bench', '--case', 'mlp']))\n"
+        "sys.exit(main(['inspect', 'nowhere:a']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "opacus-bpclip: interrupted\n")

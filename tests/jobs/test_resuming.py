@@ -144,7 +144,11 @@ def test_more_may_be_asked_for_when_a_run_is_continued(case, path):
     assert (len(less.asked), len(less.results), less.complete) == (2, 3, True)
 
 
-def test_a_record_names_every_commit_that_its_results_were_measured_with(case, path, monkeypatch):
+# An audit is not continued at another commit.
+@pytest.mark.parametrize("case_of", [ab_case, bench_case])
+def test_a_record_names_every_commit_that_it_was_measured_with(case_of, path, monkeypatch):
+    case = case_of(monkeypatch)
+
     def run_at(commit, **changes):
         monkeypatch.setattr("opacus_bpclip.jobs.record.commit", lambda: commit)
         resumed = Output(data=path, resume=True, progress=False)

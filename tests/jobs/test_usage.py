@@ -252,6 +252,11 @@ def test_every_option_arrives(command):
     assert {option.removeprefix("--") for option in found} == NOT_GIVEN[command]
 
 
-def test_the_library_imports_nothing_of_the_command_line():
-    code = "import sys, opacus_bpclip; sys.exit(bool({'cyclopts', 'rich'} & set(sys.modules)))"
+def test_the_library_has_all_its_names_and_imports_nothing_of_the_command_line():
+    code = (
+        "import sys, opacus_bpclip\n"
+        "from opacus_bpclip import *\n"
+        "assert {*opacus_bpclip.__all__, '__version__'} <= set(dir(opacus_bpclip))\n"
+        "sys.exit(bool({'cyclopts', 'rich'} & set(sys.modules)))\n"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
