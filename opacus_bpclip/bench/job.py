@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 
@@ -13,7 +14,7 @@ from opacus_bpclip.bench.cases import build
 from opacus_bpclip.bench.documents import updated
 from opacus_bpclip.bench.measure import peak_memory, step_times
 from opacus_bpclip.bench.plot import draw
-from opacus_bpclip.bench.report import tables, title
+from opacus_bpclip.bench.report import tables
 from opacus_bpclip.bench.results import ArmResult, BenchRecord, Comparison
 from opacus_bpclip.bench.settings import Arm, BenchOutput, Key, Point, Settings, is_compiled
 from opacus_bpclip.jobs.errors import ChildError, UsageError
@@ -44,7 +45,7 @@ class Bench(Job[BenchRecord]):
         output: where to read and write.
     """
 
-    view = View("Benchmarks", tables, draw, title)
+    view = View("Benchmarks", tables, draw, attrgetter("point.title"))
 
     def __init__(self, settings: Settings, output: BenchOutput) -> None:
         self._settings, self._output = settings, output
@@ -151,6 +152,4 @@ def _add_times(
 
 def _say(progress: bool, point: Point, text: str) -> None:
     if progress:
-        sizes = {"batch": point.case.batch_size, **point.case.sizes}
-        described = ", ".join(f"{name} {value}" for name, value in sizes.items())
-        print(f"{point.name} ({described}): {text}", file=sys.stderr, flush=True)
+        print(f"{point.title}: {text}", file=sys.stderr, flush=True)

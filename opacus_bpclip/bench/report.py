@@ -40,7 +40,7 @@ def summary(record: BenchRecord) -> str:
         if own.arm(DEFAULT) is not None:
             rivals = [own.best_of(quantity, OPACUS) for quantity in BEST]
             cells = [f"{_pair(own, DEFAULT, each)} (`{each}`)" if each else "-" for each in rivals]
-            rows.append([title(own), _pair(own, DEFAULT, NON_PRIVATE), *cells])
+            rows.append([own.point.title, _pair(own, DEFAULT, NON_PRIVATE), *cells])
     if len(rows) == 1:
         return _EMPTY
     note = (
@@ -48,13 +48,6 @@ def summary(record: BenchRecord) -> str:
         "what each column names (medians; below 1 is faster or smaller)."
     )
     return f"{note}\n{_circumstances(record)}\n\n{markdown(rows)}"
-
-
-def title(comparison: Comparison) -> str:
-    """Return a comparison's name for human eyes, with all sizes."""
-    case = comparison.point.case
-    sizes = "".join(f", {name} {value:,}" for name, value in case.sizes.items())
-    return f"{case.title}, batch {case.batch_size}{sizes}"
 
 
 def _circumstances(record: BenchRecord) -> str:
@@ -86,7 +79,7 @@ def _case(comparison: Comparison) -> str:
     ]
     rounds = max((len(own.seconds) for own in comparison.arms), default=0)
     text = f"{comparison.parameters:,} parameters; rounds: {rounds}."
-    parts = [f"### {title(comparison)}", text, markdown(rows), "\n".join(failures)]
+    parts = [f"### {comparison.point.title}", text, markdown(rows), "\n".join(failures)]
     return "\n\n".join(filter(None, parts))
 
 

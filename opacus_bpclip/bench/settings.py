@@ -126,6 +126,12 @@ class Point:
         field = GROWTHS[self.axis].field if self.axis else None
         return self.name, self.axis, getattr(self.case, field) if field else None
 
+    @property
+    def title(self) -> str:
+        """The case's name for human eyes, with all sizes."""
+        sizes = "".join(f", {name} {value:,}" for name, value in self.case.sizes.items())
+        return f"{self.case.title}, batch {self.case.batch_size}{sizes}"
+
 
 def _every_case(value: Any) -> Any:
     return tuple(CASES) if tuple(value) == ("all",) else value

@@ -61,7 +61,7 @@ def test_whole_run_and_what_is_made_of_its_file(tmp_path, capsys):
     assert main(["bench", "--case", "mlp", *options, "--json", str(data)]) == 0
     out, err = capsys.readouterr()
     assert "### MLP, batch 2, width 8, depth 1" in out
-    assert "mlp (batch 2, width 8, depth 1): memory of joint-exact\n" in err
+    assert "MLP, batch 2, width 8, depth 1: memory of joint-exact\n" in err
     arms = json.loads(data.read_text())["results"][0]["arms"]
     assert [len(own["seconds"]) for own in arms] == [2, 2]
 
