@@ -1,8 +1,10 @@
 """What the command line says of itself: its help, its version, and what it tells a shell."""
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +63,7 @@ def test_version_and_no_command(capsys):
 def test_neither_the_help_nor_a_mistake_waits_for_torch():
     code = (
         "import sys, opacus_bpclip\n"
+        "assert not {'cyclopts', 'pydantic', 'rich'} & set(sys.modules)\n"
         "from opacus_bpclip.__main__ import main\n"
         "assert main(['ab', '--help']) == 0\n"
         "assert main(['bench', '--rounds', '0']) == 2\n"
@@ -69,6 +72,24 @@ def test_neither_the_help_nor_a_mistake_waits_for_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+
+
+def test_the_library_imports_nothing_of_the_command_line():
+    folder = Path(opacus_bpclip.__file__).parent
+    tools = "ab|audit|bench|inspection|jobs"
+    imported = re.compile(
+        rf"^\s*(?:from|import) (?:cyclopts|pydantic|rich|opacus_bpclip\.(?:{tools}))\b", re.M
+    )
+    for file in folder.rglob("*.py"):
+        part = file.relative_to(folder).parts[0]
+        if part not in [*tools.split("|"), "__init__.py", "__main__.py"]:
+            assert not imported.search(file.read_text()), file
+
+
+def test_every_public_name_is_there():
+    assert {*opacus_bpclip.__all__, "__version__"} <= set(dir(opacus_bpclip))
+    assert all(hasattr(opacus_bpclip, name) for name in opacus_bpclip.__all__)
+    assert not hasattr(opacus_bpclip, "nothing")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
