@@ -92,8 +92,7 @@ def test_every_public_name_is_there():
     assert not hasattr(opacus_bpclip, "nothing")
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_complete_the_command_line(shell):
-    script = app.generate_completion(shell=shell)
+def test_a_shell_completes_the_command_line():
+    script = app.generate_completion(shell="bash")
     for word in ("ab", "audit", "bench", "inspect", "--max-input-norm"):
         assert word.removeprefix("--") in script
