@@ -56,6 +56,12 @@ def test_a_failure_is_one_line(function, text, kind, message):
         call_in_child(function, text)
 
 
+def test_ctrl_c_does_not_reach_a_process_that_is_being_started():
+    blocked = "__import__('signal').SIGINT in __import__('signal').pthread_sigmask(0, [])"
+    assert call_in_child(EVALUATE, blocked)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_a_crash_is_no_hint_at_the_memory():
     assert how_it_died(-signal.SIGSEGV) == "its process was ended by SIGSEGV"
 
