@@ -65,6 +65,7 @@ def _answer(words: list[str]) -> int:
     import re
 
     from cyclopts import CycloptsError
+    from pydantic import ValidationError
 
     from opacus_bpclip.jobs.errors import JobError, UsageError, what_is_wrong
 
@@ -76,8 +77,9 @@ def _answer(words: list[str]) -> int:
         status = app(words, exit_on_error=False, print_error=False, result_action="return_value")
         return status or 0
     except CycloptsError as error:
-        text = " ".join(what_is_wrong(error.__cause__ or error).split())
-        print(f"{name}: error: {text} (see {name} --help)", file=sys.stderr)
+        cause = error.__cause__
+        text = what_is_wrong(cause) if isinstance(cause, ValidationError) else str(error)
+        print(f"{name}: error: {' '.join(text.split())} (see {name} --help)", file=sys.stderr)
         return UsageError.exit_status
     except (JobError, OSError) as error:
         # One line, but for a list: it keeps a line for each item.

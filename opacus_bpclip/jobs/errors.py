@@ -69,10 +69,8 @@ def told_of_users_code(subject: str) -> Iterator[None]:
         raise UsageError(f"{subject}: {in_one_line(error)}") from error
 
 
-def what_is_wrong(error: BaseException) -> str:
-    """Return what is wrong with a command line: the options, and which values they may have."""
-    if not isinstance(error, ValidationError):
-        return str(error)
+def what_is_wrong(error: ValidationError) -> str:
+    """Return in one line which options have wrong values, and which values they may have."""
     found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         if problem["type"] == "default_factory_not_called":
