@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from opacus_bpclip.ab.settings import ComparisonOutput, Settings
-from opacus_bpclip.jobs.settings import AS_OPTIONS
+from opacus_bpclip.jobs.interrupts import ending_at_once
 
 
 def ab(
     *,
-    settings: Annotated[Settings, AS_OPTIONS] = Settings(),
-    output: Annotated[ComparisonOutput, AS_OPTIONS] = ComparisonOutput(),
+    settings: Settings = Settings(),
+    output: ComparisonOutput = ComparisonOutput(),
 ) -> int:
     """Compare clipping methods at equal privacy.
 
@@ -20,7 +18,8 @@ def ab(
     peak memory of each arm, and plots accuracy over epsilon. Without options: scikit-learn's
     digits, up to three minutes, nothing downloaded.
     """
-    from opacus_bpclip.ab.job import Comparison
-    from opacus_bpclip.jobs.running import run
+    with ending_at_once():
+        from opacus_bpclip.ab.job import Comparison
+        from opacus_bpclip.jobs.running import run
 
     return run(Comparison(settings, progress=output.progress), output)

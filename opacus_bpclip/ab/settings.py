@@ -14,7 +14,9 @@ from typing_extensions import Self
 from opacus_bpclip.config import BackpropClipping, Bound
 from opacus_bpclip.jobs.settings import Options, Output
 from opacus_bpclip.jobs.values import (
+    HOW_TO_RUN,
     Count,
+    Device,
     NotNegative,
     OrNone,
     Positive,
@@ -114,11 +116,11 @@ class Settings(Options):
     lr: Annotated[Positive, _shown("lr")] = _of_dataset("lr")
     momentum: Annotated[NotNegative, Field(lt=1)] = 0.9
     accountant: Literal["prv", "rdp", "gdp"] = "prv"
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"
-    threads: Annotated[Count, Parameter(show_default="1 for digits, else all cores")] = Field(
-        default_factory=lambda given: DATASETS[given["dataset"]].threads or available_cores()
-    )
+    threads: Annotated[
+        Count, HOW_TO_RUN, Parameter(show_default="1 for digits, else all cores")
+    ] = Field(default_factory=lambda given: DATASETS[given["dataset"]].threads or available_cores())
     max_grad_norm: Positive = 1.0
     max_input_norm: OrNone[Positive] = _LIBRARY.max_input_norm
     bound: Bound = _LIBRARY.bound

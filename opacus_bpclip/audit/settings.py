@@ -15,7 +15,15 @@ from typing_extensions import Self
 
 from opacus_bpclip.config import Allocation, Bound
 from opacus_bpclip.jobs.settings import Options, Output
-from opacus_bpclip.jobs.values import Count, OrNone, Positive, Probability, Seed, Several
+from opacus_bpclip.jobs.values import (
+    HOW_TO_RUN,
+    Count,
+    OrNone,
+    Positive,
+    Probability,
+    Seed,
+    Several,
+)
 
 Layer = Literal["linear", "sequence-linear", "conv", "embedding", "bias"]
 Norm = Literal["layer-norm", "rms-norm", "group-norm", "instance-norm"]
@@ -133,7 +141,9 @@ class AuditOutput(Output):
         processes: targets audited at the same time, one thread each
     """
 
-    processes: Annotated[Count, Parameter(show_default="one for each core")] = os.cpu_count() or 1
+    processes: Annotated[Count, HOW_TO_RUN, Parameter(show_default="one for each core")] = (
+        os.cpu_count() or 1
+    )
 
 
 @dataclass(frozen=True)
