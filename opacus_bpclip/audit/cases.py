@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.audit.engine_target import EngineTrainer, linear_loss
+from opacus_bpclip.audit.engine_target import EngineTrainer
 from opacus_bpclip.audit.settings import MAX_GRAD_NORM, Reduction
-from opacus_bpclip.audit.target import Batch, Target, Trainer
+from opacus_bpclip.audit.target import LARGE, Target, spiked
 from opacus_bpclip.config import BackpropClipping
 
-_LARGE = 1e4
 _ORDINARY = 2  # examples in the batch of the statistical checks
 _CROWD = 24  # examples in a crowd
 _CROWD_SCALES = tuple(2.0**power for power in range(-3, 7))
@@ -57,54 +57,37 @@ class Case:
         device: torch.device | str = "cpu",
     ) -> Target:
         """Return the case as something to audit, trained by the package's engine."""
-        clipping = replace(clipping or BackpropClipping(), uses=self.uses)
-
-        def make(noise_multiplier: float) -> Trainer:
-            return EngineTrainer(
-                self.make_model(),
-                linear_loss(loss_reduction),
-                noise_multiplier=noise_multiplier,
-                max_grad_norm=max_grad_norm,
-                loss_reduction=loss_reduction,
-                clipping=clipping,
-                device=device,
-            )
-
-        x, g = self._spiked_input(), _spiked((self.outputs,), self.output_spikes)
-        everywhere = self._everywhere()
+        x = spiked(torch.zeros(1, *self.inputs), self.input_spikes)
+        g = spiked(torch.zeros(1, self.outputs), self.output_spikes)
+        # The same input at every position, where all gradients add up.
+        everywhere = torch.full_like(x, LARGE)
+        generator = torch.Generator().manual_seed(0)
+        upstream = torch.randn(_ORDINARY, self.outputs, generator=generator)
+        shape = (_ORDINARY, *self.inputs)
+        if self.vocabulary is None:
+            inputs = torch.randn(shape, generator=generator)
+        else:
+            inputs = torch.randint(self.vocabulary, shape, generator=generator)
+            x = everywhere = torch.zeros_like(x, dtype=torch.long)
+        crowd = x.repeat(_CROWD, *(1,) * len(self.inputs))
         crowds = [
-            (
-                x.repeat(_CROWD, *(1,) * len(self.inputs)),
-                -g.repeat(_CROWD, 1) / _LARGE * scale * max_grad_norm,
-            )
-            for scale in _CROWD_SCALES
+            (crowd, -g.repeat(_CROWD, 1) / LARGE * scale * max_grad_norm) for scale in _CROWD_SCALES
         ]
         return Target(
             name=name,
-            make=make,
-            batches=(self._ordinary(), *crowds),
-            canaries=((x, g), (everywhere, torch.full_like(g, _LARGE)), (everywhere, g)),
+            make=partial(
+                EngineTrainer,
+                self.make_model,
+                None,
+                max_grad_norm=max_grad_norm,
+                loss_reduction=loss_reduction,
+                clipping=replace(clipping or BackpropClipping(), uses=self.uses),
+                device=device,
+            ),
+            batches=((inputs, upstream), *crowds),
+            canaries=((x, g), (everywhere, torch.full_like(g, LARGE)), (everywhere, g)),
             attained=True,
         )
-
-    def _spiked_input(self) -> Tensor:
-        if self.vocabulary is not None:
-            return torch.zeros(1, *self.inputs, dtype=torch.long)
-        return _spiked(self.inputs, self.input_spikes)
-
-    def _everywhere(self) -> Tensor:
-        """Return an input that is the same at every position, where all gradients add up."""
-        if self.vocabulary is not None:
-            return torch.zeros(1, *self.inputs, dtype=torch.long)
-        return torch.full((1, *self.inputs), _LARGE)
-
-    def _ordinary(self) -> Batch:
-        generator = torch.Generator().manual_seed(0)
-        shape = (_ORDINARY, *self.inputs)
-        g = torch.randn(_ORDINARY, self.outputs, generator=generator)
-        if self.vocabulary is not None:
-            return torch.randint(self.vocabulary, shape, generator=generator), g
-        return torch.randn(shape, generator=generator), g
 
 
 class Branches(nn.Module):
@@ -176,9 +159,3 @@ CASES: Mapping[str, Case] = {
         uses={"twice": 2},
     ),
 }
-
-
-def _spiked(shape: tuple[int, ...], positions: tuple[int, ...]) -> Tensor:
-    tensor = torch.zeros(1, *shape)
-    tensor.view(-1)[list(positions)] = _LARGE
-    return tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +41,9 @@ class EngineTrainer(Trainer):
     The learning rate is not zero: every step moves the parameters.
 
     Args:
-        model: called with a batch's first tensor.
-        loss: called with the model's output and the batch's other tensors.
+        make_model: makes a model, which is called with a batch's first tensor.
+        loss: called with the model's output and the batch's other tensors; ``None`` for the worst
+            one, `linear_loss`.
         noise_multiplier: of the noise.
         max_grad_norm: joint L2 sensitivity.
         loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
@@ -53,17 +53,17 @@ class EngineTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        loss: Loss,
-        *,
+        make_model: Callable[[], nn.Module],
+        loss: Loss | None,
         noise_multiplier: float,
+        *,
         max_grad_norm: float = 1.0,
         loss_reduction: str = "mean",
         clipping: BackpropClipping | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self._device = torch.device(device)
-        model.to(self._device)
+        model = make_model().to(self._device)
         # One batch an epoch, so that the sampling rate is 1: the audit's worlds are not sampled.
         data = TensorDataset(torch.zeros(_EXPECTED_BATCH_SIZE))
         with known_warnings_silenced():
@@ -79,7 +79,7 @@ class EngineTrainer(Trainer):
                 clipping="backprop",
                 backprop=clipping,
             )
-        self._loss = loss
+        self._loss = loss or linear_loss(loss_reduction)
         self._runs_empty = True
         super().__init__(
             self._optimizer.params,
@@ -112,5 +112,4 @@ class EngineTrainer(Trainer):
 
     def history(self) -> Sequence[tuple[float, float, int]]:
         """Return the entries of the engine's accountant."""
-        entries: list[Any] = self._engine.accountant.history
-        return tuple(entries)
+        return tuple(self._engine.accountant.history)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip.audit.target import Batch, Target, Trainer
 
-_FEATURES, _CLASSES = 8, 2
+_FEATURES, _CLASSES, _BATCH_SIZE = 8, 2, 64
 _INPUT_BOUND = 3.0
 
 
@@ -28,17 +29,9 @@ def original() -> Target:
     The loss is a mean, so gradients carry ``1/B`` already, and the clip comes after that: a row
     still adds up to ``A * C``. The code took ``A * C / B`` for the sensitivity.
     """
-    batch_size, upstream_bound = 64, 1e-3
-    sensitivity = _INPUT_BOUND * upstream_bound / batch_size
-    batch, canary = _examples(batch_size)
-    return Target(
-        name="published algorithm, original",
-        make=lambda noise_multiplier: PublishedTrainer(
-            (_FEATURES, _FEATURES, _CLASSES), upstream_bound, sensitivity, noise_multiplier
-        ),
-        batches=(batch,),
-        canaries=(canary,),
-    )
+    upstream_bound = 1e-3
+    sensitivity = _INPUT_BOUND * upstream_bound / _BATCH_SIZE
+    return _target("original", (_FEATURES, _FEATURES, _CLASSES), upstream_bound, sensitivity)
 
 
 def repaired() -> Target:
@@ -47,16 +40,8 @@ def repaired() -> Target:
     It clips ``g_i / B``, so that every row depends on how many there are. Rows just below the clip
     all shrink when one example joins them.
     """
-    batch_size, upstream_bound = 64, 0.0112
-    batch, canary = _examples(batch_size)
-    return Target(
-        name="published algorithm, repaired",
-        make=lambda noise_multiplier: PublishedTrainer(
-            (_FEATURES, _CLASSES), upstream_bound, _INPUT_BOUND * upstream_bound, noise_multiplier
-        ),
-        batches=(batch,),
-        canaries=(canary,),
-    )
+    upstream_bound = 0.0112
+    return _target("repaired", (_FEATURES, _CLASSES), upstream_bound, _INPUT_BOUND * upstream_bound)
 
 
 class PublishedTrainer(Trainer):
@@ -124,8 +109,15 @@ def _clip_rows(x: Tensor, bound: float) -> Tensor:
     return x * (bound / norms.clamp(min=bound))
 
 
-def _examples(count: int) -> tuple[Batch, Batch]:
-    """Return a crowd of one class, and an example of the other class that opposes it."""
+def _target(
+    name: str, widths: tuple[int, ...], upstream_bound: float, layer_sensitivity: float
+) -> Target:
+    """Return an audit of a crowd of one class, and an example of the other that opposes it."""
     x = torch.ones(1, _FEATURES)
-    crowd = (x.repeat(count, 1), torch.zeros(count, dtype=torch.long))
-    return crowd, (x, torch.ones(1, dtype=torch.long))
+    crowd = (x.repeat(_BATCH_SIZE, 1), torch.zeros(_BATCH_SIZE, dtype=torch.long))
+    return Target(
+        name=f"published algorithm, {name}",
+        make=partial(PublishedTrainer, widths, upstream_bound, layer_sensitivity),
+        batches=(crowd,),
+        canaries=((x, torch.ones(1, dtype=torch.long)),),
+    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
+import re
 import zlib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
@@ -206,10 +206,6 @@ def shape_of(text: str) -> tuple[int, ...]:
         >>> shape_of("3x8x8")
         (3, 8, 8)
     """
-    try:
-        shape = tuple(int(part) for part in text.split("x"))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1 or math.prod(shape) < 1:
+    if not re.fullmatch("[1-9][0-9]*(x[1-9][0-9]*)*", text):
         raise ValueError(f"--input must be a shape such as 3x8x8, or MODULE:FUNCTION, not {text!r}")
-    return shape
+    return tuple(map(int, text.split("x")))

@@ -61,15 +61,9 @@ def epsilon_lower_bound(
         >>> epsilon_lower_bound(0.6, 0.6, 0.0)
         0.0
     """
-    best = 0.0
-    for wrong, missed in (
-        (false_positive_rate, false_negative_rate),
-        (false_negative_rate, false_positive_rate),
-    ):
-        found = 1 - delta - missed
-        if found > 0:
-            best = max(best, math.log(found / wrong))
-    return best
+    rates = (false_positive_rate, false_negative_rate)
+    odds = ((1 - delta - missed) / wrong for wrong, missed in (rates, rates[::-1]))
+    return math.log(max(1.0, *odds))
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.audit.engine_target import EngineTrainer, Loss, linear_loss
-from opacus_bpclip.audit.target import Batch, Target, Trainer, rows
+from opacus_bpclip.audit.engine_target import EngineTrainer, Loss
+from opacus_bpclip.audit.target import LARGE, Batch, Target, rows, spiked
 from opacus_bpclip.config import BackpropClipping
 
 Inputs = Callable[[int], "Tensor | Batch"]
 
 _EXAMPLES = 4
 _SPIKES = 16
-_LARGE = 1e4
 
 
 def model_target(
@@ -56,18 +56,16 @@ def model_target(
         batch = made if isinstance(made, tuple) else (made,)
         if loss is None:
             batch = (batch[0], _upstream(make_model(), batch[0]))
-        canaries = tuple(_canaries(batch, spiked=loss is None))
+        canaries = tuple(_canaries(batch, with_spikes=loss is None))
 
-    def make(noise_multiplier: float) -> Trainer:
-        return EngineTrainer(
-            make_model(),
-            linear_loss(loss_reduction) if loss is None else loss,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            loss_reduction=loss_reduction,
-            clipping=clipping,
-        )
-
+    make = partial(
+        EngineTrainer,
+        make_model,
+        loss,
+        max_grad_norm=max_grad_norm,
+        loss_reduction=loss_reduction,
+        clipping=clipping,
+    )
     return Target(name=name, make=make, batches=(batch,), canaries=canaries)
 
 
@@ -82,22 +80,16 @@ def _upstream(model: nn.Module, x: Tensor) -> Tensor:
     return torch.randn(output.shape)
 
 
-def _canaries(batch: Batch, *, spiked: bool) -> Iterator[Batch]:
+def _canaries(batch: Batch, *, with_spikes: bool) -> Iterator[Batch]:
     """Yield examples as they are, far too large, and with single large entries."""
     for i in range(len(batch[0])):
         example = rows(batch, [i])
         yield example
-        yield tuple(t * _LARGE if t.is_floating_point() else t for t in example)
-    if not spiked:
+        yield tuple(t * LARGE if t.is_floating_point() else t for t in example)
+    if not with_spikes:
         return
     x, g = rows(batch, [0])
     for place in torch.randperm(g.numel())[:_SPIKES].tolist():
-        spike = torch.zeros_like(x)
-        if not x.is_floating_point():
-            spike = x
-        else:
-            # The same relative place in input and output: layers that keep positions meet there.
-            spike.view(-1)[place * x.numel() // g.numel()] = _LARGE
-        upstream = torch.zeros_like(g)
-        upstream.view(-1)[place] = _LARGE
-        yield spike, upstream
+        # The same relative place in input and output: layers that keep positions meet there.
+        there = place * x.numel() // g.numel()
+        yield spiked(x, [there]) if x.is_floating_point() else x, spiked(g, [place])
