@@ -72,34 +72,16 @@ def audit(
         verdict = Verdict(target.name, noise_multiplier, seed, alpha, found, replayed)
         if not trials:
             return verdict
-        ordinary = target.batches[0]
-        one_step = run_trials(
-            target,
-            ordinary,
-            canary,
-            noise_multiplier=noise_multiplier,
-            trials=trials,
-            steps=1,
-            seed=seed,
-        )
-        several_steps = run_trials(
-            target,
-            empty(ordinary),
-            canary,
-            noise_multiplier=_MORE_NOISE * noise_multiplier,
-            trials=trials // _SHARE_OF_TRIALS,
-            steps=_STEPS,
-            seed=seed,
-        )
-    level = alpha / _ESTIMATES
-    return replace(
-        verdict,
-        noise=(
-            judge(one_step.noise, "an ordinary batch", level),
-            judge(several_steps.noise, "an empty batch", level),
-        ),
-        empirical=tuple(
-            estimate(done, alpha=level, delta=delta, expected=target.attained)
-            for done in (one_step, several_steps)
-        ),
-    )
+        ordinary, level = target.batches[0], alpha / _ESTIMATES
+        laws, attacks = [], []
+        few, more_noise = trials // _SHARE_OF_TRIALS, _MORE_NOISE * noise_multiplier
+        for place, batch, count, steps, noise in (
+            ("an ordinary batch", ordinary, trials, 1, noise_multiplier),
+            ("an empty batch", empty(ordinary), few, _STEPS, more_noise),
+        ):
+            done = run_trials(
+                target, batch, canary, noise_multiplier=noise, trials=count, steps=steps, seed=seed
+            )
+            laws.append(judge(done.noise, place, level))
+            attacks.append(estimate(done, alpha=level, delta=delta, expected=target.attained))
+    return replace(verdict, noise=tuple(laws), empirical=tuple(attacks))

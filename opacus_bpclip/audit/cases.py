@@ -90,44 +90,41 @@ class Case:
         )
 
 
-class Branches(nn.Module):
-    """Four layers side by side, each on its own part of the input and of the output.
+class SideBySide(nn.Module):
+    """Layers side by side, each on its own part of the input and of the output.
 
-    Nothing that one branch's example does limits another branch, so that all can reach their
-    Delta_l on the same example. With a joint budget all of them use it up together.
+    Nothing that an example does in one layer limits another one: all can reach their Delta_l on the
+    same example. With a joint budget all of them use it up together.
+
+    Args:
+        layers: in the order of their parts, which are equally large; one may be there twice.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.first = nn.Linear(4, 3)
-        self.second = nn.Linear(4, 3, bias=False)
-        self.norm = nn.LayerNorm(4)
-        self.conv = nn.Conv1d(1, 2, 3)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, 16]`` to ``[B, 14]``."""
-        first, second, norm, conv = x.split(4, dim=1)
-        outputs = self.first(first), self.second(second), self.norm(norm)
-        return torch.cat([*outputs, self.conv(conv.unsqueeze(1)).flatten(1)], dim=1)
+        """Map ``[B, inputs]`` to ``[B, outputs]``."""
+        parts = x.chunk(len(self.layers), dim=1)
+        outputs = (layer(part) for layer, part in zip(self.layers, parts, strict=True))
+        return torch.cat([*outputs], dim=1)
 
 
-class Shared(nn.Module):
-    """A layer that is used twice, and two layers that share a weight, side by side.
+def _branches() -> nn.Module:
+    conv = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3), nn.Flatten())
+    return SideBySide(nn.Linear(4, 3), nn.Linear(4, 3, bias=False), nn.LayerNorm(4), conv)
+
+
+def _shared() -> nn.Module:
+    """Return a layer that is used twice, and two layers that share a weight.
 
     The uses of a weight can all pull it the same way: what they contribute adds up.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.twice = nn.Linear(4, 3)
-        self.left, self.right = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
-        self.right.weight = self.left.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, 16]`` to ``[B, 12]``."""
-        first, second, left, right = x.split(4, dim=1)
-        outputs = self.twice(first), self.twice(second), self.left(left), self.right(right)
-        return torch.cat(outputs, dim=1)
+    twice = nn.Linear(4, 3)
+    left, right = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+    right.weight = left.weight
+    return SideBySide(twice, twice, left, right)
 
 
 def _bias_alone() -> nn.Module:
@@ -149,13 +146,13 @@ CASES: Mapping[str, Case] = {
     "rms-norm": Case(lambda: nn.RMSNorm(25), (25,), 25),
     "group-norm": Case(lambda: nn.GroupNorm(5, 15), (15, 2), 30),
     "instance-norm": Case(lambda: nn.InstanceNorm1d(15, affine=True), (15, 3), 45),
-    "branches": Case(Branches, (16,), 14, input_spikes=(0, 4, 8, 13), output_spikes=(0, 3, 6, 10)),
+    "branches": Case(_branches, (16,), 14, input_spikes=(0, 4, 8, 13), output_spikes=(0, 3, 6, 10)),
     "shared": Case(
-        Shared,
+        _shared,
         (16,),
         12,
         input_spikes=(0, 4, 8, 12),
         output_spikes=(0, 3, 6, 9),
-        uses={"twice": 2},
+        uses={"layers.0": 2},
     ),
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip.audit.auditing import audit
 from opacus_bpclip.audit.cases import CASES
+from opacus_bpclip.audit.engine_target import Inputs, model_target
 from opacus_bpclip.audit.plot import draw
 from opacus_bpclip.audit.report import in_short, render
 from opacus_bpclip.audit.results import Audited, AuditRecord
@@ -23,7 +24,6 @@ from opacus_bpclip.audit.settings import (
     tasks,
 )
 from opacus_bpclip.audit.target import Batch, Target
-from opacus_bpclip.audit.user_target import Inputs, model_target
 from opacus_bpclip.audit.verdict import outcome_of
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
 from opacus_bpclip.jobs.errors import JobError, UsageError, in_one_line, told_of_users_code

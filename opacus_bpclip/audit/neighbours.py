@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,16 +60,6 @@ class Neighbours:
         return (f"the worst case reaches only {self.ratio:.4g} of the sensitivity",)
 
 
-class _Tried(NamedTuple):
-    """A pair of neighbours, the change of the sum, and what is allowed."""
-
-    change: float
-    allowed: float
-    where: str
-    example: Batch
-    is_first_batch: bool
-
-
 def search(target: Target, *, seed: int, searches: int = SEARCHES) -> tuple[Neighbours, Batch]:
     """Try pairs of neighbours on a trainer without noise.
 
@@ -84,7 +73,8 @@ def search(target: Target, *, seed: int, searches: int = SEARCHES) -> tuple[Neig
     """
     trainer = target.trainer(0.0, seed)
     sensitivity = trainer.sensitivity
-    tried: list[_Tried] = []
+    tried: list[Neighbours] = []
+    beside_first: list[tuple[float, Batch]] = []
     for place, batch, examples in _pairs(target, torch.Generator().manual_seed(seed), searches):
         before = trainer.on(batch)
         size = max(1.0, float(before.norm()) / sensitivity)
@@ -93,16 +83,14 @@ def search(target: Target, *, seed: int, searches: int = SEARCHES) -> tuple[Neig
             change = float((trainer.on(join(batch, z)) - before).norm())
             change = math.inf if math.isnan(change) else change
             where = f"{name} added to {place} of {len(batch[0])} examples"
-            tried.append(_Tried(change, allowed, where, z, batch is target.batches[0]))
+            tried.append(Neighbours(sensitivity, change, allowed, where, 1, target.attained))
+            if batch is target.batches[0]:
+                beside_first.append((change, z))
     worst = max(tried, key=lambda pair: pair.change / pair.allowed)
-    beside_first = [pair for pair in tried if pair.is_first_batch]
-    largest = max(pair.change for pair in beside_first)
+    largest = max(change for change, _ in beside_first)
     # Of those that are as good, the earliest: the target's own canary is the cleaner one.
-    canary = next(pair.example for pair in beside_first if pair.change >= largest * (1 - 1e-3))
-    found = Neighbours(
-        sensitivity, worst.change, worst.allowed, worst.where, len(tried), target.attained
-    )
-    return found, canary
+    canary = next(z for change, z in beside_first if change >= largest * (1 - 1e-3))
+    return replace(worst, pairs=len(tried)), canary
 
 
 def _pairs(

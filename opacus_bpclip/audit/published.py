@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +81,7 @@ class PublishedTrainer(Trainer):
         h, labels = batch
         for number, layer in enumerate(self._layers):
             h = layer(_clip_rows(torch.relu(h) if number else h, _INPUT_BOUND))
-            h = _ClipUpstream.apply(h, self._upstream_bound)
+            h.register_hook(partial(_clip_rows, bound=self._upstream_bound))
         F.cross_entropy(h, labels).backward()
 
     def step(self) -> None:
@@ -91,17 +90,6 @@ class PublishedTrainer(Trainer):
             assert p.grad is not None
             p.grad += torch.randn_like(p) * self.noise_multiplier * self.sensitivity
         self._optimizer.step()
-
-
-class _ClipUpstream(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, bound: float) -> Tensor:
-        ctx.bound = bound
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _clip_rows(g, ctx.bound), None
 
 
 def _clip_rows(x: Tensor, bound: float) -> Tensor:

@@ -24,6 +24,8 @@ CASE_NAMES: tuple[CaseName, ...] = get_args(CaseName)
 # Where the two ways to spend the budget differ.
 OF_SEVERAL_LAYERS = ("branches", "shared")
 Reduction = Literal["mean", "sum"]
+# How a case is audited: the loss reduction, the bound, the allocation.
+Combination = tuple[Reduction, Bound, Allocation]
 
 TRIALS, ALPHA, DELTA = 10_000, 1e-6, 1e-5
 FEWEST_TRIALS = 100
@@ -169,31 +171,27 @@ def tasks(settings: Settings) -> list[Task]:
     """
     if settings.target:
         return [Task(settings.target, None, "", "", "", settings.trials)]
-    names: tuple[str, ...] = (settings.model,) if settings.model else settings.case
+    combinations = list(
+        itertools.product(settings.loss_reduction, settings.bound, settings.allocation)
+    )
     found = []
-    for name in names:
-        turns = None if settings.full or settings.model else _turns(settings, name)
-        for combination in itertools.product(
-            settings.loss_reduction, settings.bound, settings.allocation
-        ):
+    for name in (settings.model,) if settings.model else settings.case:
+        case = None if settings.model else name
+        turns = combinations if settings.full or not case else _turns(case, combinations)
+        for combination in combinations:
             reduction, bound, allocation = combination
-            case = None if settings.model else name
-            trials = settings.trials if turns is None or combination in turns else 0
+            trials = settings.trials if combination in turns else 0
             label = f"{name}, {allocation}, {bound}, {reduction}"
             found.append(Task(label, case, allocation, bound, reduction, trials))
     return found
 
 
-def _turns(settings: Settings, case: str) -> set[tuple[str, str, str]]:
+def _turns(case: str, combinations: list[Combination]) -> list[Combination]:
     """Return the combinations in which a case has its statistical audit."""
-    pairs = list(itertools.product(settings.loss_reduction, settings.bound))
-    turn = list[str](CASE_NAMES).index(case)
-    reduction, bound = pairs[turn % len(pairs)]
-    allocations = settings.allocation
-    if case not in OF_SEVERAL_LAYERS:
-        # Each round through the pairs begins with another one.
-        allocations = (allocations[(turn + turn // len(pairs)) % len(allocations)],)
-    return {(reduction, bound, allocation) for allocation in allocations}
+    turn = combinations[list[str](CASE_NAMES).index(case) % len(combinations)]
+    if case in OF_SEVERAL_LAYERS:
+        return [other for other in combinations if other[:2] == turn[:2]]
+    return [turn]
 
 
 def shape_of(text: str) -> tuple[int, ...]:
