@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,11 @@ from opacus_bpclip.audit.engine_target import Inputs, model_target
 from opacus_bpclip.audit.plot import draw
 from opacus_bpclip.audit.report import in_short, render
 from opacus_bpclip.audit.results import Audited, AuditRecord
-from opacus_bpclip.audit.settings import (
-    MAX_INPUT_NORM,
-    Reduction,
-    Settings,
-    Task,
-    shape_of,
-    tasks,
-)
+from opacus_bpclip.audit.settings import MAX_INPUT_NORM, Settings, Task, shape_of, tasks
 from opacus_bpclip.audit.target import Batch, Target
 from opacus_bpclip.audit.verdict import outcome_of
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
-from opacus_bpclip.jobs.errors import JobError, UsageError, in_one_line, told_of_users_code
+from opacus_bpclip.jobs.errors import JobError, UsageError, told_of_users_code
 from opacus_bpclip.jobs.loading import load_object, made_by
 from opacus_bpclip.jobs.processes import call_in_children
 from opacus_bpclip.jobs.running import Job, View
@@ -87,18 +80,15 @@ def run_task(settings: Settings, task: Task) -> Audited:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        verdict = audit(
-            build(settings, task),
-            noise_multiplier=settings.noise_multiplier,
-            trials=task.trials,
-            alpha=settings.alpha,
-            delta=settings.delta,
-            seed=task.seed(settings.seed),
-        )
-    except JobError:
-        raise
-    except Exception as error:
-        raise JobError(f"{task.name} cannot be audited: {in_one_line(error)}") from error
+        with told_of_users_code(f"{task.name} cannot be audited", JobError):
+            verdict = audit(
+                build(settings, task),
+                noise_multiplier=settings.noise_multiplier,
+                trials=task.trials,
+                alpha=settings.alpha,
+                delta=settings.delta,
+                seed=task.seed(settings.seed),
+            )
     finally:
         torch.set_num_threads(threads)
     return Audited(task=task, verdict=verdict)
@@ -112,14 +102,29 @@ def build(settings: Settings, task: Task) -> Target:
     """
     if settings.target:
         return made_by(settings.target, Target)
-    if task.case is None:
-        return _loaded_model(settings, task)
-    return CASES[task.case].target(
-        task.name,
-        loss_reduction=cast(Reduction, task.loss_reduction),
-        max_grad_norm=settings.max_grad_norm,
-        clipping=clipping_of(settings, task),
-    )
+    training: dict[str, Any] = {
+        "loss_reduction": task.loss_reduction,
+        "max_grad_norm": settings.max_grad_norm,
+        "clipping": clipping_of(settings, task),
+    }
+    if task.case:
+        return CASES[task.case].target(task.name, **training)
+    path, inputs = settings.model, settings.input
+    assert path is not None
+    assert inputs is not None
+    with told_of_users_code(f"--model {path} with --input {inputs}"):
+        try:
+            target = model_target(
+                task.name,
+                lambda: made_by(path, nn.Module),
+                _users_inputs(inputs) if ":" in inputs else _drawn(inputs, settings.vocabulary),
+                loss=load_object(settings.loss) if settings.loss else None,
+                **training,
+            )
+            target.make(settings.noise_multiplier)  # refusals of the model come before any work
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    return target
 
 
 def clipping_of(settings: Settings, task: Task) -> BackpropClipping:
@@ -133,27 +138,6 @@ def clipping_of(settings: Settings, task: Task) -> BackpropClipping:
         bound=cast(Bound, task.bound),
         max_input_norm=max_input_norm,
     )
-
-
-def _loaded_model(settings: Settings, task: Task) -> Target:
-    path, inputs = settings.model, settings.input
-    assert path is not None
-    assert inputs is not None
-    with told_of_users_code(f"--model {path} with --input {inputs}"):
-        try:
-            target = model_target(
-                task.name,
-                lambda: made_by(path, nn.Module),
-                _users_inputs(inputs) if ":" in inputs else _drawn(inputs, settings.vocabulary),
-                loss=load_object(settings.loss) if settings.loss else None,
-                loss_reduction=task.loss_reduction,
-                max_grad_norm=settings.max_grad_norm,
-                clipping=clipping_of(settings, task),
-            )
-            target.make(settings.noise_multiplier)  # refusals of the model come before any work
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-    return target
 
 
 def _drawn(text: str, vocabulary: int | None) -> Inputs:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opacus_bpclip.audit.results import Audited, AuditRecord
-from opacus_bpclip.audit.settings import Settings
 from opacus_bpclip.audit.verdict import Check, Verdict, outcome_of
 from opacus_bpclip.jobs.tables import Style
 
@@ -25,12 +24,18 @@ correlation: the largest over parameters and over steps, as a share of what is a
 
 def render(record: AuditRecord, style: Style) -> str:
     """Return the whole report."""
-    verdicts = [found.verdict for found in record.asked]
+    settings, verdicts = record.settings, [found.verdict for found in record.asked]
+    heading = f"noise multiplier {settings.noise_multiplier:g}, seed {settings.seed}"
+    if settings.trials:
+        heading += (
+            f"; statistical checks: {settings.trials} one-step trials in each world, "
+            f"alpha {settings.alpha:g} for each target, delta {settings.delta:g}"
+        )
     sections = [("Neighbours and replay", _deterministic(record), _DETERMINISTIC_NOTES)]
     if any(verdict.empirical for verdict in verdicts):
         sections.append(("Empirical epsilon", _epsilons(verdicts), ""))
         sections.append(("The noise's law", _noises(verdicts), _STATISTICAL_NOTES))
-    parts = [heading(record.settings)]
+    parts = [heading]
     for title, rows, notes in sections:
         parts += [style.title(title), style.table(rows), *([notes] if notes else [])]
     return "\n\n".join([*parts, style.title("Verdict"), conclusion(verdicts)])
@@ -39,17 +44,6 @@ def render(record: AuditRecord, style: Style) -> str:
 def in_short(found: Audited) -> str:
     """Return a target and its outcome."""
     return f"{found.task.name}: {found.verdict.outcome}"
-
-
-def heading(settings: Settings) -> str:
-    """Return what all targets share."""
-    text = f"noise multiplier {settings.noise_multiplier:g}, seed {settings.seed}"
-    if settings.trials:
-        text += (
-            f"; statistical checks: {settings.trials} one-step trials in each world, "
-            f"alpha {settings.alpha:g} for each target, delta {settings.delta:g}"
-        )
-    return text
 
 
 def conclusion(verdicts: Sequence[Verdict]) -> str:
