@@ -1,7 +1,7 @@
 """Audits: what a way of training does, measured against what it claims.
 
 `audit` runs every check on a `Target`, and returns a `Verdict`. A target is one of the built-in
-`CASES`, a model of one's own (`model_target`), or any training code that is wrapped as a `Trainer`.
+`CASES`, a model of yours (`model_target`), or any training code that is wrapped as a `Trainer`.
 """
 
 from importlib import import_module

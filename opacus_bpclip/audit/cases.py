@@ -1,9 +1,8 @@
 """The built-in cases: a layer family each, layers that saturate together, and shared weights.
 
-Each has a worst case that enters before both clips: an input with one large entry, and an upstream
-gradient with one large entry that meets it. The layer's gradient is then one product of two single
-entries (and the bias's), and every bound is its very norm: what is left of it after clipping is
-exactly Delta_l with a budget for each layer, and Delta over all layers with a joint one.
+Each has a worst case: an input with one large entry, and an upstream gradient with one large entry
+that is multiplied by it. Every bound of the layer's gradient then equals its norm. So the clipped
+gradient has norm Delta_l with a budget for each layer, and Delta over all layers with a joint one.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class Case:
         clipping: BackpropClipping | None = None,
         device: torch.device | str = "cpu",
     ) -> Target:
-        """Return the case as something to audit, trained by the package's engine."""
+        """Return a target that trains the case's model by this package's engine."""
         x = spiked(torch.zeros(1, *self.inputs), self.input_spikes)
         g = spiked(torch.zeros(1, self.outputs), self.output_spikes)
         # The same input at every position, where all gradients add up.

@@ -1,4 +1,4 @@
-"""The package's own engine and optimizer as something to audit, around any model and loss."""
+"""Targets that this package's engine and optimizer train, with any model and loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SPIKES = 16
 def linear_loss(reduction: str) -> Loss:
     """Return a loss that hands its target to the model's outputs as their gradient.
 
-    No loss can do worse: the attacker chooses every upstream gradient, of any size.
+    It is the worst loss: the attacker chooses every upstream gradient, of any size.
 
     Args:
         reduction: ``"mean"`` or ``"sum"`` over the batch.
@@ -130,15 +130,15 @@ def model_target(
     max_grad_norm: float = 1.0,
     clipping: BackpropClipping | None = None,
 ) -> Target:
-    """Return a model of one's own as something to audit.
+    """Return a target that trains a model of yours by this package's engine.
 
     Args:
         name: for reports.
         make_model: makes the model.
-        inputs: makes a batch of that many examples: the model's input, and whatever else the loss
-            takes.
-        loss: called with the model's output and the batch's other tensors. Without it the attacker
-            has the worst one: each example brings its own gradient for every output.
+        inputs: makes a batch of that many examples: the model's input, and the loss's further
+            arguments.
+        loss: called with the model's output and the batch's other tensors. The default is the worst
+            one: each example has its own gradient for every output.
         loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
         max_grad_norm: joint L2 sensitivity.
         clipping: the options.

@@ -21,7 +21,7 @@ Layer = Literal["linear", "sequence-linear", "conv", "embedding", "bias"]
 Norm = Literal["layer-norm", "rms-norm", "group-norm", "instance-norm"]
 CaseName = Literal[Layer, Norm, "branches", "shared"]
 CASE_NAMES: tuple[CaseName, ...] = get_args(CaseName)
-# Where the two ways to spend the budget differ.
+# For these, the joint budget and the layerwise ones clip differently.
 OF_SEVERAL_LAYERS = ("branches", "shared")
 Reduction = Literal["mean", "sum"]
 # How a case is audited: the loss reduction, the bound, the allocation.
@@ -29,7 +29,7 @@ Combination = tuple[Reduction, Bound, Allocation]
 
 TRIALS, ALPHA, DELTA = 10_000, 1e-6, 1e-5
 FEWEST_TRIALS = 100
-# Not 1: a sensitivity that was squared or left out must show.
+# Not 1, so that the audit sees a sensitivity that was squared or left out.
 MAX_GRAD_NORM = 0.7
 MAX_INPUT_NORM = 3.0
 
@@ -60,7 +60,7 @@ class Settings(Options):
         model: MODULE:FACTORY of a model of your own, in place of the cases, trained by this
             package's engine
         input: for --model: an example's shape, as 3x8x8, or MODULE:FUNCTION that makes a batch of N
-        vocabulary: for a shape: the input is ids below this number
+        vocabulary: for a shape: the inputs are ids below this number
         loss: for --model: MODULE:FUNCTION that is called with the output and the batch's other
             tensors; without it the loss is the worst one, which gives every output any gradient
         case: some of the built-in cases
@@ -70,10 +70,10 @@ class Settings(Options):
         max_grad_norm: joint L2 sensitivity
         max_input_norm: a number, none or usual: none for joint budgets, as in training, and 3 where
             the product bound or a layerwise budget is to show that inputs are clipped
-        full: judge every combination of a case statistically, not one in rotation
+        full: run the statistical checks on every combination of a case, not only on one
         trials: one-step trials in each world; 0 for the deterministic checks alone
         noise_multiplier: that is claimed
-        alpha: chance of one faultless target to be convicted by chance
+        alpha: probability that one faultless target fails by chance
         delta: at which epsilon is taken
         seed: of everything random
     """
@@ -145,9 +145,9 @@ class Task:
     Args:
         name: what the report calls it.
         case: a built-in case, or ``None`` for the user's own.
-        allocation: of the clipping; empty for a target, which clips as it likes.
-        bound: of the clipping; likewise.
-        loss_reduction: of the loss; likewise.
+        allocation: of the clipping; empty for ``--target``, which this package does not clip.
+        bound: of the clipping; empty for ``--target``.
+        loss_reduction: of the loss; empty for ``--target``.
         trials: one-step trials in each world; 0 for the deterministic checks alone.
     """
 
@@ -159,7 +159,7 @@ class Task:
     trials: int
 
     def seed(self, seed: int) -> int:
-        """Return this target's own seed: with one for all, one lucky draw would serve them all."""
+        """Return this target's seed, another one for each: then their results are independent."""
         return zlib.crc32(f"{seed} {self.name}".encode())
 
 

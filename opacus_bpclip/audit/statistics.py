@@ -50,7 +50,7 @@ def mu_lower_bound(false_positive_rate: float, false_negative_rate: float) -> fl
 def epsilon_lower_bound(
     false_positive_rate: float, false_negative_rate: float, delta: float
 ) -> float:
-    """Return the smallest epsilon that allows these rates, whatever the mechanism's law.
+    """Return the smallest epsilon that allows these rates, of any mechanism.
 
     Any (epsilon, delta)-private mechanism has ``1 - FNR <= exp(epsilon) FPR + delta``, and the same
     with the rates exchanged. Source: Kairouz, Oh and Viswanath (2015).

@@ -1,4 +1,4 @@
-"""What is audited: one training step seen from outside, and the batches to try it on."""
+"""What is audited: one training step, and the batches to try it on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGE = 1e4
 
 
 class Trainer(ABC):
-    """One private training step, whoever wrote it; a subclass says how to compute and to step.
+    """One private training step of any code. A subclass says how to compute gradients and to step.
 
     Args:
         parameters: those whose ``.grad`` holds the release after `step`.
@@ -42,17 +42,17 @@ class Trainer(ABC):
 
     @abstractmethod
     def compute(self, batch: Batch) -> None:
-        """Throw old gradients away, and run the forward and the backward pass on a batch."""
+        """Clear the gradients, and run the forward and the backward pass on a batch."""
 
     @abstractmethod
     def step(self) -> None:
-        """Clip what is left to clip, add noise, update; ``.grad`` then holds what was released.
+        """Finish the private step: clip, if `compute` has not, add noise, and update.
 
-        All ``.grad`` are ``None`` if the step was skipped.
+        Afterwards each ``.grad`` holds what was released, or ``None`` if the step was skipped.
         """
 
     def history(self) -> Sequence[tuple[float, float, int]]:
-        """Return the accountant's entries (noise multiplier, sample rate, steps), if there are."""
+        """Return the accountant's entries (noise multiplier, sample rate, steps), if it has any."""
         return ()
 
     def restart(self) -> None:

@@ -24,9 +24,9 @@ class Verdict:
         seed: of everything random.
         alpha: chance of a faultless target to fail the statistical checks.
         neighbours: the measured sensitivity.
-        replay: what differed under the same randomness.
+        replay: the comparison of neighbours under the same randomness.
         noise: the noise's law, on each batch; empty without the statistical checks.
-        empirical: the empirical epsilon, for one and for several steps; likewise.
+        empirical: the empirical epsilon, for one and for several steps; empty without them.
     """
 
     target: str
