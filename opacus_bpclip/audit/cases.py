@@ -1,4 +1,4 @@
-"""The built-in cases: a layer family each, layers that saturate together, and shared weights.
+"""The built-in cases: one for each family of layers, one of several layers, one of shared weights.
 
 Each has a worst case: an input with one large entry, and an upstream gradient with one large entry
 that is multiplied by it. Every bound of the layer's gradient then equals its norm. So the clipped

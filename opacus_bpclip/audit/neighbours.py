@@ -88,7 +88,7 @@ def search(target: Target, *, seed: int, searches: int = SEARCHES) -> tuple[Neig
                 beside_first.append((change, z))
     worst = max(tried, key=lambda pair: pair.change / pair.allowed)
     largest = max(change for change, _ in beside_first)
-    # Of those that are as good, the earliest: the target's own canary is the cleaner one.
+    # Of nearly equal ones the earliest: the target's own canaries are tried first.
     canary = next(z for change, z in beside_first if change >= largest * (1 - 1e-3))
     return replace(worst, pairs=len(tried)), canary
 

@@ -1,4 +1,4 @@
-"""The same randomness on neighbouring batches: nothing about the noise may depend on the data."""
+"""Replay the same randomness on neighbouring batches: the noise must not depend on the data."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _run(target: Target, batch: Batch, noise_multiplier: float, seed: int) -> _W
     total = target.trainer(0.0, seed).on(batch)
     trainer = target.trainer(noise_multiplier, seed)
     trainer.compute(batch)
-    # What came before may have drawn as many numbers as there are examples: dropout does.
+    # The forward pass may have drawn a number for each example, as dropout does.
     torch.manual_seed(seed)
     with _RandomCalls() as recorded:
         released = trainer.release()
@@ -110,7 +110,7 @@ def _compared(without: _World, with_canary: _World) -> list[str]:
 
 
 class _RandomCalls(TorchDispatchMode):
-    """Write down each call of an operation that draws random numbers."""
+    """Record each call of an operation that draws random numbers."""
 
     def __init__(self) -> None:
         super().__init__()

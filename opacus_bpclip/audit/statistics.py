@@ -1,6 +1,6 @@
 """What counts of wrong guesses say about privacy: bounds that hold with a stated confidence.
 
-An attacker sees a release and guesses which of two neighbouring worlds it came from. His rates of
+An attacker sees a release and guesses which of two neighbouring worlds it came from. Its rates of
 false positives and false negatives limit how private the mechanism can be.
 """
 

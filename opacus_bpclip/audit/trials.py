@@ -51,10 +51,10 @@ def run_trials(
 ) -> Trials:
     """Take ``steps`` training steps in either world, ``trials`` times, through the real code.
 
-    The attacker knows all but the canary's presence. His score is the projection of what was
-    released, less what the batch's other examples amount to, on the direction in which the canary
-    moves the sum: the most powerful test against Gaussian noise. The worlds take turns. The
-    parameters move with every step of a trial and start afresh with the next one.
+    The attacker knows everything except whether the canary takes part. Its score is the projection
+    of the release, minus the sum of the batch's other examples, on the direction in which the
+    canary moves the sum: the most powerful test against Gaussian noise. The worlds take turns. The
+    parameters change with every step of a trial, and each trial starts from the first ones.
 
     Args:
         target: what is audited.
@@ -70,7 +70,7 @@ def run_trials(
     worlds = [batch, join(batch, canary)]
     silent = target.trainer(0.0, seed)
     sums = [silent.on(world) for world in worlds]
-    # Where the parameters start is the seed's; the noise is this attack's own.
+    # The seed alone decides the first parameters; the two attacks of an audit draw other noise.
     torch.manual_seed(seed + steps)
     unit = noise_multiplier * trainer.sensitivity
     change = sums[1] - sums[0]
