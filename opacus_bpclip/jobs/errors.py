@@ -52,21 +52,22 @@ def in_one_line(error: Exception) -> str:
 
 
 @contextmanager
-def told_of_users_code(subject: str) -> Iterator[None]:
+def told_of_users_code(subject: str, kind: type[JobError] = UsageError) -> Iterator[None]:
     """Tell in one line what a user's own code raises, which may be anything.
 
     Args:
         subject: what ran, as the command line names it, to start the error with.
+        kind: of the error.
 
     Raises:
-        UsageError: in place of an exception that is not a message to the user already.
+        JobError: of that kind, in place of an exception that is not a message to the user already.
     """
     try:
         yield
     except JobError:
         raise
     except Exception as error:
-        raise UsageError(f"{subject}: {in_one_line(error)}") from error
+        raise kind(f"{subject}: {in_one_line(error)}") from error
 
 
 def what_is_wrong(error: ValidationError) -> str:

@@ -50,7 +50,7 @@ class Record(BaseModel, Generic[S, R]):
         results: in the order of their first measurement.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
     # The subcommand, and what may differ between a run and its continuation.
     command: ClassVar[str]
     free: ClassVar[frozenset[str]]
