@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from opacus_bpclip.ab.comparing import compare
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.engine.engine import PrivacyEngine
 from opacus_bpclip.engine.module import BackpropClipModule
@@ -29,6 +30,7 @@ __all__ = [
     "PrivacyViolationError",
     "SeveralOptimizers",
     "clip_inputs",
+    "compare",
     "register",
     "register_rule",
     "unclip_inputs",
