@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,8 +75,7 @@ class Batch:
         """Yield parts of at most this many examples."""
         whole = (self.args, self.kwargs, self.targets)
         for start in range(0, self.size, rows):
-            cut = slice(start, start + rows)
-            yield Batch(*map_leaves(whole, lambda own, cut=cut: _cut(own, cut)))
+            yield Batch(*map_leaves(whole, partial(_cut, rows=slice(start, start + rows))))
 
     def outputs_of(self, model: nn.Module) -> Any:
         """Return what the model makes of it: the logits where the output has some."""

@@ -141,9 +141,9 @@ def compare(
         "optimizer": optimizer,
         "schedule": schedule,
     }
-    names = {field: _name(own) for field, own in given.items() if own is not None}
+    options |= {field: _name(own) for field, own in given.items() if own is not None}
     objects = {field: own for field, own in given.items() if not isinstance(own, str)}
-    job = Comparison(Settings(**names, **options), progress=progress, objects=objects)
+    job = Comparison(Settings(**options), progress=progress, objects=objects)
     output = Output(data=json, resume=resume, plot=plot, progress=progress)
     threads = torch.get_num_threads()
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,8 +39,8 @@ class Criterion(nn.Module):
         self.path = path
         self.ignore_index = getattr(found, "ignore_index", None)
         if hasattr(found, "reduction"):
-            self.losses: Callable[..., Any] = copy.deepcopy(found)
-            self.losses.reduction = "none"  # type: ignore[attr-defined]
+            self.losses: Any = copy.deepcopy(found)
+            self.losses.reduction = "none"
         elif not callable(found) or isinstance(found, nn.Module):
             raise UsageError(f"{path} has no reduction. {_REMEDY}")
         elif "reduction" in inspect.signature(found).parameters:

@@ -125,7 +125,7 @@ def plan_for(settings: Settings, task: Task) -> Plan:
     if settings.batch_size > examples:
         raise UsageError(
             f"--batch-size {settings.batch_size} is larger than the training set of "
-            f"{settings.title} ({examples} examples)"
+            f"{settings.data or settings.title} ({examples} examples)"
         )
     # The loader has the last word on the number of steps, and Opacus's engine asks it as well.
     loader = DPDataLoader.from_data_loader(task.loader(settings.batch_size))

@@ -45,7 +45,7 @@ def optimizer_of(settings: Settings, own: Any) -> MakeOptimizer:
     return lambda parameters: make(parameters, **options)
 
 
-def schedule_of(settings: Settings, own: Any) -> MakeSchedule | None:
+def schedule_of(settings: Settings, own: MakeSchedule | None) -> MakeSchedule | None:
     """Return what makes the schedule of an optimizer and a number of steps; None without one.
 
     Args:
@@ -57,7 +57,7 @@ def schedule_of(settings: Settings, own: Any) -> MakeSchedule | None:
     """
     name = settings.schedule
     if own or name is None:
-        return own  # type: ignore[no-any-return]
+        return own
     make = getattr(torch.optim.lr_scheduler, name, None)
     lengths = [each for each in _LENGTHS if make and each in inspect.signature(make).parameters]
     if make is None or not lengths:

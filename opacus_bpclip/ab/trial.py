@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,7 +46,10 @@ def check(task: Task, settings: Settings) -> None:
         optimizer.step()
     if task.schedule:
         with told_of_users_code(f"--schedule {settings.schedule}"):
-            task.schedule(optimizer, len(task.loader(settings.batch_size))).step()
+            steps = settings.epochs * len(task.loader(settings.batch_size))
+            schedule = task.schedule(optimizer, steps)
+            optimizer.step()
+            schedule.step()
     with told_of_users_code(f"the metric {task.measure.name} on the test set"):
         evaluate(model, task, settings)
 
@@ -51,6 +57,9 @@ def check(task: Task, settings: Settings) -> None:
 @known_warnings_silenced()
 def problem_of(name: str, settings: Settings, plan: Plan, task: Task) -> str:
     """Return in one line why an arm cannot train the model; empty if it takes a step."""
+    if settings.physical_batch_size:
+        # So few that there are several parts.
+        settings = settings.replace(physical_batch_size=min(settings.physical_batch_size, 3))
     try:
         arm = start(name, settings.seeds[0], settings, plan, task, batch_size=_EXAMPLES)
         tried = 0
@@ -65,11 +74,12 @@ def problem_of(name: str, settings: Settings, plan: Plan, task: Task) -> str:
     except CoverageError as error:
         return " ".join(str(error).split())
     except Exception as error:
-        return in_one_line(error)
+        # Some errors print whole tensors.
+        return textwrap.shorten(in_one_line(error), 500, placeholder=" ...")
     return ""
 
 
-def _require_classes(path: str, outputs: object, targets: object) -> None:
+def _require_classes(path: str, outputs: Any, targets: Any) -> None:
     both = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
     if both and targets.is_floating_point() and targets.shape != outputs.shape:
         raise UsageError(

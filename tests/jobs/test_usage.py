@@ -91,7 +91,10 @@ COUNT = "input should be greater than or equal to 1"
         ("ab --bound loose", "--bound loose: input should be 'product', 'weighted' or 'exact'"),
         ("ab --allocation joint", "--allocation joint: input should be 'equal' or 'dimension'"),
         ("ab --accountant zcdp", "--accountant zcdp: input should be 'prv', 'rdp' or 'gdp'"),
-        ("ab --arms ghost", "--arms ghost: input should be 'non-private', 'flat', 'flat+input-c"),
+        (
+            "ab --arms ghostly",
+            "--arms ghostly: input should be 'non-private', 'flat', ",
+        ),
         ("ab --arms flat flat", "--arms flat flat: must not name anything twice"),
         ("ab --seeds 1 1", "--seeds 1 1: must not name anything twice"),
         ("ab --seeds -1", "--seeds -1: input should be greater than or equal to 0"),
