@@ -8,15 +8,17 @@ from opacus_bpclip import compare
 
 
 class Net(nn.Module):
-    """A small model with a parameter of its own, outside of its layers."""
+    """A small model with a parameter and a buffer of its own, outside of its layers."""
 
     def __init__(self):
         super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
         self.scale = nn.Parameter(torch.ones(8))
         self.hidden, self.head = nn.Linear(8, 16), nn.Linear(16, 1)
 
     def forward(self, x):
-        return self.head(torch.tanh(self.hidden(x * self.scale)))
+        """Return a prediction for each example, ``[B, 1]``."""
+        return self.head(torch.tanh(self.hidden((x - self.mean) * self.scale)))
 
 
 def datasets():
@@ -37,9 +39,18 @@ rmse.higher_is_better = False
 
 if __name__ == "__main__":
     table = compare(
-        Net, datasets, loss=nn.MSELoss, metric=rmse, optimizer="Adam", lr=0.02,
+        Net,
+        datasets,
+        loss=nn.MSELoss,
+        metric=rmse,
+        optimizer="Adam",
+        lr=0.02,
         arms=["non-private", "flat", "ghost", "backprop"],
-        epsilon=3.0, delta=1e-3, epochs=2, batch_size=50, seeds=[0, 1],
+        epsilon=3.0,
+        delta=1e-3,
+        epochs=2,
+        batch_size=50,
+        seeds=[0, 1],
     )
     print(table)
     best = min((row for row in table.rows if row.epsilon), key=lambda row: row.metric)

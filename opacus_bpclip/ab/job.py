@@ -108,7 +108,8 @@ class Comparison(Job[ComparisonRecord]):
         if self._objects is None:
             return call_in_child(_train, arm, self._settings, plan, self._progress)
         try:
-            return train_arm(arm, self._settings, plan, self._task, progress=self._progress)
+            result = train_arm(arm, self._settings, plan, self._task, progress=self._progress)
+            return result.without_memory() if self._settings.device == "cpu" else result
         except JobError:
             raise
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import fmean, median
 from typing import ClassVar
 
@@ -173,6 +174,11 @@ class ArmResult(Result):
         peaks = [seed.peak_memory_bytes for seed in self.seeds]
         known = [peak for peak in peaks if peak is not None]
         return max(known) if known and len(known) == len(peaks) else None
+
+    def without_memory(self) -> ArmResult:
+        """Return the same where a process that had done other work cannot tell the memory."""
+        seeds = tuple(replace(seed, peak_memory_bytes=None) for seed in self.seeds)
+        return self.model_copy(update={"seeds": seeds})
 
 
 class ComparisonRecord(Record[Settings, ArmResult]):

@@ -192,7 +192,7 @@ class Settings(Options):
     def title(self) -> str:
         """The data's name for human eyes."""
         name = self.data or DATASETS[self.dataset].title
-        return f"{name}, {self.model}" if self.model else name
+        return f"{name} with {self.model}" if self.model else name
 
     @property
     def factories(self) -> tuple[str, str]:

@@ -78,7 +78,9 @@ def task_of(settings: Settings, objects: Mapping[str, Any] | None = None) -> Tas
 
     def found(field: str, path: str | None) -> Any:
         own = given.get(field)
-        return load_object(path) if own is None and path and ":" in path else own
+        # What has no module is torch's own, where that is meant.
+        theirs = field in ("optimizer", "schedule") and ":" not in (path or "")
+        return load_object(path) if own is None and path and not theirs else own
 
     model = found("model", model_path)
     train, test = _sets(found("data", data_path), data_path, settings.data_root)

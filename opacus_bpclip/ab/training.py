@@ -64,6 +64,8 @@ def train_seed(
         for epoch in range(settings.epochs):
             with memory.watch():
                 loss = _train_epoch(arm, seconds, bar)
+            # Expanded weights evaluate no model that holds per-example gradients.
+            arm.optimizer.zero_grad()
             epochs.append(
                 EpochResult(
                     epoch=epoch + 1,

@@ -6,6 +6,7 @@ import textwrap
 from typing import Any
 
 import torch
+from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor
 
 from opacus_bpclip.ab.batches import Batch
@@ -18,6 +19,8 @@ from opacus_bpclip.jobs.errors import UsageError, in_one_line, told_of_users_cod
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 
 _EXAMPLES = 8
+# In a draw of a batch of 8, or in a few.
+_ENOUGH = 4
 
 
 @known_warnings_silenced()
@@ -59,7 +62,7 @@ def problem_of(name: str, settings: Settings, plan: Plan, task: Task) -> str:
     """Return in one line why an arm cannot train the model; empty if it takes a step."""
     if settings.physical_batch_size:
         # So few that there are several parts.
-        settings = settings.replace(physical_batch_size=min(settings.physical_batch_size, 3))
+        settings = settings.replace(physical_batch_size=min(settings.physical_batch_size, 2))
     try:
         arm = start(name, settings.seeds[0], settings, plan, task, batch_size=_EXAMPLES)
         tried = 0
@@ -69,10 +72,13 @@ def problem_of(name: str, settings: Settings, plan: Plan, task: Task) -> str:
                 if arm.engine or batch.size:
                     step(arm, batch)
                 tried += batch.size
-                if tried and not arm.in_step:
+                if tried >= _ENOUGH and not arm.in_step:
                     break
     except CoverageError as error:
         return " ".join(str(error).split())
+    except UnsupportedModuleError as error:
+        found = error.args[0] if isinstance(error.args[0], list) else error.args
+        return " ".join(f"Opacus: {'; '.join(map(str, found))}".split())
     except Exception as error:
         # Some errors print whole tensors.
         return textwrap.shorten(in_one_line(error), 500, placeholder=" ...")
