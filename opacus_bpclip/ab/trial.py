@@ -86,8 +86,10 @@ def problem_of(name: str, settings: Settings, plan: Plan, task: Task) -> str:
 
 
 def _require_classes(path: str, outputs: Any, targets: Any) -> None:
-    both = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
-    if both and targets.is_floating_point() and targets.shape != outputs.shape:
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return
+    probabilities = targets.shape == outputs.shape and outputs.dim() > 1 and outputs.shape[1] > 1
+    if targets.is_floating_point() and not probabilities:
         raise UsageError(
             f"{path}: the targets are {targets.dtype}, and cross-entropy, the loss without --loss, "
             "takes classes in torch.int64: convert them, or name a --loss, as torch.nn:MSELoss"

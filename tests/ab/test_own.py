@@ -144,7 +144,10 @@ LOSSES = "Private training needs each example's own loss: give a criterion whose
         ({"model": f"{OWN}Net"}, f"{OWN}Net on a batch of {OWN}numbers: RuntimeError: Expected"),
         ({"data": f"{OWN}one_set"}, f"{OWN}one_set makes a tuple of 1, not a training and a test"),
         ({"data": f"{OWN}streams"}, f"{OWN}streams: the training set is a Stream, which has no"),
-        ({"data": f"{OWN}unlabelled"}, f"{OWN}unlabelled: a batch has the keys 'x', and no labels"),
+        (
+            {"data": f"{OWN}unlabelled"},
+            "a batch has the keys 'x', and no labels: name them 'labels'",
+        ),
         ({"loss": None}, f"{OWN}numbers: the targets are torch.float32, and cross-entropy, the lo"),
         ({"loss": f"{OWN}reduced"}, f"{OWN}reduced reduces a batch to a scalar. {LOSSES}"),
         ({"loss": f"{OWN}Net"}, f"{OWN}Net has no reduction. {LOSSES}"),
@@ -155,7 +158,10 @@ LOSSES = "Private training needs each example's own loss: give a criterion whose
         ({"optimizer": "LBFGS"}, "--optimizer LBFGS: TypeError: LBFGS.step() missing 1 required"),
         ({"schedule": "StepLR"}, "--schedule StepLR: no class of torch.optim.lr_scheduler of this"),
         ({"batch_size": 65}, f"--batch-size 65 is larger than the training set of {OWN}numbers ("),
-        ({"epsilon": 1e-9}, "no noise multiplier reaches --epsilon 1e-09 at --delta 0.01 in"),
+        (
+            {"epsilon": 1e-9, "delta": 1e-9},
+            "no noise multiplier reaches --epsilon 1e-09 at --delta",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_training(given, text, monkeypatch):
