@@ -223,12 +223,20 @@ OUTPUT = {"data": Path("r"), "resume": True, "markdown": Path("m"), "progress": 
 TRAINING = {"epsilon": 2.0, "delta": 1e-6, "epochs": 4, "batch_size": 32, "lr": 0.3}
 GIVEN = {
     "ab": {
+        "model": "a:b",
+        "loss": "a:c",
+        "metric": "a:d",
+        "lower_is_better": True,
+        "collate": "a:e",
         "dataset": "mnist",
         "data_root": Path("d"),
         "seeds": (7, 5),
         "arms": ("paper", "flat"),
         **TRAINING,
+        "physical_batch_size": 8,
+        "optimizer": "RMSprop",
         "momentum": 0.5,
+        "schedule": "LinearLR",
         "accountant": "rdp",
         "device": "cuda",
         "threads": 2,
@@ -273,7 +281,7 @@ GIVEN = {
     },
 }
 # They exclude others that are given.
-NOT_GIVEN = {"ab": set(), "audit": {"case", "target", "loss"}, "bench": {"growth"}}
+NOT_GIVEN = {"ab": {"data"}, "audit": {"case", "target", "loss"}, "bench": {"growth"}}
 
 
 @pytest.mark.parametrize("command", MEASURING)
