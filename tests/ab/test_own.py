@@ -1,5 +1,6 @@
 """A user's own model and data: what trains, by which arms, and what the table says."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -118,16 +119,19 @@ def test_a_run_is_continued(tmp_path, monkeypatch):
 def test_the_command_trains_in_processes_that_load_the_same_names(tmp_path, monkeypatch, capfd):
     shutil.copy(Path(stranger.__file__), tmp_path / "strangers_code.py")
     monkeypatch.chdir(tmp_path)
-    own = (
-        "--model strangers_code:Net --data strangers_code:pictures --metric strangers_code:Counted"
-    )
-    rest = "--arms backprop --seeds 0 --epochs 1 --batch-size 16 --plot p.png --no-progress"
+    code = "strangers_code:"
+    own = f"--model {code}Net --data {code}pictures --metric {code}Counted --arms backprop"
+    rest = "--seeds 0 --epochs 1 --batch-size 16 --no-progress --plot p.png --json r.json"
     assert main(["ab", *own.split(), *rest.split()]) == 0
     out, err = capfd.readouterr()
     assert err == ""
-    assert out.startswith("strangers_code:pictures with strangers_code:Net: 64 training and ")
-    assert " 24  24..24 " in out
-    assert (tmp_path / "p.png").stat().st_size > 0
+    assert out.startswith(f"{code}pictures with {code}Net: 64 training and 24 test examples")
+    assert out.splitlines()[-2:] == ["plot: p.png", "data: r.json"]
+    assert Path("p.png").stat().st_size > 0
+    (arm,) = json.loads(Path("r.json").read_text())["results"]
+    assert arm["metric_mean"] == 24
+    assert arm["epsilon"] <= 3.0
+    assert arm["peak_memory_bytes"] < 500 * 2**20
 
 
 LOSSES = "Private training needs each example's own loss: give a criterion whose reduction='none'"

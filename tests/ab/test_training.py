@@ -1,6 +1,5 @@
 """Real training, in this process and in a child: equal terms, and epsilon as Opacus counts it."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from opacus.accountants import PRVAccountant
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip.__main__ import main
 from opacus_bpclip.ab import job, training
 from opacus_bpclip.ab.batches import Batch
 from opacus_bpclip.ab.metrics import Accuracy, value_of
@@ -173,19 +171,6 @@ def test_peak_memory_counts_what_is_gone_again():
     unwatched = torch.ones(2**25)
     assert unwatched.numel() == 2**25
     assert 60 * 2**20 < memory.bytes < 100 * 2**20
-
-
-def test_command_in_a_child_process(tmp_path, capfd):
-    path, plot = tmp_path / "r.json", tmp_path / "r.png"
-    options = ["--arms", "backprop", "--seeds", "0", "--epochs", "1", "--epsilon", "1"]
-    assert main(["ab", *options, "--no-progress", "--json", str(path), "--plot", str(plot)]) == 0
-    out, err = capfd.readouterr()
-    assert err == ""
-    assert out.splitlines()[-2:] == [f"plot: {plot}", f"data: {path}"]
-    assert plot.stat().st_size > 0
-    (arm,) = json.loads(path.read_text())["results"]
-    assert arm["epsilon"] <= 1.0
-    assert arm["peak_memory_bytes"] < 500 * 2**20
 
 
 def test_an_arm_that_fails_in_training_leaves_a_note_and_the_others_train(monkeypatch):
