@@ -118,8 +118,8 @@ def compare(
     Examples:
         >>> data = torch.utils.data.TensorDataset(torch.randn(32, 4), torch.randint(2, (32,)))
         >>> table = compare(
-        ...     nn.Linear(4, 2), (data, data), arms=["flat", "backprop"], seeds=[0], epochs=2,
-        ...     batch_size=32, delta=1e-2,
+        ...     nn.Linear(4, 2), (data, data), arms=["flat", "backprop"], seeds=[0], epochs=1,
+        ...     batch_size=16, delta=1e-2,
         ... )
         >>> [(row.arm, round(row.epsilon)) for row in table.rows]
         [('flat', 3), ('backprop', 3)]
