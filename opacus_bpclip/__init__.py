@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opacus_bpclip.ab.comparing import compare
     from opacus_bpclip.config import BackpropClipping
     from opacus_bpclip.engine.engine import PrivacyEngine
     from opacus_bpclip.engine.module import BackpropClipModule
@@ -31,6 +32,7 @@ __all__ = [
     "PrivacyViolationError",
     "SeveralOptimizers",
     "clip_inputs",
+    "compare",
     "register",
     "register_rule",
     "unclip_inputs",
@@ -49,6 +51,7 @@ _HOMES = {
     "PrivacyViolationError": "errors",
     "SeveralOptimizers": "optimizer.several",
     "clip_inputs": "model.input_clipping",
+    "compare": "ab.comparing",
     "register": "engine.registration",
     "register_rule": "rules",
     "unclip_inputs": "model.input_clipping",

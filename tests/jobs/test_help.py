@@ -17,7 +17,7 @@ app = program()
 @pytest.mark.parametrize(
     ("command", "texts"),
     [
-        ("ab", ["[default: digits 3, mnist 1, fashion-mnist 1, cifar10 3]"]),
+        ("ab", ["[default: digits 3, mnist 1, fashion-mnist 1, cifar10 3, --data 3]"]),
         ("audit", ["sequence-linear", "3 no violation, but the audit was too weak."]),
         ("bench", ["[default: cnn26k resnet18-gn transformer mlp transformer-512]"]),
         ("inspect", ["[default: exact]", "torchvision.models:resnet18"]),

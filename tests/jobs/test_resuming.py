@@ -16,7 +16,7 @@ from opacus_bpclip.bench import job as bench
 from opacus_bpclip.bench.settings import BenchOutput
 from opacus_bpclip.bench.settings import Settings as Bench
 from opacus_bpclip.jobs import environment
-from opacus_bpclip.jobs.errors import ChildError, JobError, UsageError
+from opacus_bpclip.jobs.errors import JobError, UsageError
 from opacus_bpclip.jobs.running import measured, page, run
 from opacus_bpclip.jobs.settings import Output
 from tests.ab.results import PLAN, arm_result
@@ -34,7 +34,7 @@ class Measurements:
     def __call__(self, *args, **options):
         key = self.key_of(args)
         if key == self.fail_at:
-            raise ChildError("out of luck")
+            raise JobError("out of luck")
         self.asked.append(key)
         return self.result(key)
 
@@ -60,8 +60,10 @@ class Case:
 def ab_case(monkeypatch):
     stub = Measurements(arm_result, lambda args: args[1])
     monkeypatch.setattr(ab, "call_in_child", stub)
-    monkeypatch.setattr(ab, "load", lambda dataset, root: None)
-    monkeypatch.setattr(ab, "plan_for", lambda settings, data: PLAN)
+    monkeypatch.setattr(ab, "task_of", lambda settings, objects: None)
+    monkeypatch.setattr(ab, "plan_for", lambda settings, task: PLAN)
+    monkeypatch.setattr(ab.trial, "check", lambda task, settings: None)
+    monkeypatch.setattr(ab.trial, "problem_of", lambda *args: "")
     settings = Comparison(epochs=2, seeds=(0, 1), arms=ARMS[:3])
     less, other = {"arms": ARMS[:2], "data_root": "elsewhere"}, {"lr": 0.2, "seeds": (0, 1, 2)}
     difference = "seeds [0, 1] there, [0, 1, 2] now; lr 0.1 there, 0.2 now"

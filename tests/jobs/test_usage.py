@@ -114,7 +114,7 @@ def test_a_wrong_value_is_told_with_its_option_and_what_it_must_be(line, text, c
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("ab --arms ghost", "--arms ghost: must be 'non-private', 'flat', 'flat+input-c"),
+        ("ab --arms ghostly", "--arms ghostly: must be 'non-private', 'flat', 'flat+in"),
         ("ab --bound product", "--bound product needs a number for --max-input-norm"),
         ("ab --lr 0 --epochs 0", "--epochs 0: must be greater than or equal to 1; --lr 0: must be"),
         (
@@ -218,9 +218,10 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
 
 
 GIVEN = {
-    "ab": """--dataset mnist --data-root d --seeds 7 5 --arms paper flat --epsilon 2.0 --delta 1e-06
-        --epochs 4 --batch-size 32 --lr 0.3 --momentum 0.5 --accountant rdp --device cuda
-        --threads 2 --precision bfloat16 --max-grad-norm 0.1 --max-input-norm 4.0 --bound weighted
+    "ab": """--model a:b --loss a:c --metric a:d --lower-is-better --collate a:e --dataset mnist
+        --data-root d --seeds 7 5 --arms paper flat --epsilon 2.0 --delta 1e-06 --epochs 4
+        --batch-size 32 --physical-batch-size 8 --optimizer RMSprop --lr 0.3 --momentum 0.5
+        --schedule LinearLR --accountant rdp --device cuda --threads 2 --precision bfloat16 --max-grad-norm 0.1 --max-input-norm 4.0 --bound weighted
         --allocation equal --normalize --plot none""",
     "audit": """--allocation equal --bound exact --seed 7 --loss-reduction sum --full --trials 500
         --noise-multiplier 2.0 --max-grad-norm 3.0 --max-input-norm none --alpha 0.01 --delta 1e-06
