@@ -221,7 +221,8 @@ GIVEN = {
     "ab": """--model a:b --loss a:c --metric a:d --lower-is-better --collate a:e --dataset mnist
         --data-root d --seeds 7 5 --arms paper flat --epsilon 2.0 --delta 1e-06 --epochs 4
         --batch-size 32 --physical-batch-size 8 --optimizer RMSprop --lr 0.3 --momentum 0.5
-        --schedule LinearLR --accountant rdp --device cuda --threads 2 --precision bfloat16 --max-grad-norm 0.1 --max-input-norm 4.0 --bound weighted
+        --schedule LinearLR --accountant rdp --device cuda --threads 2 --precision bfloat16
+        --max-grad-norm 0.1 --max-input-norm 4.0 --bound weighted
         --allocation equal --normalize --plot none""",
     "audit": """--allocation equal --bound exact --seed 7 --loss-reduction sum --full --trials 500
         --noise-multiplier 2.0 --max-grad-norm 3.0 --max-input-norm none --alpha 0.01 --delta 1e-06
