@@ -31,11 +31,11 @@ def refuse(trainer: Any) -> None:
             raise ValueError(f"{name} {text}")
 
 
-_FP16 = (
+GRAD_SCALER = (
     "needs a GradScaler, which multiplies the loss by a number that depends on the data, so the "
-    "clipped gradients would have another scale than the noise. Train with bf16=True, or in "
-    "float32."
+    "clipped gradients would have another scale than the noise."
 )
+_FP16 = f"{GRAD_SCALER} Train with bf16=True, or in float32."
 _FIND_BATCH_SIZE = (
     "begins again after an out-of-memory error, with another batch size: steps would be lost, and "
     "the size of a private sample would decide the batch size. Choose a small "

@@ -1,0 +1,31 @@
+"""Each integration trains one model on two processes: one noise, one accountant's entry a step."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+
+
+@pytest.mark.slow  # each starts two processes
+@pytest.mark.parametrize("script", ["trainer", "lightning", "accelerate"])
+def test_two_processes_train_one_model(script: str) -> None:
+    file = FOLDER / f"{script}_processes.py"
+    command = f"-m torch.distributed.run --standalone --nproc-per-node 2 {file}"
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = set(re.findall(r"^found .*$", done.stdout, re.M))
+    assert done.stdout.count(line) == 2
+    assert "[(1.0, 0.25, 4)]" in line
