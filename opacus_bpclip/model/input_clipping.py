@@ -110,9 +110,7 @@ class RemovedClips:
 def remove_input_clips(model: nn.Module) -> RemovedClips:
     """Remove every input clip from a model; call the result to put them back."""
     removed = [
-        (table, key, table[key])
-        for module in model.modules()
-        for table, key in _entries_of(module)
+        (table, key, table[key]) for module in model.modules() for table, key in _entries_of(module)
     ]
     for table, key, _ in removed:
         del table[key]

@@ -1,4 +1,4 @@
-"""The norm of clipped inputs in a layer's state, which a layer without the clipping refuses to load.
+"""The norm of clipped inputs in a layer's state, which layers without the clipping refuse to load.
 
 Weights that were trained with clipped inputs compute something else without them, and a state holds
 weights alone. So it gets an entry more, by which ``load_state_dict`` raises an error unless the
@@ -46,8 +46,8 @@ class SavedNorm:
         saved = state.pop(prefix + KEY, None)
         if saved is not None and float(saved) != float(torch.tensor(self.max_norm)):
             warnings.warn(
-                f"The weights of {prefix.rstrip('.') or 'the model'} were saved with inputs clipped "
-                f"to {float(saved):.4g}, and are loaded where they are clipped to "
+                f"The weights of {prefix.rstrip('.') or 'the model'} were saved with inputs "
+                f"clipped to {float(saved):.4g}, and are loaded where they are clipped to "
                 f"{self.max_norm:.4g}. Call opacus_bpclip.clip_inputs(model, {float(saved):.4g}).",
                 stacklevel=2,
             )

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import PrivacyEngine
-from tests.integrations.tiny import flat
+from tests.integrations.plain import flat
 
 accelerator = Accelerator(cpu=True)
 torch.manual_seed(accelerator.process_index)  # the wrapper makes the copies equal

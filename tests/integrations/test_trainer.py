@@ -12,8 +12,9 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from opacus_bpclip.integrations.transformers import PrivacyArguments
-from tests.integrations.tiny import Texts, arguments, bert, flat, gpt2, trainer
+from opacus_bpclip.integrations.transformers import PrivacyArguments, PrivateTrainer
+from tests.integrations.plain import PRIVACY, flat
+from tests.integrations.tiny import LENGTH, TOKENS, Texts, arguments, bert, gpt2, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
@@ -38,14 +39,22 @@ def summed(folder: Path, count: int, *, clip: float = 1e-2, **options: Any) -> T
     return (before - flat(model)) * count
 
 
-@pytest.mark.parametrize(("physical", "parts"), [(12, 1), (2, 6)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 12},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6},
+        {
+            "per_device_train_batch_size": 12,
+            "torch_compile": True,
+            "torch_compile_backend": "aot_eager",
+        },
+    ],
+    ids=["whole", "parts", "compiled"],
+)
 def test_one_example_moves_a_step_by_no_more_than_the_claim(
-    tmp_path: Path, physical: int, parts: int
+    tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    options = {
-        "per_device_train_batch_size": physical,
-        "gradient_accumulation_steps": parts,
-    }
     moved = summed(tmp_path, 6, **options) - summed(tmp_path, 5, **options)
     # The limit is far below the gradients' norms, so it is reached.
     assert 0.99 * 1e-2 < float(moved.norm()) < 1.01 * 1e-2
@@ -59,13 +68,19 @@ def test_physical_batches_add_up_to_their_logical_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [bert, gpt2])
+@pytest.mark.parametrize("model", [pytest.param(bert, marks=pytest.mark.slow), gpt2])
 def test_a_run_spends_its_target_in_the_steps_that_are_planned(tmp_path: Path, model: Any) -> None:
     run = trainer(
         tmp_path,
         model=model(),
         data=Texts(32, next_token=model is gpt2),
-        privacy={"noise_multiplier": None, "target_epsilon": 6.0, "backprop": None},
+        # The only run here with trials and the default accountant.
+        privacy={
+            "noise_multiplier": None,
+            "target_epsilon": 6.0,
+            "backprop": None,
+            "accountant": "prv",
+        },
         gradient_accumulation_steps=2,
         num_train_epochs=2,
         logging_steps=4,
@@ -191,3 +206,39 @@ def test_arguments_that_do_not_go_with_privacy_are_refused(
 def test_impossible_privacy_is_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(text)):
         PrivacyArguments(**options)
+
+
+class Pairs(Texts):
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = super().__getitem__(index)
+        return {**item, "labels": item["input_ids"]}
+
+
+class PrivateSeq2SeqTrainer(PrivateTrainer, hf.Seq2SeqTrainer):
+    pass
+
+
+def test_a_trainer_of_another_kind_combines_with_it(tmp_path: Path) -> None:
+    config = hf.T5Config(
+        vocab_size=TOKENS,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    args = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "max_steps": 2}
+    run = PrivateSeq2SeqTrainer(
+        model=hf.T5ForConditionalGeneration(config),
+        args=hf.Seq2SeqTrainingArguments(
+            **args, per_device_train_batch_size=4, predict_with_generate=True
+        ),
+        train_dataset=Pairs(16),
+        eval_dataset=Pairs(4),
+        compute_metrics=lambda found: {"length": found.predictions.shape[1]},
+        privacy=PrivacyArguments(**PRIVACY),
+    )
+    run.train()
+    assert run.engine.accountant.history == [(1.0, 0.25, 2)]
+    assert run.evaluate(max_length=LENGTH)["eval_length"] == LENGTH

@@ -10,11 +10,10 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.integrations.transformers import PrivacyArguments, PrivateTrainer
+from tests.integrations.plain import CLASSES, PRIVACY
 
-TOKENS, LENGTH, CLASSES = 48, 8, 3
-NO_TRIALS = BackpropClipping(probe=False)
+TOKENS, LENGTH = 48, 8
 
 
 class Texts(Dataset[dict[str, Tensor]]):
@@ -82,16 +81,11 @@ def trainer(
     **options: Any,
 ) -> PrivateTrainer:
     """Return a private trainer; ``options`` are training arguments."""
-    usual = {"target_delta": 1e-3, "noise_multiplier": 1.0, "backprop": NO_TRIALS}
     return PrivateTrainer(
         model=model or bert(),
         args=arguments(folder, **options),
         train_dataset=data or Texts(32),
         eval_dataset=Texts(8, next_token=isinstance(model, hf.GPT2LMHeadModel)),
         optimizers=optimizers,
-        privacy=PrivacyArguments(**{**usual, **(privacy or {})}),
+        privacy=PrivacyArguments(**{**PRIVACY, **(privacy or {})}),
     )
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])

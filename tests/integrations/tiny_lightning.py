@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip.integrations.lightning import PrivacyArguments, PrivateTrainer
-from tests.integrations.tiny import CLASSES, NO_TRIALS
+from tests.integrations.plain import CLASSES, PRIVACY
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -56,7 +56,8 @@ class Net(L.LightningModule):
 
 
 def data(count: int, *, batch_size: int) -> DataLoader[Any]:
-    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(1))
+    """Return a loader of the first ``count`` of some examples."""
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))[:count]
     return DataLoader(TensorDataset(x, torch.arange(count) % CLASSES), batch_size=batch_size)
 
 
@@ -64,7 +65,6 @@ def trainer(
     folder: Path, *, privacy: dict[str, Any] | None = None, **options: Any
 ) -> PrivateTrainer:
     """Return a private trainer; ``options`` are those of Lightning's, or its own."""
-    usual = {"target_delta": 1e-3, "noise_multiplier": 1.0, "backprop": NO_TRIALS}
     quiet = {
         "accelerator": "cpu",
         "default_root_dir": folder,
@@ -75,5 +75,5 @@ def trainer(
         "max_epochs": 2,
     }
     return PrivateTrainer(
-        privacy=PrivacyArguments(**{**usual, **(privacy or {})}), **{**quiet, **options}
+        privacy=PrivacyArguments(**{**PRIVACY, **(privacy or {})}), **{**quiet, **options}
     )

@@ -3,7 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from tests.integrations.tiny import flat, trainer
+from tests.integrations.plain import flat
+from tests.integrations.tiny import trainer
 
 with tempfile.TemporaryDirectory() as folder:
     run = trainer(Path(folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from opacus_bpclip.engine.engine import PrivacyEngine
 from opacus_bpclip.integrations.arguments import PrivacyArguments
@@ -76,11 +76,25 @@ class PrivateTrainer(Trainer):
         """Return the epsilon that the run has spent, at ``target_delta``."""
         return self._spending.epsilon
 
-    def fit(self, *args: Any, **kwargs: Any) -> None:
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Train privately; the arguments are ``Trainer``'s.
 
-        With ``ckpt_path``, the checkpoint's steps, and those of the run's other checkpoints beside
-        it, count as spent.
+        Args:
+            model: the module.
+            train_dataloaders: one loader, or a data module.
+            val_dataloaders: the loaders of the validation.
+            datamodule: a data module; Opacus's ``DPLightningDataModule`` is not needed.
+            ckpt_path: a checkpoint to go on from. Its steps, and those of the run's other
+                checkpoints beside it, count as spent.
+            **kwargs: further arguments of ``Trainer.fit``.
 
         Raises:
             CoverageError: the model cannot be trained privately.
@@ -89,7 +103,8 @@ class PrivateTrainer(Trainer):
         """
         self._fit.begin()
         try:
-            super().fit(*args, **kwargs)
+            data, datamodule = _inside(train_dataloaders), _inside(datamodule)
+            super().fit(model, data, val_dataloaders, datamodule, ckpt_path, **kwargs)
         finally:
             self._fit.end()
 
@@ -98,3 +113,9 @@ class PrivateTrainer(Trainer):
         if self.is_global_zero:
             self._spending.save(Path(filepath).with_suffix(SUFFIX))
         super().save_checkpoint(filepath, *args, **kwargs)
+
+
+def _inside(data: Any) -> Any:
+    """Return the data module inside of Opacus's, which is one of the package pytorch_lightning."""
+    inside = getattr(data, "datamodule", None)
+    return inside if isinstance(inside, LightningDataModule) else data
