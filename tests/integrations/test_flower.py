@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 pytest.importorskip("flwr", reason="Flower is no part of the development environment")
 
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, Metadata, RecordDict
 
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/flower_clients.py"
 ROUND = [1.0, 0.1, 10]
@@ -33,7 +34,18 @@ def reply_of(names: dict[str, Any], number: int = 0) -> RecordDict:
     """Return a client's reply to one round."""
     context = Context(1, number, {"partition-id": number}, RecordDict(), {})
     start = RecordDict({"arrays": ArrayRecord(torch.nn.Linear(20, 2).state_dict())})
-    return names["train"](Message(start, dst_node_id=number, message_type="train"), context).content
+    to_client = Metadata(
+        run_id=1,
+        message_id="",
+        src_node_id=9,
+        dst_node_id=number,
+        reply_to_message_id="",
+        group_id="",
+        created_at=time.time(),
+        ttl=60.0,
+        message_type="train",
+    )
+    return names["train"](Message(start, metadata=to_client), context).content
 
 
 def test_one_accountant_counts_the_rounds_of_each_client(names: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opacus_bpclip.integrations.transformers import PrivacyArguments, PrivateTrainer
 from tests.integrations.plain import PRIVACY, flat
-from tests.integrations.tiny import LENGTH, TOKENS, Texts, arguments, bert, gpt2, trainer
+from tests.integrations.tiny import TOKENS, Texts, arguments, bert, gpt2, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
@@ -44,13 +44,8 @@ def summed(folder: Path, count: int, *, clip: float = 1e-2, **options: Any) -> T
     [
         {"per_device_train_batch_size": 12},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6},
-        {
-            "per_device_train_batch_size": 12,
-            "torch_compile": True,
-            "torch_compile_backend": "aot_eager",
-        },
     ],
-    ids=["whole", "parts", "compiled"],
+    ids=["whole", "parts"],
 )
 def test_one_example_moves_a_step_by_no_more_than_the_claim(
     tmp_path: Path, options: dict[str, Any]
@@ -185,6 +180,7 @@ def test_evaluation_is_the_librarys_own(tmp_path: Path) -> None:
         ({"auto_find_batch_size": True}, "auto_find_batch_size begins again after an out-of-"),
         ({"train_sampling_strategy": "group_by_length"}, "Leave train_sampling_strategy out."),
         ({"fp16": True}, "fp16 needs a GradScaler"),
+        ({"torch_compile": True}, "Leave torch_compile out. In a loop of your own, compile what"),
         ({"max_grad_norm": 0.0}, "Expected max_grad_norm=0.0 to be a finite number > 0."),
     ],
 )
@@ -218,6 +214,7 @@ class PrivateSeq2SeqTrainer(PrivateTrainer, hf.Seq2SeqTrainer):
     pass
 
 
+@pytest.mark.slow  # trials find the functions that T5 calls on its position tables
 def test_a_trainer_of_another_kind_combines_with_it(tmp_path: Path) -> None:
     config = hf.T5Config(
         vocab_size=TOKENS,
@@ -236,9 +233,9 @@ def test_a_trainer_of_another_kind_combines_with_it(tmp_path: Path) -> None:
         ),
         train_dataset=Pairs(16),
         eval_dataset=Pairs(4),
-        compute_metrics=lambda found: {"length": found.predictions.shape[1]},
+        compute_metrics=lambda found: {"axes": found.predictions.ndim},
         privacy=PrivacyArguments(**PRIVACY),
     )
     run.train()
     assert run.engine.accountant.history == [(1.0, 0.25, 2)]
-    assert run.evaluate(max_length=LENGTH)["eval_length"] == LENGTH
+    assert run.evaluate()["eval_axes"] == 2  # generated tokens; logits have three
