@@ -198,6 +198,12 @@ def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, max_epochs=-1).fit(Net(), data(8, batch_size=8))
 
 
+def test_several_loaders_are_refused(tmp_path: Path) -> None:
+    loaders = [data(8, batch_size=8), data(8, batch_size=8)]
+    with pytest.raises(ValueError, match=r"Expected one training data loader, not list: .* Pass"):
+        trainer(tmp_path, max_epochs=1).fit(Net(), loaders)
+
+
 class TwoOptimizers(Net):
     together = False
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.integrations.lightning.model import model_of
-from opacus_bpclip.integrations.lightning.parts import Samples, step_in_parts
+from opacus_bpclip.integrations.lightning.parts import Samples, require_automatic, step_in_parts
 from opacus_bpclip.integrations.lightning.replicas import replicated
 from opacus_bpclip.integrations.spending import UNKNOWN_STEPS
 
@@ -102,39 +103,60 @@ class PrivateFit(Callback):
         return optimizer.noise_multiplier, optimizer.step_hook.sample_rate, self._private.steps
 
     def _make_private(self, trainer: Trainer, module: LightningModule) -> _Private:
-        private, engine = self.trainer.privacy, self.trainer.engine
-        trainer.fit_loop.setup_data()
-        loader = trainer.train_dataloader
-        planned = trainer.estimated_stepping_batches
-        if math.isinf(planned):
-            raise ValueError("The number of steps has no end. Pass max_epochs or max_steps.")
-        sampling, noise = private.generators(module.device)
-        loader.generator = sampling
+        rows = self.trainer.max_physical_batch_size
+        if rows is not None:
+            require_automatic(module)
+        loader, planned = _loader_of(trainer), _planned(trainer)
         criterion = self.trainer.criterion and getattr(module, self.trainer.criterion)
-        made = engine.make_private(
-            module=replicated(model_of(module.train()), trainer.world_size),
-            optimizer=_only(trainer.optimizers),
-            criterion=criterion,
-            data_loader=loader,
-            noise_multiplier=private.noise_for(1 / len(loader), int(planned)),
-            max_grad_norm=self.trainer.max_grad_norm,
-            clipping="backprop",
-            backprop=private.backprop,
-            noise_generator=None if private.secure_mode else noise,
-            wrap_model=False,
-        )
-        hooks, optimizer, loader = made[0], made[1], made[-1]
+        private = self.trainer.privacy
+        theirs = loader.generator
+        loader.generator, noise = private.generators(module.device)
+        try:
+            made = self.trainer.engine.make_private(
+                module=replicated(model_of(module.train()), trainer.world_size),
+                optimizer=_only(trainer.optimizers),
+                criterion=criterion,
+                data_loader=loader,
+                noise_multiplier=private.noise_for(1 / len(loader), planned),
+                max_grad_norm=self.trainer.max_grad_norm,
+                clipping="backprop",
+                backprop=private.backprop,
+                noise_generator=None if private.secure_mode else noise,
+                wrap_model=False,
+            )
+        finally:
+            loader.generator = theirs
+        hooks, optimizer, samples = made[0], made[1], Samples(made[-1])
         trainer.optimizers = [optimizer]
         if criterion is not None:
             setattr(module, self.trainer.criterion, made[2])
-        samples = Samples(loader)
-        if self.trainer.max_physical_batch_size is not None:
-            loader.in_parts(self.trainer.max_physical_batch_size)
+        if rows is not None:
+            samples.loader.in_parts(rows)
             step_in_parts(module, optimizer, samples)
         # As Lightning attaches a loader that was passed to `fit`.
         trainer.fit_loop._data_source.instance = samples
         trainer.fit_loop._combined_loader = None
-        return _Private(hooks, module, optimizer, criterion, int(planned))
+        return _Private(hooks, module, optimizer, criterion, planned)
+
+
+def _loader_of(trainer: Trainer) -> DataLoader[Any]:
+    trainer.fit_loop.setup_data()
+    loader = trainer.train_dataloader
+    if isinstance(loader, DataLoader):
+        return loader
+    raise ValueError(
+        f"Expected one training data loader, not {type(loader).__name__}: the accountant counts "
+        "each step as one Poisson sample of one data set. Pass one torch.utils.data.DataLoader, "
+        "over a data set that holds all items."
+    )
+
+
+def _planned(trainer: Trainer) -> int:
+    """Return the number of steps that a whole run takes."""
+    planned = trainer.estimated_stepping_batches
+    if math.isinf(planned):
+        raise ValueError("The number of steps has no end. Pass max_epochs or max_steps.")
+    return int(planned)
 
 
 def _only(optimizers: list[Optimizer]) -> Optimizer:

@@ -44,16 +44,7 @@ def step_in_parts(
         module: its ``training_step`` is replaced, until ``del module.training_step``.
         optimizer: collects the sums of all physical batches but the last.
         samples: draws the physical batches after the first.
-
-    Raises:
-        ValueError: the module steps its optimizer itself.
     """
-    if not module.automatic_optimization:
-        raise ValueError(
-            "max_physical_batch_size needs automatic optimization. In manual optimization, split "
-            "the batch in training_step, and take a step for each part, before which "
-            "self.optimizers().signal_skip_step(do_skip) says whether more parts follow."
-        )
     step = module.training_step
     strategy = module.trainer.strategy
 
@@ -69,6 +60,20 @@ def step_in_parts(
         return step(batch, *args, **kwargs)
 
     module.training_step = whole_step
+
+
+def require_automatic(module: LightningModule) -> None:
+    """Refuse to split the samples of a module that steps its optimizer itself.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not module.automatic_optimization:
+        raise ValueError(
+            "max_physical_batch_size needs automatic optimization. In manual optimization, split "
+            "the batch in training_step, and take a step for each part, before which "
+            "self.optimizers().signal_skip_step(do_skip) says whether more parts follow."
+        )
 
 
 def _backward(strategy: Any, loss: Tensor) -> None:

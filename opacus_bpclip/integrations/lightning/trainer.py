@@ -110,7 +110,7 @@ class PrivateTrainer(Trainer):
 
     def save_checkpoint(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint, which says what was spent, and beside it a file that says so, too."""
-        if self.is_global_zero:
+        if self.is_global_zero and "://" not in str(filepath):
             self._spending.save(Path(filepath).with_suffix(SUFFIX))
         super().save_checkpoint(filepath, *args, **kwargs)
 
