@@ -26,4 +26,4 @@ for x, y in loader:
     optimizer.zero_grad()
     accelerator.backward(nn.functional.cross_entropy(private(x), y))
     optimizer.step()
-print("found", engine.accountant.history, float(flat(plain).sum()), flush=True)
+print("found", engine.accountant.history, float(flat(plain).sum()), ";", flush=True)

@@ -10,5 +10,5 @@ with tempfile.TemporaryDirectory() as folder:
     net = Net()
     run = trainer(Path(folder), max_epochs=1, strategy="ddp", devices=2, max_physical_batch_size=2)
     run.fit(net, data(32, batch_size=8))
-    print("found", run.engine.accountant.history, float(flat(net).sum()), flush=True)
+    print("found", run.engine.accountant.history, float(flat(net).sum()), ";", flush=True)
     run.save_checkpoint(Path(folder) / "both.ckpt")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("flwr", reason="Flower is no part of the development environment")
+pytest.importorskip("flwr", reason="there is no Flower for Python 3.10")
 
 from flwr.app import ArrayRecord, Context, Message, Metadata, RecordDict
 

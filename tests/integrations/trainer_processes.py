@@ -10,4 +10,4 @@ with tempfile.TemporaryDirectory() as folder:
     run = trainer(Path(folder))
     run.train()
     # Both have the same model, so one noise, and count the same steps.
-    print("found", run.engine.accountant.history, float(flat(run.model).sum()), flush=True)
+    print("found", run.engine.accountant.history, float(flat(run.model).sum()), ";", flush=True)
