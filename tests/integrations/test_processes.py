@@ -27,6 +27,6 @@ def test_two_processes_train_one_model(script: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = re.findall(r"found ([^;]*);", done.stdout)  # on one line, if both print at once
-    assert len(lines) == 2
+    assert len(lines) == 2, done.stdout
     assert len(set(lines)) == 1
     assert lines[0].startswith("[(1.0, 0.25, 4)]")

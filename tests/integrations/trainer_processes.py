@@ -6,8 +6,9 @@ from pathlib import Path
 from tests.integrations.plain import flat
 from tests.integrations.tiny import trainer
 
-with tempfile.TemporaryDirectory() as folder:
-    run = trainer(Path(folder))
-    run.train()
-    # Both have the same model, so one noise, and count the same steps.
-    print("found", run.engine.accountant.history, float(flat(run.model).sum()), ";", flush=True)
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        run = trainer(Path(folder))
+        run.train()
+        # Both have the same model, so one noise, and count the same steps.
+        print("found", run.engine.accountant.history, float(flat(run.model).sum()), ";", flush=True)
