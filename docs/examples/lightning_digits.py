@@ -34,15 +34,15 @@ x, y = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
 data = TensorDataset(x.float() / 16, y)
 train, test = torch.utils.data.random_split(data, [1500, 297])
 trainer = PrivateTrainer(
-    max_epochs=10,
+    max_epochs=6,
     precision="bf16-mixed",
     privacy=PrivacyArguments(target_epsilon=3.0, target_delta=1e-4),
     max_grad_norm=1.0,
-    max_physical_batch_size=64,
+    max_physical_batch_size=128,
     criterion="criterion",
     logger=False,
     accelerator="cpu",
 )
-trainer.fit(Digits(), DataLoader(train, batch_size=150), DataLoader(test, batch_size=297))
+trainer.fit(Digits(), DataLoader(train, batch_size=300), DataLoader(test, batch_size=297))
 accuracy = float(trainer.callback_metrics["accuracy"])
 print(f"accuracy {accuracy:.2f}, epsilon {trainer.epsilon:.2f} at delta 1e-4")

@@ -116,10 +116,8 @@ def test_a_pretrained_model_says_that_its_clipping_is_missing(
     assert "clip_inputs.max_input_norm" in "".join(said)
 
 
-@pytest.mark.parametrize(
-    "max_input_norm",
-    [pytest.param(None, marks=pytest.mark.slow), 0.5],  # the exporter takes its time
-)
+@pytest.mark.slow  # the exporter takes its time; torch.export, which it begins with, is above
+@pytest.mark.parametrize("max_input_norm", [None, 0.5])
 def test_onnx_computes_what_the_trained_model_does(
     tmp_path: Path, max_input_norm: float | None
 ) -> None:
@@ -174,7 +172,7 @@ def test_a_saved_model_computes_what_the_trained_one_does(tmp_path: Path) -> Non
     assert not torch.equal(loaded(**ids()).logits, bert().eval()(**ids()).logits)
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_adapters_train_save_reload_and_merge(tmp_path: Path, dora: bool) -> None:
     config = peft.LoraConfig(
         task_type="SEQ_CLS", r=2, target_modules=["query", "value"], use_dora=dora

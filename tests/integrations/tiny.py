@@ -22,10 +22,11 @@ class Texts(Dataset[dict[str, Tensor]]):
     Args:
         count: the number of examples.
         next_token: whether every token is a label.
+        positions: whether they have position ids, with which there is less to try out.
     """
 
-    def __init__(self, count: int, *, next_token: bool = False) -> None:
-        self.count, self.next_token = count, next_token
+    def __init__(self, count: int, *, next_token: bool = False, positions: bool = True) -> None:
+        self.count, self.next_token, self.positions = count, next_token, positions
 
     def __len__(self) -> int:
         return self.count
@@ -34,7 +35,8 @@ class Texts(Dataset[dict[str, Tensor]]):
         drawn = torch.Generator().manual_seed(index)
         ids = torch.randint(3, TOKENS, (LENGTH,), generator=drawn)
         labels = ids if self.next_token else ids[0] % CLASSES
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        item = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return {**item, "position_ids": torch.arange(LENGTH)} if self.positions else item
 
 
 def bert(**options: Any) -> nn.Module:
