@@ -27,4 +27,4 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         accelerator.backward(nn.functional.cross_entropy(private(x), y))
         optimizer.step()
-    print("found", engine.accountant.history, float(flat(plain).sum()), ";", flush=True)
+    print(f"found {engine.accountant.history} {float(flat(plain).sum())};", flush=True)

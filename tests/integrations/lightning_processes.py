@@ -13,5 +13,5 @@ if __name__ == "__main__":
             Path(folder), max_epochs=1, strategy="ddp", devices=2, max_physical_batch_size=2
         )
         run.fit(net, data(32, batch_size=8))
-        print("found", run.engine.accountant.history, float(flat(net).sum()), ";", flush=True)
+        print(f"found {run.engine.accountant.history} {float(flat(net).sum())};", flush=True)
         run.save_checkpoint(Path(folder) / "both.ckpt")

@@ -11,4 +11,4 @@ if __name__ == "__main__":
         run = trainer(Path(folder))
         run.train()
         # Both have the same model, so one noise, and count the same steps.
-        print("found", run.engine.accountant.history, float(flat(run.model).sum()), ";", flush=True)
+        print(f"found {run.engine.accountant.history} {float(flat(run.model).sum())};", flush=True)
