@@ -44,7 +44,8 @@ class SavedNorm:
     def read(self, _: nn.Module, state: State, prefix: str, *__: Any) -> None:
         """Take the norm out; warn if it is another one. Weights of a model without it may load."""
         saved = state.pop(prefix + KEY, None)
-        if saved is not None and float(saved) != float(torch.tensor(self.max_norm)):
+        # Weights may have been saved in low precision, this number with them.
+        if saved is not None and saved != torch.tensor(self.max_norm, dtype=saved.dtype):
             warnings.warn(
                 f"The weights of {prefix.rstrip('.') or 'the model'} were saved with inputs "
                 f"clipped to {float(saved):.4g}, and are loaded where they are clipped to "

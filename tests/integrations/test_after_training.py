@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ def test_weights_of_clipped_inputs_do_not_load_without_the_clipping(cleaned: boo
     with pytest.warns(UserWarning, match=r"inputs clipped to 0\.5, and are loaded where they are"):
         clip_inputs(copy.deepcopy(fresh), 0.25).load_state_dict(saved)
     assert unclip_inputs(copy.deepcopy(fresh)).state_dict().keys() == net().state_dict().keys()
+
+
+def test_a_norm_that_was_saved_in_low_precision_is_the_same_one() -> None:
+    saved = {name: x.bfloat16() for name, x in clip_inputs(net(), 0.3).state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip_inputs(net(), 0.3).load_state_dict(saved)
+    with pytest.warns(UserWarning, match=r"clipped to 0\.3008, and are loaded where"):
+        clip_inputs(net(), 0.31).load_state_dict(saved)
 
 
 def test_a_pretrained_model_says_that_its_clipping_is_missing(
