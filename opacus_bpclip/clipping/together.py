@@ -137,5 +137,6 @@ def _norm_of_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     dtype = norm_dtype(left.dtype)
     norms = torch.linalg.vector_norm(right, dim=2, dtype=dtype) + underflow(right.shape[2], dtype)
     slack = rounding_margin(left.dtype, left.device)
-    bound = exact_bound(left, right, norms, weight=True, bias=False, slack=slack)
+    positions = [one.shape[3] for one, _ in pairs]
+    bound = exact_bound(left, right, norms, weight=True, bias=False, slack=slack, uses=positions)
     return bound * accumulation(left.shape[3], dtype)

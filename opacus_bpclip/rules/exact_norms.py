@@ -7,7 +7,7 @@ Shapes and guarantees are those of ``norms.py``. Proofs: ``docs/guarantee.md``. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,12 +29,19 @@ _FLOPS_OF_PASSES = 42
 
 
 def exact_bound(
-    g: Tensor, u: Tensor, norms: Tensor, *, weight: bool, bias: bool, slack: float
+    g: Tensor,
+    u: Tensor,
+    norms: Tensor,
+    *,
+    weight: bool,
+    bias: bool,
+    slack: float,
+    uses: Sequence[int] = (),
 ) -> Tensor:
     """Return the norm of each example's gradient, plus a margin for rounding errors. ``[B]``.
 
     Positions may cancel in the gradient, but their rounding errors do not. The margin is an upper
-    bound on these errors, ``slack * norm(g) * norm(u)`` in Frobenius norms.
+    bound on these errors, ``slack * norm(g) * norm(u)`` in Frobenius norms, summed over the uses.
 
     Args:
         g: ``[B, R, C, P]``, the upstream gradient.
@@ -43,6 +50,9 @@ def exact_bound(
         weight: whether the weight is trainable.
         bias: whether the bias is trainable.
         slack: the relative rounding error, from `rounding_margin`.
+        uses: the number of positions of each use, if ``g`` and ``u`` have those of several. The
+            upstream gradient of one may be among the columns of ``g``, and of another of ``u``: the
+            product of the norms of all positions would grow with its square.
     """
     dtype = norm_dtype(g.dtype)
     g, u = g.to(dtype), u.to(dtype)
@@ -53,14 +63,22 @@ def exact_bound(
         return _joined(g_norm * norms[..., 0], g, inputs)
     if not gram_is_cheaper(positions, channels, inputs):
         own = _direct_norm(g, u, weight=weight, bias=bias)
-        return own_bound(own, g, norms, inputs=inputs, slack=slack)
+        return own_bound(own, g, norms, inputs=inputs, slack=slack, uses=uses)
     squared, g_norm = _gram_square(g, u, weight=weight, bias=bias)
-    error = slack * _frobenius_product(g_norm, g, norms, inputs, slack).square()
+    error = slack * _frobenius_product(g_norm, g, norms, inputs, slack, uses).square()
     # The error is one of the square, and the square root may enlarge it: add it before the root.
     return _joined(torch.sqrt(squared.clamp(min=0) + error), g, inputs)
 
 
-def own_bound(own: Tensor, g: Tensor, norms: Tensor, *, inputs: int, slack: float) -> Tensor:
+def own_bound(
+    own: Tensor,
+    g: Tensor,
+    norms: Tensor,
+    *,
+    inputs: int,
+    slack: float,
+    uses: Sequence[int] = (),
+) -> Tensor:
     """Return `exact_bound`, given the norm of each computed gradient. ``[B]``.
 
     Args:
@@ -69,26 +87,43 @@ def own_bound(own: Tensor, g: Tensor, norms: Tensor, *, inputs: int, slack: floa
         norms: ``[B, R, P]``, the norms of the columns with the bias's constant 1.
         inputs: the number ``D`` of inputs per group.
         slack: the relative rounding error, from `rounding_margin`.
+        uses: the number of positions of each use, as in `exact_bound`.
     """
     dtype = norm_dtype(g.dtype)
     # The squares of the gradient's entries may underflow, too.
     own = own + underflow(g.shape[2] * (inputs + 1), dtype)
-    g_norm = torch.linalg.vector_norm(g, dim=(2, 3), dtype=dtype)
-    return _joined(own + slack * _frobenius_product(g_norm, g, norms, inputs, slack), g, inputs)
+    g_norm = _norm_of(g)
+    product = _frobenius_product(g_norm, g, norms, inputs, slack, uses)
+    return _joined(own + slack * product, g, inputs)
 
 
 def _frobenius_product(
-    g_norm: Tensor, g: Tensor, norms: Tensor, inputs: int, slack: float
+    g_norm: Tensor, g: Tensor, norms: Tensor, inputs: int, slack: float, uses: Sequence[int] = ()
 ) -> Tensor:
     """Return the product of the norms of ``g`` and of the columns, for each group. ``[B, R]``.
+
+    With several uses it is the sum of their products.
 
     What underflows in one norm is multiplied by the other norm. So both norms get an addend for
     underflow, large enough that it still counts after multiplication by ``slack``.
     """
+    if len(uses) > 1:
+        return sum(
+            (
+                _frobenius_product(_norm_of(part), part, columns, inputs, slack)
+                for part, columns in zip(g.split(uses, 3), norms.split(uses, 2), strict=True)
+            ),
+            start=torch.zeros_like(g_norm),
+        )
     channels, positions = g.shape[2:]
     g_slack = underflow(positions * channels, norms.dtype) / math.sqrt(slack)
     u_slack = underflow(positions * inputs, norms.dtype) / math.sqrt(slack)
     return (g_norm + g_slack) * (torch.linalg.vector_norm(norms, dim=2) + u_slack)
+
+
+def _norm_of(g: Tensor) -> Tensor:
+    """Return the norm of each group of ``g``. ``[B, R]``."""
+    return torch.linalg.vector_norm(g, dim=(2, 3), dtype=norm_dtype(g.dtype))
 
 
 def _joined(per_group: Tensor, g: Tensor, inputs: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
-from tests.checks import Trainer
+from tests.checks import Trainer, check_independence, check_sensitivity
 from tests.joint.flat import KINDS, Repeated, batch_of
 from tests.joint.helpers import (
     check_flat,
@@ -104,3 +104,25 @@ def test_an_embedding_tied_to_the_head_is_measured_with_it(padding):
     model = Language(padding=padding).double()
     x, target = batch_of(model, (5,), torch.float64)
     check_flat(lambda: copy.deepcopy(model), 9 * x, target)
+
+
+SHARED = {
+    **{f"repeated {kind}": lambda kind=kind: Repeated(kind) for kind in KINDS},
+    **{f"tied {kind}": lambda kind=kind: Bound(kind) for kind in BOUND},
+    "tied embedding and head": Language,
+}
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4, 1e6])
+@pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
+def test_uses_are_measured_alike_at_every_scale(make, scale):
+    """What is measured grows as the gradient does: behind a mean, both are divided by n."""
+    torch.manual_seed(0)
+    model = make()
+    x, target = batch_of(model, (5,) if isinstance(model, Language) else (4,), torch.float32)
+    # A crowd that is equal, and one more example of the same kind that is small.
+    x, target = x[:1].repeat(8, *[1] * (x.dim() - 1)), target[:1].repeat(8, 1)
+    target[:-1] *= scale
+    trainer = Trainer(model, x.shape[1:], BackpropClipping(), max_grad_norm=0.7, dtype=x.dtype)
+    check_sensitivity(trainer, x, target)
+    check_independence(trainer, x, target)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 from torch import Tensor
 
-from opacus_bpclip.clipping import budget, scope
+from opacus_bpclip.clipping import budget, scope, together
 from opacus_bpclip.clipping.factors import Factors, Measured, Target
 from opacus_bpclip.clipping.fused_use import FusedUse
 from opacus_bpclip.clipping.scope import Scope
@@ -103,6 +105,17 @@ def norms_of_the_batch_before(patch: pytest.MonkeyPatch) -> None:
         return factors(self, before if alike else found, use)
 
     patch.setattr(Scope, "_factors", stale)
+
+
+@mutant(killed_by=killers.large_gradients_of_a_tied_embedding, says=APART)
+def margins_of_uses_multiplied(patch: pytest.MonkeyPatch) -> None:
+    """The margin for rounding errors is the product of the norms of all uses' positions. It has an
+    upstream gradient in both factors, so it grows with the square, and does not scale with n."""
+    patch.setattr(together, "exact_bound", partial(_without_uses, together.exact_bound))
+
+
+def _without_uses(bound: Callable[..., Tensor], *args: Any, uses: object, **options: Any) -> Tensor:
+    return bound(*args, **options)
 
 
 @mutant(killed_by=killers.large_and_small_together_and_alone, says=APART)

@@ -63,6 +63,26 @@ def large_and_small_together_and_alone() -> None:
     check_independence(trainer, x, target)
 
 
+class _Language(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tokens(x.long()))
+
+
+def large_gradients_of_a_tied_embedding() -> None:
+    """Six equal sequences through an embedding that is tied to the head, and each alone."""
+    torch.manual_seed(0)
+    trainer = Trainer(_Language(), (5,), BackpropClipping(), dtype=torch.float32)
+    target = torch.zeros(6, 5, 20)
+    target[:, 3, 8] = 1e6
+    x = torch.tensor([4.0, 19.0, 13.0, 0.0, 3.0]).repeat(6, 1)
+    check_independence(trainer, x, target.flatten(1))
+
+
 class _Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
