@@ -1,4 +1,4 @@
-"""The privacy that a training run has spent: kept beside each checkpoint, and held to a target.
+"""The privacy that a training run has spent: added up over its branches, and held to a target.
 
 A run may branch: it may be resumed from a checkpoint although later ones exist. All of them were
 made from the data, so the steps of all of them count. Runs are told apart by an identifier.
@@ -6,26 +6,14 @@ made from the data, so the steps of all of them count. Runs are told apart by an
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from opacus.accountants import IAccountant, create_accountant
 
-FILE = "privacy.json"
-
-UNKNOWN_STEPS = (
-    "so the steps that were taken before it are unknown and would be missing from epsilon. Resume "
-    "from a checkpoint that a PrivateTrainer has saved. A model that was trained without privacy, "
-    "or on other data, is a start for a new run: "
-)
-
-# Steps of one kind: the noise multiplier, the sampling rate and the number of steps.
-Steps = tuple[float, float, int]
+from opacus_bpclip.integrations.segments import Segments, Steps, count, history, total, union
 
 
 class Spending:
@@ -35,13 +23,18 @@ class Spending:
         accountant: the engine's accountant.
         delta: the delta of every epsilon.
         target: the largest epsilon to spend; ``None`` for no limit.
+
+    Attributes:
+        run: the identifier of the run.
+        segment: the identifier of the steps that are being taken.
     """
 
     def __init__(self, accountant: IAccountant, delta: float, target: float | None) -> None:
         self.accountant = accountant
         self.delta = delta
         self.target = target
-        self.run = uuid.uuid4().hex
+        self.run, self.segment = uuid.uuid4().hex, uuid.uuid4().hex
+        self._earlier: Segments = {}
         self._end: tuple[float, float, int] | None = None
 
     @property
@@ -69,8 +62,9 @@ class Spending:
             self._end = (*kind, self.steps + self._within(*kind, planned))
         return self.steps >= self._end[2]
 
-    def forget_end(self) -> None:
-        """Find anew how many steps are left: more than was planned before may follow."""
+    def begin(self) -> None:
+        """Begin a segment. How many steps are left is found anew: other ones are planned."""
+        self._earlier, self.segment = self._segments(), uuid.uuid4().hex
         self._end = None
 
     def require_left(self, noise_multiplier: float, sample_rate: float, planned: int) -> None:
@@ -92,65 +86,59 @@ class Spending:
             )
 
     def state(self) -> dict[str, Any]:
-        """Return what was spent, as plain values for a checkpoint."""
+        """Return what was spent, as plain values for a checkpoint or a file.
+
+        An accountant can load it.
+        """
         return {
             "run": self.run,
             "mechanism": self.accountant.mechanism(),
             "history": list(self.accountant.history),
+            "segments": {name: history(steps) for name, steps in self._segments().items()},
             "delta": self.delta,
             "epsilon": self.epsilon,
         }
 
-    def save(self, path: Path) -> None:
-        """Write what was spent into a file, whose folder is made if there is none."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.state(), indent=2))
-        unfinished.replace(path)  # A reader never sees half of it.
-
-    def restore(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Take over the steps of a checkpoint's run, those of its later checkpoints included.
-
-        Args:
-            checkpoint: the folder of the checkpoint, with a `FILE`. Folders beside it, and the one
-                around it, may hold later checkpoints.
-
-        Raises:
-            ValueError: it does not say what was spent, or another accountant counted it.
-        """
-        path = Path(checkpoint) / FILE
-        if not path.exists():
-            raise ValueError(
-                f"The checkpoint {checkpoint} has no {FILE}, {UNKNOWN_STEPS}load it with "
-                "from_pretrained, and train without resume_from_checkpoint."
-            )
-        around = path.parent.parent
-        beside = [*around.glob(f"*/{FILE}"), *around.glob(FILE)]
-        self.take_over(json.loads(path.read_text()), beside)
-
-    def take_over(self, saved: Mapping[str, Any], beside: Iterable[Path]) -> None:
+    def take_over(self, saved: Mapping[str, Any], branches: Iterable[Mapping[str, Any]]) -> None:
         """Take over the steps of a run, those of its other branches included.
 
         Steps that this object has counted in another run are kept, too.
 
         Args:
             saved: the `state` that was saved.
-            beside: files that may hold what later or other branches of the run have spent.
+            branches: states of the run that later or other branches have saved.
 
         Raises:
             ValueError: another accountant counted it.
         """
-        others = (json.loads(path.read_text()) for path in beside)
-        branches = [saved, *(other for other in others if other["run"] == saved["run"])]
         self._require_same_mechanism(saved)
-        history = max((_history(each) for each in branches), key=_count)
-        own: list[Steps] = self.accountant.history
-        if self.run != saved["run"]:
-            history = history + own
-        elif _count(own) > _count(history):
-            history = own
-        self.run, self.accountant.history = saved["run"], history
-        self.forget_end()
+        reports = [
+            {name: count(steps) for name, steps in state["segments"].items()}
+            for state in (saved, *branches)
+        ]
+        self.run = saved["run"]
+        self._adopt(union([self._segments(), *reports]))
+
+    def agree(self, first: Callable[[Any], Any]) -> None:
+        """Count what the first process counts: identifiers are random, and files change.
+
+        Processes that disagree would not stop at the same step.
+
+        Args:
+            first: returns, on each process, the first one's argument.
+        """
+        self.run, self.segment, segments = first((self.run, self.segment, self._segments()))
+        self._adopt(segments)
+
+    def _segments(self) -> Segments:
+        """Return all steps; those that are in no earlier segment are the present one's."""
+        present = count(self.accountant.history) - total(self._earlier)
+        return {**self._earlier, self.segment: present} if present else dict(self._earlier)
+
+    def _adopt(self, segments: Segments) -> None:
+        self.accountant.history = history(total(segments))
+        self._earlier = {name: steps for name, steps in segments.items() if name != self.segment}
+        self._end = None
 
     def _require_same_mechanism(self, saved: Mapping[str, Any]) -> None:
         mechanism = self.accountant.mechanism()
@@ -175,19 +163,11 @@ class Spending:
             middle = (low + high) // 2
         return low
 
-    def _epsilon_of(self, history: Sequence[Steps]) -> float:
-        if not history:
+    def _epsilon_of(self, steps: Sequence[Steps]) -> float:
+        if not steps:
             return 0.0
-        if any(noise_multiplier == 0 for noise_multiplier, _, _ in history):
+        if any(noise_multiplier == 0 for noise_multiplier, _, _ in steps):
             return math.inf
         counted = create_accountant(self.accountant.mechanism())
-        counted.history = list(history)
+        counted.history = list(steps)
         return float(counted.get_epsilon(self.delta))
-
-
-def _count(history: Sequence[Steps]) -> int:
-    return sum(steps for _, _, steps in history)
-
-
-def _history(saved: Mapping[str, Any]) -> list[Steps]:
-    return [(float(s), float(q), int(n)) for s, q, n in saved["history"]]

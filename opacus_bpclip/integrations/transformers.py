@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,9 +24,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from opacus_bpclip.engine.engine import PrivacyEngine
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.integrations.arguments import PrivacyArguments
+from opacus_bpclip.integrations.ledger import FILE, Ledger, read
 from opacus_bpclip.integrations.losses import loss_of
 from opacus_bpclip.integrations.refusals import refuse
-from opacus_bpclip.integrations.spending import FILE, Spending
+from opacus_bpclip.integrations.spending import Spending
 from opacus_bpclip.integrations.stopping import StopAtTarget
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
@@ -88,6 +91,7 @@ class PrivateTrainer(Trainer):
         self._spending = Spending(
             self.engine.accountant, privacy.target_delta, privacy.target_epsilon
         )
+        self._ledger = Ledger(self._spending)
         self._private: _Private | None = None
         self._batches: Iterator[Any] = iter(())
         self._generators = privacy.generators(self.args.device)
@@ -113,8 +117,8 @@ class PrivateTrainer(Trainer):
 
         Args:
             resume_from_checkpoint: the folder of a checkpoint that a `PrivateTrainer` has saved,
-                or ``True`` for the latest one. Its steps, and those of the run's later
-                checkpoints, count as spent.
+                or ``True`` for the latest one. Its steps, and those of the run's other
+                branches, count as spent.
             *args: further arguments of ``Trainer.train``.
             **kwargs: further arguments of ``Trainer.train``.
 
@@ -125,15 +129,22 @@ class PrivateTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-        if isinstance(resume_from_checkpoint, str):
-            self._spending.restore(resume_from_checkpoint)
-        self._spending.forget_end()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._spending.begin()
+        self._ledger.include(self.args.output_dir)
+        if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            self._ledger.restore(read(resume_from_checkpoint), resume_from_checkpoint)
+        self._spending.agree(lambda spent: broadcast_object_list([spent])[0])
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self.args.should_save:
+                self._ledger.write()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it what was spent on it."""
         if self.args.should_save:
-            self._spending.save(Path(output_dir or self.args.output_dir) / FILE)
+            self._ledger.write(Path(output_dir or self.args.output_dir) / FILE)
         super().save_model(output_dir, _internal_call)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

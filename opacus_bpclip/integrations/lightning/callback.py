@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,12 +10,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from opacus_bpclip.hooks import BackpropClipHooks
+from opacus_bpclip.integrations.ledger import UNKNOWN_STEPS
 from opacus_bpclip.integrations.lightning.model import model_of
 from opacus_bpclip.integrations.lightning.parts import Samples, require_automatic, step_in_parts
 from opacus_bpclip.integrations.lightning.replicas import replicated
-from opacus_bpclip.integrations.spending import UNKNOWN_STEPS
-
-SUFFIX = ".privacy.json"
 
 
 class _Private(NamedTuple):
@@ -44,7 +41,7 @@ class PrivateFit(Callback):
     def begin(self) -> None:
         """Expect a fit."""
         self._restored = False
-        self.trainer._spending.forget_end()
+        self.trainer._spending.begin()
 
     def end(self) -> None:
         """Leave module, optimizers and loader as they were before the fit."""
@@ -70,6 +67,7 @@ class PrivateFit(Callback):
                 f"The checkpoint {trainer.ckpt_path} does not say what was spent, {UNKNOWN_STEPS}"
                 "load its weights into the module, and call fit without ckpt_path."
             )
+        self.trainer._spending.agree(trainer.strategy.broadcast)
         self._private = self._make_private(trainer, pl_module)
         self.trainer._spending.require_left(*self._next_steps())
 
@@ -92,9 +90,8 @@ class PrivateFit(Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was spent, the steps of the run's other checkpoints included."""
-        folder = Path(str(self.trainer.ckpt_path)).parent
-        self.trainer._spending.take_over(state_dict, folder.glob(f"*{SUFFIX}"))
+        """Take over what was spent, the steps of the run's other branches included."""
+        self.trainer._ledger.restore(state_dict, str(self.trainer.ckpt_path))
         self._restored = True
 
     def _next_steps(self) -> tuple[float, float, int]:

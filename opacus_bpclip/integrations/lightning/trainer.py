@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from opacus_bpclip.engine.engine import PrivacyEngine
 from opacus_bpclip.integrations.arguments import PrivacyArguments
-from opacus_bpclip.integrations.lightning.callback import SUFFIX, PrivateFit
+from opacus_bpclip.integrations.ledger import Ledger
+from opacus_bpclip.integrations.lightning.callback import PrivateFit
 from opacus_bpclip.integrations.lightning.refusals import refuse_options, refuse_strategy
 from opacus_bpclip.integrations.lightning.replicas import Replicas
 from opacus_bpclip.integrations.spending import Spending
@@ -61,6 +61,7 @@ class PrivateTrainer(Trainer):
         self._spending = Spending(
             self.engine.accountant, privacy.target_delta, privacy.target_epsilon
         )
+        self._ledger = Ledger(self._spending)
         self._fit = PrivateFit(self)
         theirs = options.pop("callbacks", None) or []
         callbacks = [theirs] if isinstance(theirs, Callback) else theirs
@@ -70,6 +71,7 @@ class PrivateTrainer(Trainer):
         options["use_distributed_sampler"] = False
         super().__init__(callbacks=[self._fit, *callbacks], **options)
         refuse_strategy(self)
+        self._ledger.include(self.default_root_dir)
 
     @property
     def epsilon(self) -> float:
@@ -93,7 +95,7 @@ class PrivateTrainer(Trainer):
             val_dataloaders: the loaders of the validation.
             datamodule: a data module; Opacus's ``DPLightningDataModule`` is not needed.
             ckpt_path: a checkpoint to go on from. Its steps, and those of the run's other
-                checkpoints beside it, count as spent.
+                branches, count as spent.
             **kwargs: further arguments of ``Trainer.fit``.
 
         Raises:
@@ -106,12 +108,15 @@ class PrivateTrainer(Trainer):
             data, datamodule = _inside(train_dataloaders), _inside(datamodule)
             super().fit(model, data, val_dataloaders, datamodule, ckpt_path, **kwargs)
         finally:
+            if self.is_global_zero:
+                self._ledger.write()
             self._fit.end()
 
     def save_checkpoint(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint, which says what was spent, and beside it a file that says so, too."""
-        if self.is_global_zero and "://" not in str(filepath):
-            self._spending.save(Path(filepath).with_suffix(SUFFIX))
+        """Save a checkpoint, which says what was spent, and the same in the run's ledger."""
+        if self.is_global_zero:
+            self._ledger.cover(filepath)
+            self._ledger.write()
         super().save_checkpoint(filepath, *args, **kwargs)
 
 
