@@ -44,7 +44,9 @@ def train(message: Message, context: Context) -> Message:
             cross_entropy(private(inputs), labels).backward()
             optimizer.step()
     finally:  # before the reply, and also if the round fails
-        file.write_text(json.dumps(engine.accountant.state_dict()))
+        unfinished = file.with_suffix(".unfinished")  # a crash leaves the old file, or the new one
+        unfinished.write_text(json.dumps(engine.accountant.state_dict()))
+        unfinished.replace(file)
     metrics = MetricRecord({"num-examples": len(data), "epsilon": engine.get_epsilon(1e-3)})
     arrays = ArrayRecord(model.state_dict())
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)

@@ -72,6 +72,22 @@ def test_the_steps_of_a_round_that_fails_count(names: dict[str, Any]) -> None:
     assert json.loads(Path("spent-0.json").read_text())["history"] == [[1.0, 0.1, 3]]
 
 
+def test_a_write_that_fails_leaves_the_earlier_rounds(
+    names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply_of(names)
+
+    def breaks_off(self: Path, text: str) -> int:
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", breaks_off)
+    with pytest.raises(OSError, match="No space left"):
+        reply_of(names)
+    assert json.loads(Path("spent-0.json").read_text())["history"] == [ROUND]
+
+
 def test_a_seed_does_not_make_the_noise_of_two_rounds_equal(names: dict[str, Any]) -> None:
     replies = []
     for _ in range(2):

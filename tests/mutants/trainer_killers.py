@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from tests.integrations.plain import flat
 from tests.integrations.tiny import Texts, bert, trainer
@@ -18,8 +20,15 @@ CLIP = 1e-2
 SEED = 35
 
 
-def _train(folder: Path, resume: Path | None = None, **options: Any) -> Any:
+def _train(
+    folder: Path,
+    resume: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **options: Any,
+) -> Any:
     run = trainer(folder, data=Texts(8), **options)
+    for callback in callbacks:
+        run.add_callback(callback)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own
         run.train(resume_from_checkpoint=resume and str(resume))
@@ -43,6 +52,22 @@ def resumed_run() -> None:
         _train(Path(folder), save_strategy="epoch")
         again = _train(Path(folder), Path(folder) / "checkpoint-2", num_train_epochs=2)
         _check_counted(again, 4)
+
+
+def branched_run() -> None:
+    """Two steps, two branches at the same time with two more each, and two more after one."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _train(folder, save_strategy="epoch")
+        start = folder / "checkpoint-2"
+        options = {"num_train_epochs": 2, "save_strategy": "epoch"}
+
+        class Meanwhile(TrainerCallback):
+            def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+                _train(folder / "other", start, **options)
+
+        _train(folder, start, callbacks=[Meanwhile()], **options)
+        _check_counted(_train(folder, folder / "checkpoint-4", num_train_epochs=3), 8)
 
 
 class _Equal(Texts):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from opacus.accountants import create_accountant
 
 from opacus_bpclip.hooks import BackpropClipHooks
+from opacus_bpclip.integrations import spending
+from opacus_bpclip.integrations.segments import Segments, total
 from opacus_bpclip.integrations.spending import Spending
 from opacus_bpclip.integrations.transformers import PrivateTrainer
 from opacus_bpclip.optimizer.accounting import AccountStep
@@ -21,7 +24,18 @@ from tests.mutants.registry import mutant
 def history_left_in_the_checkpoint(patch: pytest.MonkeyPatch) -> None:
     """A run that is resumed begins with an empty accountant: what the checkpoint has cost is
     forgotten."""
-    patch.setattr(Spending, "take_over", lambda self, saved, beside: None)
+    patch.setattr(Spending, "take_over", lambda self, saved, branches: None)
+
+
+@mutant(killed_by=killers.branched_run, says="the accountant has 6 of 8 steps")
+def longest_branch_alone(patch: pytest.MonkeyPatch) -> None:
+    """Of the branches of a run only the one with the most steps counts. Where two have trained at
+    the same time, neither has the other's steps."""
+
+    def longest(reports: Sequence[Segments]) -> Segments:
+        return max(reports, key=lambda segments: total(segments).total())
+
+    patch.setattr(spending, "union", longest)
 
 
 @mutant(killed_by=killers.whole_run, says="the accountant has 0 of 2 steps")
