@@ -35,6 +35,19 @@ def test_branches_in_other_folders_find_each_other(tmp_path: Path) -> None:
         assert branch(saved, checkpoint, tmp_path / root).steps == taken
 
 
+def test_a_ledger_that_may_not_be_written_is_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, checkpoint = tmp_path / "theirs", tmp_path / "theirs/x.ckpt"
+    saved = spending(7).state()
+    branch(saved, checkpoint, theirs)
+    before = sorted(theirs.rglob("*"))
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+    for taken in (9, 10):
+        assert branch(saved, checkpoint, tmp_path / "ours").steps == taken
+    assert sorted(theirs.rglob("*")) == before
+
+
 def test_a_checkpoint_outside_of_the_root_has_a_ledger_beside_it(tmp_path: Path) -> None:
     run, checkpoint = spending(7), tmp_path / "elsewhere/x.ckpt"
     kept = Ledger(run)

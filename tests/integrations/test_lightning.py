@@ -99,7 +99,7 @@ def test_a_checkpoint_keeps_what_was_spent(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.fit(Net(), data(32, batch_size=8))
     run.save_checkpoint(tmp_path / "later.ckpt")
-    (tmp_path / "later.privacy.json").unlink()  # the history is in the checkpoint itself
+    (tmp_path / "privacy").rename(tmp_path / "away")  # the history is in the checkpoint itself
     resumed = trainer(tmp_path, max_epochs=3)
     resumed.fit(Net(), data(32, batch_size=8), ckpt_path=tmp_path / "later.ckpt")
     assert resumed.global_step == 12

@@ -150,6 +150,22 @@ def test_another_run_in_the_folder_takes_nothing_away(tmp_path: Path) -> None:
     assert counted(fit(tmp_path, tmp_path / "four.ckpt")) == counted(run) + 4
 
 
+class WithTest(Net):
+    def test_step(self, batch: Any, index: int) -> None:
+        self.log("rows", float(len(batch[0])))
+
+
+def test_a_test_on_another_runs_checkpoint_leaves_the_run_as_it_is(tmp_path: Path) -> None:
+    fit(tmp_path).save_checkpoint(tmp_path / "other.ckpt")
+    run = fit(tmp_path, max_epochs=1)
+    run.save_checkpoint(tmp_path / "four.ckpt")
+    run.test(WithTest(), data(8, batch_size=8), ckpt_path=tmp_path / "other.ckpt", verbose=False)
+    assert counted(run) == 4
+    run.fit_loop.max_epochs = 2
+    run.fit(Net(), data(32, batch_size=8))
+    assert counted(fit(tmp_path, tmp_path / "four.ckpt")) == counted(run) + 4
+
+
 def test_a_copied_checkpoint_counts_its_own_steps(tmp_path: Path) -> None:
     fit(tmp_path / "here").save_checkpoint(tmp_path / "here/x.ckpt")
     train(tmp_path / "here", save_strategy="epoch")

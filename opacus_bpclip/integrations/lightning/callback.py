@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -91,6 +92,8 @@ class PrivateFit(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what was spent, the steps of the run's other branches included."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return  # Only a fit goes on with the run: a test on its checkpoint spends nothing.
         self.trainer._ledger.restore(state_dict, str(self.trainer.ckpt_path))
         self._restored = True
 
