@@ -41,4 +41,5 @@ def total(segments: Mapping[str, Count]) -> Count:
 def union(reports: Sequence[Mapping[str, Count]]) -> Segments:
     """Return all segments that are in any of the reports, each with the most steps reported."""
     names = dict.fromkeys(name for report in reports for name in report)
+    # Of two counts, `or_` takes the larger one of each kind.
     return {name: reduce(or_, (r[name] for r in reports if name in r)) for name in names}
