@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.integrations.lightning.model import model_of
-from opacus_bpclip.integrations.lightning.parts import Samples, require_automatic, step_in_parts
+from opacus_bpclip.integrations.lightning.parts import Samples, in_parts, require_automatic
+from opacus_bpclip.integrations.lightning.refusals import refuse_iterator, refuse_no_steps
 from opacus_bpclip.integrations.lightning.replicas import replicated
+from opacus_bpclip.integrations.lightning.steps import (
+    TrainingStep,
+    before_each_step,
+    only_private_steps,
+)
 from opacus_bpclip.integrations.spending import UNKNOWN_STEPS
+from opacus_bpclip.model.input_clipping import clip_inputs
 
 SUFFIX = ".privacy.json"
 
@@ -27,6 +39,8 @@ class _Private(NamedTuple):
     optimizer: Any
     criterion: Any  # the user's; ``None`` if none was named
     steps: int  # as many as are planned
+    # Makes a step for a whole sample of one for a part; ``None`` if samples have no parts.
+    whole: Callable[[TrainingStep], TrainingStep] | None
 
 
 class PrivateFit(Callback):
@@ -41,22 +55,25 @@ class PrivateFit(Callback):
         self._private: _Private | None = None
         self._restored = False
 
-    def begin(self) -> None:
-        """Expect a fit."""
+    @contextmanager
+    def of(self, module: Any) -> Iterator[None]:
+        """Expect a fit of a module; leave module, optimizers and loader as they were before."""
         self._restored = False
         self.trainer._spending.forget_end()
+        try:
+            with only_private_steps(module, self._private_step):
+                yield
+        finally:
+            self._end()
 
-    def end(self) -> None:
-        """Leave module, optimizers and loader as they were before the fit."""
-        if self._private is None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Clip the inputs before Lightning loads weights that were trained with clipped inputs."""
+        backprop = self.trainer.privacy.backprop
+        if stage != TrainerFn.FITTING or backprop is None or backprop.max_input_norm is None:
             return
-        self._private.hooks.cleanup()
-        module = self._private.module
-        if self._private.criterion is not None:
-            setattr(module, self.trainer.criterion, self._private.criterion)
-        vars(module).pop("training_step", None)
-        self.trainer.optimizers = [self._private.optimizer.original_optimizer]
-        self._private = None
+        # A module without parameters makes them later: in its own `setup`, or `configure_model`.
+        if any(True for _ in pl_module.parameters()):
+            clip_inputs(model_of(pl_module), backprop.max_input_norm)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make module, optimizer and loader private.
@@ -70,12 +87,15 @@ class PrivateFit(Callback):
                 f"The checkpoint {trainer.ckpt_path} does not say what was spent, {UNKNOWN_STEPS}"
                 "load its weights into the module, and call fit without ckpt_path."
             )
+        refuse_no_steps(trainer)
+        refuse_iterator(pl_module)
         self._private = self._make_private(trainer, pl_module)
-        self.trainer._spending.require_left(*self._next_steps())
+        before_each_step(self._private.optimizer, self._require_left)
+        self._require_left()
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Raise if Lightning goes on after the last step that fits the target."""
-        self.trainer._spending.require_left(*self._next_steps())
+        self._require_left()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop after the last step that fits the target."""
@@ -92,10 +112,38 @@ class PrivateFit(Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was spent, the steps of the run's other checkpoints included."""
+        """Take over what was spent, the steps of the run's other checkpoints included.
+
+        A checkpoint that is only evaluated may be another run's.
+        """
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
         folder = Path(str(self.trainer.ckpt_path)).parent
         self.trainer._spending.take_over(state_dict, folder.glob(f"*{SUFFIX}"))
         self._restored = True
+
+    def _private_step(self, step: TrainingStep) -> TrainingStep:
+        private = self._private
+        if private is None or list(map(id, self.trainer.optimizers)) != [id(private.optimizer)]:
+            raise PrivacyViolationError(
+                "training_step was called where the private optimizer is not the trainer's only "
+                "one: the step would have no clipping and no noise, and would not be counted. A "
+                "callback trains by itself, or has replaced trainer.optimizers or "
+                "trainer.callbacks. Leave it out."
+            )
+        return step if private.whole is None else private.whole(step)
+
+    def _end(self) -> None:
+        if self._private is None:
+            return
+        self._private.hooks.cleanup()
+        if self._private.criterion is not None:
+            setattr(self._private.module, self.trainer.criterion, self._private.criterion)
+        self.trainer.optimizers = [self._private.optimizer.original_optimizer]
+        self._private = None
+
+    def _require_left(self) -> None:
+        self.trainer._spending.require_left(*self._next_steps())
 
     def _next_steps(self) -> tuple[float, float, int]:
         assert self._private is not None
@@ -113,7 +161,7 @@ class PrivateFit(Callback):
         loader.generator, noise = private.generators(module.device)
         try:
             made = self.trainer.engine.make_private(
-                module=replicated(model_of(module.train()), trainer.world_size),
+                module=replicated(model_of(module), trainer.world_size),
                 optimizer=_only(trainer.optimizers),
                 criterion=criterion,
                 data_loader=loader,
@@ -130,13 +178,14 @@ class PrivateFit(Callback):
         trainer.optimizers = [optimizer]
         if criterion is not None:
             setattr(module, self.trainer.criterion, made[2])
+        whole = None
         if rows is not None:
             samples.loader.in_parts(rows)
-            step_in_parts(module, optimizer, samples)
+            whole = partial(in_parts, module=module, optimizer=optimizer, samples=samples)
         # As Lightning attaches a loader that was passed to `fit`.
         trainer.fit_loop._data_source.instance = samples
         trainer.fit_loop._combined_loader = None
-        return _Private(hooks, module, optimizer, criterion, planned)
+        return _Private(hooks, module, optimizer, criterion, planned, whole)
 
 
 def _loader_of(trainer: Trainer) -> DataLoader[Any]:

@@ -10,7 +10,11 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from opacus_bpclip.engine.engine import PrivacyEngine
 from opacus_bpclip.integrations.arguments import PrivacyArguments
 from opacus_bpclip.integrations.lightning.callback import SUFFIX, PrivateFit
-from opacus_bpclip.integrations.lightning.refusals import refuse_options, refuse_strategy
+from opacus_bpclip.integrations.lightning.refusals import (
+    refuse_callbacks,
+    refuse_options,
+    refuse_strategy,
+)
 from opacus_bpclip.integrations.lightning.replicas import Replicas
 from opacus_bpclip.integrations.spending import Spending
 
@@ -98,15 +102,14 @@ class PrivateTrainer(Trainer):
 
         Raises:
             CoverageError: the model cannot be trained privately.
+            PrivacyViolationError: a step would not be private: a callback trains by itself, say.
             ValueError: ``target_epsilon`` is spent, the checkpoint does not say what was spent, or
                 another argument is wrong.
         """
-        self._fit.begin()
-        try:
-            data, datamodule = _inside(train_dataloaders), _inside(datamodule)
+        refuse_callbacks(self.callbacks, self._fit)
+        data, datamodule = _inside(train_dataloaders), _inside(datamodule)
+        with self._fit.of(model):
             super().fit(model, data, val_dataloaders, datamodule, ckpt_path, **kwargs)
-        finally:
-            self._fit.end()
 
     def save_checkpoint(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint, which says what was spent, and beside it a file that says so, too."""
