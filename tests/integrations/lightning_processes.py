@@ -1,17 +1,45 @@
 """Train with Lightning on two processes, in parts; the test starts it with torchrun."""
 
+import os
 import tempfile
 from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor, nn
 
 from tests.integrations.plain import flat
 from tests.integrations.tiny_lightning import Net, data, trainer
 
+
+class Around(Net):
+    """Has a frozen part and a buffer beside its model, other ones on each process at first.
+
+    It has no ``forward``, so that the private model is ``model`` alone.
+    """
+
+    forward = L.LightningModule.forward
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(int(os.environ["LOCAL_RANK"]))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.register_buffer("scale", torch.randn(4))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        return self.criterion(self.model(self.frozen(batch[0]) * self.scale), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.model.parameters(), lr=self.lr)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        net = Net()
+        net = Around()
         run = trainer(
             Path(folder), max_epochs=1, strategy="ddp", devices=2, max_physical_batch_size=2
         )
         run.fit(net, data(32, batch_size=8))
-        print(f"found {run.engine.accountant.history} {float(flat(net).sum())};", flush=True)
+        state = float(flat(net).sum()), net.scale.tolist()
+        print(f"found {run.engine.accountant.history} {state};", flush=True)
         run.save_checkpoint(Path(folder) / "both.ckpt")

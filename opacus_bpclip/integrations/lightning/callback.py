@@ -93,10 +93,6 @@ class PrivateFit(Callback):
         before_each_step(self._private.optimizer, self._require_left)
         self._require_left()
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Raise if Lightning goes on after the last step that fits the target."""
-        self._require_left()
-
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop after the last step that fits the target."""
         if self.trainer._spending.is_spent(*self._next_steps()):
