@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,7 @@ from opacus_bpclip.integrations.lightning.model import model_of
 from opacus_bpclip.integrations.lightning.parts import Samples, in_parts, require_automatic
 from opacus_bpclip.integrations.lightning.refusals import refuse_iterator, refuse_no_steps
 from opacus_bpclip.integrations.lightning.replicas import replicated
-from opacus_bpclip.integrations.lightning.steps import (
-    TrainingStep,
-    before_each_step,
-    only_private_steps,
-)
+from opacus_bpclip.integrations.lightning.steps import TrainingStep, before_each_step
 from opacus_bpclip.integrations.spending import UNKNOWN_STEPS
 from opacus_bpclip.model.input_clipping import clip_inputs
 
@@ -55,16 +50,37 @@ class PrivateFit(Callback):
         self._private: _Private | None = None
         self._restored = False
 
-    @contextmanager
-    def of(self, module: Any) -> Iterator[None]:
-        """Expect a fit of a module; leave module, optimizers and loader as they were before."""
+    def begin(self) -> None:
+        """Expect a fit."""
         self._restored = False
         self.trainer._spending.forget_end()
-        try:
-            with only_private_steps(module, self._private_step):
-                yield
-        finally:
-            self._end()
+
+    def end(self) -> None:
+        """Leave module, optimizers and loader as they were before the fit."""
+        if self._private is None:
+            return
+        self._private.hooks.cleanup()
+        module = self._private.module
+        if self._private.criterion is not None:
+            setattr(module, self.trainer.criterion, self._private.criterion)
+        self.trainer.optimizers = [self._private.optimizer.original_optimizer]
+        self._private = None
+
+    def private_step(self, step: TrainingStep) -> TrainingStep:
+        """Return what to run as ``training_step``, for `only_private_steps`.
+
+        Raises:
+            PrivacyViolationError: the private optimizer is not what steps.
+        """
+        private = self._private
+        if private is None or list(map(id, self.trainer.optimizers)) != [id(private.optimizer)]:
+            raise PrivacyViolationError(
+                "training_step was called where the private optimizer is not the trainer's only "
+                "one: the step would have no clipping and no noise, and would not be counted. A "
+                "callback trains by itself, or has replaced trainer.optimizers or "
+                "trainer.callbacks. Leave it out."
+            )
+        return step if private.whole is None else private.whole(step)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Clip the inputs before Lightning loads weights that were trained with clipped inputs."""
@@ -117,26 +133,6 @@ class PrivateFit(Callback):
         folder = Path(str(self.trainer.ckpt_path)).parent
         self.trainer._spending.take_over(state_dict, folder.glob(f"*{SUFFIX}"))
         self._restored = True
-
-    def _private_step(self, step: TrainingStep) -> TrainingStep:
-        private = self._private
-        if private is None or list(map(id, self.trainer.optimizers)) != [id(private.optimizer)]:
-            raise PrivacyViolationError(
-                "training_step was called where the private optimizer is not the trainer's only "
-                "one: the step would have no clipping and no noise, and would not be counted. A "
-                "callback trains by itself, or has replaced trainer.optimizers or "
-                "trainer.callbacks. Leave it out."
-            )
-        return step if private.whole is None else private.whole(step)
-
-    def _end(self) -> None:
-        if self._private is None:
-            return
-        self._private.hooks.cleanup()
-        if self._private.criterion is not None:
-            setattr(self._private.module, self.trainer.criterion, self._private.criterion)
-        self.trainer.optimizers = [self._private.optimizer.original_optimizer]
-        self._private = None
 
     def _require_left(self) -> None:
         self.trainer._spending.require_left(*self._next_steps())

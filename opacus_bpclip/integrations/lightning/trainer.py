@@ -16,6 +16,7 @@ from opacus_bpclip.integrations.lightning.refusals import (
     refuse_strategy,
 )
 from opacus_bpclip.integrations.lightning.replicas import Replicas
+from opacus_bpclip.integrations.lightning.steps import only_private_steps
 from opacus_bpclip.integrations.spending import Spending
 
 
@@ -107,9 +108,13 @@ class PrivateTrainer(Trainer):
                 another argument is wrong.
         """
         refuse_callbacks(self.callbacks, self._fit)
-        data, datamodule = _inside(train_dataloaders), _inside(datamodule)
-        with self._fit.of(model):
-            super().fit(model, data, val_dataloaders, datamodule, ckpt_path, **kwargs)
+        self._fit.begin()
+        try:
+            data, datamodule = _inside(train_dataloaders), _inside(datamodule)
+            with only_private_steps(model, self._fit.private_step):
+                super().fit(model, data, val_dataloaders, datamodule, ckpt_path, **kwargs)
+        finally:
+            self._fit.end()
 
     def save_checkpoint(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint, which says what was spent, and beside it a file that says so, too."""
