@@ -21,20 +21,27 @@ from tests.integrations.tiny_lightning import Net, data, trainer
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
 
+class OwnLoader(Net):
+    batch_size = 2
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return data(8, batch_size=self.batch_size)
+
+
 def find_lr(folder: Path) -> None:
-    Tuner(trainer(folder)).lr_find(Net(), data(8, batch_size=2))
+    Tuner(trainer(folder)).lr_find(OwnLoader())
 
 
 def find_batch_size(folder: Path) -> None:
-    Tuner(trainer(folder)).scale_batch_size(Net(), train_dataloaders=data(8, batch_size=2))
+    Tuner(trainer(folder)).scale_batch_size(OwnLoader(), max_trials=1)
 
 
 def fit_with_lr_finder(folder: Path) -> None:
-    trainer(folder, callbacks=[LearningRateFinder()]).fit(Net(), data(8, batch_size=2))
+    trainer(folder, callbacks=[LearningRateFinder()]).fit(OwnLoader())
 
 
 def fit_with_batch_size_finder(folder: Path) -> None:
-    trainer(folder, callbacks=BatchSizeFinder()).fit(Net(), data(8, batch_size=2))
+    trainer(folder, callbacks=BatchSizeFinder(max_trials=1)).fit(OwnLoader())
 
 
 @pytest.mark.parametrize(
