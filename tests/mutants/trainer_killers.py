@@ -5,13 +5,17 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
+from opacus_bpclip import PrivacyViolationError
+from tests.integrations import tiny_lightning as lightning
 from tests.integrations.plain import flat
 from tests.integrations.tiny import Texts, bert, trainer
 
@@ -100,3 +104,37 @@ def one_step_of_equal_examples() -> None:
     # The divisor is the expected batch size, 2.
     moved = 2 * float((flat(model) - before).norm()) / CLIP
     assert moved < 4.01, f"one step on four examples moved by {moved:.2f} times the claim"
+
+
+class _Repeated(lightning.Net):
+    """Runs its closure once more than the step does."""
+
+    def optimizer_step(self, epoch: int, index: int, optimizer: Any, closure: Any = None) -> None:
+        closure()
+        optimizer.step(closure=closure)
+
+
+def _sum_of_repeated(items: list[int]) -> Tensor:
+    """Return the sum of these examples, each a part of its own; zero if that is refused."""
+    examples = Subset(lightning.data(2, batch_size=1).dataset, items)
+    net = _Repeated(lr=1.0)
+    before = flat(net)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = lightning.trainer(
+            Path(folder),
+            privacy={"noise_multiplier": 0.0},
+            max_grad_norm=CLIP,
+            max_physical_batch_size=1,
+            max_steps=1,
+        )
+        with suppress(PrivacyViolationError):
+            run.fit(net, DataLoader(examples, batch_size=len(items)))
+    return (before - flat(net)) * len(items)
+
+
+def one_step_of_a_repeated_closure() -> None:
+    """A step of Lightning's trainer on two parts, whose closure runs twice, and one without the
+    first part."""
+    moved = float((_sum_of_repeated([0, 1]) - _sum_of_repeated([1])).norm()) / CLIP
+    assert moved < 1.01, f"one example moved the step by {moved:.2f} times the claim"

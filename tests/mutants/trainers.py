@@ -10,6 +10,7 @@ from opacus.accountants import create_accountant
 
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.integrations import spending
+from opacus_bpclip.integrations.lightning.parts import Samples
 from opacus_bpclip.integrations.segments import Segments, total
 from opacus_bpclip.integrations.spending import Spending
 from opacus_bpclip.integrations.transformers import PrivateTrainer
@@ -68,3 +69,10 @@ def accumulation_over_samples(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BackpropClipHooks, "_sample_from", lambda self, samples: None)
     patch.setattr(BackpropClipOptimizer, "accumulated_iterations", 1)
     patch.setattr(PrivateDataLoader, "in_parts", lambda self, rows: None)
+
+
+@mutant(killed_by=killers.one_step_of_a_repeated_closure, says="moved the step by .* times the")
+def parts_run_twice(patch: pytest.MonkeyPatch) -> None:
+    """Lightning's closure may run a second time on one sample, whose parts after the first are
+    gone: the examples of the first part contribute twice."""
+    patch.setattr(Samples, "begin", lambda self: None)

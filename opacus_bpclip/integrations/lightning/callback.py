@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,11 +12,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.integrations.ledger import UNKNOWN_STEPS
 from opacus_bpclip.integrations.lightning.model import model_of
-from opacus_bpclip.integrations.lightning.parts import Samples, require_automatic, step_in_parts
+from opacus_bpclip.integrations.lightning.parts import Samples, in_parts, require_automatic
+from opacus_bpclip.integrations.lightning.refusals import refuse_iterator, refuse_no_steps
 from opacus_bpclip.integrations.lightning.replicas import replicated
+from opacus_bpclip.integrations.lightning.steps import TrainingStep, before_each_step
+from opacus_bpclip.model.input_clipping import clip_inputs
 
 
 class _Private(NamedTuple):
@@ -25,6 +31,8 @@ class _Private(NamedTuple):
     optimizer: Any
     criterion: Any  # the user's; ``None`` if none was named
     steps: int  # as many as are planned
+    # Makes a step for a whole sample of one for a part; ``None`` if samples have no parts.
+    whole: Callable[[TrainingStep], TrainingStep] | None
 
 
 class PrivateFit(Callback):
@@ -52,9 +60,33 @@ class PrivateFit(Callback):
         module = self._private.module
         if self._private.criterion is not None:
             setattr(module, self.trainer.criterion, self._private.criterion)
-        vars(module).pop("training_step", None)
         self.trainer.optimizers = [self._private.optimizer.original_optimizer]
         self._private = None
+
+    def private_step(self, step: TrainingStep) -> TrainingStep:
+        """Return what to run as ``training_step``, for `only_private_steps`.
+
+        Raises:
+            PrivacyViolationError: the private optimizer is not what steps.
+        """
+        private = self._private
+        if private is None or list(map(id, self.trainer.optimizers)) != [id(private.optimizer)]:
+            raise PrivacyViolationError(
+                "training_step was called where the private optimizer is not the trainer's only "
+                "one: the step would have no clipping and no noise, and would not be counted. A "
+                "callback trains by itself, or has replaced trainer.optimizers or "
+                "trainer.callbacks. Leave it out."
+            )
+        return step if private.whole is None else private.whole(step)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Clip the inputs before Lightning loads weights that were trained with clipped inputs."""
+        backprop = self.trainer.privacy.backprop
+        if stage != TrainerFn.FITTING or backprop is None or backprop.max_input_norm is None:
+            return
+        # A module without parameters makes them later: in its own `setup`, or `configure_model`.
+        if any(True for _ in pl_module.parameters()):
+            clip_inputs(model_of(pl_module), backprop.max_input_norm)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make module, optimizer and loader private.
@@ -68,13 +100,12 @@ class PrivateFit(Callback):
                 f"The checkpoint {trainer.ckpt_path} does not say what was spent, {UNKNOWN_STEPS}"
                 "load its weights into the module, and call fit without ckpt_path."
             )
+        refuse_no_steps(trainer)
+        refuse_iterator(pl_module)
         self.trainer._spending.agree(trainer.strategy.broadcast)
         self._private = self._make_private(trainer, pl_module)
-        self.trainer._spending.require_left(*self._next_steps())
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Raise if Lightning goes on after the last step that fits the target."""
-        self.trainer._spending.require_left(*self._next_steps())
+        before_each_step(self._private.optimizer, self._require_left)
+        self._require_left()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop after the last step that fits the target."""
@@ -97,6 +128,9 @@ class PrivateFit(Callback):
         self.trainer._ledger.restore(state_dict, str(self.trainer.ckpt_path))
         self._restored = True
 
+    def _require_left(self) -> None:
+        self.trainer._spending.require_left(*self._next_steps())
+
     def _next_steps(self) -> tuple[float, float, int]:
         assert self._private is not None
         optimizer = self._private.optimizer
@@ -113,7 +147,7 @@ class PrivateFit(Callback):
         loader.generator, noise = private.generators(module.device)
         try:
             made = self.trainer.engine.make_private(
-                module=replicated(model_of(module.train()), trainer.world_size),
+                module=replicated(model_of(module), trainer.world_size),
                 optimizer=_only(trainer.optimizers),
                 criterion=criterion,
                 data_loader=loader,
@@ -130,13 +164,14 @@ class PrivateFit(Callback):
         trainer.optimizers = [optimizer]
         if criterion is not None:
             setattr(module, self.trainer.criterion, made[2])
+        whole = None
         if rows is not None:
             samples.loader.in_parts(rows)
-            step_in_parts(module, optimizer, samples)
+            whole = partial(in_parts, module=module, optimizer=optimizer, samples=samples)
         # As Lightning attaches a loader that was passed to `fit`.
         trainer.fit_loop._data_source.instance = samples
         trainer.fit_loop._combined_loader = None
-        return _Private(hooks, module, optimizer, criterion, planned)
+        return _Private(hooks, module, optimizer, criterion, planned, whole)
 
 
 def _loader_of(trainer: Trainer) -> DataLoader[Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import wraps
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from opacus_bpclip.errors import PrivacyViolationError
+from opacus_bpclip.integrations.lightning.steps import TrainingStep
 from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
 from opacus_bpclip.sampling.loader import PrivateDataLoader
 
@@ -25,41 +26,67 @@ class Samples:
 
     def __init__(self, loader: PrivateDataLoader) -> None:
         self.loader = loader
-        self.further: Iterator[Any] = iter(())
+        self._batches: Iterator[Any] = iter(())
+        self._is_new = False
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        self.further = iter(self.loader)
-        yield from self.further
+        self._batches = iter(self.loader)
+        for batch in self._batches:
+            self._is_new = True
+            yield batch
+
+    def begin(self) -> None:
+        """Begin with the parts of a sample.
+
+        Raises:
+            PrivacyViolationError: they have run before.
+        """
+        if not self._is_new:
+            raise PrivacyViolationError(
+                "training_step was called a second time for one sample. Its parts after the first "
+                "were drawn in the first call, so the examples of the first part would count "
+                "twice. With max_physical_batch_size, call the closure once in optimizer_step; to "
+                "call it more often, leave max_physical_batch_size out."
+            )
+        self._is_new = False
+
+    def next_part(self) -> Any:
+        """Return the next physical batch of the sample."""
+        return next(self._batches)
 
 
-def step_in_parts(
-    module: LightningModule, optimizer: BackpropClipOptimizer, samples: Samples
-) -> None:
-    """Have ``training_step`` run all physical batches of a sample, the last one for Lightning.
+def in_parts(
+    step: TrainingStep,
+    *,
+    module: LightningModule,
+    optimizer: BackpropClipOptimizer,
+    samples: Samples,
+) -> TrainingStep:
+    """Return a ``training_step`` for a whole sample, whose last part is left to Lightning.
+
+    A part whose ``training_step`` returns ``None`` contributes nothing.
 
     Args:
-        module: its ``training_step`` is replaced, until ``del module.training_step``.
+        step: the module's own.
+        module: the module, attached to a trainer.
         optimizer: collects the sums of all physical batches but the last.
         samples: draws the physical batches after the first.
     """
-    step = module.training_step
-    strategy = module.trainer.strategy
 
-    @wraps(step)
     def whole_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        samples.begin()
         while optimizer._check_skip_next_step(pop_next=False):
-            loss = step(batch, *args, **kwargs)
+            output = step(batch, *args, **kwargs)
             optimizer.zero_grad()
-            _backward(strategy, loss if isinstance(loss, Tensor) else loss["loss"])
+            _backward(module.trainer, output)
             optimizer.step()  # It only collects: more physical batches follow.
-            batch = module.on_before_batch_transfer(next(samples.further), 0)
-            batch = strategy.batch_to_device(batch, dataloader_idx=0)
+            batch = _transferred(module, samples.next_part())
         return step(batch, *args, **kwargs)
 
-    module.training_step = whole_step
+    return whole_step
 
 
 def require_automatic(module: LightningModule) -> None:
@@ -76,7 +103,18 @@ def require_automatic(module: LightningModule) -> None:
         )
 
 
-def _backward(strategy: Any, loss: Tensor) -> None:
+def _transferred(module: LightningModule, batch: Any) -> Any:
+    """Return a batch as Lightning's loop prepares the first of a sample."""
+    trainer = module.trainer
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _backward(trainer: Trainer, output: Any) -> None:
+    loss = output if output is None or isinstance(output, Tensor) else output["loss"]
+    if loss is None:
+        return
     # Lightning's own backward pass is outside of autocast, too.
     with torch.autocast(loss.device.type, enabled=False):
-        strategy.backward(loss, None)
+        trainer.strategy.backward(loss, None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import nn
@@ -16,7 +18,12 @@ class Replicas(DDPStrategy):
     """
 
     def configure_ddp(self) -> None:
-        """Leave the module as it is: `replicated` makes the copies equal."""
+        """Make the copies of the whole module equal, what is not trained included.
+
+        The module itself stays as it is.
+        """
+        for tensor in chain(self.model.parameters(), self.model.buffers()):
+            dist.broadcast(tensor.data, src=0)
 
 
 def replicated(model: nn.Module, processes: int) -> Any:

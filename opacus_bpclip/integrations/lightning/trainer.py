@@ -10,8 +10,13 @@ from opacus_bpclip.engine.engine import PrivacyEngine
 from opacus_bpclip.integrations.arguments import PrivacyArguments
 from opacus_bpclip.integrations.ledger import Ledger
 from opacus_bpclip.integrations.lightning.callback import PrivateFit
-from opacus_bpclip.integrations.lightning.refusals import refuse_options, refuse_strategy
+from opacus_bpclip.integrations.lightning.refusals import (
+    refuse_callbacks,
+    refuse_options,
+    refuse_strategy,
+)
 from opacus_bpclip.integrations.lightning.replicas import Replicas
+from opacus_bpclip.integrations.lightning.steps import only_private_steps
 from opacus_bpclip.integrations.spending import Spending
 
 
@@ -100,13 +105,16 @@ class PrivateTrainer(Trainer):
 
         Raises:
             CoverageError: the model cannot be trained privately.
+            PrivacyViolationError: a step would not be private: a callback trains by itself, say.
             ValueError: ``target_epsilon`` is spent, the checkpoint does not say what was spent, or
                 another argument is wrong.
         """
+        refuse_callbacks(self.callbacks, self._fit)
         self._fit.begin()
         try:
             data, datamodule = _inside(train_dataloaders), _inside(datamodule)
-            super().fit(model, data, val_dataloaders, datamodule, ckpt_path, **kwargs)
+            with only_private_steps(model, self._fit.private_step):
+                super().fit(model, data, val_dataloaders, datamodule, ckpt_path, **kwargs)
         finally:
             if self.is_global_zero:
                 self._ledger.write()
