@@ -83,7 +83,7 @@ def compare(
     it reports what no accountant counts.
 
     Everything runs in this process, arm after arm, so nothing needs to be picklable or
-    importable. torch's global random state and number of threads are as before in the end. On a
+    importable. Global random states and the number of threads are as before in the end. On a
     CPU the peak memory is not known: the command trains each arm in a process of its own.
 
     Args:
@@ -125,12 +125,16 @@ def compare(
         [('flat', 3), ('backprop', 3)]
     """
     # Here: the command line's libraries are not imported with the package.
+    from pydantic import ValidationError
+
     from opacus_bpclip.ab.job import Comparison
     from opacus_bpclip.ab.report import render
     from opacus_bpclip.ab.settings import Settings
+    from opacus_bpclip.jobs.errors import what_is_wrong
     from opacus_bpclip.jobs.running import measured
     from opacus_bpclip.jobs.settings import Output
     from opacus_bpclip.jobs.tables import TERMINAL
+    from opacus_bpclip.probe.randomness import repeatable
 
     given = {
         "model": model,
@@ -143,11 +147,15 @@ def compare(
     }
     options |= {field: _name(own) for field, own in given.items() if own is not None}
     objects = {field: own for field, own in given.items() if not isinstance(own, str)}
-    job = Comparison(Settings(**options), progress=progress, objects=objects)
+    try:
+        settings = Settings(**options)
+    except ValidationError as error:
+        raise ValueError(what_is_wrong(error)) from None
+    job = Comparison(settings, progress=progress, objects=objects)
     output = Output(data=json, resume=resume, plot=plot, progress=progress)
     threads = torch.get_num_threads()
     try:
-        with torch.random.fork_rng():
+        with repeatable(torch.device("cpu")):
             record = measured(job, output)
     finally:
         torch.set_num_threads(threads)

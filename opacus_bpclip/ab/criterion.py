@@ -58,6 +58,13 @@ class Criterion(nn.Module):
         if not isinstance(losses, Tensor) or not losses.dim():
             made = "a scalar" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
             raise UsageError(f"{self.path} reduces a batch to {made}. {_REMEDY}")
+        sizes = [own.numel() for own in (outputs, targets) if isinstance(own, Tensor)]
+        if len(sizes) == 2 and losses.numel() > max(sizes):
+            raise UsageError(
+                f"{self.path} broadcasts outputs of shape {tuple(outputs.shape)} and targets of "
+                f"shape {tuple(targets.shape)}, so an example's loss depends on others'. Give both "
+                "one shape"
+            )
         if isinstance(targets, Tensor) and len(losses) != len(targets):
             raise UsageError(
                 f"{self.path} makes {len(losses)} losses of {len(targets)} examples. {_REMEDY}"

@@ -14,9 +14,15 @@ from opacus_bpclip.ab.criterion import Criterion
 from opacus_bpclip.ab.results import Measure
 from opacus_bpclip.jobs.errors import UsageError
 
+_IGNORED = nn.CrossEntropyLoss().ignore_index
+
 
 class Accuracy:
-    """The share of examples that are classified rightly: outputs ``[B, C]``, targets ``[B]``."""
+    """The share of targets that are classified rightly.
+
+    Outputs are ``[B, C, ...]``, targets classes ``[B, ...]`` or probabilities like the outputs.
+    Targets that cross-entropy ignores do not count.
+    """
 
     higher_is_better = True
 
@@ -25,12 +31,15 @@ class Accuracy:
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Count a batch."""
-        right = outputs.argmax(1) == targets
-        self._right, self._all = self._right + int(right.sum()), self._all + right.numel()
+        if targets.shape == outputs.shape:
+            targets = targets.argmax(1)
+        counted = targets != _IGNORED
+        self._right += int((outputs.argmax(1) == targets)[counted].sum())
+        self._all += int(counted.sum())
 
     def compute(self) -> float:
         """Return the share."""
-        return self._right / self._all
+        return self._right / max(self._all, 1)
 
 
 class MeanLoss:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from statistics import fmean, median
 from typing import ClassVar
 
-from pydantic import computed_field
+from pydantic import ConfigDict, computed_field
 from pydantic.dataclasses import dataclass
 
 from opacus_bpclip.ab.settings import Arm, Settings
@@ -68,7 +68,8 @@ class Plan:
     measure: Measure = Measure("accuracy", percent=True)
 
 
-@dataclass(frozen=True)
+# A metric may be infinite, or no number.
+@dataclass(frozen=True, config=ConfigDict(ser_json_inf_nan="strings"))
 class EpochResult:
     """One epoch of one run.
 
@@ -85,7 +86,7 @@ class EpochResult:
     loss: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(ser_json_inf_nan="strings"))
 class SeedResult:
     """One training run.
 

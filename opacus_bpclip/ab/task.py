@@ -20,6 +20,7 @@ from opacus_bpclip.ab.results import Measure
 from opacus_bpclip.ab.settings import Settings
 from opacus_bpclip.jobs.errors import UsageError, told_of_users_code
 from opacus_bpclip.jobs.loading import load_object, made
+from opacus_bpclip.probe.randomness import repeatable
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def task_of(settings: Settings, objects: Mapping[str, Any] | None = None) -> Tas
         return load_object(path) if own is None and path and not theirs else own
 
     model = found("model", model_path)
-    train, test = _sets(found("data", data_path), data_path, settings.data_root)
+    # Each arm has a process of its own, which makes the data anew: the same, however it is drawn.
+    with repeatable(torch.device("cpu")):
+        train, test = _sets(found("data", data_path), data_path, settings.data_root)
     loss = _made(found("loss", settings.loss), settings.loss)
     criterion = Criterion(loss or nn.CrossEntropyLoss(), settings.loss or "--loss")
     if settings.metric:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,8 +112,12 @@ def start(
     """
     # Three streams of one seed: the same numbers must not both pick examples and make noise.
     streams = np.random.SeedSequence(seed).generate_state(3).tolist()
-    torch.manual_seed(streams[0])
+    for seed_all in (random.seed, np.random.seed, torch.manual_seed):
+        seed_all(streams[0])
+    # Opacus refuses a model in evaluation mode, as pretrained ones are.
     model = task.model().to(settings.device)
+    if not model.training:
+        model.train()
     draws = torch.Generator().manual_seed(streams[1])
     loader = task.loader(batch_size or settings.batch_size, generator=draws)
     noise = torch.Generator(settings.device).manual_seed(streams[2])

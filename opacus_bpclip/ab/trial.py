@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import textwrap
 from typing import Any
 
 import torch
 from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from opacus_bpclip.ab.batches import Batch
+from opacus_bpclip.ab.criterion import Criterion
 from opacus_bpclip.ab.results import Plan
 from opacus_bpclip.ab.settings import Settings
 from opacus_bpclip.ab.task import Task
@@ -17,6 +20,7 @@ from opacus_bpclip.ab.training import evaluate, start, step
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.jobs.errors import UsageError, in_one_line, told_of_users_code
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
+from opacus_bpclip.probe.rows import rows_are_coupled
 
 _EXAMPLES = 8
 # In a draw of a batch of 8, or in a few.
@@ -34,6 +38,10 @@ def check(task: Task, settings: Settings) -> None:
     model_path, data_path = settings.factories
     with told_of_users_code(model_path):
         model = task.model().to(device)
+        if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+            raise UsageError(
+                f"{model_path} has lazy layers: run a batch through the model before you return it"
+            )
         if not any(p.requires_grad for p in model.parameters()):
             raise UsageError(f"{model_path} has no trainable parameter")
     with told_of_users_code(data_path):
@@ -44,6 +52,7 @@ def check(task: Task, settings: Settings) -> None:
         _require_classes(data_path, outputs, batch.targets)
     with told_of_users_code(f"the loss {settings.loss or 'cross-entropy'} on a batch"):
         task.criterion.to(device)(outputs, batch.targets).backward()
+        _require_own_losses(task.criterion, outputs, batch)
     with told_of_users_code(f"--optimizer {settings.optimizer}"):
         optimizer = task.new_optimizer(model)
         optimizer.step()
@@ -60,6 +69,11 @@ def check(task: Task, settings: Settings) -> None:
 @known_warnings_silenced()
 def problem_of(name: str, settings: Settings, plan: Plan, task: Task) -> str:
     """Return in one line why an arm cannot train the model; empty if it takes a step."""
+    if settings.physical_batch_size and name == "adaptive":
+        return (
+            "Opacus's adaptive clipping counts the examples of the last part only: leave out "
+            "--physical-batch-size"
+        )
     if settings.physical_batch_size:
         # So few that there are several parts.
         settings = settings.replace(physical_batch_size=min(settings.physical_batch_size, 2))
@@ -83,6 +97,17 @@ def problem_of(name: str, settings: Settings, plan: Plan, task: Task) -> str:
         # Some errors print whole tensors.
         return textwrap.shorten(in_one_line(error), 500, placeholder=" ...")
     return ""
+
+
+def _require_own_losses(criterion: Criterion, outputs: Any, batch: Batch) -> None:
+    each = copy.deepcopy(criterion)
+    each.reduction = "none"
+    if rows_are_coupled(each, (outputs, batch.targets), {}, batch.size):
+        raise UsageError(
+            f"{criterion.path} couples examples: an example's loss changes when others are left "
+            "out of the batch, so no clipping would bound what it contributes. Compute each "
+            "example's loss from that example alone"
+        )
 
 
 def _require_classes(path: str, outputs: Any, targets: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -116,7 +117,7 @@ def build(settings: Settings, task: Task) -> Target:
         try:
             target = model_target(
                 task.name,
-                lambda: made_by(path, nn.Module),
+                lambda: copy.deepcopy(made_by(path, nn.Module)),
                 _users_inputs(inputs) if ":" in inputs else _drawn(inputs, settings.vocabulary),
                 loss=load_object(settings.loss) if settings.loss else None,
                 **training,

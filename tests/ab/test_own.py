@@ -1,18 +1,25 @@
 """A user's own model and data: what trains, by which arms, and what the table says."""
 
 import functools
+import itertools
 import json
+import math
+import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from opacus.accountants.utils import get_noise_multiplier
 from torch import nn
+from torch.utils.data import Subset, TensorDataset
 
 from opacus_bpclip import compare
 from opacus_bpclip.__main__ import main
-from opacus_bpclip.ab import privacy, trial
+from opacus_bpclip.ab import privacy, training, trial
+from opacus_bpclip.ab.metrics import Accuracy
+from opacus_bpclip.ab.results import Plan
 from opacus_bpclip.ab.settings import OWN_ARMS, Settings
 from opacus_bpclip.ab.task import task_of
 from opacus_bpclip.jobs.errors import UsageError
@@ -39,7 +46,7 @@ def notes(table):
 
 def test_opacus_modes_train_a_cnn_in_parts_of_a_batch():
     """With an optimizer and a schedule by name."""
-    arms = ["non-private", "flat", "ghost", "ew", "per_layer", "adaptive", "backprop"]
+    arms = ["non-private", "flat", "ghost", "ew", "per_layer", "backprop"]
     given = {"optimizer": "Adam", "schedule": "OneCycleLR", "physical_batch_size": 5}
     table = compared("Net", "pictures", arms=arms, **given)
     assert notes(table) == {}
@@ -230,3 +237,95 @@ def test_an_example_keeps_a_loss_of_its_own():
     torch.testing.assert_close(losses(outputs, targets), expected.mean())
     losses.reduction = "none"
     torch.testing.assert_close(losses(outputs, targets), expected)
+
+
+def drawn(settings):
+    """Return what a process of its own would draw."""
+    random.seed()
+    np.random.seed()
+    torch.seed()
+    task = task_of(settings, {"model": NumpyWeights, "data": permuted})
+    arm = training.start("non-private", 3, settings, PLAN, task)
+    return task.train.indices, arm.model.weight[0, 0].item()
+
+
+class NumpyWeights(nn.Linear):
+    """Its weights are not drawn by torch."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.weight.data.fill_(np.random.randn() + random.random())
+
+
+def permuted():
+    data = TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
+    order = np.random.permutation(20).tolist()
+    return Subset(data, order[:16]), Subset(data, order[16:])
+
+
+PLAN = Plan(0.5, 2, None, (), 10, 16, 4)
+
+
+def test_each_process_draws_the_same_data_and_weights():
+    settings = Settings(model="a:b", data="a:c", **SHORT)
+    assert drawn(settings) == drawn(settings)
+
+
+def coupled(outputs, targets):
+    return (outputs - targets.float().unsqueeze(1) - outputs.mean()).square().mean(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (coupled, "tests.ab.test_own:coupled couples examples"),
+        (nn.MSELoss, "torch.nn.modules.loss:MSELoss broadcasts outputs of shape"),
+    ],
+)
+def test_a_loss_that_couples_examples_is_refused_for_all_arms(loss, text, recwarn):
+    data = TensorDataset(torch.randn(20, 4), torch.randn(20))
+    with pytest.raises(UsageError, match=text):
+        compare(nn.Linear(4, 1), (data, data), loss=loss, arms=["flat"], **SHORT)
+
+
+def test_a_metric_that_is_no_number_is_kept_in_the_file(tmp_path):
+    data = TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
+    values = itertools.chain([0.0, math.nan, -math.inf], itertools.repeat(0.0))
+    given = {"arms": ["non-private", "flat"], "json": tmp_path / "r.json", **SHORT}
+
+    def metric(outputs, targets):
+        return next(values)
+
+    first = compare(nn.Linear(4, 2), (data, data), metric=metric, **given)
+    again = compare(nn.Linear(4, 2), (data, data), metric=metric, resume=True, **given)
+    assert str(first.rows) == str(again.rows)
+    assert [str(row.metric) for row in again.rows] == ["nan", "-inf"]
+
+
+def test_ignored_targets_do_not_count_and_probabilities_are_compared_by_their_largest():
+    outputs = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 1.0]])
+    accuracy = Accuracy()
+    accuracy.update(outputs, torch.tensor([0, 0, -100]))
+    assert accuracy.compute() == 0.5
+    accuracy.update(outputs, torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]))
+    assert accuracy.compute() == 0.8
+
+
+def test_a_model_in_evaluation_mode_is_trained():
+    data = TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)).eval()
+    table = compare(model, (data, data), arms=["flat", "backprop"], **SHORT)
+    assert notes(table) == {}
+    assert not model.training
+
+
+def test_what_cannot_be_compared_says_so():
+    data = TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
+    with pytest.raises(UsageError, match="has lazy layers: run a batch through the model before"):
+        compare(nn.LazyLinear(2), (data, data), arms=["flat"], **SHORT)
+    table = compare(
+        nn.Linear(4, 2), (data, data), arms=["flat", "adaptive"], physical_batch_size=4, **SHORT
+    )
+    assert notes(table)["adaptive"].endswith("leave out --physical-batch-size")
+    with pytest.raises(ValueError, match=r"^--arms flt: must be 'non-private', 'flat', "):
+        compare(nn.Linear(4, 2), (data, data), **{**SHORT, "arms": ["flt"]})
