@@ -1,5 +1,6 @@
 """Hypothesis profiles, the thread count and the device for the whole suite."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -29,6 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the suite's core runs (default: cpu)")
 
 
+def pytest_collection_finish() -> None:
+    # What has been imported stays: the collector need not go through it again in every test.
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--device")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -41,7 +48,7 @@ settings.register_profile(
     "fixed",
     derandomize=True,
     deadline=None,
-    max_examples=200,
+    max_examples=100,
     database=None,
     suppress_health_check=_SLOW_IS_FINE,
 )

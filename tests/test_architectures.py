@@ -55,7 +55,13 @@ def test_a_transformer_over_tokens_stays_within_its_sensitivity(bound):
     check_training(trainer, ids, torch.randn(5, 3, dtype=torch.float64) * 100)
 
 
-@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize(
+    "bound",
+    [
+        bound if bound == "exact" else pytest.param(bound, marks=pytest.mark.slow)
+        for bound in BOUNDS
+    ],
+)
 def test_resnet18_with_group_norm_stays_within_its_sensitivity(bound):
     torch.manual_seed(0)
     model = PrivacyEngine.get_compatible_module(torchvision.models.resnet18(num_classes=3))

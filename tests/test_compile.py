@@ -89,7 +89,10 @@ def every_node() -> nn.Sequential:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("bound", ["product", "weighted", "exact"])
+@pytest.mark.parametrize(
+    "bound",
+    [*(pytest.param(bound, marks=pytest.mark.slow) for bound in ("product", "weighted")), "exact"],
+)
 def test_every_node_compiles(bound: Any) -> None:
     options = {"backprop": layerwise(bound=bound)}
     check_compiled(every_node, options, rtol=1e-4, atol=1e-5)

@@ -20,6 +20,7 @@ from opacus_bpclip.clipping.base import Settings
 from opacus_bpclip.clipping.function_use import FunctionGraph, FunctionUse, versions_of
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.guard.call_checks import ran_twice
+from opacus_bpclip.guard.weak import weakly
 from opacus_bpclip.model import function_checks
 from opacus_bpclip.model.coverage import unclipped_inputs
 from opacus_bpclip.model.function_call import FunctionCall
@@ -95,15 +96,13 @@ class _Following(ParameterFunctions):
         for name, leaf in self.leaves.items():
             owner, _, own = name.rpartition(".")
             self._owners[id(leaf)] = layers[owner], own
-            leaf.register_post_accumulate_grad_hook(self._went_around(name))
+            leaf.register_post_accumulate_grad_hook(weakly(self._went_around))
         self._scopes: dict[str, Scope] = {}
         self._times: dict[CallKey, int] = {}
 
-    def _went_around(self, name: str) -> Any:
-        def refuse(_: Tensor) -> None:
-            self._guard.fail(function_checks.went_around(name))
-
-        return refuse
+    def _went_around(self, leaf: Tensor) -> None:
+        layer, own = self._owners[id(leaf)]
+        self._guard.fail(function_checks.went_around(f"{layer.name}.{own}"))
 
     def close(self) -> None:
         """End the pass; the nodes in the graph keep what is still needed."""

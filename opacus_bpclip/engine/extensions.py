@@ -218,7 +218,7 @@ def _sampling_generator(
     """Return the generator from which a rank samples its examples."""
     if ranks.size == 1 or engine.secure_mode:
         return engine.secure_rng
-    return generator_of_rank(ranks, loader.generator, torch.device("cpu"), Purpose.COINS)
+    return generator_of_rank(ranks, loader.generator, torch.device("cpu"), Purpose.SAMPLING)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ reasons only if one does.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any
@@ -42,7 +43,7 @@ class Place(IntEnum):
 class Purpose(IntEnum):
     """What a rank's own generator draws: the Poisson sampling, or the noise."""
 
-    COINS = 0
+    SAMPLING = 0
     NOISE = 1
 
 
@@ -55,6 +56,12 @@ _ONE_ENTRY = (
 def world_size() -> int:
     """Return the number of processes in the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _end(group: Any) -> None:
+    """End a process group."""
+    with suppress(ValueError):  # The end of the default group has ended this one, too.
+        dist.destroy_process_group(group)
 
 
 class Ranks:
@@ -89,7 +96,10 @@ class Ranks:
         """Return all ranks of the default process group. All of them must call this."""
         # On the CPU, so that no meeting waits for an accelerator or mixes with its collectives.
         group = dist.new_group(backend="gloo", timeout=_patience())
-        return cls(dist.get_world_size(), dist.get_rank(), group)
+        ranks = cls(dist.get_world_size(), dist.get_rank(), group)
+        # Each group has threads of its own.
+        weakref.finalize(ranks, _end, group).atexit = False
+        return ranks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """Return this object: an optimizer's copy is in the same process."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip.guard.weak import weakly
 from opacus_bpclip.rules.precision import norm_dtype
 
 Check = Callable[["WatchedParameter", Tensor], None]
@@ -50,7 +51,7 @@ class WatchedParameter:
         self.sink = nothing.expand(p.shape).detach().requires_grad_()
         # Otherwise a compiler may make a size symbolic, and equal to a batch size of that value.
         torch._dynamo.mark_static(self.sink)
-        self.sink.register_post_accumulate_grad_hook(self._collect)
+        self.sink.register_post_accumulate_grad_hook(weakly(self._collect))
         # A pass may go on after a refusal: an unclipped gradient must not stay in p.grad then.
         drop = p.register_post_accumulate_grad_hook(_drop)
         self._handles = [p.register_hook(self._arrive), drop]

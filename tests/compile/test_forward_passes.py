@@ -47,7 +47,23 @@ def _calls(private: Private) -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-@pytest.mark.parametrize("ways", [*itertools.product(WAYS, repeat=2)])
+# Of the pairs, those that are noticed in different places.
+EVERYDAY = [
+    ("eager", "compiled"),
+    ("compiled", "compiled"),
+    ("compiled", "partly"),
+    ("partly",) * 2,
+]
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ways if ways in EVERYDAY else pytest.param(ways, marks=pytest.mark.slow)
+        for ways in itertools.product(WAYS, repeat=2)
+    ],
+    ids=" and ".join,
+)
 def test_two_forward_passes_are_refused_however_they_run(ways):
     private = counted(Partly(), backprop=TWO_USES)
     x, y = first(private)

@@ -46,7 +46,7 @@ def purposes_seeded_alike(patch: pytest.MonkeyPatch) -> None:
     seed_of_rank = Ranks.seed_of_rank
 
     def seed(self: Ranks, generator: torch.Generator | None, purpose: Purpose) -> int:
-        return seed_of_rank(self, generator, Purpose.COINS)
+        return seed_of_rank(self, generator, Purpose.SAMPLING)
 
     patch.setattr(Ranks, "seed_of_rank", seed)
 

@@ -10,7 +10,12 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from tests.packaging.conftest import ROOT, Built, run
+
+# `.ci/run` calls it.
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("stranger.py")
 

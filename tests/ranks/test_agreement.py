@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from datetime import timedelta
 from typing import Any
 
@@ -158,3 +159,19 @@ def test_a_first_empty_batch_that_is_left_out_is_refused_on_all_ranks() -> None:
     assert other[0].endswith(f"so no rank takes it: {text}")
     assert state[1] == others[1] == [(0.0, 0.25, 2)]
     assert torch.equal(state[0], others[0])
+
+
+def groups_left(rank: int) -> int:
+    def count() -> int:
+        gc.collect()
+        return len(dist.distributed_c10d._world.pg_map)
+
+    before = count()
+    private = made(wrapped(nn.Linear(4, 4), "DPDDP"))
+    assert count() == before + 1
+    del private
+    return count() - before
+
+
+def test_the_group_in_which_ranks_meet_ends_with_the_model() -> None:
+    assert pair().run(groups_left) == [0, 0]
