@@ -12,7 +12,7 @@ import sys
 import torch
 
 from opacus_bpclip import BackpropClipping
-from opacus_bpclip.audit import CASES, audit_case
+from opacus_bpclip.audit import CASES, audit
 
 CLIPPINGS = (
     BackpropClipping(),
@@ -31,13 +31,9 @@ def main() -> int:
     violated = 0
     for name in options.case:
         for clipping in CLIPPINGS:
-            verdict = audit_case(
-                name,
-                clipping=clipping,
-                trials=0,
-                searches=options.searches,
-                device=options.device,
-            )
+            label = f"{name}, {clipping.allocation}, {clipping.bound}"
+            target = CASES[name].target(label, clipping=clipping, device=options.device)
+            verdict = audit(target, trials=0, searches=options.searches)
             print(f"{verdict.target}: {verdict.outcome}", *verdict.violations, flush=True)
             violated += bool(verdict.violations)
     return int(violated > 0)

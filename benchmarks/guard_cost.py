@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import BackpropClipOptimizer, BackpropClipping, PrivacyEngine
-from opacus_bpclip.ab.models import build
+from opacus_bpclip.ab.models import cnn26k
 from opacus_bpclip.clipping import layers
 from opacus_bpclip.clipping.node import NodeClip
 from opacus_bpclip.guard.guard import GradientGuard
@@ -73,7 +73,7 @@ def resnet18() -> nn.Module:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "CNN26k, batch 256": (lambda: build("mnist"), lambda: torch.randn(256, 1, 28, 28)),
+    "CNN26k, batch 256": (cnn26k, lambda: torch.randn(256, 1, 28, 28)),
     "ResNet-18-GN, batch 8": (resnet18, lambda: torch.randn(8, 3, 32, 32)),
     "transformer, batch 16": (Transformer, lambda: torch.randint(1000, (16, 64))),
 }

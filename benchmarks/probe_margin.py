@@ -16,7 +16,7 @@ from guard_cost import Transformer, resnet18
 from opacus.layers import DPLSTM
 from torch import Tensor, nn
 
-from opacus_bpclip.ab.models import build
+from opacus_bpclip.ab.models import cnn26k
 from opacus_bpclip.probe import EXAMPLES, Batch, randomness, search
 from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.order import rows_of_layers
@@ -51,7 +51,7 @@ def ids(length: int) -> Tensor:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "CNN26k": (lambda: build("mnist"), floats(1, 28, 28)),
+    "CNN26k": (cnn26k, floats(1, 28, 28)),
     "ResNet-18-GN, 32 x 32": (resnet18, floats(3, 32, 32)),
     "transformer, 64 tokens": (Transformer, ids(64)),
     "BERT, 4 layers": (bert, ids(16)),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -65,7 +66,7 @@ def number():
 """
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def models(tmp_path, monkeypatch):
     """A module in the current folder, where a user would have it."""
     (tmp_path / "my_models.py").write_text(MODELS)
@@ -74,48 +75,68 @@ def models(tmp_path, monkeypatch):
     sys.modules.pop("my_models", None)
 
 
-@pytest.mark.usefixtures("models")
-def test_a_model_that_would_train_is_shown_layer_by_layer(capsys):
-    layerwise_options = ["--allocation", "dimension", "--max-input-norm", "3"]
-    assert main(["inspect", "my_models:good", "--max-grad-norm", "2", *layerwise_options]) == 0
-    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+@pytest.fixture
+def table(capsys):
+    """Return what inspects a model that would train, and returns the table's rows as words."""
+
+    def inspected(line):
+        assert main(["inspect", *line.split()]) == 0
+        return [row.split() for row in capsys.readouterr().out.splitlines()]
+
+    return inspected
+
+
+def rows_of(line):
+    """Inspect a model that would train, and return the rows as data."""
+    assert main(["inspect", *line.split(), "--json", "rows.json"]) == 0
+    return json.loads(Path("rows.json").read_text())
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Return what inspects a model that would be refused, and returns the text on stdout."""
+
+    def inspected(line):
+        assert main(["inspect", *line.split()]) == 1
+        return capsys.readouterr().out
+
+    return inspected
+
+
+def test_a_model_that_would_train_is_shown_layer_by_layer(table):
+    options = "--max-grad-norm 2 --allocation dimension --max-input-norm 3"
+    head, *rows = table(f"my_models:good {options}")
     heads = ["module", "type", "parameters", "rule", "input", "norm", "bound", "uses"]
-    assert table[0] == [*heads, "sensitivity"]
-    assert [row[:7] for row in table[1:]] == [
+    assert head == [*heads, "sensitivity"]
+    assert [row[:7] for row in rows] == [
         ["0", "Conv2d", "40", "ConvRule", "3", "exact", "1"],
         ["1", "GroupNorm", "8", "GroupNormRule", "-", "exact", "1"],
         ["3", "Linear", "34", "LinearRule", "3", "exact", "1"],
     ]
-    assert sum(float(row[7]) ** 2 for row in table[1:]) == pytest.approx(4.0, abs=1e-3)
+    assert sum(float(row[7]) ** 2 for row in rows) == pytest.approx(4.0, abs=1e-3)
 
 
-@pytest.mark.usefixtures("models")
-def test_the_defaults_are_the_librarys(tmp_path):
-    path = tmp_path / "rows.json"
-    assert main(["inspect", "my_models:good", "--max-grad-norm", "2", "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())
+def test_the_defaults_are_the_librarys():
+    rows = rows_of("my_models:good --max-grad-norm 2")
     assert [row["sensitivity"] for row in rows] == [2.0, 2.0, 2.0]
     assert [row["max_input_norm"] for row in rows] == [None, None, None]
     assert {row["bound"] for row in rows} == {"exact"}
 
 
-@pytest.mark.usefixtures("models")
-def test_a_model_that_would_be_refused_says_where_why_and_what_to_do(capsys):
-    assert main(["inspect", "my_models:bad"]) == 1
-    out = capsys.readouterr().out
-    assert "1       BatchNorm1d           8  REFUSED" in out
-    assert "- 1 normalises over the batch, so each example's output depends on the other" in out
-    assert "- 2 (LSTM): no rule bounds the gradient of weight_ih_l0" in out
-    assert "get_compatible_module" in out
-    assert "Or freeze it (requires_grad=False)." in out
+def test_a_model_that_would_be_refused_says_where_why_and_what_to_do(refusal):
+    out = refusal("my_models:bad")
+    for text in (
+        "1       BatchNorm1d           8  REFUSED",
+        "- 1 normalises over the batch, so each example's output depends on the other",
+        "- 2 (LSTM): no rule bounds the gradient of weight_ih_l0",
+        "get_compatible_module",
+        "Or freeze it (requires_grad=False).",
+    ):
+        assert text in out
 
 
-@pytest.mark.usefixtures("models")
-def test_the_same_facts_as_data(tmp_path):
-    path = tmp_path / "rows.json"
-    arguments = ["my_models:INSTANCE", "--max-input-norm", "3", "--json", str(path)]
-    assert main(["inspect", *arguments]) == 0
-    assert json.loads(path.read_text()) == [
+def test_the_same_facts_as_data():
+    assert rows_of("my_models:INSTANCE --max-input-norm 3") == [
         {
             "module": "(root)",
             "type": "Linear",
@@ -131,103 +152,67 @@ def test_the_same_facts_as_data(tmp_path):
     ]
 
 
-@pytest.mark.usefixtures("models")
-def test_the_functions_that_a_model_calls_on_its_parameters_are_named(tmp_path, capsys):
-    path = tmp_path / "rows.json"
-    arguments = ["inspect", "my_models:scaled", "--input-shape", "4", "--json", str(path)]
-    assert main(arguments) == 0
-    out = capsys.readouterr().out
-    assert [line.split()[3] for line in out.splitlines()[1:3]] == ["FunctionRule", "LinearRule"]
-    rows = json.loads(path.read_text())
-    assert [len(row["functions"]) for row in rows] == [1, 0]
+def test_the_functions_that_a_model_calls_on_its_parameters_are_named(capsys):
+    rows = rows_of("my_models:scaled --input-shape 4")
+    assert [(row["rule"], len(row["functions"])) for row in rows] == [
+        ("FunctionRule", 1),
+        ("LinearRule", 0),
+    ]
     assert rows[0]["functions"][0].startswith("mul ")
-    assert f"- 0: {rows[0]['functions'][0]}" in out.splitlines()
+    assert f"- 0: {rows[0]['functions'][0]}" in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.usefixtures("models")
-def test_a_model_with_nothing_to_train_would_be_refused(capsys):
-    assert main(["inspect", "my_models:frozen"]) == 1
-    assert "no trainable parameter" in capsys.readouterr().out
+def test_a_model_with_nothing_to_train_would_be_refused(refusal):
+    assert "no trainable parameter" in refusal("my_models:frozen")
 
 
-@pytest.mark.usefixtures("models")
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("line", "message"),
     [
-        (["my_models"], "not of the form MODULE:FACTORY"),
-        (["nowhere:good"], "cannot load nowhere:good: No module named 'nowhere'"),
-        (["my_models:missing"], "has no attribute 'missing'"),
-        (["my_models:NUMBER"], "neither callable nor a Module"),
-        (["my_models:greedy"], "cannot be called without arguments"),
-        (["my_models:number"], "makes a int, not a Module"),
-        (["my_models:good", "--max-input-norm", "-1"], "max_input_norm=-1.0"),
-        (
-            ["my_models:good", "--max-grad-norm", "nan"],
-            "--max-grad-norm nan: input should be a finite number",
-        ),
-        (["my_models:Loop", "--uses", "auto"], "give their --input-shape"),
-        (["my_models:Loop", "--uses", "cell"], "neither NAME=K nor auto alone"),
-        (["my_models:Loop", "--uses", "cell=0"], "an integer >= 1"),
-        (
-            ["my_models:Loop", "--uses", "body=2"],
-            "names layers that the model does not train: body",
-        ),
-        (["my_models:good", "--input-shape", "3,x"], "--input-shape x: input should be a valid"),
-        (["my_models:good", "--bound", "loose"], "--bound loose: input should be 'product', "),
-        (["my_models:good", "--input-shape", "3"], "does not run on such an input"),
-        (["my_models:good", "--json", "no/such/folder.json"], "No such file"),
+        ("my_models", "not of the form MODULE:FACTORY"),
+        ("nowhere:good", "cannot load nowhere:good: No module named 'nowhere'"),
+        ("my_models:missing", "has no attribute 'missing'"),
+        ("my_models:NUMBER", "neither callable nor a Module"),
+        ("my_models:greedy", "cannot be called without arguments"),
+        ("my_models:number", "makes a int, not a Module"),
+        ("my_models:good --max-input-norm -1", "max_input_norm=-1.0"),
+        ("my_models:Loop --uses auto", "give their --input-shape"),
+        ("my_models:Loop --uses cell", "neither NAME=K nor auto alone"),
+        ("my_models:Loop --uses cell=0", "an integer >= 1"),
+        ("my_models:Loop --uses body=2", "names layers that the model does not train: body"),
+        ("my_models:good --input-shape 3", "does not run on such an input"),
+        ("my_models:tokens --input-shape 7", "does not run on such an input: RuntimeError: "),
+        ("my_models:good --json no/such/folder.json", "No such file"),
     ],
-    ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_wrong_use_gets_one_line_and_status_two(arguments, message, capsys):
-    assert main(["inspect", *arguments]) == 2
+def test_wrong_use_gets_one_line_and_status_two(line, message, capsys):
+    assert main(["inspect", *line.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("opacus-bpclip inspect: error: ")
     assert message in error
     assert error.count("\n") == 1
 
 
-@pytest.mark.usefixtures("models")
-@pytest.mark.parametrize(
-    "arguments",
-    [["--uses", "cell=3"], ["--uses", "auto", "--input-shape", "4"]],
-    ids=["declared", "counted"],
-)
-def test_uses_are_shown(arguments, capsys):
-    assert main(["inspect", "my_models:Loop", *arguments]) == 0
-    table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [(row[0], row[6]) for row in table[1:]] == [("cell", "3"), ("head", "1")]
-
-
-@pytest.mark.usefixtures("models")
 @pytest.mark.parametrize("options", ["--uses cell=3", "--uses auto --input-shape 4"])
-def test_the_model_may_come_last(options, capsys):
-    assert main(["inspect", *options.split(), "my_models:Loop"]) == 0
-    assert "cell " in capsys.readouterr().out
+def test_declared_and_counted_uses_are_shown_and_the_model_may_come_last(options, table):
+    head, *rows = table(f"{options} my_models:Loop")
+    assert [(row[0], row[6]) for row in rows] == [("cell", "3"), ("head", "1")]
+    assert table(f"my_models:Loop {options}") == [head, *rows]
 
 
-@pytest.mark.usefixtures("models")
-def test_coupled_examples_are_found_on_made_up_ones(capsys):
-    assert main(["inspect", "my_models:coupled"]) == 0
-    capsys.readouterr()
-    assert main(["inspect", "my_models:coupled", "--input-shape", "4"]) == 1
-    out = capsys.readouterr().out
+def test_coupled_examples_are_found_on_made_up_ones(table, refusal):
+    table("my_models:coupled")
+    out = refusal("my_models:coupled --input-shape 4")
     assert any(line.split()[:4] == ["0", "Loop", "0", "REFUSED"] for line in out.splitlines())
     assert "- 0 (Loop) couples examples: its output for one example changes with the values" in out
 
 
-@pytest.mark.usefixtures("models")
-def test_ids_are_made_up_for_an_embedding(capsys):
-    arguments = ["inspect", "my_models:tokens", "--input-shape", "7"]
-    assert main([*arguments, "--input-dtype", "int"]) == 0
-    assert main(arguments) == 2
-    assert "the model does not run on such an input: RuntimeError: " in capsys.readouterr().err
+def test_ids_are_made_up_for_an_embedding(table):
+    assert len(table("my_models:tokens --input-shape 7 --input-dtype int")) == 3
 
 
-@pytest.mark.usefixtures("models")
-def test_a_problem_of_many_modules_is_said_once(capsys):
-    assert main(["inspect", "my_models:norms"]) == 1
-    out = capsys.readouterr().out
+def test_a_problem_of_many_modules_is_said_once(refusal):
+    out = refusal("my_models:norms")
     assert out.count("normalises over the batch") == 1
     assert "- 0, 1 and 3 more normalises over the batch" in out
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from opacus.data_loader import DPDataLoader
+from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
 from torch.utils.data import DataLoader
 
 from opacus_bpclip import PrivacyEngine, clip_inputs
-from opacus_bpclip.ab.settings import NON_PRIVATE, Settings
+from opacus_bpclip.ab.settings import (
+    ADAPTIVE,
+    EXPANDED_WEIGHTS,
+    FUNCTORCH,
+    GHOST,
+    NON_PRIVATE,
+    PER_LAYER,
+    Settings,
+)
+from opacus_bpclip.ab.task import Task
 
 
 @dataclass(frozen=True)
@@ -19,22 +31,45 @@ class Arm:
     """A model ready for training; ``engine`` is None without privacy.
 
     Attributes:
+        device: of the model.
         precision: ``"bfloat16"`` for training under autocast.
+        rows: largest number of examples that the model sees at once; None for any.
         criterion: of a step.
+        schedule: of the learning rate; None without one.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: DataLoader[Any]
     engine: PrivacyEngine | None
+    device: torch.device
     precision: str
-    criterion: nn.Module = field(default_factory=nn.CrossEntropyLoss)
+    rows: int | None
+    criterion: nn.Module
+    schedule: Any = None
+
+    @contextmanager
+    def batches(self) -> Iterator[DataLoader[Any]]:
+        """Give the batches of an epoch; with privacy in parts that are small enough."""
+        if self.engine is None or self.rows is None:
+            yield self.loader
+            return
+        with BatchMemoryManager(
+            data_loader=self.loader, max_physical_batch_size=self.rows, optimizer=self.optimizer
+        ) as parts:
+            yield parts
+
+    @property
+    def in_step(self) -> bool:
+        """Whether more parts of the latest batch are to come before the optimizer's step."""
+        return bool(getattr(self.optimizer, "_is_last_step_skipped", False))
 
 
 def prepare(
     name: str,
     model: nn.Module,
     loader: DataLoader[Any],
+    task: Task,
     settings: Settings,
     noise_multiplier: float | None,
     noise_generator: torch.Generator,
@@ -46,6 +81,7 @@ def prepare(
         model: changed in place.
         loader: an ordinary loader with a generator of its own; the arm draws Poisson batches from
             the same generator.
+        task: shared by all arms.
         settings: shared by all arms.
         noise_multiplier: shared by all private arms; None only without privacy.
         noise_generator: on the model's device.
@@ -53,24 +89,62 @@ def prepare(
     backprop, input_norm = settings.backprop(name), settings.input_norm(name)
     if backprop is None and input_norm is not None:
         clip_inputs(model, input_norm)
-    sgd = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum)
+    optimizer = task.new_optimizer(model)
+    criterion = task.criterion.to(noise_generator.device)
+    engine = None
     if name == NON_PRIVATE:
-        return Arm(model, sgd, DPDataLoader.from_data_loader(loader), None, settings.precision)
-    options: dict[str, Any] = {"clipping": "flat"}
-    if backprop is not None:
-        options = {"clipping": "backprop", "backprop": backprop}
-        # A mean's division by the batch's size must not be rounded.
-        if settings.precision != "float32":
-            options["criterion"] = nn.CrossEntropyLoss()
-    assert noise_multiplier is not None
-    engine = PrivacyEngine(accountant=settings.accountant)
-    private_model, optimizer, *criterion, private_loader = engine.make_private(
-        module=model,
-        optimizer=sgd,
-        data_loader=loader,
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=settings.max_grad_norm,
-        noise_generator=noise_generator,
-        **options,
-    )
-    return Arm(private_model, optimizer, private_loader, engine, settings.precision, *criterion)
+        loader = DPDataLoader.from_data_loader(loader)
+    else:
+        assert noise_multiplier is not None
+        engine = PrivacyEngine(accountant=settings.accountant)
+        options: dict[str, Any] = {
+            "max_grad_norm": settings.max_grad_norm,
+            **_opacus_options(name, model, loader, settings),
+        }
+        if backprop is not None:
+            options |= {"clipping": "backprop", "backprop": backprop}
+        # A mean's division by the batch's size must not be rounded, and the terms of a user's own
+        # loss are checked to be of one example each.
+        exact = settings.precision == "float32" and settings.device == "cpu"
+        if name == GHOST or (backprop is not None and (settings.loss or not exact)):
+            options["criterion"] = criterion
+        model, optimizer, *criteria, loader = engine.make_private(
+            module=model,
+            optimizer=optimizer,
+            data_loader=loader,
+            noise_multiplier=noise_multiplier,
+            noise_generator=noise_generator,
+            **options,
+        )
+        criterion = criteria[0] if criteria else criterion
+    # Opacus's loader learns an empty batch's form from the first one that is not.
+    loader.collate_fn([loader.dataset[0]])
+    steps = settings.epochs * len(loader)
+    schedule = task.schedule(optimizer, steps) if task.schedule else None
+    rows = settings.physical_batch_size
+    device, precision = noise_generator.device, settings.precision
+    return Arm(model, optimizer, loader, engine, device, precision, rows, criterion, schedule)
+
+
+def _opacus_options(
+    name: str, model: nn.Module, loader: DataLoader[Any], settings: Settings
+) -> dict[str, Any]:
+    """Return what Opacus calls an arm of its own."""
+    if name in (FUNCTORCH, EXPANDED_WEIGHTS, GHOST):
+        return {"clipping": "flat", "grad_sample_mode": name}
+    limit = settings.max_grad_norm
+    if name == PER_LAYER:
+        # Opacus clips each parameter; together they have the norm of the other arms.
+        count = sum(p.requires_grad for p in model.parameters())
+        return {"clipping": name, "max_grad_norm": [limit / count**0.5] * count}
+    if name == ADAPTIVE:
+        # The values of Andrew et al. (arXiv 1905.03871).
+        return {
+            "clipping": name,
+            "target_unclipped_quantile": 0.5,
+            "clipbound_learning_rate": 0.2,
+            "max_clipbound": 100 * limit,
+            "min_clipbound": limit / 100,
+            "unclipped_num_std": settings.batch_size / 20,
+        }
+    return {"clipping": "flat"}

@@ -17,13 +17,8 @@ from torch.utils.data import TensorDataset
 from opacus_bpclip.jobs.errors import UsageError
 from opacus_bpclip.jobs.extras import require
 
-
-@dataclass(frozen=True)
-class Data:
-    """A training set and a test set of (image, label)."""
-
-    train: TensorDataset
-    test: TensorDataset
+# A training set and a test set of (image, label).
+Sets = tuple[TensorDataset, TensorDataset]
 
 
 @dataclass(frozen=True)
@@ -41,50 +36,54 @@ class _Source:
 
 
 _IDX_FILES = "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte"
-_SOURCES = {
-    "mnist": _Source("MNIST", (0.1307,), (0.3081,), "MNIST/raw", _IDX_FILES),
-    "fashion-mnist": _Source("FashionMNIST", (0.2860,), (0.3530,), "FashionMNIST/raw", _IDX_FILES),
-    "cifar10": _Source(
-        "CIFAR10",
-        (0.4914, 0.4822, 0.4465),
-        (0.2470, 0.2435, 0.2616),
-        "cifar-10-batches-py",
-        "data_batch_1 to data_batch_5, test_batch and batches.meta",
-    ),
-}
 
 
-def load(dataset: str, root: Path) -> Data:
-    """Read a dataset; torchvision downloads it into ``root`` if it is not there.
+def mnist(root: Path) -> Sets:
+    """Read MNIST, [N, 1, 28, 28]; torchvision downloads it into ``root`` if it is not there.
 
     Args:
-        dataset: ``"digits"``, ``"mnist"``, ``"fashion-mnist"`` or ``"cifar10"``.
-        root: folder of the dataset's files; ``"digits"`` needs none.
+        root: folder of the dataset's files.
 
     Raises:
         UsageError: a package is missing, or the files are neither there nor to be had.
     """
-    if dataset == "digits":
-        return _digits()
-    source = _SOURCES[dataset]
-    return Data(train=_read(source, root, train=True), test=_read(source, root, train=False))
+    return _both(_Source("MNIST", (0.1307,), (0.3081,), "MNIST/raw", _IDX_FILES), root)
 
 
-def _digits() -> Data:
+def fashion_mnist(root: Path) -> Sets:
+    """Read Fashion-MNIST; all else as for `mnist`."""
+    source = _Source("FashionMNIST", (0.2860,), (0.3530,), "FashionMNIST/raw", _IDX_FILES)
+    return _both(source, root)
+
+
+def cifar10(root: Path) -> Sets:
+    """Read CIFAR-10, [N, 3, 32, 32]; all else as for `mnist`."""
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    files = "data_batch_1 to data_batch_5, test_batch and batches.meta"
+    return _both(_Source("CIFAR10", mean, std, "cifar-10-batches-py", files), root)
+
+
+def digits() -> Sets:
+    """Return scikit-learn's digits, [N, 1, 8, 8], split once and for all.
+
+    Raises:
+        UsageError: scikit-learn is not installed.
+    """
     require("sklearn", "the dataset digits")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # [N, 1, 8, 8]
-    labels = torch.tensor(digits.target, dtype=torch.int64)
+    found = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(found.target, dtype=torch.int64)
     train, test = train_test_split(
-        torch.arange(len(labels)).numpy(), test_size=0.2, stratify=digits.target, random_state=0
+        torch.arange(len(labels)).numpy(), test_size=0.2, stratify=found.target, random_state=0
     )
-    return Data(
-        train=TensorDataset(images[train], labels[train]),
-        test=TensorDataset(images[test], labels[test]),
-    )
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+
+
+def _both(source: _Source, root: Path) -> Sets:
+    return _read(source, root, train=True), _read(source, root, train=False)
 
 
 def _read(source: _Source, root: Path, *, train: bool) -> TensorDataset:

@@ -9,22 +9,6 @@ from __future__ import annotations
 from torch import nn
 
 
-def build(dataset: str) -> nn.Sequential:
-    """Return a freshly initialised model for a dataset; weights come from torch's global generator.
-
-    Args:
-        dataset: ``"digits"``, ``"mnist"``, ``"fashion-mnist"`` or ``"cifar10"``.
-
-    Raises:
-        KeyError: an unknown dataset.
-
-    Example:
-        >>> count_parameters(build("mnist"))
-        26010
-    """
-    return _BUILDERS[dataset]()
-
-
 def count_parameters(model: nn.Module) -> int:
     """Return the number of trainable scalars."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -74,11 +58,3 @@ def _conv_pair(channels_in: int, channels: int) -> list[nn.Module]:
         nn.Tanh(),
         nn.MaxPool2d(2),
     ]
-
-
-_BUILDERS = {
-    "digits": digits_cnn,
-    "mnist": cnn26k,
-    "fashion-mnist": cnn26k,
-    "cifar10": cnn550k,
-}

@@ -1,4 +1,4 @@
-"""The comparison as a picture: test accuracy over the epsilon spent."""
+"""The comparison as a picture: the metric on the test set over the epsilon spent."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from opacus_bpclip.ab.results import ArmResult, ComparisonRecord
+from opacus_bpclip.ab.results import ArmResult, ComparisonRecord, Measure
 from opacus_bpclip.ab.settings import (
+    ADAPTIVE,
     BACKPROP,
+    EXPANDED_WEIGHTS,
     FLAT,
     FLAT_INPUT_CLIPPING,
+    FUNCTORCH,
+    GHOST,
     LAYERWISE,
     NON_PRIVATE,
     PAPER,
-    Settings,
+    PER_LAYER,
 )
 from opacus_bpclip.jobs.figures import (
     BLUE,
     GREEN,
+    GREY,
     ORANGE,
     PURPLE,
     RED,
+    SKY,
     draw_band,
     draw_level,
     new_figure,
@@ -36,6 +42,11 @@ _STYLES = {
     LAYERWISE: (PURPLE, "D", (0, (4, 2)), 1.8, 2.3),
     BACKPROP: (GREEN, "o", (0, (2, 4)), 1.8, 2.4),
     PAPER: (RED, "v", ":", 1.8, 2.5),
+    FUNCTORCH: (SKY, "1", "-", 3.6, 2.11),
+    EXPANDED_WEIGHTS: (SKY, "2", "-", 3.4, 2.12),
+    GHOST: (SKY, "P", "-", 3.2, 2.13),
+    PER_LAYER: (GREY, "X", (0, (4, 2)), 1.8, 2.21),
+    ADAPTIVE: (GREY, "*", ":", 1.8, 2.22),
 }
 
 
@@ -43,48 +54,55 @@ def draw(record: ComparisonRecord, path: Path) -> None:
     """Write the plot of a comparison, in the format of the path's suffix.
 
     Private arms are curves over their epochs, mean over seeds in a band from the smallest to the
-    largest; the non-private arm, which has no epsilon, is a line at its final accuracy.
+    largest; the non-private arm, which has no epsilon, is a line at its final metric.
     """
     figure = new_figure(7.2, 4.8, dpi=150)
     axes = figure.add_subplot()
+    measure = record.plan.measure
     for result in record.asked:
-        if result.arm == NON_PRIVATE:
-            draw_level(axes, 100 * result.accuracy_mean, linewidth=1.5, label=legend(result))
-        else:
-            _draw_curve(axes, result)
+        if result.arm == NON_PRIVATE and result.seeds:
+            level = _scaled(measure, fmean(result.metrics))
+            draw_level(axes, level, linewidth=1.5, label=_legend(measure, result))
+        elif result.seeds:
+            _draw_curve(axes, measure, result)
     _label(axes, record)
     # Below the axes, where no curve can run under it.
     figure.legend(
         loc="outside lower center",
         ncols=2,
         handlelength=3.5,  # long enough for the dashes to be told apart
-        title=_legend_title(record.settings),
+        title=_legend_title(record),
         frameon=False,
     )
     figure.savefig(path)
 
 
-def _draw_curve(axes: Any, result: ArmResult) -> None:
+def _draw_curve(axes: Any, measure: Measure, result: ArmResult) -> None:
     colour, marker, dashes, width, height = _STYLES[result.arm]
     epsilons = [epoch.epsilon for epoch in result.seeds[0].epochs]
     by_epoch = [
-        [100 * epoch.accuracy for epoch in epochs]
+        [_scaled(measure, epoch.metric) for epoch in epochs]
         for epochs in zip(*(seed.epochs for seed in result.seeds), strict=True)
     ]
     rows = [(min(values), fmean(values), max(values)) for values in by_epoch]
-    line = {"linestyle": dashes, "linewidth": width, "zorder": height, "label": legend(result)}
+    label = _legend(measure, result)
+    line = {"linestyle": dashes, "linewidth": width, "zorder": height, "label": label}
     draw_band(axes, epsilons, rows, colour=colour, marker=marker, **line)
 
 
-def legend(result: ArmResult) -> str:
-    """Return an arm and its accuracy in a few words."""
-    return f"{result.arm}: {result.accuracy_mean:.1%}"
+def _legend(measure: Measure, result: ArmResult) -> str:
+    return f"{result.arm}: {measure.show(fmean(result.metrics), digits=1)}"
+
+
+def _scaled(measure: Measure, value: float) -> float:
+    return 100 * value if measure.percent else value
 
 
 def _label(axes: Any, record: ComparisonRecord) -> None:
     settings = record.settings
     axes.set_xlabel(f"epsilon spent (delta = {settings.delta:g})")
-    axes.set_ylabel("test accuracy (%)")
+    measure = record.plan.measure
+    axes.set_ylabel(f"test {measure.title}{' (%)' if measure.percent else ''}")
     axes.set_title(_title(record), fontsize=10)
     axes.grid(alpha=0.3)
     open_frame(axes)
@@ -102,8 +120,8 @@ def _title(record: ComparisonRecord) -> str:
     )
 
 
-def _legend_title(settings: Settings) -> str:
-    seeds = len(settings.seeds)
+def _legend_title(record: ComparisonRecord) -> str:
+    name, seeds = record.plan.measure.name, len(record.settings.seeds)
     if seeds == 1:
-        return "final accuracy, one seed"
-    return f"final accuracy, mean of {seeds} seeds (band: smallest to largest)"
+        return f"final {name}, one seed"
+    return f"final {name}, mean of {seeds} seeds (band: smallest to largest)"

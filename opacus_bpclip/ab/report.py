@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+from statistics import fmean, median
+
 from opacus_bpclip.ab.results import ArmResult, ComparisonRecord
 from opacus_bpclip.ab.settings import Settings
 from opacus_bpclip.ab.training import WARM_UP_STEPS
 from opacus_bpclip.jobs.tables import Style
 
 _NOTES = f"""\
-accuracy: on the test set after the last epoch, mean over seeds; range: smallest to largest seed.
+{{}}: on the test set after the last epoch, mean over seeds; range: smallest to largest seed.
 time per step: median of forward, backward and optimizer, the first {WARM_UP_STEPS} steps left out.
 peak memory: largest growth during training steps over what was held just before training."""
 
 
-_HEADER = [
-    "arm",
-    "accuracy",
-    "range",
-    "epsilon",
-    "delta",
-    "noise multiplier",
-    "time per step",
-    "peak memory",
-]
+_COLUMNS = ["range", "epsilon", "delta", "noise multiplier", "time per step", "peak memory"]
 
 
 def render(record: ComparisonRecord, style: Style) -> str:
     """Return the settings in short, a table with a line for each finished arm, and its legend."""
-    rows = [_HEADER, *(_row(record, result) for result in record.asked)]
-    return f"{heading(record)}\n\n{style.table(rows)}\n\n{_NOTES}"
+    measure = record.plan.measure
+    header = ["arm", measure.title, *_COLUMNS]
+    rows = [header, *(_row(record, result) for result in record.asked)]
+    notes = [_NOTES.format(measure.name)]
+    notes += [in_short(result) for result in record.asked if result.note]
+    return "\n\n".join([heading(record), style.table(rows), *notes])
+
+
+def in_short(result: ArmResult) -> str:
+    """Return an arm and what came of it in one line."""
+    if result.note:
+        when = "failed in training" if result.failed else "cannot train this model"
+        return f"{result.arm} {when}: {result.note}"
+    return f"{result.arm}: {result.metric_mean:.4g}"
 
 
 def heading(record: ComparisonRecord) -> str:
@@ -39,7 +44,7 @@ def heading(record: ComparisonRecord) -> str:
         f"{settings.title}: {plan.train_examples} training and {plan.test_examples} test examples, "
         f"model of {plan.parameters:,} parameters",
         f"epochs: {settings.epochs}, each of {plan.steps_per_epoch} Poisson batches, {batch:.0f} "
-        f"examples expected, SGD with lr {settings.lr:g} and momentum {settings.momentum:g}, "
+        f"examples expected, {_optimizer(settings)}, "
         f"seeds {' '.join(map(str, settings.seeds))}"
         + f", {settings.precision} by autocast"
         * (settings.precision != "float32"),
@@ -50,6 +55,14 @@ def heading(record: ComparisonRecord) -> str:
         )
     lines += [f"{arm}: {options}" for arm in settings.arms if (options := _options(settings, arm))]
     return "\n".join(lines)
+
+
+def _optimizer(settings: Settings) -> str:
+    momentum = "" if settings.momentum is None else f" and momentum {settings.momentum:g}"
+    schedule = f", {settings.schedule}" if settings.schedule else ""
+    rows = settings.physical_batch_size
+    physical = f", physical batches of at most {rows}" if rows else ""
+    return f"{settings.optimizer} with lr {settings.lr:g}{momentum}{schedule}{physical}"
 
 
 def _options(settings: Settings, arm: str) -> str:
@@ -63,16 +76,18 @@ def _options(settings: Settings, arm: str) -> str:
 
 
 def _row(record: ComparisonRecord, result: ArmResult) -> list[str]:
+    if not result.seeds:
+        return [result.arm, "-", "-", "-", "-", "-", "-", "-"]
     privacy = ["-", "-", "-"]
     if result.epsilon is not None:
         noise = record.plan.noise_multiplier
         privacy = [f"{result.epsilon:.3f}", f"{record.settings.delta:g}", f"{noise:.4g}"]
-    peak = result.peak_memory_bytes
+    show, peak = record.plan.measure.show, result.peak_memory_bytes
     return [
         result.arm,
-        f"{result.accuracy_mean:.2%}",
-        f"{100 * result.accuracy_min:.2f}..{100 * result.accuracy_max:.2f}",
+        show(fmean(result.metrics)),
+        "..".join(show(end).rstrip("%") for end in (min(result.metrics), max(result.metrics))),
         *privacy,
-        f"{1e3 * result.seconds_per_step:.2f} ms",
+        f"{1e3 * median(seed.seconds_per_step for seed in result.seeds):.2f} ms",
         "unknown" if peak is None else f"{peak / 2**20:.1f} MiB",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import fmean, median
 from typing import ClassVar
 
@@ -10,6 +11,35 @@ from pydantic.dataclasses import dataclass
 
 from opacus_bpclip.ab.settings import Arm, Settings
 from opacus_bpclip.jobs.record import Record, Result
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What the test set is judged by.
+
+    Args:
+        name: of the metric.
+        higher_is_better: or lower.
+        percent: whether it is a share.
+    """
+
+    name: str
+    higher_is_better: bool = True
+    percent: bool = False
+
+    @property
+    def title(self) -> str:
+        """The name, and what a reader might not expect."""
+        return self.name if self.higher_is_better else f"{self.name} (lower is better)"
+
+    def show(self, value: float, digits: int = 2) -> str:
+        """Return a value for human eyes.
+
+        Example:
+            >>> Measure("accuracy", percent=True).show(0.8875), Measure("loss").show(0.12345)
+            ('88.75%', '0.1235')
+        """
+        return f"{value:.{digits}%}" if self.percent else f"{value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -25,6 +55,7 @@ class Plan:
         parameters: trainable scalars of the model.
         train_examples: size of the training set.
         test_examples: size of the test set.
+        measure: what the test set is judged by.
     """
 
     sample_rate: float
@@ -34,6 +65,7 @@ class Plan:
     parameters: int
     train_examples: int
     test_examples: int
+    measure: Measure = Measure("accuracy", percent=True)
 
 
 @dataclass(frozen=True)
@@ -43,13 +75,13 @@ class EpochResult:
     Args:
         epoch: 1 for the first.
         epsilon: spent so far, at the settings' delta; None without privacy.
-        accuracy: share of the test set classified rightly.
+        metric: of the test set.
         loss: mean training loss over the epoch's examples; None if it was not finite.
     """
 
     epoch: int
     epsilon: float | None
-    accuracy: float
+    metric: float
     loss: float | None
 
 
@@ -73,23 +105,27 @@ class SeedResult:
     peak_memory_bytes: int | None
 
     @property
-    def accuracy(self) -> float:
-        """Test accuracy after the last epoch."""
-        return self.epochs[-1].accuracy
+    def metric(self) -> float:
+        """The metric after the last epoch."""
+        return self.epochs[-1].metric
 
 
 class ArmResult(Result):
-    """All training runs of one arm.
+    """All training runs of one arm, or why there are none.
 
     Args:
         arm: which one.
         max_input_norm: that the arm clipped its layers' inputs to; None where it did not.
-        seeds: one run for each.
+        seeds: one run for each; empty where the arm has not trained the model.
+        note: why it has not, in one line.
+        failed: whether that was found in training, and not when the arm was tried before.
     """
 
     arm: Arm
     max_input_norm: float | None
     seeds: tuple[SeedResult, ...]
+    note: str = ""
+    failed: bool = False
 
     @property
     def key(self) -> str:
@@ -97,27 +133,27 @@ class ArmResult(Result):
         return self.arm
 
     @property
-    def accuracies(self) -> tuple[float, ...]:
-        """Final test accuracy of each seed."""
-        return tuple(seed.accuracy for seed in self.seeds)
+    def metrics(self) -> tuple[float, ...]:
+        """The metric of each seed after the last epoch."""
+        return tuple(seed.metric for seed in self.seeds)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def accuracy_mean(self) -> float:
-        """Mean of the final test accuracies."""
-        return fmean(self.accuracies)
+    def metric_mean(self) -> float | None:
+        """Mean of the final metrics; None where the arm has not trained, as all that follows."""
+        return fmean(self.metrics) if self.seeds else None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def accuracy_min(self) -> float:
+    def metric_min(self) -> float | None:
         """Smallest of them."""
-        return min(self.accuracies)
+        return min(self.metrics, default=None)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def accuracy_max(self) -> float:
+    def metric_max(self) -> float | None:
         """Largest of them."""
-        return max(self.accuracies)
+        return max(self.metrics, default=None)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -127,9 +163,9 @@ class ArmResult(Result):
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def seconds_per_step(self) -> float:
+    def seconds_per_step(self) -> float | None:
         """Median over seeds."""
-        return median(seed.seconds_per_step for seed in self.seeds)
+        return median(seed.seconds_per_step for seed in self.seeds) if self.seeds else None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -137,7 +173,12 @@ class ArmResult(Result):
         """Largest over seeds; None if unknown for any."""
         peaks = [seed.peak_memory_bytes for seed in self.seeds]
         known = [peak for peak in peaks if peak is not None]
-        return max(known) if len(known) == len(peaks) else None
+        return max(known) if known and len(known) == len(peaks) else None
+
+    def without_memory(self) -> ArmResult:
+        """Return the same where a process that had done other work cannot tell the memory."""
+        seeds = tuple(replace(seed, peak_memory_bytes=None) for seed in self.seeds)
+        return self.model_copy(update={"seeds": seeds})
 
 
 class ComparisonRecord(Record[Settings, ArmResult]):

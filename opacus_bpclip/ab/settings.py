@@ -14,7 +14,9 @@ from typing_extensions import Self
 from opacus_bpclip.config import BackpropClipping, Bound
 from opacus_bpclip.jobs.settings import Options, Output
 from opacus_bpclip.jobs.values import (
+    HOW_TO_RUN,
     Count,
+    Device,
     NotNegative,
     OrNone,
     Positive,
@@ -23,21 +25,32 @@ from opacus_bpclip.jobs.values import (
     Several,
 )
 
-Arm = Literal[
+# The arms of a built-in data set, and those that another data set or model is tried by as well.
+BuiltIn = Literal[
     "non-private", "flat", "flat+input-clipping", "backprop", "backprop-layerwise", "paper"
 ]
-ARMS: tuple[Arm, ...] = get_args(Arm)
+# Opacus's own names. The first three compute what flat clipping does, at other costs.
+Mode = Literal["functorch", "ew", "ghost", "per_layer", "adaptive"]
+Arm = Literal[BuiltIn, Mode]
+ARMS: tuple[Arm, ...] = get_args(BuiltIn)
 NON_PRIVATE, FLAT, FLAT_INPUT_CLIPPING, BACKPROP, LAYERWISE, PAPER = ARMS
+FUNCTORCH, EXPANDED_WEIGHTS, GHOST, PER_LAYER, ADAPTIVE = MODES = get_args(Mode)
+OWN_ARMS: tuple[Arm, ...] = (*ARMS[:3], GHOST, PER_LAYER, ADAPTIVE, *ARMS[3:])
 
 _LIBRARY = BackpropClipping()
 _PAPER = BackpropClipping.paper()
 
 
 @dataclass(frozen=True)
-class DatasetDefaults:
-    """The settings that suit one dataset; ``threads=None`` stands for every core."""
+class Defaults:
+    """What suits one data set, by name: factories, as for a user's own, and settings.
+
+    ``threads=None`` stands for every core.
+    """
 
     title: str
+    model: str
+    data: str
     epsilon: float
     epochs: int
     batch_size: int
@@ -46,13 +59,17 @@ class DatasetDefaults:
 
 
 Dataset = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
-DATASETS: dict[Dataset, DatasetDefaults] = {
-    "digits": DatasetDefaults("digits", epsilon=3.0, epochs=20, batch_size=128, lr=0.1, threads=1),
-    "mnist": DatasetDefaults("MNIST", epsilon=1.0, epochs=10, batch_size=1024, lr=0.5),
-    "fashion-mnist": DatasetDefaults(
-        "Fashion-MNIST", epsilon=1.0, epochs=10, batch_size=1024, lr=0.5
+_MODELS, _DATA = "opacus_bpclip.ab.models:", "opacus_bpclip.ab.data:"
+_CNN26K = f"{_MODELS}cnn26k"
+DATASETS: dict[Dataset | None, Defaults] = {
+    "digits": Defaults("digits", f"{_MODELS}digits_cnn", f"{_DATA}digits", 3.0, 20, 128, 0.1, 1),
+    "mnist": Defaults("MNIST", _CNN26K, f"{_DATA}mnist", 1.0, 10, 1024, 0.5),
+    "fashion-mnist": Defaults(
+        "Fashion-MNIST", _CNN26K, f"{_DATA}fashion_mnist", 1.0, 10, 1024, 0.5
     ),
-    "cifar10": DatasetDefaults("CIFAR-10", epsilon=3.0, epochs=30, batch_size=1024, lr=0.2),
+    "cifar10": Defaults("CIFAR-10", f"{_MODELS}cnn550k", f"{_DATA}cifar10", 3.0, 30, 1024, 0.2),
+    # A user's own.
+    None: Defaults("", "", "", 3.0, 10, 128, 0.1),
 }
 
 
@@ -64,13 +81,13 @@ def available_cores() -> int:
 
 
 def _of_dataset(name: str) -> Any:
-    """Return a default that is the dataset's own."""
+    """Return a default that is the data set's own."""
     return Field(default_factory=lambda given: getattr(DATASETS[given["dataset"]], name))
 
 
 def _shown(name: str) -> Parameter:
     """Return what the help says of such a default."""
-    own = (f"{dataset} {getattr(values, name):g}" for dataset, values in DATASETS.items())
+    own = (f"{key or '--data'} {getattr(values, name):g}" for key, values in DATASETS.items())
     return Parameter(show_default=", ".join(own))
 
 
@@ -78,16 +95,29 @@ class Settings(Options):
     """The settings of one comparison; every private arm shares all of them.
 
     Args:
-        dataset: what is learnt
-        data_root: folder of the dataset's files, which are downloaded if absent
-        arms: some of the arms
+        model: MODULE:FACTORY of a model of your own
+        data: MODULE:FACTORY of a training and a test set of your own; --data-root is passed to a
+            factory that takes root
+        loss: MODULE:FACTORY of a criterion with a reduction, or MODULE:FUNCTION that returns each
+            example's loss from outputs and targets
+        metric: MODULE:FUNCTION of all outputs and targets of the test set, or MODULE:FACTORY of an
+            object with update and compute, as in torchmetrics
+        lower_is_better: of a metric that does not say so by a higher_is_better of its own
+        collate: MODULE:FUNCTION that makes a batch of items
+        dataset: a built-in data set, with its model
+        data_root: folder of the data set's files, which are downloaded if absent
+        arms: some of the arms; one that cannot train the model is listed with the reason
         seeds: one training run of every arm for each
         epsilon: target of each private arm after its last epoch, at --delta, at most 100
         delta: the other half of the privacy target
         epochs: passes over the training set, each of ``1 / sample_rate`` Poisson batches
         batch_size: expected number of examples in a batch
-        lr: learning rate of SGD
-        momentum: momentum of SGD
+        physical_batch_size: largest number of examples that the model sees at once
+        optimizer: a class of torch.optim, or MODULE:FACTORY called with parameters and lr
+        lr: learning rate
+        momentum: momentum, of an optimizer that takes it
+        schedule: a class of torch.optim.lr_scheduler whose length is the number of steps, or
+            MODULE:FACTORY called with the optimizer and that number
         accountant: Opacus's name of the accountant
         device: where to train
         precision: bfloat16 trains by autocast, the arms of this package with a criterion passed to
@@ -102,23 +132,41 @@ class Settings(Options):
         normalize: backprop and backprop-layerwise scale gradients up, too
     """
 
-    dataset: Dataset = "digits"
+    model: Annotated[str | None, Parameter(show_default="the data set's")] = None
+    data: str | None = None
+    loss: Annotated[str | None, Parameter(show_default="cross-entropy")] = None
+    metric: Annotated[
+        str | None, Parameter(show_default="accuracy; with --loss the loss on the test set")
+    ] = None
+    lower_is_better: bool = False
+    collate: str | None = None
+    dataset: Annotated[Dataset | None, Parameter(show_default="digits")] = Field(
+        default_factory=lambda given: None if given["data"] else "digits"
+    )
     data_root: Path = Path("data")
-    arms: Several[Arm] = ARMS
+    arms: Annotated[
+        Several[Arm],
+        Parameter(show_default=f"{' '.join(ARMS)}; for --model also {' '.join(OWN_ARMS[3:6])}"),
+    ] = Field(default_factory=lambda given: OWN_ARMS if given["model"] else ARMS)
     seeds: Several[Seed] = (0, 1, 2)
     # Opacus's search for the noise multiplier does not end for an epsilon far above 100.
     epsilon: Annotated[Positive, Field(le=100), _shown("epsilon")] = _of_dataset("epsilon")
     delta: Probability = 1e-5
     epochs: Annotated[Count, _shown("epochs")] = _of_dataset("epochs")
     batch_size: Annotated[Count, _shown("batch_size")] = _of_dataset("batch_size")
+    physical_batch_size: Count | None = None
+    optimizer: str = "SGD"
     lr: Annotated[Positive, _shown("lr")] = _of_dataset("lr")
-    momentum: Annotated[NotNegative, Field(lt=1)] = 0.9
+    momentum: Annotated[
+        Annotated[NotNegative, Field(lt=1)] | None, Parameter(show_default="0.9 for SGD")
+    ] = Field(default_factory=lambda given: 0.9 if given["optimizer"] == "SGD" else None)
+    schedule: str | None = None
     accountant: Literal["prv", "rdp", "gdp"] = "prv"
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"
-    threads: Annotated[Count, Parameter(show_default="1 for digits, else all cores")] = Field(
-        default_factory=lambda given: DATASETS[given["dataset"]].threads or available_cores()
-    )
+    threads: Annotated[
+        Count, HOW_TO_RUN, Parameter(show_default="1 for digits, else all cores")
+    ] = Field(default_factory=lambda given: DATASETS[given["dataset"]].threads or available_cores())
     max_grad_norm: Positive = 1.0
     max_input_norm: OrNone[Positive] = _LIBRARY.max_input_norm
     bound: Bound = _LIBRARY.bound
@@ -126,16 +174,33 @@ class Settings(Options):
     normalize: bool = _LIBRARY.normalize
 
     @model_validator(mode="after")
-    def _bound_has_its_norm(self) -> Self:
+    def _go_together(self) -> Self:
         has_bound = not {BACKPROP, LAYERWISE}.isdisjoint(self.arms)
-        if has_bound and self.bound == "product" and self.max_input_norm is None:
-            raise ValueError("--bound product needs a number for --max-input-norm")
+        mistakes = {
+            "--bound product needs a number for --max-input-norm": (
+                has_bound and self.bound == "product" and self.max_input_norm is None
+            ),
+            "--data and --dataset are two ways to name the data: give one": (
+                self.data and self.dataset
+            ),
+            "--data needs --model, a model that fits it": self.data and not self.model,
+        }
+        for text, made in mistakes.items():
+            if made:
+                raise ValueError(text)
         return self
 
     @property
     def title(self) -> str:
-        """The dataset's name for human eyes."""
-        return DATASETS[self.dataset].title
+        """The data's name for human eyes."""
+        name = self.data or DATASETS[self.dataset].title
+        return f"{name} with {self.model}" if self.model else name
+
+    @property
+    def factories(self) -> tuple[str, str]:
+        """Where the model and the data come from, each as MODULE:FACTORY."""
+        own = DATASETS[self.dataset]
+        return self.model or own.model, self.data or own.data
 
     @property
     def is_private(self) -> bool:
@@ -167,7 +232,7 @@ class ComparisonOutput(Output):
     """Where a comparison writes; it plots unless it is told not to.
 
     Args:
-        plot: draw accuracy over epsilon into this file, or none (needs matplotlib)
+        plot: draw the metric over epsilon into this file, or none (needs matplotlib)
     """
 
     plot: OrNone[Path] = Path("opacus-bpclip-ab.png")

@@ -1,25 +1,24 @@
-"""The built-in cases: a layer family each, layers that saturate together, and shared weights.
+"""The built-in cases: one for each family of layers, one of several layers, one of shared weights.
 
-Each has a worst case that enters before both clips: an input with one large entry, and an upstream
-gradient with one large entry that meets it. The layer's gradient is then one product of two single
-entries (and the bias's), and every bound is its very norm: what is left of it after clipping is
-exactly Delta_l with a budget for each layer, and Delta over all layers with a joint one.
+Each has a worst case: an input with one large entry, and an upstream gradient with one large entry
+that is multiplied by it. Every bound of the layer's gradient then equals its norm. So the clipped
+gradient has norm Delta_l with a budget for each layer, and Delta over all layers with a joint one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.audit.engine_target import EngineTrainer, linear_loss
+from opacus_bpclip.audit.engine_target import EngineTrainer
 from opacus_bpclip.audit.settings import MAX_GRAD_NORM, Reduction
-from opacus_bpclip.audit.target import Batch, Target, Trainer
+from opacus_bpclip.audit.target import LARGE, Target, spiked
 from opacus_bpclip.config import BackpropClipping
 
-_LARGE = 1e4
 _ORDINARY = 2  # examples in the batch of the statistical checks
 _CROWD = 24  # examples in a crowd
 _CROWD_SCALES = tuple(2.0**power for power in range(-3, 7))
@@ -56,95 +55,75 @@ class Case:
         clipping: BackpropClipping | None = None,
         device: torch.device | str = "cpu",
     ) -> Target:
-        """Return the case as something to audit, trained by the package's engine."""
-        clipping = replace(clipping or BackpropClipping(), uses=self.uses)
-
-        def make(noise_multiplier: float) -> Trainer:
-            return EngineTrainer(
-                self.make_model(),
-                linear_loss(loss_reduction),
-                noise_multiplier=noise_multiplier,
-                max_grad_norm=max_grad_norm,
-                loss_reduction=loss_reduction,
-                clipping=clipping,
-                device=device,
-            )
-
-        x, g = self._spiked_input(), _spiked((self.outputs,), self.output_spikes)
-        everywhere = self._everywhere()
+        """Return a target that trains the case's model by this package's engine."""
+        x = spiked(torch.zeros(1, *self.inputs), self.input_spikes)
+        g = spiked(torch.zeros(1, self.outputs), self.output_spikes)
+        # The same input at every position, where all gradients add up.
+        everywhere = torch.full_like(x, LARGE)
+        generator = torch.Generator().manual_seed(0)
+        upstream = torch.randn(_ORDINARY, self.outputs, generator=generator)
+        shape = (_ORDINARY, *self.inputs)
+        if self.vocabulary is None:
+            inputs = torch.randn(shape, generator=generator)
+        else:
+            inputs = torch.randint(self.vocabulary, shape, generator=generator)
+            x = everywhere = torch.zeros_like(x, dtype=torch.long)
+        crowd = x.repeat(_CROWD, *(1,) * len(self.inputs))
         crowds = [
-            (
-                x.repeat(_CROWD, *(1,) * len(self.inputs)),
-                -g.repeat(_CROWD, 1) / _LARGE * scale * max_grad_norm,
-            )
-            for scale in _CROWD_SCALES
+            (crowd, -g.repeat(_CROWD, 1) / LARGE * scale * max_grad_norm) for scale in _CROWD_SCALES
         ]
         return Target(
             name=name,
-            make=make,
-            batches=(self._ordinary(), *crowds),
-            canaries=((x, g), (everywhere, torch.full_like(g, _LARGE)), (everywhere, g)),
+            make=partial(
+                EngineTrainer,
+                self.make_model,
+                None,
+                max_grad_norm=max_grad_norm,
+                loss_reduction=loss_reduction,
+                clipping=replace(clipping or BackpropClipping(), uses=self.uses),
+                device=device,
+            ),
+            batches=((inputs, upstream), *crowds),
+            canaries=((x, g), (everywhere, torch.full_like(g, LARGE)), (everywhere, g)),
             attained=True,
         )
 
-    def _spiked_input(self) -> Tensor:
-        if self.vocabulary is not None:
-            return torch.zeros(1, *self.inputs, dtype=torch.long)
-        return _spiked(self.inputs, self.input_spikes)
 
-    def _everywhere(self) -> Tensor:
-        """Return an input that is the same at every position, where all gradients add up."""
-        if self.vocabulary is not None:
-            return torch.zeros(1, *self.inputs, dtype=torch.long)
-        return torch.full((1, *self.inputs), _LARGE)
+class SideBySide(nn.Module):
+    """Layers side by side, each on its own part of the input and of the output.
 
-    def _ordinary(self) -> Batch:
-        generator = torch.Generator().manual_seed(0)
-        shape = (_ORDINARY, *self.inputs)
-        g = torch.randn(_ORDINARY, self.outputs, generator=generator)
-        if self.vocabulary is not None:
-            return torch.randint(self.vocabulary, shape, generator=generator), g
-        return torch.randn(shape, generator=generator), g
+    Nothing that an example does in one layer limits another one: all can reach their Delta_l on the
+    same example. With a joint budget all of them use it up together.
 
-
-class Branches(nn.Module):
-    """Four layers side by side, each on its own part of the input and of the output.
-
-    Nothing that one branch's example does limits another branch, so that all can reach their
-    Delta_l on the same example. With a joint budget all of them use it up together.
+    Args:
+        layers: in the order of their parts, which are equally large; one may be there twice.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.first = nn.Linear(4, 3)
-        self.second = nn.Linear(4, 3, bias=False)
-        self.norm = nn.LayerNorm(4)
-        self.conv = nn.Conv1d(1, 2, 3)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, 16]`` to ``[B, 14]``."""
-        first, second, norm, conv = x.split(4, dim=1)
-        outputs = self.first(first), self.second(second), self.norm(norm)
-        return torch.cat([*outputs, self.conv(conv.unsqueeze(1)).flatten(1)], dim=1)
+        """Map ``[B, inputs]`` to ``[B, outputs]``."""
+        parts = x.chunk(len(self.layers), dim=1)
+        outputs = (layer(part) for layer, part in zip(self.layers, parts, strict=True))
+        return torch.cat([*outputs], dim=1)
 
 
-class Shared(nn.Module):
-    """A layer that is used twice, and two layers that share a weight, side by side.
+def _branches() -> nn.Module:
+    conv = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3), nn.Flatten())
+    return SideBySide(nn.Linear(4, 3), nn.Linear(4, 3, bias=False), nn.LayerNorm(4), conv)
+
+
+def _shared() -> nn.Module:
+    """Return a layer that is used twice, and two layers that share a weight.
 
     The uses of a weight can all pull it the same way: what they contribute adds up.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.twice = nn.Linear(4, 3)
-        self.left, self.right = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
-        self.right.weight = self.left.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, 16]`` to ``[B, 12]``."""
-        first, second, left, right = x.split(4, dim=1)
-        outputs = self.twice(first), self.twice(second), self.left(left), self.right(right)
-        return torch.cat(outputs, dim=1)
+    twice = nn.Linear(4, 3)
+    left, right = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+    right.weight = left.weight
+    return SideBySide(twice, twice, left, right)
 
 
 def _bias_alone() -> nn.Module:
@@ -166,19 +145,13 @@ CASES: Mapping[str, Case] = {
     "rms-norm": Case(lambda: nn.RMSNorm(25), (25,), 25),
     "group-norm": Case(lambda: nn.GroupNorm(5, 15), (15, 2), 30),
     "instance-norm": Case(lambda: nn.InstanceNorm1d(15, affine=True), (15, 3), 45),
-    "branches": Case(Branches, (16,), 14, input_spikes=(0, 4, 8, 13), output_spikes=(0, 3, 6, 10)),
+    "branches": Case(_branches, (16,), 14, input_spikes=(0, 4, 8, 13), output_spikes=(0, 3, 6, 10)),
     "shared": Case(
-        Shared,
+        _shared,
         (16,),
         12,
         input_spikes=(0, 4, 8, 12),
         output_spikes=(0, 3, 6, 9),
-        uses={"twice": 2},
+        uses={"layers.0": 2},
     ),
 }
-
-
-def _spiked(shape: tuple[int, ...], positions: tuple[int, ...]) -> Tensor:
-    tensor = torch.zeros(1, *shape)
-    tensor.view(-1)[list(positions)] = _LARGE
-    return tensor

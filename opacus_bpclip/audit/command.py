@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from opacus_bpclip.audit.settings import AuditOutput, Settings
-from opacus_bpclip.jobs.settings import AS_OPTIONS
+from opacus_bpclip.jobs.interrupts import ending_at_once
 
 
 def audit(
     *,
-    settings: Annotated[Settings, AS_OPTIONS] = Settings(),
-    output: Annotated[AuditOutput, AS_OPTIONS] = AuditOutput(),
+    settings: Settings = Settings(),
+    output: AuditOutput = AuditOutput(),
 ) -> int:
     """Measure sensitivity, noise and epsilon against what is claimed.
 
@@ -21,7 +19,8 @@ def audit(
     minutes. Exit status: 0 pass, 1 violation, 2 wrong usage, 3 no violation, but the audit was too
     weak.
     """
-    from opacus_bpclip.audit.job import Audit
-    from opacus_bpclip.jobs.running import run
+    with ending_at_once():
+        from opacus_bpclip.audit.job import Audit
+        from opacus_bpclip.jobs.running import run
 
     return run(Audit(settings, processes=output.processes, plot=output.plot), output)

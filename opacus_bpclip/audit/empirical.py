@@ -14,19 +14,19 @@ from opacus_bpclip.audit.statistics import (
     mu_lower_bound,
     rate_upper_bound,
 )
+from opacus_bpclip.audit.trials import Trials
 
-# From this many trials a bound below 0.8 of the true mu means that the audit is asleep.
+# From this many trials a bound below 0.8 of the true mu means that the audit is too weak.
 ENOUGH_TRIALS = 10_000
-_AWAKE = 0.8
+_ENOUGH_SEEN = 0.8
 _BINS = 60
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often each range of scores occurred in the worlds without and with the canary."""
+    """How often scores between two edges occurred in the worlds without and with the canary."""
 
-    low: float
-    high: float
+    edges: tuple[float, ...]
     without: tuple[int, ...]
     with_canary: tuple[int, ...]
 
@@ -40,10 +40,8 @@ class Empirical:
         trials: trials in each world.
         mu: claimed; ``sqrt(steps) / noise_multiplier``.
         gap: distance of the worlds' scores that the measured change predicts.
-        threshold: fixed before the trials: half the gap.
         false_positives: trials without the canary that were taken for trials with it.
         false_negatives: the other mistakes.
-        alpha: chance of each rate's bound to be wrong.
         mu_lower: lower bound on the mechanism's mu.
         delta: at which epsilon is taken.
         epsilon: claimed; of the Gaussian mechanism with that mu.
@@ -57,10 +55,8 @@ class Empirical:
     trials: int
     mu: float
     gap: float
-    threshold: float
     false_positives: int
     false_negatives: int
-    alpha: float
     mu_lower: float
     delta: float
     epsilon: float
@@ -70,13 +66,18 @@ class Empirical:
     histogram: Histogram
 
     @property
+    def threshold(self) -> float:
+        """The score above which a trial is taken for one with the canary."""
+        return self.gap / 2
+
+    @property
     def tightness(self) -> float:
-        """Return how much of the claimed mu was seen."""
+        """How much of the claimed mu was seen."""
         return self.mu_lower / self.mu
 
     @property
     def violations(self) -> tuple[str, ...]:
-        """Say what breaks the claim."""
+        """What breaks the claim."""
         found = []
         kind = "one step" if self.steps == 1 else f"{self.steps} steps"
         if self.mu_lower > self.mu:
@@ -90,79 +91,56 @@ class Empirical:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Say why a pass would mean little."""
+        """Why a pass would mean little."""
         found = []
         if self.control > 0:
             found.append(f"a world differs from itself: mu at least {self.control:.3f}")
-        if self.expected and self.trials >= ENOUGH_TRIALS and self.tightness < _AWAKE:
+        if self.expected and self.trials >= ENOUGH_TRIALS and self.tightness < _ENOUGH_SEEN:
             found.append(f"only {self.tightness:.0%} of the claimed mu was seen")
         return tuple(found)
 
 
-def estimate(
-    without: Array,
-    with_canary: Array,
-    *,
-    steps: int,
-    noise_multiplier: float,
-    gap: float,
-    alpha: float,
-    delta: float,
-    expected: bool,
-) -> Empirical:
+def estimate(done: Trials, *, alpha: float, delta: float, expected: bool) -> Empirical:
     """Count the mistakes at a threshold fixed beforehand, and bound what they allow.
 
     Args:
-        without: scores of the trials without the canary, in claimed standard deviations.
-        with_canary: scores of as many trials with it.
-        steps: training steps in a trial.
-        noise_multiplier: claimed.
-        gap: predicted distance of the two.
+        done: the trials; their noise is not looked at.
         alpha: chance of each of the two rates' bounds to be wrong.
         delta: at which epsilon is taken.
         expected: whether the canary is known to reach the sensitivity.
     """
-    trials = len(without)
-    mu = math.sqrt(steps) / noise_multiplier
-    threshold = gap / 2
-    positives = int(np.count_nonzero(without > threshold))
-    # Not `<=`: a score that is not a number is a mistake.
-    negatives = int(np.count_nonzero(~(with_canary > threshold)))
-    rates = (
-        rate_upper_bound(positives, trials, alpha),
-        rate_upper_bound(negatives, trials, alpha),
-    )
-    half = trials // 2
-    own = [int(np.count_nonzero(part > threshold)) for part in (without[:half], without[half:])]
-    control = [
-        rate_upper_bound(own[0], half, alpha),
-        rate_upper_bound(trials - half - own[1], trials - half, alpha),
-    ]
+    threshold, trials = done.gap / 2, len(done.without)
+    mistakes = _mistakes(done.without, done.with_canary, threshold)
+    false_positives, false_negatives = (rate_upper_bound(n, trials, alpha) for n in mistakes)
+    halves = done.without[: trials // 2], done.without[trials // 2 :]
+    own = zip(_mistakes(*halves, threshold), halves, strict=True)
+    control = mu_lower_bound(*(rate_upper_bound(n, len(half), alpha) for n, half in own))
+    mu = math.sqrt(done.steps) / done.noise_multiplier
     return Empirical(
-        steps=steps,
+        steps=done.steps,
         trials=trials,
         mu=mu,
-        gap=gap,
-        threshold=threshold,
-        false_positives=positives,
-        false_negatives=negatives,
-        alpha=alpha,
-        mu_lower=mu_lower_bound(*rates),
+        gap=done.gap,
+        false_positives=mistakes[0],
+        false_negatives=mistakes[1],
+        mu_lower=mu_lower_bound(false_positives, false_negatives),
         delta=delta,
         epsilon=gaussian_epsilon(mu, delta),
-        epsilon_lower=epsilon_lower_bound(*rates, delta),
-        control=mu_lower_bound(*control),
+        epsilon_lower=epsilon_lower_bound(false_positives, false_negatives, delta),
+        control=control,
         expected=expected,
-        histogram=_histogram(without, with_canary),
+        histogram=_histogram(done.without, done.with_canary),
     )
+
+
+def _mistakes(without: Array, with_canary: Array, threshold: float) -> tuple[int, int]:
+    # Not `<=`: a score that is not a number is a mistake.
+    missed = ~(with_canary > threshold)
+    return int(np.count_nonzero(without > threshold)), int(np.count_nonzero(missed))
 
 
 def _histogram(without: Array, with_canary: Array) -> Histogram:
     scores = np.concatenate([without, with_canary])
-    scores = scores[np.isfinite(scores)]
-    low, high = (float(scores.min()), float(scores.max())) if len(scores) else (0.0, 1.0)
-    counts = [
-        tuple(map(int, np.histogram(world, bins=_BINS, range=(low, high))[0]))
-        for world in (without, with_canary)
-    ]
-    return Histogram(low, high, counts[0], counts[1])
+    edges = np.histogram_bin_edges(scores[np.isfinite(scores)], bins=_BINS)
+    counts = (tuple(np.histogram(world, edges)[0].tolist()) for world in (without, with_canary))
+    return Histogram(tuple(edges.tolist()), *counts)

@@ -1,29 +1,33 @@
-"""The package's own engine and optimizer as something to audit, around any model and loss."""
+"""Targets that this package's engine and optimizer train, with any model and loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_bpclip.audit.target import Batch, Trainer
+from opacus_bpclip.audit.target import LARGE, Batch, Target, Trainer, rows, spiked
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.engine.engine import PrivacyEngine
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 
 Loss = Callable[..., Tensor]
+Inputs = Callable[[int], "Tensor | Batch"]
 
 _EXPECTED_BATCH_SIZE = 4
+# What `model_target` tries: so many examples, and so many with single large entries.
+_EXAMPLES = 4
+_SPIKES = 16
 
 
 def linear_loss(reduction: str) -> Loss:
     """Return a loss that hands its target to the model's outputs as their gradient.
 
-    No loss can do worse: the attacker chooses every upstream gradient, of any size.
+    It is the worst loss: the attacker chooses every upstream gradient, of any size.
 
     Args:
         reduction: ``"mean"`` or ``"sum"`` over the batch.
@@ -42,8 +46,9 @@ class EngineTrainer(Trainer):
     The learning rate is not zero: every step moves the parameters.
 
     Args:
-        model: called with a batch's first tensor.
-        loss: called with the model's output and the batch's other tensors.
+        make_model: makes a model, which is called with a batch's first tensor.
+        loss: called with the model's output and the batch's other tensors; ``None`` for the worst
+            one, `linear_loss`.
         noise_multiplier: of the noise.
         max_grad_norm: joint L2 sensitivity.
         loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
@@ -53,17 +58,17 @@ class EngineTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        loss: Loss,
-        *,
+        make_model: Callable[[], nn.Module],
+        loss: Loss | None,
         noise_multiplier: float,
+        *,
         max_grad_norm: float = 1.0,
         loss_reduction: str = "mean",
         clipping: BackpropClipping | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self._device = torch.device(device)
-        model.to(self._device)
+        model = make_model().to(self._device)
         # One batch an epoch, so that the sampling rate is 1: the audit's worlds are not sampled.
         data = TensorDataset(torch.zeros(_EXPECTED_BATCH_SIZE))
         with known_warnings_silenced():
@@ -79,7 +84,7 @@ class EngineTrainer(Trainer):
                 clipping="backprop",
                 backprop=clipping,
             )
-        self._loss = loss
+        self._loss = loss or linear_loss(loss_reduction)
         self._runs_empty = True
         super().__init__(
             self._optimizer.params,
@@ -112,5 +117,81 @@ class EngineTrainer(Trainer):
 
     def history(self) -> Sequence[tuple[float, float, int]]:
         """Return the entries of the engine's accountant."""
-        entries: list[Any] = self._engine.accountant.history
-        return tuple(entries)
+        return tuple(self._engine.accountant.history)
+
+
+def model_target(
+    name: str,
+    make_model: Callable[[], nn.Module],
+    inputs: Inputs,
+    *,
+    loss: Loss | None = None,
+    loss_reduction: str = "mean",
+    max_grad_norm: float = 1.0,
+    clipping: BackpropClipping | None = None,
+) -> Target:
+    """Return a target that trains a model of yours by this package's engine.
+
+    Args:
+        name: for reports.
+        make_model: makes the model.
+        inputs: makes a batch of that many examples: the model's input, and the loss's further
+            arguments.
+        loss: called with the model's output and the batch's other tensors. The default is the worst
+            one: each example has its own gradient for every output.
+        loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
+        max_grad_norm: joint L2 sensitivity.
+        clipping: the options.
+
+    Raises:
+        ValueError: the model's output is not one tensor, and no loss was given for it.
+
+    Examples:
+        >>> from opacus_bpclip.audit import audit
+        >>> target = model_target("mine", lambda: nn.Linear(3, 2), lambda n: torch.randn(n, 3))
+        >>> audit(target, trials=0).outcome
+        'pass'
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = inputs(_EXAMPLES)
+        batch = made if isinstance(made, tuple) else (made,)
+        if loss is None:
+            batch = (batch[0], _upstream(make_model(), batch[0]))
+        canaries = tuple(_canaries(batch, with_spikes=loss is None))
+
+    make = partial(
+        EngineTrainer,
+        make_model,
+        loss,
+        max_grad_norm=max_grad_norm,
+        loss_reduction=loss_reduction,
+        clipping=clipping,
+    )
+    return Target(name=name, make=make, batches=(batch,), canaries=canaries)
+
+
+def _upstream(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        output = model(x)
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the model's output is a {type(output).__name__}, not one tensor; name a loss that "
+            "takes it"
+        )
+    return torch.randn(output.shape)
+
+
+def _canaries(batch: Batch, *, with_spikes: bool) -> Iterator[Batch]:
+    """Yield examples as they are, far too large, and with single large entries."""
+    for i in range(len(batch[0])):
+        example = rows(batch, [i])
+        yield example
+        yield tuple(t * LARGE if t.is_floating_point() else t for t in example)
+    if not with_spikes:
+        return
+    x, g = rows(batch, [0])
+    for place in torch.randperm(g.numel())[:_SPIKES].tolist():
+        # The same relative place in input and output: layers that keep positions meet there.
+        there = place * x.numel() // g.numel()
+        yield spiked(x, [there]) if x.is_floating_point() else x, spiked(g, [place])

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.audit.auditing import audit
 from opacus_bpclip.audit.cases import CASES
+from opacus_bpclip.audit.engine_target import Inputs, model_target
 from opacus_bpclip.audit.plot import draw
 from opacus_bpclip.audit.report import in_short, render
 from opacus_bpclip.audit.results import Audited, AuditRecord
-from opacus_bpclip.audit.settings import (
-    MAX_INPUT_NORM,
-    Reduction,
-    Settings,
-    Task,
-    shape_of,
-    tasks,
-)
+from opacus_bpclip.audit.settings import MAX_INPUT_NORM, Settings, Task, shape_of, tasks
 from opacus_bpclip.audit.target import Batch, Target
-from opacus_bpclip.audit.user_target import Inputs, model_target
+from opacus_bpclip.audit.verdict import outcome_of
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
-from opacus_bpclip.jobs.errors import JobError, UsageError, in_one_line, told_of_users_code
+from opacus_bpclip.jobs.errors import JobError, UsageError, told_of_users_code
 from opacus_bpclip.jobs.loading import load_object, made_by
 from opacus_bpclip.jobs.processes import call_in_children
 from opacus_bpclip.jobs.running import Job, View
 
-VIOLATION, ASLEEP = 1, 3
+_STATUS = {"pass": 0, "violation": 1, "inconclusive": 3}
 
 
 class Audit(Job[AuditRecord]):
@@ -74,8 +68,7 @@ class Audit(Job[AuditRecord]):
 
     def status(self, record: AuditRecord) -> int:
         """Return 1 for a violation, 3 for an audit that was too weak, 0 for a pass."""
-        outcomes = {found.outcome for found in record.asked}
-        return VIOLATION if "violation" in outcomes else ASLEEP if "asleep" in outcomes else 0
+        return _STATUS[outcome_of(*(found.verdict for found in record.asked))]
 
 
 def run_task(settings: Settings, task: Task) -> Audited:
@@ -87,18 +80,15 @@ def run_task(settings: Settings, task: Task) -> Audited:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        verdict = audit(
-            build(settings, task),
-            noise_multiplier=settings.noise_multiplier,
-            trials=task.trials,
-            alpha=settings.alpha,
-            delta=settings.delta,
-            seed=task.seed(settings.seed),
-        )
-    except JobError:
-        raise
-    except Exception as error:
-        raise JobError(f"{task.name} cannot be audited: {in_one_line(error)}") from error
+        with told_of_users_code(f"{task.name} cannot be audited", JobError):
+            verdict = audit(
+                build(settings, task),
+                noise_multiplier=settings.noise_multiplier,
+                trials=task.trials,
+                alpha=settings.alpha,
+                delta=settings.delta,
+                seed=task.seed(settings.seed),
+            )
     finally:
         torch.set_num_threads(threads)
     return Audited(task=task, verdict=verdict)
@@ -112,14 +102,29 @@ def build(settings: Settings, task: Task) -> Target:
     """
     if settings.target:
         return made_by(settings.target, Target)
-    if task.case is None:
-        return _loaded_model(settings, task)
-    return CASES[task.case].target(
-        task.name,
-        loss_reduction=cast(Reduction, task.loss_reduction),
-        max_grad_norm=settings.max_grad_norm,
-        clipping=clipping_of(settings, task),
-    )
+    training: dict[str, Any] = {
+        "loss_reduction": task.loss_reduction,
+        "max_grad_norm": settings.max_grad_norm,
+        "clipping": clipping_of(settings, task),
+    }
+    if task.case:
+        return CASES[task.case].target(task.name, **training)
+    path, inputs = settings.model, settings.input
+    assert path is not None
+    assert inputs is not None
+    with told_of_users_code(f"--model {path} with --input {inputs}"):
+        try:
+            target = model_target(
+                task.name,
+                lambda: made_by(path, nn.Module),
+                _users_inputs(inputs) if ":" in inputs else _drawn(inputs, settings.vocabulary),
+                loss=load_object(settings.loss) if settings.loss else None,
+                **training,
+            )
+            target.make(settings.noise_multiplier)  # refusals of the model come before any work
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    return target
 
 
 def clipping_of(settings: Settings, task: Task) -> BackpropClipping:
@@ -135,52 +140,25 @@ def clipping_of(settings: Settings, task: Task) -> BackpropClipping:
     )
 
 
-def _loaded_model(settings: Settings, task: Task) -> Target:
-    path = settings.model
-    assert path is not None
-    with told_of_users_code(f"--model {path} with --input {settings.input}"):
-        try:
-            target = model_target(
-                task.name,
-                lambda: made_by(path, nn.Module),
-                _inputs(settings),
-                loss=load_object(settings.loss) if settings.loss else None,
-                loss_reduction=task.loss_reduction,
-                max_grad_norm=settings.max_grad_norm,
-                clipping=clipping_of(settings, task),
-            )
-            target.make(settings.noise_multiplier)  # refusals of the model come before any work
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-    return target
-
-
-def _inputs(settings: Settings) -> Inputs:
-    assert settings.input is not None
-    if ":" in settings.input:
-        return _users_inputs(settings.input)
-    shape, vocabulary = shape_of(settings.input), settings.vocabulary
-
-    def draw(count: int) -> Tensor:
-        if vocabulary is not None:
-            return torch.randint(vocabulary, (count, *shape))
-        return torch.randn(count, *shape)
-
-    return draw
+def _drawn(text: str, vocabulary: int | None) -> Inputs:
+    shape = shape_of(text)
+    if vocabulary is None:
+        return lambda count: torch.randn(count, *shape)
+    return lambda count: torch.randint(vocabulary, (count, *shape))
 
 
 def _users_inputs(path: str) -> Inputs:
     make = load_object(path)
 
-    def draw(count: int) -> Tensor | Batch:
+    def inputs(count: int) -> Batch:
         with told_of_users_code(f"--input {path}"):
-            made: Tensor | Batch = make(count)
-        parts = made if isinstance(made, tuple) else (made,)
-        if not parts or not all(isinstance(part, Tensor) for part in parts):
+            made = make(count)
+        batch = made if isinstance(made, tuple) else (made,)
+        if not batch or not all(isinstance(part, Tensor) for part in batch):
+            kind = type(made).__name__
             raise UsageError(
-                f"--input {path} makes a {type(made).__name__}, not a batch: a tensor, or a tuple "
-                "of tensors"
+                f"--input {path} makes a {kind}, not a batch: a tensor, or a tuple of tensors"
             )
-        return made
+        return batch
 
-    return draw
+    return inputs

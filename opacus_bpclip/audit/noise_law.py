@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ SAMPLE = 100_000
 
 # Scales that must not pass, relative to the claimed one.
 _WRONG_SCALES = (0.95, 1.05)
-# Significance at which these must be rejected; a rejection convicts nobody.
+# Significance at which the test must reject these. No target fails by such a rejection.
 _REJECTION = 1e-3
 _LAGS = (1, 2, 3)
 # Noise drawn in bfloat16 has some 5 % distinct values, in float16 less than 30 %.
@@ -34,9 +35,9 @@ class NoiseLaw:
         p_value: of Kolmogorov and Smirnov's test for the claimed normal law.
         rejects_wrong_scale: whether that test rejects scales 5 % off; it does at 100,000 draws.
         distinct: share of distinct values among the draws.
-        correlation_entries: largest correlation of two entries of one step, of either sign.
-        correlation_steps: largest correlation of entries of steps up to 3 apart, likewise.
-        correlation_limit: what these must not exceed.
+        correlations: the largest correlation, of either sign, and what it must not exceed: over
+            ``"parameters"``, of two entries of one step, and over ``"steps"``, of entries of steps
+            up to 3 apart.
         level: chance of faultless noise to fail one of the three tests.
     """
 
@@ -46,14 +47,12 @@ class NoiseLaw:
     p_value: float
     rejects_wrong_scale: bool
     distinct: float
-    correlation_entries: float
-    correlation_steps: float
-    correlation_limit: tuple[float, float]
+    correlations: Mapping[str, tuple[float, float]]
     level: float
 
     @property
     def violations(self) -> tuple[str, ...]:
-        """Say what breaks the claim."""
+        """What breaks the claim."""
         found = []
         if self.p_value < self.level:
             found.append(
@@ -65,12 +64,7 @@ class NoiseLaw:
                 f"the noise on {self.batch} takes only {self.distinct:.0%} distinct values: it is "
                 "drawn in low precision, or used again"
             )
-        for kind, value, limit in zip(
-            ("parameters", "steps"),
-            (self.correlation_entries, self.correlation_steps),
-            self.correlation_limit,
-            strict=True,
-        ):
+        for kind, (value, limit) in self.correlations.items():
             if value > limit:
                 found.append(
                     f"the noise on {self.batch} is correlated over {kind}: by {value:.3f}, "
@@ -80,7 +74,7 @@ class NoiseLaw:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Say why a pass would mean little."""
+        """Why a pass would mean little."""
         if self.violations or self.rejects_wrong_scale or self.draws < SAMPLE:
             return ()
         return (f"noise 5 % off its scale would pass on {self.batch}",)
@@ -101,12 +95,12 @@ def judge(noise: Array, batch: str, level: float) -> NoiseLaw:
     steps, entries = noise.shape
     sample = noise.reshape(-1)[:SAMPLE]
     finite = bool(np.isfinite(noise).all())
-    limits, correlations = [], []
-    for lags in ((0,), _LAGS):
+    correlations = {}
+    for kind, lags in (("parameters", (0,)), ("steps", _LAGS)):
         count = sum(entries * entries if lag else entries * (entries - 1) // 2 for lag in lags)
         # The longest lag leaves the fewest steps to compare, and the loosest limit.
-        limits.append(_cosine_limit(steps - max(lags), level / max(count, 1)))
-        correlations.append(max((_largest_correlation(noise, lag) for lag in lags), default=0.0))
+        limit = _cosine_limit(steps - max(lags), level / max(count, 1))
+        correlations[kind] = max(_largest_correlation(noise, lag) for lag in lags), limit
     return NoiseLaw(
         batch=batch,
         draws=len(sample),
@@ -114,9 +108,7 @@ def judge(noise: Array, batch: str, level: float) -> NoiseLaw:
         p_value=_p_value(sample) if finite else 0.0,
         rejects_wrong_scale=all(_p_value(sample * wrong) < _REJECTION for wrong in _WRONG_SCALES),
         distinct=len(np.unique(sample)) / len(sample),
-        correlation_entries=correlations[0],
-        correlation_steps=correlations[1],
-        correlation_limit=(limits[0], limits[1]),
+        correlations=correlations,
         level=level,
     )
 
@@ -134,7 +126,7 @@ def _largest_correlation(noise: Array, lag: int) -> float:
 
 
 def _unit_columns(noise: Array) -> Array:
-    # Where there is no noise at all its law says so.
+    # Columns of zeros stay zeros: the test of the law rejects them.
     return noise / np.maximum(np.linalg.norm(noise, axis=0), np.finfo(noise.dtype).tiny)
 
 

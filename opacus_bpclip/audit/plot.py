@@ -18,7 +18,7 @@ def draw(record: AuditRecord, path: Path) -> None:
     panels = [
         (found.verdict.target, found.verdict.empirical[0])
         for found in record.asked
-        if found.verdict.is_statistical
+        if found.verdict.empirical
     ]
     columns = min(_COLUMNS, max(len(panels), 1))
     lines = max(math.ceil(len(panels) / columns), 1)
@@ -40,15 +40,12 @@ def draw(record: AuditRecord, path: Path) -> None:
 
 def _panel(axes: Any, name: str, found: Empirical) -> None:
     histogram = found.histogram
-    bins = len(histogram.without)
-    width = (histogram.high - histogram.low) / bins
-    edges = [histogram.low + i * width for i in range(bins + 1)]
     worlds = (
         (histogram.without, BLUE, "without the canary"),
         (histogram.with_canary, ORANGE, "with it"),
     )
     for counts, colour, label in worlds:
-        axes.stairs(counts, edges, fill=True, alpha=0.5, color=colour, label=label)
+        axes.stairs(counts, histogram.edges, fill=True, alpha=0.5, color=colour, label=label)
     axes.axvline(found.threshold, color=GREY, linestyle="--", linewidth=1, label="threshold")
     title = f"{name}\nmu at least {found.mu_lower:.2f}, claimed {found.mu:.2f}"
     axes.set_title(title, fontsize=8)

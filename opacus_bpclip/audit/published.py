@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip.audit.target import Batch, Target, Trainer
 
-_FEATURES, _CLASSES = 8, 2
+_FEATURES, _CLASSES, _BATCH_SIZE = 8, 2, 64
 _INPUT_BOUND = 3.0
 
 
@@ -28,17 +28,9 @@ def original() -> Target:
     The loss is a mean, so gradients carry ``1/B`` already, and the clip comes after that: a row
     still adds up to ``A * C``. The code took ``A * C / B`` for the sensitivity.
     """
-    batch_size, upstream_bound = 64, 1e-3
-    sensitivity = _INPUT_BOUND * upstream_bound / batch_size
-    batch, canary = _examples(batch_size)
-    return Target(
-        name="published algorithm, original",
-        make=lambda noise_multiplier: PublishedTrainer(
-            (_FEATURES, _FEATURES, _CLASSES), upstream_bound, sensitivity, noise_multiplier
-        ),
-        batches=(batch,),
-        canaries=(canary,),
-    )
+    upstream_bound = 1e-3
+    sensitivity = _INPUT_BOUND * upstream_bound / _BATCH_SIZE
+    return _target("original", (_FEATURES, _FEATURES, _CLASSES), upstream_bound, sensitivity)
 
 
 def repaired() -> Target:
@@ -47,16 +39,8 @@ def repaired() -> Target:
     It clips ``g_i / B``, so that every row depends on how many there are. Rows just below the clip
     all shrink when one example joins them.
     """
-    batch_size, upstream_bound = 64, 0.0112
-    batch, canary = _examples(batch_size)
-    return Target(
-        name="published algorithm, repaired",
-        make=lambda noise_multiplier: PublishedTrainer(
-            (_FEATURES, _CLASSES), upstream_bound, _INPUT_BOUND * upstream_bound, noise_multiplier
-        ),
-        batches=(batch,),
-        canaries=(canary,),
-    )
+    upstream_bound = 0.0112
+    return _target("repaired", (_FEATURES, _CLASSES), upstream_bound, _INPUT_BOUND * upstream_bound)
 
 
 class PublishedTrainer(Trainer):
@@ -97,7 +81,7 @@ class PublishedTrainer(Trainer):
         h, labels = batch
         for number, layer in enumerate(self._layers):
             h = layer(_clip_rows(torch.relu(h) if number else h, _INPUT_BOUND))
-            h = _ClipUpstream.apply(h, self._upstream_bound)
+            h.register_hook(partial(_clip_rows, bound=self._upstream_bound))
         F.cross_entropy(h, labels).backward()
 
     def step(self) -> None:
@@ -108,24 +92,20 @@ class PublishedTrainer(Trainer):
         self._optimizer.step()
 
 
-class _ClipUpstream(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, bound: float) -> Tensor:
-        ctx.bound = bound
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _clip_rows(g, ctx.bound), None
-
-
 def _clip_rows(x: Tensor, bound: float) -> Tensor:
     norms = x.detach().norm(dim=1, keepdim=True)
     return x * (bound / norms.clamp(min=bound))
 
 
-def _examples(count: int) -> tuple[Batch, Batch]:
-    """Return a crowd of one class, and an example of the other class that opposes it."""
+def _target(
+    name: str, widths: tuple[int, ...], upstream_bound: float, layer_sensitivity: float
+) -> Target:
+    """Return an audit of a crowd of one class, and an example of the other that opposes it."""
     x = torch.ones(1, _FEATURES)
-    crowd = (x.repeat(count, 1), torch.zeros(count, dtype=torch.long))
-    return crowd, (x, torch.ones(1, dtype=torch.long))
+    crowd = (x.repeat(_BATCH_SIZE, 1), torch.zeros(_BATCH_SIZE, dtype=torch.long))
+    return Target(
+        name=f"published algorithm, {name}",
+        make=partial(PublishedTrainer, widths, upstream_bound, layer_sensitivity),
+        batches=(crowd,),
+        canaries=((x, torch.ones(1, dtype=torch.long)),),
+    )

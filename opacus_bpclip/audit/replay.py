@@ -1,16 +1,15 @@
-"""The same randomness on neighbouring batches: nothing about the noise may depend on the data."""
+"""Replay the same randomness on neighbouring batches: the noise must not depend on the data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opacus_bpclip.audit.neighbours import quiet_trainer, seeded_trainer, sum_without_noise
 from opacus_bpclip.audit.target import Batch, Target, Trainer, empty, join
 
 
@@ -21,17 +20,14 @@ class Replay:
     Attributes:
         pairs: how many pairs of neighbours were replayed.
         draws: random tensors drawn in one step's noise.
-        differences: what breaks the claim; empty if nothing does.
+        violations: what breaks the claim; empty if nothing does.
     """
 
     pairs: int
     draws: int
-    differences: tuple[str, ...]
+    violations: tuple[str, ...]
 
-    @property
-    def violations(self) -> tuple[str, ...]:
-        """Say what breaks the claim."""
-        return self.differences
+    doubts: ClassVar[tuple[str, ...]] = ()
 
 
 def replay(target: Target, canary: Batch, *, noise_multiplier: float, seed: int) -> Replay:
@@ -47,16 +43,16 @@ def replay(target: Target, canary: Batch, *, noise_multiplier: float, seed: int)
         noise_multiplier: of the noise.
         seed: of both worlds.
     """
-    differences: list[str] = []
+    found: list[str] = []
     draws = 0
     first = target.batches[0]
     pairs = ((empty(first), "an empty batch"), (first, f"a batch of {len(first[0])}"))
     for batch, place in pairs:
         without = _run(target, batch, noise_multiplier, seed)
         with_canary = _run(target, join(batch, canary), noise_multiplier, seed)
-        differences += [f"{text} (beside {place})" for text in _compared(without, with_canary)]
+        found += [f"{text} (beside {place})" for text in _compared(without, with_canary)]
         draws = len(without.calls)
-    return Replay(len(pairs), draws, tuple(dict.fromkeys(differences)))
+    return Replay(len(pairs), draws, tuple(found))
 
 
 @dataclass(frozen=True)
@@ -70,10 +66,10 @@ class _World:
 
 
 def _run(target: Target, batch: Batch, noise_multiplier: float, seed: int) -> _World:
-    total = sum_without_noise(quiet_trainer(target, seed), batch)
-    trainer = seeded_trainer(target, noise_multiplier, seed)
+    total = target.trainer(0.0, seed).on(batch)
+    trainer = target.trainer(noise_multiplier, seed)
     trainer.compute(batch)
-    # What came before may have drawn as many numbers as there are examples: dropout does.
+    # The forward pass may have drawn a number for each example, as dropout does.
     torch.manual_seed(seed)
     with _RandomCalls() as recorded:
         released = trainer.release()
@@ -105,23 +101,16 @@ def _compared(without: _World, with_canary: _World) -> list[str]:
     histories = without.trainer.history(), with_canary.trainer.history()
     if list(histories[0]) != list(histories[1]):
         found.append("the accountant's entries depend on the data")
-    found += _wrong_entries(without.trainer, histories[0])
+    entries = [(multiplier, steps) for multiplier, _, steps in histories[0]]
+    claimed = without.trainer.noise_multiplier
+    if entries and entries != [(claimed, 1)]:
+        text = ", ".join(f"{steps} at noise multiplier {value:g}" for value, steps in entries)
+        found.append(f"one step was accounted as {text}, not 1 at {claimed:g}")
     return found
 
 
-def _wrong_entries(trainer: Trainer, history: Sequence[tuple[float, float, int]]) -> list[str]:
-    """Compare the accountant's entries, if there are any, with the one step that was taken."""
-    if not history:
-        return []
-    entries = [(multiplier, steps) for multiplier, _, steps in history]
-    if entries == [(trainer.noise_multiplier, 1)]:
-        return []
-    text = ", ".join(f"{steps} at noise multiplier {value:g}" for value, steps in entries)
-    return [f"one step was accounted as {text}, not 1 at {trainer.noise_multiplier:g}"]
-
-
 class _RandomCalls(TorchDispatchMode):
-    """Write down each call of an operation that draws random numbers."""
+    """Record each call of an operation that draws random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,9 +123,10 @@ class _RandomCalls(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
             numbers = [value for value in args if isinstance(value, (int, float))]
-            shape = tuple(result.shape) if isinstance(result, Tensor) else ()
-            dtype = str(result.dtype).removeprefix("torch.") if isinstance(result, Tensor) else ""
-            self.calls.append(f"{func.overloadpacket}{numbers}{list(shape)} {dtype}".rstrip())
+            drawn = ""
+            if isinstance(result, Tensor):
+                drawn = f"{list(result.shape)} {str(result.dtype).removeprefix('torch.')}"
+            self.calls.append(f"{func.overloadpacket}{numbers}{drawn}")
         return result
 
 

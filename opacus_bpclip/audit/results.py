@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import computed_field
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from opacus_bpclip.audit.settings import Settings, Task, tasks
-from opacus_bpclip.audit.verdict import Outcome, Verdict
+from opacus_bpclip.audit.verdict import Verdict
 from opacus_bpclip.jobs.record import Record, Result
 
 
@@ -22,23 +22,11 @@ class Audited(Result):
         """The task."""
         return self.task
 
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def outcome(self) -> Outcome:
-        """The verdict's outcome."""
-        return self.verdict.outcome
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def violations(self) -> tuple[str, ...]:
-        """What breaks the claim."""
-        return self.verdict.violations
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def doubts(self) -> tuple[str, ...]:
-        """Why a pass would mean little."""
-        return self.verdict.doubts
+    @model_serializer(mode="wrap")
+    def _with_summary(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write what follows from the verdict beside it, for readers of the file."""
+        names = ("outcome", "violations", "doubts")
+        return {**handler(self), **{name: getattr(self.verdict, name) for name in names}}
 
 
 class AuditRecord(Record[Settings, Audited]):

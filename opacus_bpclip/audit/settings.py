@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
+import re
 import zlib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
@@ -15,19 +15,29 @@ from typing_extensions import Self
 
 from opacus_bpclip.config import Allocation, Bound
 from opacus_bpclip.jobs.settings import Options, Output
-from opacus_bpclip.jobs.values import Count, OrNone, Positive, Probability, Seed, Several
+from opacus_bpclip.jobs.values import (
+    HOW_TO_RUN,
+    Count,
+    OrNone,
+    Positive,
+    Probability,
+    Seed,
+    Several,
+)
 
 Layer = Literal["linear", "sequence-linear", "conv", "embedding", "bias"]
 Norm = Literal["layer-norm", "rms-norm", "group-norm", "instance-norm"]
 CaseName = Literal[Layer, Norm, "branches", "shared"]
 CASE_NAMES: tuple[CaseName, ...] = get_args(CaseName)
-# Where the two ways to spend the budget differ.
+# For these, the joint budget and the layerwise ones clip differently.
 OF_SEVERAL_LAYERS = ("branches", "shared")
 Reduction = Literal["mean", "sum"]
+# How a case is audited: the loss reduction, the bound, the allocation.
+Combination = tuple[Reduction, Bound, Allocation]
 
 TRIALS, ALPHA, DELTA = 10_000, 1e-6, 1e-5
 FEWEST_TRIALS = 100
-# Not 1: a sensitivity that was squared or left out must show.
+# Not 1, so that the audit sees a sensitivity that was squared or left out.
 MAX_GRAD_NORM = 0.7
 MAX_INPUT_NORM = 3.0
 
@@ -58,7 +68,7 @@ class Settings(Options):
         model: MODULE:FACTORY of a model of your own, in place of the cases, trained by this
             package's engine
         input: for --model: an example's shape, as 3x8x8, or MODULE:FUNCTION that makes a batch of N
-        vocabulary: for a shape: the input is ids below this number
+        vocabulary: for a shape: the inputs are ids below this number
         loss: for --model: MODULE:FUNCTION that is called with the output and the batch's other
             tensors; without it the loss is the worst one, which gives every output any gradient
         case: some of the built-in cases
@@ -68,10 +78,10 @@ class Settings(Options):
         max_grad_norm: joint L2 sensitivity
         max_input_norm: a number, none or usual: none for joint budgets, as in training, and 3 where
             the product bound or a layerwise budget is to show that inputs are clipped
-        full: judge every combination of a case statistically, not one in rotation
+        full: run the statistical checks on every combination of a case, not only on one
         trials: one-step trials in each world; 0 for the deterministic checks alone
         noise_multiplier: that is claimed
-        alpha: chance of one faultless target to be convicted by chance
+        alpha: probability that one faultless target fails by chance
         delta: at which epsilon is taken
         seed: of everything random
     """
@@ -133,7 +143,9 @@ class AuditOutput(Output):
         processes: targets audited at the same time, one thread each
     """
 
-    processes: Annotated[Count, Parameter(show_default="one for each core")] = os.cpu_count() or 1
+    processes: Annotated[Count, HOW_TO_RUN, Parameter(show_default="one for each core")] = (
+        os.cpu_count() or 1
+    )
 
 
 @dataclass(frozen=True)
@@ -143,9 +155,9 @@ class Task:
     Args:
         name: what the report calls it.
         case: a built-in case, or ``None`` for the user's own.
-        allocation: of the clipping; empty for a target, which clips as it likes.
-        bound: of the clipping; likewise.
-        loss_reduction: of the loss; likewise.
+        allocation: of the clipping; empty for ``--target``, which this package does not clip.
+        bound: of the clipping; empty for ``--target``.
+        loss_reduction: of the loss; empty for ``--target``.
         trials: one-step trials in each world; 0 for the deterministic checks alone.
     """
 
@@ -157,7 +169,7 @@ class Task:
     trials: int
 
     def seed(self, seed: int) -> int:
-        """Return this target's own seed: with one for all, one lucky draw would serve them all."""
+        """Return this target's seed, another one for each: then their results are independent."""
         return zlib.crc32(f"{seed} {self.name}".encode())
 
 
@@ -169,31 +181,27 @@ def tasks(settings: Settings) -> list[Task]:
     """
     if settings.target:
         return [Task(settings.target, None, "", "", "", settings.trials)]
-    names: tuple[str, ...] = (settings.model,) if settings.model else settings.case
+    combinations = list(
+        itertools.product(settings.loss_reduction, settings.bound, settings.allocation)
+    )
     found = []
-    for name in names:
-        turns = None if settings.full or settings.model else _turns(settings, name)
-        for combination in itertools.product(
-            settings.loss_reduction, settings.bound, settings.allocation
-        ):
+    for name in (settings.model,) if settings.model else settings.case:
+        case = None if settings.model else name
+        turns = combinations if settings.full or not case else _turns(case, combinations)
+        for combination in combinations:
             reduction, bound, allocation = combination
-            case = None if settings.model else name
-            trials = settings.trials if turns is None or combination in turns else 0
+            trials = settings.trials if combination in turns else 0
             label = f"{name}, {allocation}, {bound}, {reduction}"
             found.append(Task(label, case, allocation, bound, reduction, trials))
     return found
 
 
-def _turns(settings: Settings, case: str) -> set[tuple[str, str, str]]:
+def _turns(case: str, combinations: list[Combination]) -> list[Combination]:
     """Return the combinations in which a case has its statistical audit."""
-    pairs = list(itertools.product(settings.loss_reduction, settings.bound))
-    turn = list[str](CASE_NAMES).index(case)
-    reduction, bound = pairs[turn % len(pairs)]
-    allocations = settings.allocation
-    if case not in OF_SEVERAL_LAYERS:
-        # Each round through the pairs begins with another one.
-        allocations = (allocations[(turn + turn // len(pairs)) % len(allocations)],)
-    return {(reduction, bound, allocation) for allocation in allocations}
+    turn = combinations[list[str](CASE_NAMES).index(case) % len(combinations)]
+    if case in OF_SEVERAL_LAYERS:
+        return [other for other in combinations if other[:2] == turn[:2]]
+    return [turn]
 
 
 def shape_of(text: str) -> tuple[int, ...]:
@@ -206,10 +214,6 @@ def shape_of(text: str) -> tuple[int, ...]:
         >>> shape_of("3x8x8")
         (3, 8, 8)
     """
-    try:
-        shape = tuple(int(part) for part in text.split("x"))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1 or math.prod(shape) < 1:
+    if not re.fullmatch("[1-9][0-9]*(x[1-9][0-9]*)*", text):
         raise ValueError(f"--input must be a shape such as 3x8x8, or MODULE:FUNCTION, not {text!r}")
-    return shape
+    return tuple(map(int, text.split("x")))

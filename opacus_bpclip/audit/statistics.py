@@ -1,6 +1,6 @@
 """What counts of wrong guesses say about privacy: bounds that hold with a stated confidence.
 
-An attacker sees a release and guesses which of two neighbouring worlds it came from. His rates of
+An attacker sees a release and guesses which of two neighbouring worlds it came from. Its rates of
 false positives and false negatives limit how private the mechanism can be.
 """
 
@@ -50,7 +50,7 @@ def mu_lower_bound(false_positive_rate: float, false_negative_rate: float) -> fl
 def epsilon_lower_bound(
     false_positive_rate: float, false_negative_rate: float, delta: float
 ) -> float:
-    """Return the smallest epsilon that allows these rates, whatever the mechanism's law.
+    """Return the smallest epsilon that allows these rates, of any mechanism.
 
     Any (epsilon, delta)-private mechanism has ``1 - FNR <= exp(epsilon) FPR + delta``, and the same
     with the rates exchanged. Source: Kairouz, Oh and Viswanath (2015).
@@ -61,15 +61,9 @@ def epsilon_lower_bound(
         >>> epsilon_lower_bound(0.6, 0.6, 0.0)
         0.0
     """
-    best = 0.0
-    for wrong, missed in (
-        (false_positive_rate, false_negative_rate),
-        (false_negative_rate, false_positive_rate),
-    ):
-        found = 1 - delta - missed
-        if found > 0:
-            best = max(best, math.log(found / wrong))
-    return best
+    rates = (false_positive_rate, false_negative_rate)
+    odds = ((1 - delta - missed) / wrong for wrong, missed in (rates, rates[::-1]))
+    return math.log(max(1.0, *odds))
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

@@ -1,4 +1,4 @@
-"""What is audited: one training step seen from outside, and the batches to try it on."""
+"""What is audited: one training step, and the batches to try it on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from torch import Tensor
 # One or more tensors with the examples on the first axis, as a loader yields them.
 Batch = tuple[Tensor, ...]
 
+# An entry that every limit clips.
+LARGE = 1e4
+
 
 class Trainer(ABC):
-    """One private training step, whoever wrote it; a subclass says how to compute and to step.
+    """One private training step of any code. A subclass says how to compute gradients and to step.
 
     Args:
         parameters: those whose ``.grad`` holds the release after `step`.
@@ -39,17 +42,17 @@ class Trainer(ABC):
 
     @abstractmethod
     def compute(self, batch: Batch) -> None:
-        """Throw old gradients away, and run the forward and the backward pass on a batch."""
+        """Clear the gradients, and run the forward and the backward pass on a batch."""
 
     @abstractmethod
     def step(self) -> None:
-        """Clip what is left to clip, add noise, update; ``.grad`` then holds what was released.
+        """Finish the private step: clip, if `compute` has not, add noise, and update.
 
-        All ``.grad`` are ``None`` if the step was skipped.
+        Afterwards each ``.grad`` holds what was released, or ``None`` if the step was skipped.
         """
 
     def history(self) -> Sequence[tuple[float, float, int]]:
-        """Return the accountant's entries (noise multiplier, sample rate, steps), if there are."""
+        """Return the accountant's entries (noise multiplier, sample rate, steps), if it has any."""
         return ()
 
     def restart(self) -> None:
@@ -68,11 +71,17 @@ class Trainer(ABC):
         blocks = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         return torch.cat([block.flatten() for block in blocks]).cpu() * self.divisor
 
-    def on(self, batch: Batch) -> Tensor | None:
-        """Return what a step on this batch releases, from the first parameters."""
+    def on(self, batch: Batch) -> Tensor:
+        """Return what a step on this batch releases, from the first parameters.
+
+        Zeros if the step was skipped.
+        """
         self.restart()
         self.compute(batch)
-        return self.release()
+        released = self.release()
+        if released is None:
+            return torch.zeros(sum(p.numel() for p in self.parameters))
+        return released
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,8 @@ class Target:
             batch is always tried as well.
         canaries: single examples likely to move the sum as far as is allowed; others are searched
             for.
-        attained: whether a canary is known to reach the sensitivity. If so, an audit that does not
-            see it is asleep and says so.
+        attained: whether a canary is known to reach the sensitivity. If so, an audit that measures
+            less is too weak, and says so.
     """
 
     name: str
@@ -96,6 +105,11 @@ class Target:
     batches: tuple[Batch, ...]
     canaries: tuple[Batch, ...] = ()
     attained: bool = False
+
+    def trainer(self, noise_multiplier: float, seed: int) -> Trainer:
+        """Return a fresh trainer whose parameters only the seed decides."""
+        torch.manual_seed(seed)
+        return self.make(noise_multiplier)
 
 
 def join(batch: Batch, other: Batch) -> Batch:
@@ -111,3 +125,10 @@ def rows(batch: Batch, index: Sequence[int] | slice) -> Batch:
 def empty(batch: Batch) -> Batch:
     """Return a batch without examples."""
     return rows(batch, slice(0))
+
+
+def spiked(like: Tensor, places: Sequence[int], size: float = LARGE) -> Tensor:
+    """Return zeros of a tensor's shape with single large entries at flat places."""
+    spike = torch.zeros_like(like)
+    spike.view(-1)[list(places)] = size
+    return spike

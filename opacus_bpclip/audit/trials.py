@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opacus_bpclip.audit.neighbours import quiet_trainer, seeded_trainer, sum_without_noise
 from opacus_bpclip.audit.noise_law import Array
 from opacus_bpclip.audit.target import Batch, Target, Trainer, join
 
@@ -23,24 +22,27 @@ class Trials:
     """Scores and noise, both in units of the noise's claimed standard deviation.
 
     Attributes:
+        steps: in each trial.
+        noise_multiplier: claimed.
+        gap: how far apart the noise-free sums put the two worlds' scores.
         without: a score for each trial in the world without the canary.
         with_canary: the same with it.
-        gap: how far apart the noise-free sums put the two worlds' scores.
-        noise_without: ``[steps, entries]``, from the steps without the canary.
-        noise: from all first steps of a trial, whose noise-free sum is known.
+        noise: ``[steps, entries]``, of the steps whose noise-free sum is known: all on an empty
+            batch, or else the first one of every trial.
     """
 
+    steps: int
+    noise_multiplier: float
+    gap: float
     without: Array
     with_canary: Array
-    gap: float
-    noise_without: Array
     noise: Array
 
 
 def run_trials(
     target: Target,
     batch: Batch,
-    canary: Batch | None,
+    canary: Batch,
     *,
     noise_multiplier: float,
     trials: int,
@@ -49,36 +51,38 @@ def run_trials(
 ) -> Trials:
     """Take ``steps`` training steps in either world, ``trials`` times, through the real code.
 
-    The attacker knows all but the canary's presence. His score is the projection of what was
-    released, less what the batch's other examples amount to, on the direction in which the canary
-    moves the sum: the most powerful test against Gaussian noise. The worlds take turns. The
-    parameters move with every step of a trial and start afresh with the next one.
+    The attacker knows everything except whether the canary takes part. Its score is the projection
+    of the release, minus the sum of the batch's other examples, on the direction in which the
+    canary moves the sum: the most powerful test against Gaussian noise. The worlds take turns. The
+    parameters change with every step of a trial, and each trial starts from the first ones.
 
     Args:
         target: what is audited.
         batch: of the world without the canary.
-        canary: added in the other world; ``None`` makes both worlds the same, and asks in a fixed
-            direction for a change of the claimed size.
+        canary: added in the other world. If it does not change the sum, the attacker expects a
+            change of the claimed size in a fixed direction.
         noise_multiplier: of the noise.
         trials: in each world.
         steps: in each trial.
         seed: of the noise.
     """
-    trainer = seeded_trainer(target, noise_multiplier, seed)
-    worlds = [batch, batch if canary is None else join(batch, canary)]
-    quiet = quiet_trainer(target, seed)
-    sums = [sum_without_noise(quiet, world) for world in worlds]
-    # Where the parameters start is the seed's; the noise is this attack's own.
+    trainer = target.trainer(noise_multiplier, seed)
+    worlds = [batch, join(batch, canary)]
+    silent = target.trainer(0.0, seed)
+    sums = [silent.on(world) for world in worlds]
+    # The seed alone decides the first parameters; the two attacks of an audit draw other noise.
     torch.manual_seed(seed + steps)
     unit = noise_multiplier * trainer.sensitivity
-    direction, change = _direction(sums[1] - sums[0])
-    if canary is None:
-        change = trainer.sensitivity
+    change = sums[1] - sums[0]
+    distance = float(change.norm())
+    if not distance > 0:
+        change, distance = torch.zeros_like(change), trainer.sensitivity
+        change[0] = distance
+    direction = change / distance
     watched = watched_entries(trainer, WATCHED)
     known = float(sums[0] @ direction) * steps
     scores = np.empty((trials, 2))
     noise: list[Tensor] = []
-    quiet_world: list[Tensor] = []
     for trial, world in itertools.product(range(trials), (0, 1)):
         trainer.restart()
         score = 0.0
@@ -88,17 +92,19 @@ def run_trials(
             if released is None:
                 released = torch.full_like(direction, math.nan)
             score += float(released @ direction)
-            if step == 0:
+            if not len(batch[0]):
+                if world == 0:
+                    noise.append(released[watched])
+            elif step == 0:
                 noise.append((released - sums[world])[watched])
-            if world == 0 and not len(batch[0]):
-                quiet_world.append(released[watched])
         scores[trial, world] = (score - known) / (unit * math.sqrt(steps))
     return Trials(
+        steps=steps,
+        noise_multiplier=noise_multiplier,
+        gap=distance / unit * math.sqrt(steps),
         without=scores[:, 0],
         with_canary=scores[:, 1],
-        gap=change / unit * math.sqrt(steps),
-        noise_without=_stacked(quiet_world, unit, len(watched)),
-        noise=_stacked(noise, unit, len(watched)),
+        noise=torch.stack(noise).double().numpy() / unit,
     )
 
 
@@ -107,28 +113,5 @@ def watched_entries(trainer: Trainer, count: int) -> Tensor:
 
     Layers that shared a seed would have equal noise in their first entries.
     """
-    sizes = [p.numel() for p in trainer.parameters]
-    starts = [0, *itertools.accumulate(sizes)]
-    entries = (
-        start + place
-        for place in range(max(sizes))
-        for start, size in zip(starts, sizes, strict=False)
-        if place < size
-    )
-    return torch.tensor(sorted(itertools.islice(entries, count)))
-
-
-def _direction(change: Tensor) -> tuple[Tensor, float]:
-    norm = float(change.norm())
-    if norm > 0:
-        return change / norm, norm
-    direction = torch.zeros_like(change)
-    direction[0] = 1.0
-    return direction, 0.0
-
-
-def _stacked(rows: list[Tensor], unit: float, entries: int) -> Array:
-    if not rows:
-        return np.empty((0, entries))
-    stacked: Array = torch.stack(rows).double().numpy() / unit
-    return stacked
+    places = torch.cat([torch.arange(p.numel()) for p in trainer.parameters])
+    return places.argsort(stable=True)[:count].sort().values

@@ -10,7 +10,8 @@ from opacus_bpclip.audit.neighbours import Neighbours
 from opacus_bpclip.audit.noise_law import NoiseLaw
 from opacus_bpclip.audit.replay import Replay
 
-Outcome = Literal["pass", "violation", "asleep"]
+Check = Neighbours | Replay | NoiseLaw | Empirical
+Outcome = Literal["pass", "violation", "inconclusive"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,11 @@ class Verdict:
         target: what was audited.
         noise_multiplier: claimed.
         seed: of everything random.
-        alpha: chance of a faultless target to be convicted by the statistical checks.
+        alpha: chance of a faultless target to fail the statistical checks.
         neighbours: the measured sensitivity.
-        replay: what differed under the same randomness.
+        replay: the comparison of neighbours under the same randomness.
         noise: the noise's law, on each batch; empty without the statistical checks.
-        empirical: the empirical epsilon, for one and for several steps; likewise.
+        empirical: the empirical epsilon, for one and for several steps; empty without them.
     """
 
     target: str
@@ -38,29 +39,28 @@ class Verdict:
     empirical: tuple[Empirical, ...] = ()
 
     @property
+    def checks(self) -> tuple[Check, ...]:
+        """All checks that were made."""
+        return self.neighbours, self.replay, *self.noise, *self.empirical
+
+    @property
     def violations(self) -> tuple[str, ...]:
-        """Say what breaks the claim, in one line each; empty for a pass."""
-        found = [*self.neighbours.violations, *self.replay.violations]
-        found += [text for law in self.noise for text in law.violations]
-        found += [text for attack in self.empirical for text in attack.violations]
-        return tuple(found)
+        """What breaks the claim, in one line each; empty for a pass."""
+        return tuple(text for check in self.checks for text in check.violations)
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Say why a pass would mean little, in one line each."""
-        found = [*self.neighbours.doubts]
-        found += [text for law in self.noise for text in law.doubts]
-        found += [text for attack in self.empirical for text in attack.doubts]
-        return tuple(found)
+        """Why a pass would mean little, in one line each."""
+        return tuple(text for check in self.checks for text in check.doubts)
 
     @property
     def outcome(self) -> Outcome:
-        """Return ``"violation"``, ``"pass"``, or ``"asleep"``: a violation might go unnoticed."""
-        if self.violations:
-            return "violation"
-        return "asleep" if self.doubts else "pass"
+        """``"violation"``, ``"pass"``, or ``"inconclusive"``: a violation might go unnoticed."""
+        return outcome_of(self)
 
-    @property
-    def is_statistical(self) -> bool:
-        """Whether the noise and the empirical epsilon were judged."""
-        return bool(self.empirical)
+
+def outcome_of(*checks: Check | Verdict) -> Outcome:
+    """Return what some checks come to together."""
+    if any(check.violations for check in checks):
+        return "violation"
+    return "inconclusive" if any(check.doubts for check in checks) else "pass"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from opacus_bpclip.bench.settings import BenchOutput, Settings
-from opacus_bpclip.jobs.settings import AS_OPTIONS
+from opacus_bpclip.jobs.interrupts import ending_at_once
 
 
 def bench(
     *,
-    settings: Annotated[Settings, AS_OPTIONS] = Settings(),
-    output: Annotated[BenchOutput, AS_OPTIONS] = BenchOutput(),
+    settings: Settings = Settings(),
+    output: BenchOutput = BenchOutput(),
 ) -> int:
     """Compare the time and memory of training steps.
 
@@ -19,7 +17,8 @@ def bench(
     medians of ratios to training the same model without privacy, paired in interleaved rounds in
     one process; peak memory comes from a process for each arm. Nothing is downloaded.
     """
-    from opacus_bpclip.bench.job import Bench
-    from opacus_bpclip.jobs.running import run
+    with ending_at_once():
+        from opacus_bpclip.bench.job import Bench
+        from opacus_bpclip.jobs.running import run
 
     return run(Bench(settings, output), output)

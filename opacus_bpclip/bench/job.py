@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 
 from opacus_bpclip.ab.models import count_parameters
-from opacus_bpclip.bench import documents
 from opacus_bpclip.bench.cases import build
+from opacus_bpclip.bench.documents import updated
 from opacus_bpclip.bench.measure import peak_memory, step_times
 from opacus_bpclip.bench.plot import draw
-from opacus_bpclip.bench.report import tables, title
+from opacus_bpclip.bench.report import tables
 from opacus_bpclip.bench.results import ArmResult, BenchRecord, Comparison
-from opacus_bpclip.bench.settings import BenchOutput, Key, Point, Settings, is_compiled
+from opacus_bpclip.bench.settings import Arm, BenchOutput, Key, Point, Settings, is_compiled
 from opacus_bpclip.jobs.errors import ChildError, UsageError
 from opacus_bpclip.jobs.extras import require_device
+from opacus_bpclip.jobs.files import write_whole
 from opacus_bpclip.jobs.processes import call_in_child
 from opacus_bpclip.jobs.running import Job, View
 
@@ -43,7 +45,7 @@ class Bench(Job[BenchRecord]):
         output: where to read and write.
     """
 
-    view = View("Benchmarks", tables, draw, title)
+    view = View("Benchmarks", tables, draw, attrgetter("point.title"))
 
     def __init__(self, settings: Settings, output: BenchOutput) -> None:
         self._settings, self._output = settings, output
@@ -64,7 +66,7 @@ class Bench(Job[BenchRecord]):
         require_device(self._settings.device)
         empty = BenchRecord.new(self._settings, self._settings.device)
         for path in self._output.update:
-            documents.read(path, empty)
+            updated(path, empty)
 
     def begin(self) -> BenchRecord:
         """Return what ``--from-json`` holds, if measurements may be added to it."""
@@ -92,7 +94,7 @@ class Bench(Job[BenchRecord]):
     def deliver(self, record: BenchRecord) -> None:
         """Rewrite the documents' blocks."""
         for path in self._output.update:
-            documents.update(path, record)
+            write_whole(path, updated(path, record))
 
 
 def compare(point: Point, settings: Settings, *, progress: bool = False) -> Comparison:
@@ -101,46 +103,46 @@ def compare(point: Point, settings: Settings, *, progress: bool = False) -> Comp
     Raises:
         ChildError: the process that takes the times died.
     """
-    results: dict[str, ArmResult] = {arm: ArmResult(arm, peaks=None) for arm in settings.arms}
-    for arm in settings.arms:
-        # A compiled arm's process is full of the compiler, whose memory is not the step's.
-        if not is_compiled(arm):
-            results[arm] = _memory(arm, point, settings, progress)
+    # A compiled arm's process is full of the compiler, whose memory is not the step's.
+    results = {
+        arm: ArmResult(arm, peaks=None)
+        if is_compiled(arm)
+        else _memory(arm, point, settings, progress)
+        for arm in settings.arms
+    }
     for compiled in (False, True):
         running = [
             arm
-            for arm in settings.arms
-            if is_compiled(arm) == compiled and results[arm].failure is None
+            for arm, found in results.items()
+            if is_compiled(arm) == compiled and found.failure is None
         ]
         if running:
             _say(progress, point, f"time of {', '.join(running)}")
             _add_times(results, running, point, settings)
-    return Comparison(
-        point=point, parameters=_count_parameters(point), arms=tuple(results.values())
-    )
+    with torch.device("meta"):
+        parameters = count_parameters(build(point.case))
+    return Comparison(point=point, parameters=parameters, arms=tuple(results.values()))
 
 
-def _memory(arm: str, point: Point, settings: Settings, progress: bool) -> ArmResult:
+def _memory(arm: Arm, point: Point, settings: Settings, progress: bool) -> ArmResult:
     _say(progress, point, f"memory of {arm}")
+    environment = _MEMORY_ENVIRONMENT
     try:
-        peaks = call_in_child(
-            peak_memory, arm, point.case, settings, environment=_MEMORY_ENVIRONMENT
-        )
+        peaks = call_in_child(peak_memory, arm, point.case, settings, environment=environment)
     except ChildError as error:
         return ArmResult(arm, failure=str(error))
-    return ArmResult(arm, peaks=None if peaks is None else tuple(peaks))
+    return ArmResult(arm, peaks=peaks)
 
 
 def _add_times(
-    results: dict[str, ArmResult], arms: Sequence[str], point: Point, settings: Settings
+    results: dict[Arm, ArmResult], arms: Sequence[Arm], point: Point, settings: Settings
 ) -> None:
+    environment = _TIME_ENVIRONMENT
     for share in settings.shares:
         running = [arm for arm in arms if results[arm].failure is None]
         if not running:
             return
-        times = call_in_child(
-            step_times, running, point.case, settings, share, environment=_TIME_ENVIRONMENT
-        )
+        times = call_in_child(step_times, running, point.case, share, environment=environment)
         for arm, found in times.items():
             if isinstance(found, str):
                 results[arm] = ArmResult(arm, failure=found)
@@ -148,13 +150,6 @@ def _add_times(
                 results[arm] = replace(results[arm], seconds=(*results[arm].seconds, *found))
 
 
-def _count_parameters(point: Point) -> int:
-    with torch.device("meta"):
-        return count_parameters(build(point.case))
-
-
 def _say(progress: bool, point: Point, text: str) -> None:
     if progress:
-        sizes = {"batch": point.case.batch_size, **point.case.sizes}
-        described = ", ".join(f"{name} {value}" for name, value in sizes.items())
-        print(f"{point.name} ({described}): {text}", file=sys.stderr, flush=True)
+        print(f"{point.title}: {text}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from opacus_bpclip.bench.arms import Step, make_step
-from opacus_bpclip.bench.settings import Case, Settings, Share, is_compiled
+from opacus_bpclip.bench.settings import Arm, Case, Settings, is_compiled
 from opacus_bpclip.jobs.errors import in_one_line
 from opacus_bpclip.jobs.memory import PeakMemory
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
@@ -24,7 +24,7 @@ WARM_UP_STEPS = 2
 MEMORY_STEPS = 3
 
 
-def peak_memory(arm: str, case: Case, settings: Settings) -> list[int] | None:
+def peak_memory(arm: Arm, case: Case, settings: Settings) -> tuple[int, ...] | None:
     """Return the peak of each of some steps, in bytes: everything that is there for training.
 
     That is what tensors hold between steps (parameters, gradients, batch) plus the growth of the
@@ -33,23 +33,20 @@ def peak_memory(arm: str, case: Case, settings: Settings) -> list[int] | None:
     Returns:
         None where the platform does not tell.
     """
-    device = _prepare(settings)
-    with _quiet(arm):
-        step = make_step(arm, case, device, settings.precision)
-        for _ in range(WARM_UP_STEPS):
-            step()
+    with known_warnings_silenced():
+        step = _warm_step(arm, case, settings)
         gc.collect()
         held = tensor_bytes()
         peaks: list[int] = []
         for _ in range(MEMORY_STEPS):
             _return_free_memory()
-            memory = PeakMemory(device)
+            memory = PeakMemory(torch.device(settings.device))
             with memory.watch():
                 step()
             if memory.bytes is None:
                 return None
             peaks.append(held + memory.bytes)
-    return peaks
+    return tuple(peaks)
 
 
 def tensor_bytes() -> int:
@@ -67,64 +64,53 @@ def tensor_bytes() -> int:
 
 
 def step_times(
-    arms: Sequence[str], case: Case, settings: Settings, share: Share
-) -> dict[str, tuple[float, ...] | str]:
+    arms: Sequence[Arm], case: Case, settings: Settings
+) -> dict[Arm, tuple[float, ...] | str]:
     """Return the seconds of each round's step, or why an arm does not run, by arm.
 
     Every round takes one step of each arm, in an order of its own, so that no arm always follows
     the same one and a slow moment of the machine hits all of them.
     """
-    device = _prepare(settings)
-    steps: dict[str, Step] = {}
-    results: dict[str, tuple[float, ...] | str] = {}
+    steps: dict[Arm, Step] = {}
+    failures: dict[Arm, tuple[float, ...] | str] = {}
     for arm in arms:
-        with _quiet(arm):
-            try:
-                step = make_step(arm, case, device, settings.precision)
-                for _ in range(WARM_UP_STEPS):
-                    step()
-                steps[arm] = step
-            except Exception as error:
-                results[arm] = in_one_line(error)
-    seconds: dict[str, list[float]] = {arm: [] for arm in steps}
+        try:
+            steps[arm] = _warm_step(arm, case, settings)
+        except Exception as error:
+            failures[arm] = in_one_line(error)
+    seconds: dict[Arm, list[float]] = {arm: [] for arm in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
     with known_warnings_silenced(), _no_garbage_collection():
         start = time.monotonic()
-        for index in range(share.rounds):
-            if index >= share.least_rounds and time.monotonic() - start > share.limit:
+        for index in range(settings.rounds):
+            if index >= settings.least_rounds and time.monotonic() - start > settings.limit:
                 break
             shuffle(order)
             for arm in order:
-                seconds[arm].append(_seconds(steps[arm], device))
+                seconds[arm].append(_seconds(steps[arm], settings.device))
             gc.collect()
-    return results | {arm: tuple(own) for arm, own in seconds.items()}
+    return failures | {arm: tuple(own) for arm, own in seconds.items()}
 
 
-def _prepare(settings: Settings) -> torch.device:
+def _warm_step(arm: Arm, case: Case, settings: Settings) -> Step:
     torch.set_num_threads(settings.threads)
-    return torch.device(settings.device)
-
-
-def _seconds(step: Step, device: torch.device) -> float:
-    _wait_for(device)
-    start = time.perf_counter()
-    step()
-    _wait_for(device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _quiet(arm: str) -> Iterator[None]:
     with known_warnings_silenced():
         if is_compiled(arm):
             # The compiler's own deprecations and hints.
             warnings.simplefilter("ignore")
-        yield
+        step = make_step(arm, case, torch.device(settings.device), settings.precision)
+        for _ in range(WARM_UP_STEPS):
+            step()
+    return step
+
+
+def _seconds(step: Step, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - start
 
 
 @contextmanager

@@ -5,21 +5,30 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import PlainSerializer
 from typing_extensions import Self
 
-from opacus_bpclip.bench.settings import Key, Point, Settings, base_of
+from opacus_bpclip.bench.settings import (
+    ARMS,
+    GROWTHS,
+    Arm,
+    GrowthName,
+    Key,
+    Point,
+    Settings,
+    base_of,
+)
 from opacus_bpclip.jobs.record import Record, Result
 
+Quantity = Literal["time", "memory"]
 # Four digits are more than a clock is good for.
 Seconds = Annotated[float, PlainSerializer(lambda seconds: float(f"{seconds:.4g}"))]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A median and its quartiles."""
+class Spread(NamedTuple):
+    """A median between its quartiles."""
 
     low: float
     median: float
@@ -36,11 +45,6 @@ class Spread:
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
-
-
-def median_of(spread: Spread | None) -> float | None:
-    """Return a spread's median, if there is a spread."""
-    return None if spread is None else spread.median
 
 
 @dataclass(frozen=True)
@@ -83,36 +87,35 @@ class Comparison(Result):
         """Return an arm's result; None if it was not measured or does not run."""
         return next((own for own in self.arms if own.arm == name and own.failure is None), None)
 
-    def time_ratio(self, name: str, to: str | None = None) -> Spread | None:
-        """Return the ratios of an arm's steps to another's of the same rounds.
+    def ratio(self, quantity: Quantity, name: str, to: str | None = None) -> Spread | None:
+        """Return the ratios of an arm's steps to another arm's; None if one was not measured.
+
+        Times are compared within a round, peaks with the other arm's median peak.
 
         Args:
+            quantity: what of the steps is compared.
             name: of the arm.
             to: the other arm; None stands for the arm's base.
         """
-        own, other = self.arm(name), self.arm(base_of(name) if to is None else to)
+        own, other = self.arm(name), self.arm(to or base_of(name))
         if own is None or other is None:
             return None
-        return Spread.of([a / b for a, b in zip(own.seconds, other.seconds, strict=True)])
-
-    def memory_ratio(self, name: str, to: str | None = None) -> Spread | None:
-        """Return the ratios of an arm's peaks to the median of another's.
-
-        Args:
-            name: of the arm.
-            to: the other arm; None stands for the arm's base.
-        """
-        own, other = self.arm(name), self.arm(base_of(name) if to is None else to)
-        if own is None or other is None or not own.peaks or not other.peaks:
+        if quantity == "time":
+            return Spread.of([a / b for a, b in zip(own.seconds, other.seconds, strict=True)])
+        if not own.peaks or not other.peaks:
             return None
         base = statistics.median(other.peaks)
         return Spread.of([peak / base for peak in own.peaks])
 
-    def best_of(self, names: Iterable[str], *, memory: bool = False) -> str | None:
+    def median(self, quantity: Quantity, name: str, to: str | None = None) -> float | None:
+        """Return the median of the same ratios."""
+        spread = self.ratio(quantity, name, to)
+        return None if spread is None else spread.median
+
+    def best_of(self, quantity: Quantity, names: Iterable[str]) -> str | None:
         """Return which of some arms has the smallest median ratio; None if none of them runs."""
-        ratio = self.memory_ratio if memory else self.time_ratio
-        found = {name: spread.median for name in names if (spread := ratio(name)) is not None}
-        return min(found, key=lambda name: found[name]) if found else None
+        found = {own: median for own in names if (median := self.median(quantity, own)) is not None}
+        return min(found, key=lambda own: found[own], default=None)
 
 
 class BenchRecord(Record[Settings, Comparison]):
@@ -148,3 +151,20 @@ class BenchRecord(Record[Settings, Comparison]):
     def seeds(self) -> tuple[int, ...]:
         """That of weights, batches and orders."""
         return (0,)
+
+    @property
+    def cases(self) -> list[Comparison]:
+        """The comparisons that are not on a growth curve."""
+        return [own for own in self.results if own.point.axis is None]
+
+    @property
+    def curves(self) -> dict[GrowthName, list[Comparison]]:
+        """The growth curves that have a point, by the size that grows."""
+        every = {axis: [own for own in self.results if own.point.axis == axis] for axis in GROWTHS}
+        return {axis: curve for axis, curve in every.items() if curve}
+
+
+def compared_arms(comparisons: Iterable[Comparison]) -> list[Arm]:
+    """Return the arms of some comparisons in their usual order, without those that are a base."""
+    measured = {own.arm for comparison in comparisons for own in comparison.arms}
+    return [arm for arm in ARMS if arm in measured and arm != base_of(arm)]

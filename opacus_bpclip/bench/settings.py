@@ -4,31 +4,27 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from opacus_bpclip.jobs.settings import Options, Output
-from opacus_bpclip.jobs.values import Count, Distinct, NotNegative, Several
+from opacus_bpclip.jobs.values import HOW_TO_RUN, Count, Device, Distinct, NotNegative, Several
 
-# The budget, then the bound.
-Joint = Literal["joint-exact", "joint-weighted", "joint-product"]
-Layerwise = Literal["layerwise-exact", "layerwise-weighted", "layerwise-product"]
-Mode = Literal["hooks", "functorch", "ew", "ghost"]
-CompiledJoint = Literal["joint-exact-compiled", "joint-weighted-compiled", "joint-product-compiled"]
-CompiledLayerwise = Literal[
-    "layerwise-exact-compiled", "layerwise-weighted-compiled", "layerwise-product-compiled"
-]
-Compiled = Literal["non-private-compiled", CompiledJoint, CompiledLayerwise]
-Arm = Literal["non-private", Joint, Layerwise, Mode, Compiled]
-ARMS: tuple[Arm, ...] = get_args(Arm)
-_COMPILED = "-compiled"
-NON_PRIVATE = ARMS[0]
-BACKPROP, OPACUS = get_args(Literal[Joint, Layerwise]), get_args(Mode)
-# What a user gets who names neither budget nor bound.
+NON_PRIVATE, _COMPILED = "non-private", "-compiled"
+# The budget, then the bound. The first is what a user gets who names neither.
+_BOUNDS = ("exact", "weighted", "product")
+BACKPROP = tuple(f"{budget}-{bound}" for budget in ("joint", "layerwise") for bound in _BOUNDS)
 DEFAULT = BACKPROP[0]
+OPACUS = ("hooks", "functorch", "ew", "ghost")
+COMPILED = tuple(f"{arm}{_COMPILED}" for arm in (NON_PRIVATE, *BACKPROP))
+ARMS = (NON_PRIVATE, *BACKPROP, *OPACUS, *COMPILED)
+if TYPE_CHECKING:
+    Arm = str
+else:
+    Arm = Literal[ARMS]
 
 
 @dataclass(frozen=True)
@@ -88,8 +84,7 @@ CASES: dict[CaseName, Case] = {
 ACCEPTANCE: tuple[CaseName, ...] = get_args(Accepted)
 
 
-@dataclass(frozen=True)
-class Growth:
+class Growth(NamedTuple):
     """A curve: one size of a case takes one value after another."""
 
     case: CaseName
@@ -105,11 +100,9 @@ GROWTHS: dict[GrowthName, Growth] = {
     "length": Growth("transformer", "length", (16, 32, 64, 128, 256, 512)),
 }
 # Without `functorch` and `ew`, which nobody uses for speed, and the bound that is never tighter.
-_GROWTH_ARMS = (NON_PRIVATE, *get_args(Joint)[:2], *get_args(Layerwise)[:2], "hooks", "ghost")
-# Rounds that are taken whatever the limit.
+_GROWTH_ARMS = (NON_PRIVATE, *BACKPROP[0:2], *BACKPROP[3:5], "hooks", "ghost")
+# Rounds of a comparison that are taken whatever the limit.
 LEAST_ROUNDS = 6
-
-
 Key = tuple[CaseName, GrowthName | None, int | None]
 
 
@@ -133,20 +126,11 @@ class Point:
         field = GROWTHS[self.axis].field if self.axis else None
         return self.name, self.axis, getattr(self.case, field) if field else None
 
-
-@dataclass(frozen=True)
-class Share:
-    """The rounds of one process.
-
-    Args:
-        rounds: steps of every arm that count, at most.
-        limit: seconds after which no round begins, once there are ``least_rounds``.
-        least_rounds: that are taken whatever the limit.
-    """
-
-    rounds: int
-    limit: float = 60.0
-    least_rounds: int = LEAST_ROUNDS
+    @property
+    def title(self) -> str:
+        """The case's name for human eyes, with all sizes."""
+        sizes = "".join(f", {name} {value:,}" for name, value in self.case.sizes.items())
+        return f"{self.case.title}, batch {self.case.batch_size}{sizes}"
 
 
 def _every_case(value: Any) -> Any:
@@ -181,9 +165,9 @@ class Settings(Options):
     ] = Field(default_factory=lambda given: _GROWTH_ARMS if given["growth"] else ARMS)
     rounds: Count = 40
     limit: NotNegative = 60.0
-    processes: Count = 3
-    threads: Count = 1
-    device: Literal["cpu", "cuda"] = "cpu"
+    processes: Annotated[Count, HOW_TO_RUN] = 3
+    threads: Annotated[Count, HOW_TO_RUN] = 1
+    device: Device = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
@@ -208,8 +192,8 @@ class Settings(Options):
         return [Point(curve.case, self.growth, replace(base, **change)) for change in changed]
 
     @property
-    def shares(self) -> list[Share]:
-        """What each process measures.
+    def shares(self) -> list[Self]:
+        """The same settings for each process, which takes its share of the rounds.
 
         Example:
             >>> [share.rounds for share in Settings(rounds=8).shares]
@@ -217,13 +201,18 @@ class Settings(Options):
         """
         number = min(self.processes, self.rounds)
         return [
-            Share(
+            self.replace(
+                processes=number,
                 rounds=self.rounds // number + (index < self.rounds % number),
                 limit=self.limit / number,
-                least_rounds=-(-LEAST_ROUNDS // number),
             )
             for index in range(number)
         ]
+
+    @property
+    def least_rounds(self) -> int:
+        """The rounds of each process that are taken whatever the limit."""
+        return -(-LEAST_ROUNDS // self.processes)
 
 
 class BenchOutput(Output):
@@ -236,13 +225,13 @@ class BenchOutput(Output):
         update: rewrite the generated blocks of these documents
     """
 
-    from_json: Path | None = None
+    from_json: Annotated[Path | None, HOW_TO_RUN] = None
     update: tuple[Path, ...] = ()
 
 
 def base_of(arm: str) -> Arm:
     """Return the arm that an arm's ratios are to: compiled arms have a compiled one."""
-    return "non-private-compiled" if is_compiled(arm) else NON_PRIVATE
+    return COMPILED[0] if is_compiled(arm) else NON_PRIVATE
 
 
 def is_compiled(arm: str) -> bool:

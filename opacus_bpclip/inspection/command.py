@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import BeforeValidator, TypeAdapter
 
 from opacus_bpclip.config import Allocation, BackpropClipping, Bound
 from opacus_bpclip.jobs.errors import UsageError, told_of_users_code
-from opacus_bpclip.jobs.settings import AS_OPTIONS, Options
-from opacus_bpclip.jobs.values import Count, Finite, OrNone
+from opacus_bpclip.jobs.interrupts import ending_at_once
+from opacus_bpclip.jobs.settings import Options
+from opacus_bpclip.jobs.values import WHERE_TO_WRITE, Count, Finite, OrNone
 
 if TYPE_CHECKING:
     from opacus_bpclip.inspection.inspection import Row
@@ -26,6 +27,7 @@ def _parts(value: Any) -> list[str]:
     return [size for part in value for size in str(part).split(",")]
 
 
+@Parameter(group=Group("How to clip, and what to try", sort_key=1))
 class Settings(Options):
     """How a model would be clipped, and what it is tried on.
 
@@ -49,27 +51,14 @@ class Settings(Options):
     uses: Annotated[tuple[str, ...], _ONE_WORD] = ()
     input_shape: Annotated[tuple[Count, ...], BeforeValidator(_parts), _ONE_WORD] = ()
     input_dtype: Literal["float", "int"] = "float"
-    data: Annotated[Path | None, Parameter(name="--json")] = None
-
-    def clipping(self) -> BackpropClipping:
-        """Return the same for the library.
-
-        Raises:
-            ValueError: an option is wrong, or goes with another one.
-        """
-        return BackpropClipping(
-            max_input_norm=self.max_input_norm,
-            bound=self.bound,
-            allocation=self.allocation,
-            uses=_uses(self.uses),
-        )
+    data: Annotated[Path | None, WHERE_TO_WRITE, Parameter(name="--json")] = None
 
 
 def inspect(
     model: Annotated[str, Parameter(name="MODULE:FACTORY")],
     /,
     *,
-    settings: Annotated[Settings, AS_OPTIONS] = Settings(),
+    settings: Settings = Settings(),
 ) -> int:
     """Show how each layer of a model would be bounded, or why it would be refused.
 
@@ -95,17 +84,24 @@ def inspect(
 
 
 def _inspected(model: str, settings: Settings) -> list[Row]:
-    from torch import nn
+    with ending_at_once():
+        from torch import nn
 
-    from opacus_bpclip.inspection.inspection import inspect
-    from opacus_bpclip.jobs.loading import made_by
-    from opacus_bpclip.probe import UntriedError
+        from opacus_bpclip.inspection.inspection import inspect
+        from opacus_bpclip.jobs.loading import made_by
+        from opacus_bpclip.probe import UntriedError
 
     try:
-        config = settings.clipping()
-        batch = _batch(settings) if settings.input_shape else None
-        if settings.uses == ("auto",) and batch is None:
+        uses = _uses(settings.uses)
+        if uses == "auto" and not settings.input_shape:
             raise ValueError("--uses auto counts on made-up examples: give their --input-shape")
+        config = BackpropClipping(
+            max_input_norm=settings.max_input_norm,
+            bound=settings.bound,
+            allocation=settings.allocation,
+            uses=uses,
+        )
+        batch = _batch(settings) if settings.input_shape else None
         return inspect(made_by(model, nn.Module), config, settings.max_grad_norm, batch)
     except UntriedError as error:
         raise UsageError(f"the model does not run on such an input: {error}") from error
@@ -129,10 +125,8 @@ def _batch(settings: Settings) -> Batch:
 def _uses(texts: tuple[str, ...]) -> Literal["auto"] | dict[str, int]:
     if texts == ("auto",):
         return "auto"
-    uses = {}
-    for text in texts:
-        name, separator, count = text.rpartition("=")
+    parts = [text.rpartition("=") for text in texts]
+    for text, (_, separator, count) in zip(texts, parts, strict=True):
         if not separator or not count.isdecimal():
             raise ValueError(f"--uses {text!r} is neither NAME=K nor auto alone")
-        uses[name] = int(count)
-    return uses
+    return {name: int(count) for name, _, count in parts}

@@ -11,8 +11,6 @@ from opacus_bpclip.jobs.tables import aligned
 if TYPE_CHECKING:
     from torch import nn
 
-    from opacus_bpclip.model.coverage import Finding
-    from opacus_bpclip.model.plan import Plan
     from opacus_bpclip.probe import Batch
 
 
@@ -112,39 +110,34 @@ def inspect(
             found = findings.get(problem.module, Finding(problem.module, module, {}, None))
             findings[problem.module] = replace(found, problems=(problem.text,))
     uses = declared_uses(config) if fine else {}
-    sensitivities: dict[str, float] = {}
-    if fine:
-        groups = tied_groups(trainable_layers(model, uses))
-        sizes = {name: group.size for name, group in groups.items()}
-        joint = config.allocation == "joint"
-        parts = dict.fromkeys(sizes, 1.0) if joint else layer_fractions(sizes, config.allocation)
-        for name, part in parts.items():
-            for layer in groups[name].layers:
-                sensitivities[layer.name] = part * max_grad_norm
-    return [
-        Row(
-            module=found.name,
-            type=type(found.module).__name__,
-            parameters=sum(parameter.numel() for parameter in found.parameters.values()),
-            rule=_rule_of(found, plan),
-            max_input_norm=(
-                config.max_input_norm if found.rule is not None and found.rule.clips_input else None
-            ),
-            bound="exact" if _rule_of(found, plan) == "FunctionRule" else config.bound,
-            uses=uses.get(found.name, 1),
-            sensitivity=sensitivities.get(found.name),
-            problem=" ".join(found.problems),
-            functions=plan.functions_of(found.name),
+    groups = tied_groups(trainable_layers(model, uses)).values() if fine else ()
+    parts = dict.fromkeys((group.name for group in groups), 1.0)
+    if fine and config.allocation != "joint":
+        parts = layer_fractions({group.name: group.size for group in groups}, config.allocation)
+    sensitivities = {
+        layer.name: parts[group.name] * max_grad_norm for group in groups for layer in group.layers
+    }
+    rows = []
+    for found in findings.values():
+        rule = None if found.rule is None else type(found.rule).__name__
+        if found.name in plan.passed_by:
+            rule = "FunctionRule"
+        clips = found.rule is not None and found.rule.clips_input
+        rows.append(
+            Row(
+                module=found.name,
+                type=type(found.module).__name__,
+                parameters=sum(parameter.numel() for parameter in found.parameters.values()),
+                rule=rule,
+                max_input_norm=config.max_input_norm if clips else None,
+                bound="exact" if rule == "FunctionRule" else config.bound,
+                uses=uses.get(found.name, 1),
+                sensitivity=sensitivities.get(found.name),
+                problem=" ".join(found.problems),
+                functions=plan.functions_of(found.name),
+            )
         )
-        for found in findings.values()
-    ]
-
-
-def _rule_of(found: Finding, plan: Plan) -> str | None:
-    """Return the name of what bounds a module's gradients."""
-    if found.rule is None:
-        return None
-    return "FunctionRule" if found.name in plan.passed_by else type(found.rule).__name__
+    return rows
 
 
 def render(rows: list[Row]) -> str:
@@ -163,15 +156,15 @@ def render(rows: list[Row]) -> str:
         ]
         for row in rows
     ]
-    table = [aligned(lines, left=(0, 1, 3, 5))]
-    followed = [row for row in rows if row.functions]
+    parts = [aligned(lines, left=(0, 1, 3, 5))]
+    followed = [f"- {row.module}: {', '.join(row.functions)}" for row in rows if row.functions]
     if followed:
-        table += ["", "By the functions that are called on them, and how gradients are made:"]
-        table += [f"- {row.module}: {', '.join(row.functions)}" for row in followed]
+        head = "By the functions that are called on them, and how gradients are made:"
+        parts.append("\n".join([head, *followed]))
     problems = _grouped(rows)
     if problems:
-        table += ["", "Refused:", *problems]
-    return "\n".join(table)
+        parts.append("\n".join(["Refused:", *problems]))
+    return "\n\n".join(parts)
 
 
 def _grouped(rows: list[Row]) -> list[str]:

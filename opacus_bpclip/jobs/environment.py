@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 
 _PACKAGES = ("torch", "opacus", "opacus-bpclip", "numpy", "scipy", "scikit-learn", "torchvision")
@@ -25,31 +26,26 @@ def versions(*packages: str) -> dict[str, str | None]:
     return found
 
 
+@cache
 def commit() -> str | None:
     """Return the commit that the package runs from, marked if files differ from it.
 
     ``None`` if the package is installed, and not run from a checkout of its repository.
     """
-    folder = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        # Of these answers none is worth waiting for, and none may ask anything.
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-        return done.stdout.strip()
-
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")
-        head = git("rev-parse", "--short", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        _git("ls-files", "--error-unmatch", "__init__.py")
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{head} with changes" if changed else head
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parents[1]), *words]
+    # The answer is not worth a long wait.
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
 
 
 def hardware(device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+# What pydantic says of a wrong value, and how that reads behind an option's name.
+_WORDING = (
+    (r"^Input should be", "must be"),
+    (r", unable to parse .*$", ""),
+    (r"^\w+ should have at least 1 item .*$", "must name something"),
+)
 
 
 class JobError(Exception):
@@ -43,21 +52,22 @@ def in_one_line(error: Exception) -> str:
 
 
 @contextmanager
-def told_of_users_code(subject: str) -> Iterator[None]:
+def told_of_users_code(subject: str, kind: type[JobError] = UsageError) -> Iterator[None]:
     """Tell in one line what a user's own code raises, which may be anything.
 
     Args:
         subject: what ran, as the command line names it, to start the error with.
+        kind: of the error.
 
     Raises:
-        UsageError: in place of an exception that is not a message to the user already.
+        JobError: of that kind, in place of an exception that is not a message to the user already.
     """
     try:
         yield
     except JobError:
         raise
     except Exception as error:
-        raise UsageError(f"{subject}: {in_one_line(error)}") from error
+        raise kind(f"{subject}: {in_one_line(error)}") from error
 
 
 def what_is_wrong(error: ValidationError) -> str:
@@ -66,12 +76,17 @@ def what_is_wrong(error: ValidationError) -> str:
     for problem in error.errors(include_url=False):
         if problem["type"] == "default_factory_not_called":
             continue  # follows from another one
-        text = str(problem.get("ctx", {}).get("error") or problem["msg"])
         if not problem["loc"]:
-            return text
+            return in_words(problem)
         option, value = f"--{problem['loc'][0]}".replace("_", "-"), problem["input"]
         given = value if isinstance(value, (list, tuple)) else [value]
-        line = f"{' '.join([option, *map(str, given)])}: {text[0].lower()}{text[1:]}"
-        # Of a value that may be of several kinds, the first one says enough.
-        found.setdefault(option, line)
+        found.setdefault(option, f"{' '.join([option, *map(str, given)])}: {in_words(problem)}")
     return "; ".join(found.values())
+
+
+def in_words(problem: ErrorDetails) -> str:
+    """Return what a value must be, without its name."""
+    text = str(problem.get("ctx", {}).get("error") or problem["msg"])
+    for pydantics, ours in _WORDING:
+        text = re.sub(pydantics, ours, text)
+    return text

@@ -49,7 +49,20 @@ def made_by(path: str, kind: type[Made]) -> Made:
     Raises:
         UsageError: there is none, it needs arguments, raises, or makes something else.
     """
-    found = load_object(path)
+    return made(load_object(path), path, kind)
+
+
+def made(found: Any, path: str, kind: type[Made]) -> Made:
+    """Return what an object makes without arguments, or the object, where it is of a kind.
+
+    Args:
+        found: the object.
+        path: what errors call it.
+        kind: of what is wanted.
+
+    Raises:
+        UsageError: as for `made_by`.
+    """
     if not isinstance(found, kind):
         if not callable(found):
             raise UsageError(f"{path} is neither callable nor a {kind.__name__}")

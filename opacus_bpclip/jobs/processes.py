@@ -1,4 +1,4 @@
-"""Work in processes of its own, so that its memory and its crashes are nobody else's."""
+"""Work in processes of their own: a crash there ends neither this one nor other work."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from opacus_bpclip.jobs.errors import ChildError, JobError, in_one_line
+from opacus_bpclip.jobs.interrupts import held_back
 
 Result = TypeVar("Result")
 
@@ -21,16 +22,16 @@ Result = TypeVar("Result")
 def call_in_child(
     function: Callable[..., Result], *args: Any, environment: Mapping[str, str] | None = None
 ) -> Result:
-    """Call a function in a spawned process, and wait for its result.
+    """Call a function in a new process, and wait for its result.
 
     Args:
         function: of a module's top level; it, its arguments and its result are pickled.
         *args: its arguments.
-        environment: variables that the process starts with, on top of this one's.
+        environment: variables that the process starts with, in addition to this process's.
 
     Raises:
-        ChildError: the process died, or the function raised anything but a `JobError`, which comes
-            through as it is; the text is one line and says how.
+        JobError: the function raised it.
+        ChildError: the process died, or the function raised another error; the text is one line.
     """
     (result,) = call_in_children(function, [args], processes=1, environment=environment)
     return result
@@ -43,29 +44,33 @@ def call_in_children(
     processes: int,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Result]:
-    """Call a function several times in spawned processes, and yield each result when it is there.
+    """Call a function several times in new processes, and yield each result as soon as it is there.
 
     Args:
-        function: as for `call_in_child`, likewise its errors.
+        function: of a module's top level; it, its arguments and its results are pickled.
         calls: the arguments of each call.
         processes: how many run at the same time.
-        environment: variables that the processes start with, on top of this one's.
+        environment: variables that the processes start with, in addition to this process's.
+
+    Raises:
+        JobError, ChildError: a call failed, as in `call_in_child`; the other calls are stopped.
     """
     context = multiprocessing.get_context("spawn")
-    before = set(multiprocessing.active_children())
+    others = set(multiprocessing.active_children())
     children: list[BaseProcess] = []
-    with _environment(environment or {}):
-        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare)
-        futures = [pool.submit(_answer, function, args) for args in calls]
-        children += set(multiprocessing.active_children()) - before
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare)
     try:
+        with _environment(environment or {}), held_back():
+            futures = [pool.submit(_answer, function, args) for args in calls]
+            children += set(multiprocessing.active_children()) - others
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
+        pool.shutdown(wait=True)  # then each child's exit status is known
         raise ChildError(_how_they_died(children)) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        # After an error or Ctrl-C nobody waits for what they do.
+        # After an error or Ctrl-C, no one needs the results that are still being computed.
         for child in children:
             child.kill()
 
@@ -76,18 +81,17 @@ def _answer(function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
     except JobError:
         raise
     except Exception as error:
-        # What the error holds may not be picklable; its text is.
+        # The text can always be pickled; the error may hold objects that cannot.
         raise ChildError(in_one_line(error)) from None
 
 
 def _prepare() -> None:
-    # Ctrl-C reaches the whole process group; the parent answers it and ends this process.
+    """Leave Ctrl-C to the parent process, which it reaches as well, and end when that one ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Die with the process that wants the answer, however that one dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -95,12 +99,9 @@ def _end_with_parent() -> None:
 
 
 def _how_they_died(children: Iterable[BaseProcess]) -> str:
-    codes = []
-    for child in children:
-        child.join()
-        codes.append(child.exitcode)
-    # The pool ends the others by SIGTERM.
-    return how_it_died(next((code for code in codes if code != -signal.SIGTERM), -signal.SIGTERM))
+    # When one process dies, the pool ends the others by SIGTERM: that is not the cause.
+    codes = (child.exitcode for child in children if child.exitcode != -signal.SIGTERM)
+    return how_it_died(next(codes, -signal.SIGTERM))
 
 
 def how_it_died(exitcode: int | None) -> str:

@@ -1,4 +1,4 @@
-"""A progress bar on stderr, drawn by rich, that takes no time while a step is measured."""
+"""A progress bar on stderr, drawn by rich between two steps and never during one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _WIDTH = 120
 
 
 class Bar:
-    """One bar; it is drawn by whoever moves it, and never by a thread in between.
+    """One bar. Drawing it in a thread, as rich does by default, would slow the measured steps.
 
     Args:
         progress: rich's own.
         text: what is being done.
-        total: how often it will be moved.
+        total: how many steps there are.
     """
 
     def __init__(self, progress: Progress, text: str, total: int) -> None:
@@ -31,7 +31,7 @@ class Bar:
         self._drawn = time.monotonic()
 
     def advance(self) -> None:
-        """Move the bar by one."""
+        """Count a finished step, and draw the bar if that was last done some time ago."""
         self._progress.advance(self._task)
         if time.monotonic() - self._drawn > _INTERVAL:
             self._progress.refresh()
@@ -45,7 +45,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(text: str, total: int, *, shown: bool) -> Iterator[Bar]:
-    """Show a bar, if it is to be shown, while what is inside runs."""
+    """Yield a bar that is on stderr until the end of the block, if ``shown`` is set."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),

@@ -8,15 +8,17 @@ import re
 from abc import abstractmethod
 from collections.abc import Collection, Hashable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 
 from opacus_bpclip.jobs.environment import commit, hardware, versions
-from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.errors import UsageError, in_words
 from opacus_bpclip.jobs.files import write_whole
 from opacus_bpclip.jobs.settings import Options
+
+UNKNOWN_COMMIT = "unknown (installed package)"
 
 
 class Result(BaseModel):
@@ -40,19 +42,20 @@ class Record(BaseModel, Generic[S, R]):
     Args:
         format: of the file.
         settings: of the measurements.
-        commit: that the package runs from; None if it is installed.
+        commit: that the results were measured with, or several of them; None if the package was
+            installed, and not run from a checkout.
         platform: the system, in words.
         hardware: the device, in words.
         versions: of what decides the results.
         results: in the order of their first measurement.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
     # The subcommand, and what may differ between a run and its continuation.
     command: ClassVar[str]
     free: ClassVar[frozenset[str]]
 
-    format: int = Field(3, ge=3, le=3)
+    format: Literal[3] = 3
     settings: S
     commit: str | None = Field(default_factory=commit)
     platform: str = Field(default_factory=platform.platform)
@@ -82,7 +85,7 @@ class Record(BaseModel, Generic[S, R]):
             reason = str(error)
             if isinstance(error, ValidationError):
                 first = error.errors(include_url=False)[0]
-                reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+                reason = f"{'.'.join(map(str, first['loc']))}: {in_words(first)}"
             raise UsageError(
                 f"{subject or path} is not a results file of opacus-bpclip {cls.command} ({reason})"
             ) from error
@@ -121,7 +124,9 @@ class Record(BaseModel, Generic[S, R]):
     def with_result(self, new: R) -> Self:
         """Return a record with one more result, in place of an older one with the same key."""
         by_key = {**{found.key: found for found in self.results}, new.key: new}
-        return self.model_copy(update={"results": tuple(by_key.values())})
+        return self.model_copy(
+            update={"results": tuple(by_key.values()), "commit": self._commits()}
+        )
 
     def continued(self, held: Self, refusal: str, *, free: Collection[str] = ()) -> Self:
         """Return this record with the results of another one.
@@ -138,7 +143,8 @@ class Record(BaseModel, Generic[S, R]):
         differences = self.differences(held, free)
         if differences and held.results:
             raise UsageError(f"{refusal}: {'; '.join(differences)}")
-        return self.model_copy(update={"results": held.results})
+        held_commit = held.commit if held.results else self.commit
+        return self.model_copy(update={"results": held.results, "commit": held_commit})
 
     def differences(self, held: Self, free: Collection[str]) -> list[str]:
         """Return in words what keeps another record's results out, as for `continued`."""
@@ -148,6 +154,14 @@ class Record(BaseModel, Generic[S, R]):
             for name in {**there, **now}
             if there.get(name) != now.get(name) and name not in free
         ]
+
+    def _commits(self) -> str | None:
+        """Return the record's commits and this run's, each once."""
+        now = commit()
+        if not self.results or self.commit == now:
+            return now
+        known = (self.commit or UNKNOWN_COMMIT).split(", ")
+        return ", ".join(dict.fromkeys([*known, now or UNKNOWN_COMMIT]))
 
     def _decisive(self) -> dict[str, Any]:
         facts = self._as_json()

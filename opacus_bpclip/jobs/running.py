@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from opacus_bpclip.jobs.environment import versions
 from opacus_bpclip.jobs.errors import UsageError
 from opacus_bpclip.jobs.files import check_plot, check_writable, write_whole
-from opacus_bpclip.jobs.record import Record
+from opacus_bpclip.jobs.record import UNKNOWN_COMMIT, Record
 from opacus_bpclip.jobs.settings import Output
 from opacus_bpclip.jobs.tables import PAGE, TERMINAL, Style
 
@@ -96,21 +96,18 @@ def measured(job: Job[Kept], output: Output) -> Kept:
     if output.resume and not output.data:
         raise UsageError("--resume needs --json FILE, the file to continue from")
     check_plot(output.plot)
-    check_writable(output.files)
+    check_writable({"--plot": output.plot, "--json": output.data, "--markdown": output.markdown})
     job.check()
     record = job.begin()
     if output.resume and output.data and output.data.exists():
         refusal = f"cannot resume from {output.data}"
         record = record.continued(type(record).read(output.data, f"{refusal}: it"), refusal)
     todo = job.todo(record)
-    done: set[Hashable] = set()
-    for result in job.measure(record, todo):
+    for number, result in enumerate(job.measure(record, todo), 1):
         record = record.with_result(result)
-        done.add(result.key)
         if output.progress:
-            print(
-                f"{len(done)} of {len(todo)}  {job.view.line(result)}", file=sys.stderr, flush=True
-            )
+            line = f"{number} of {len(todo)}  {job.view.line(result)}"
+            print(line, file=sys.stderr, flush=True)
         if output.data:
             record.write(output.data)
     if output.data:
@@ -120,12 +117,11 @@ def measured(job: Job[Kept], output: Output) -> Kept:
 
 def page(job: Job[Kept], record: Kept) -> str:
     """Return the report as a page in Markdown, with the command line that made it."""
-    commit = record.commit or "unknown (installed package)"
     found = ", ".join(f"{name} {value}" for name, value in versions("torch", "opacus").items())
     parts = [
         f"# {job.view.title}",
         f"    {shlex.join(['opacus-bpclip', *sys.argv[1:]])}",
-        f"Commit {commit}; {found}.",
+        f"Commit {record.commit or UNKNOWN_COMMIT}; {found}.",
         job.view.report(record, PAGE),
     ]
     return "\n\n".join(parts) + "\n"

@@ -9,9 +9,11 @@ from cyclopts import Parameter
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import Self
 
-from opacus_bpclip.jobs.values import OrNone
+from opacus_bpclip.jobs.values import HOW_TO_RUN, WHAT_TO_MEASURE, WHERE_TO_WRITE, OrNone
 
 
+@Parameter(name="*")
+@WHAT_TO_MEASURE
 class Options(BaseModel):
     """A group of a command's options: each field is one, and its line of ``Args`` its help.
 
@@ -26,6 +28,7 @@ class Options(BaseModel):
         return type(self)(**{**dict(self), **changes})
 
 
+@WHERE_TO_WRITE
 class Output(Options):
     """Where results go; nothing in it changes what is measured.
 
@@ -38,16 +41,7 @@ class Output(Options):
     """
 
     data: Annotated[Path | None, Parameter(name="--json")] = None
-    resume: bool = False
+    resume: Annotated[bool, HOW_TO_RUN] = False
     markdown: Path | None = None
     plot: OrNone[Path] = None
-    progress: bool = True
-
-    @property
-    def files(self) -> dict[str, Path | None]:
-        """Return every file that will be written, by its option, in the order to check them."""
-        return {"--plot": self.plot, "--json": self.data, "--markdown": self.markdown}
-
-
-# A command's parameter whose fields are options of the command itself.
-AS_OPTIONS = Parameter(name="*")
+    progress: Annotated[bool, HOW_TO_RUN] = True

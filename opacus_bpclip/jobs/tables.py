@@ -22,16 +22,14 @@ def aligned(rows: Rows, left: Collection[int] = (0,)) -> str:
     """
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table = Table.grid(padding=(0, 2, 0, 0))
     for column in range(len(rows[0])):
         table.add_column(justify="left" if column in left else "right", no_wrap=True)
     for row in rows:
-        # As text: brackets in a cell are no markup.
-        table.add_row(*map(Text, row))
+        table.add_row(*row)
     # Wide enough for any table: a line that is broken in a file cannot be searched for.
-    console = Console(width=10_000, color_system=None)
+    console = Console(width=10_000, color_system=None, markup=False, emoji=False, highlight=False)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -12,6 +12,8 @@ import torch
 import torchvision
 
 from opacus_bpclip.ab import data
+from opacus_bpclip.ab.settings import Settings
+from opacus_bpclip.ab.task import task_of
 from opacus_bpclip.jobs import extras
 from opacus_bpclip.jobs.errors import UsageError
 
@@ -30,21 +32,21 @@ def write_mnist(root, images):
 
 
 def test_digits_are_split_once_and_for_all():
-    first, second = (data.load("digits", Path("nowhere")) for _ in range(2))
-    assert (len(first.train), len(first.test)) == (1437, 360)
-    images, labels = first.train.tensors
+    first, second = (data.digits() for _ in range(2))
+    assert (len(first[0]), len(first[1])) == (1437, 360)
+    images, labels = first[0].tensors
     assert images.shape == (1437, 1, 8, 8)
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert (images.min(), images.max()) == (0, 1)
-    assert torch.equal(images, second.train.tensors[0])
-    shares = torch.bincount(first.test.tensors[1]) / 360
+    assert torch.equal(images, second[0].tensors[0])
+    shares = torch.bincount(first[1].tensors[1]) / 360
     assert (shares - torch.bincount(labels) / 1437).abs().max() < 0.002
 
 
 def test_mnist_is_normalised_by_constants(tmp_path):
     pixels = np.stack([np.zeros((28, 28)), np.full((28, 28), 255)])
     write_mnist(tmp_path, pixels)
-    images, labels = data.load("mnist", tmp_path).test.tensors
+    images, labels = data.mnist(tmp_path)[1].tensors
     assert images.shape == (2, 1, 28, 28)
     assert images[0, 0, 0, 0].item() == pytest.approx(-0.1307 / 0.3081)
     assert images[1, 0, 0, 0].item() == pytest.approx((1 - 0.1307) / 0.3081)
@@ -56,7 +58,7 @@ def test_colour_channels_come_first_and_have_their_own_constants(monkeypatch):
     pixels[..., 2] = 255
     fake = SimpleNamespace(data=pixels, targets=[3, 7])
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *args, **kwargs: fake)
-    images, labels = data.load("cifar10", Path("data")).train.tensors
+    images, labels = data.cifar10(Path("data"))[0].tensors
     assert images.shape == (2, 3, 32, 32)
     assert images[0, 0, 0, 0].item() == pytest.approx(-0.4914 / 0.2470)
     assert images[0, 2, 5, 6].item() == pytest.approx((1 - 0.4465) / 0.2616)
@@ -69,7 +71,7 @@ def test_absent_data_without_a_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", refuse)
     with pytest.raises(UsageError) as caught:
-        data.load("fashion-mnist", tmp_path)
+        data.fashion_mnist(tmp_path)
     assert str(caught.value) == (
         f"FashionMNIST was looked for in {tmp_path}/FashionMNIST/raw, is not there or not readable,"
         " and could not be downloaded (<urlopen error no route to host>). Put "
@@ -84,7 +86,7 @@ def test_damaged_data_is_the_same_error(tmp_path):
     write_mnist(tmp_path, np.zeros((2, 28, 28)))
     (tmp_path / "MNIST/raw/train-images-idx3-ubyte").write_bytes(b"no images")
     with pytest.raises(UsageError, match=r"MNIST was looked for in .* not readable"):
-        data.load("mnist", tmp_path)
+        data.mnist(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_missing_extra(dataset, package, purpose, monkeypatch):
 
     monkeypatch.setattr(extras, "find_spec", find_spec)
     with pytest.raises(UsageError) as caught:
-        data.load(dataset, Path("data"))
+        task_of(Settings(dataset=dataset))
     assert str(caught.value) == (
         f"the dataset {purpose} needs {package}, which is not installed: "
         'pip install "opacus-bpclip[ab]"'

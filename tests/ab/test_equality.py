@@ -1,15 +1,14 @@
 """Where clipping is flat's, number for number, so is the training: the final weights agree."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from opacus.optimizers.optimizer import _generate_noise
 
 from opacus_bpclip.ab import training
-from opacus_bpclip.ab.data import load
+from opacus_bpclip.ab.batches import Batch
 from opacus_bpclip.ab.results import Plan
 from opacus_bpclip.ab.settings import Settings
+from opacus_bpclip.ab.task import task_of
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 
 STEPS = 12
@@ -24,7 +23,7 @@ def add_noise_as_opacus(gradients, *, std, generator, secure_mode):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("digits", Path("data"))
+    return task_of(Settings())
 
 
 @pytest.fixture
@@ -35,9 +34,9 @@ def train(digits, monkeypatch):
     @known_warnings_silenced()
     def train(name, **given):
         settings = Settings(epochs=1, threads=1, **given)
-        arm = training._start(name, 0, settings, PLAN, digits)
+        arm = training.start(name, 0, settings, PLAN, digits)
         before = weights_of(arm)
-        losses = [training._step(arm, *batch).item() for batch in arm.loader]
+        losses = [training.step(arm, Batch.of(batch, arm.device)).item() for batch in arm.loader]
         return before, weights_of(arm), torch.tensor(losses)
 
     return train

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from opacus_bpclip.ab.models import build, count_parameters
+from opacus_bpclip.ab.models import count_parameters
+from opacus_bpclip.ab.settings import DATASETS
+from opacus_bpclip.jobs.loading import made_by
 
 
 @pytest.mark.parametrize(
@@ -16,6 +18,6 @@ from opacus_bpclip.ab.models import build, count_parameters
     ],
 )
 def test_size_and_shapes(dataset, parameters, shape):
-    model = build(dataset)
+    model = made_by(DATASETS[dataset].model, torch.nn.Module)
     assert count_parameters(model) == parameters
     assert model(torch.zeros(2, *shape)).shape == (2, 10)

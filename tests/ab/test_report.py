@@ -86,15 +86,15 @@ def test_json_holds_every_fact(tmp_path):
     arms = {result["arm"]: result for result in facts["results"]}
     assert list(arms) == list(ARMS)
     backprop = arms["backprop"]
-    assert (backprop["accuracy_min"], backprop["accuracy_max"]) == (0.875, 0.9)
-    assert backprop["accuracy_mean"] == pytest.approx(0.8875)
+    assert (backprop["metric_min"], backprop["metric_max"]) == (0.875, 0.9)
+    assert backprop["metric_mean"] == pytest.approx(0.8875)
     assert backprop["epsilon"] == 2.998
     assert backprop["max_input_norm"] is None
     assert arms["flat+input-clipping"]["max_input_norm"] == 3.0
     assert backprop["seconds_per_step"] == pytest.approx(0.0045)
     assert backprop["peak_memory_bytes"] == 11 * 2**20
     assert backprop["seeds"][1]["seed"] == 1
-    last = {"epoch": 2, "epsilon": 2.998, "accuracy": 0.9, "loss": None}
+    last = {"epoch": 2, "epsilon": 2.998, "metric": 0.9, "loss": None}
     assert backprop["seeds"][1]["epochs"][1] == last
     assert arms[NON_PRIVATE]["epsilon"] is None
 

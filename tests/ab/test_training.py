@@ -1,25 +1,27 @@
 """Real training, in this process and in a child: equal terms, and epsilon as Opacus counts it."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from opacus.accountants import PRVAccountant
 from torch.utils.data import TensorDataset
 
-from opacus_bpclip.__main__ import main
 from opacus_bpclip.ab import job, training
-from opacus_bpclip.ab.data import Data, load
+from opacus_bpclip.ab.batches import Batch
+from opacus_bpclip.ab.metrics import Accuracy, value_of
 from opacus_bpclip.ab.privacy import domain_warning_silenced
+from opacus_bpclip.ab.report import render
 from opacus_bpclip.ab.results import Plan
 from opacus_bpclip.ab.settings import ARMS, NON_PRIVATE, Settings
+from opacus_bpclip.ab.task import task_of
 from opacus_bpclip.jobs.errors import ChildError, JobError
 from opacus_bpclip.jobs.memory import PeakMemory
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 from opacus_bpclip.jobs.running import measured
 from opacus_bpclip.jobs.settings import Output
+from opacus_bpclip.jobs.tables import TERMINAL
+from tests.ab.results import arm_result
 
 SETTINGS = Settings(epochs=1, epsilon=1.0, seeds=(0,), threads=1)
 
@@ -38,7 +40,7 @@ def opacus_epsilon(noise_multiplier, sample_rate, steps, delta):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("digits", Path("data"))
+    return task_of(SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_plan_meets_the_target(plan):
 def test_the_loader_decides_the_number_of_steps(digits):
     # 1 / (1 / 93) is a little less than 93: Opacus's loader draws 92 batches, not 93.
     settings = SETTINGS.replace(batch_size=2, epochs=2)
-    subset = Data(TensorDataset(*digits.train[:185]), digits.test)
+    subset = replace(digits, train=TensorDataset(*digits.train[:185]))
     plan = job.plan_for(settings, subset)
     assert (plan.steps_per_epoch, plan.sample_rate) == (92, 1 / 92)
     assert training.train_seed("backprop", 0, settings, plan, subset, False).epsilon <= 1.0
@@ -69,7 +71,7 @@ def test_all_arms_end_to_end(monkeypatch):
     for name in ARMS:
         arm = done.result(name)
         (epoch,) = arm.seeds[0].epochs
-        assert 0 <= epoch.accuracy <= 1
+        assert 0 <= epoch.metric <= 1
         assert 0 < epoch.loss < 10
         assert arm.seconds_per_step > 0
         if name == NON_PRIVATE:
@@ -81,7 +83,7 @@ def test_all_arms_end_to_end(monkeypatch):
 def test_arms_start_alike_and_see_the_same_batches(digits, plan):
     weights, batches = [], []
     for name in ARMS:
-        arm = training._start(name, 5, SETTINGS, plan, digits)
+        arm = training.start(name, 5, SETTINGS, plan, digits)
         weights.append(torch.cat([p.detach().flatten() for p in arm.model.parameters()]))
         images = [images for images, _ in arm.loader]
         assert len(images) == plan.steps_per_epoch
@@ -95,10 +97,10 @@ def test_arms_start_alike_and_see_the_same_batches(digits, plan):
 def test_bfloat16_trains_to_about_the_same_weights(digits, plan, name):
     ends = []
     for precision in ("float32", "bfloat16"):
-        arm = training._start(name, 5, SETTINGS.replace(precision=precision), plan, digits)
+        arm = training.start(name, 5, SETTINGS.replace(precision=precision), plan, digits)
         with known_warnings_silenced():
             for batch in arm.loader:
-                training._step(arm, *batch)
+                training.step(arm, Batch.of(batch, arm.device))
         ends.append(torch.cat([p.detach().flatten() for p in arm.model.parameters()]))
     assert 0 < (ends[0] - ends[1]).norm() <= 0.02 * ends[0].norm()
 
@@ -106,10 +108,10 @@ def test_bfloat16_trains_to_about_the_same_weights(digits, plan, name):
 def test_private_arms_draw_noise_of_the_same_scale(digits, plan):
     quiet = SETTINGS.replace(lr=1e-30)
     for name in ARMS[1:]:
-        arm = training._start(name, 5, quiet, plan, digits)
-        images = digits.train.tensors[0][:0]
+        arm = training.start(name, 5, quiet, plan, digits)
+        empty = tuple(tensor[:0] for tensor in digits.train.tensors)
         with known_warnings_silenced():
-            training._step(arm, images, digits.train.tensors[1][:0])
+            training.step(arm, Batch.of(empty, arm.device))
         drawn = torch.cat([p.grad.flatten() for p in arm.model.parameters()])
         assert drawn.std().item() == pytest.approx(plan.noise_multiplier / 119, rel=0.05)
 
@@ -123,7 +125,7 @@ def test_runs_can_be_repeated(name, digits, plan):
 @pytest.mark.parametrize("name", ARMS)
 def test_empty_batches(name, digits):
     # Three examples at rate 1/3: three batches in ten are empty.
-    few = Data(TensorDataset(*digits.train[:3]), digits.test)
+    few = replace(digits, train=TensorDataset(*digits.train[:3]))
     settings = SETTINGS.replace(batch_size=1, epochs=8)
     plan = Plan(1 / 3, 3, 1.0, (1.0,) * 8, 9258, 3, 360)
     result = training.train_seed(name, 0, settings, plan, few, False)
@@ -154,7 +156,7 @@ def test_an_accountant_charged_otherwise_is_found(digits, plan):
 
 def test_accuracy_leaves_the_model_training(digits):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    share = training.accuracy(model, digits.test, torch.device("cpu"))
+    share = value_of(Accuracy(), model, digits.test_batches(100), torch.device("cpu"))
     assert share * 360 == pytest.approx(round(share * 360))
     assert model.training
 
@@ -171,24 +173,18 @@ def test_peak_memory_counts_what_is_gone_again():
     assert 60 * 2**20 < memory.bytes < 100 * 2**20
 
 
-def test_command_in_a_child_process(tmp_path, capfd):
-    path, plot = tmp_path / "r.json", tmp_path / "r.png"
-    options = ["--arms", "backprop", "--seeds", "0", "--epochs", "1", "--epsilon", "1"]
-    assert main(["ab", *options, "--no-progress", "--json", str(path), "--plot", str(plot)]) == 0
-    out, err = capfd.readouterr()
-    assert err == ""
-    assert out.splitlines()[-2:] == [f"plot: {plot}", f"data: {path}"]
-    assert plot.stat().st_size > 0
-    (arm,) = json.loads(path.read_text())["results"]
-    assert arm["epsilon"] <= 1.0
-    assert arm["peak_memory_bytes"] < 500 * 2**20
-
-
-def test_an_arm_that_fails_is_named(plan, monkeypatch):
-    def fail(*args):
-        raise ChildError("its process was ended by SIGKILL")
+def test_an_arm_that_fails_in_training_leaves_a_note_and_the_others_train(monkeypatch):
+    def fail(function, arm, *args):
+        if arm == "flat":
+            raise ChildError("its process was ended by SIGKILL")
+        return arm_result(arm)
 
     monkeypatch.setattr(job, "call_in_child", fail)
-    comparison = job.Comparison(SETTINGS)
-    with pytest.raises(JobError, match=r"^the arm flat failed: its process was ended by SIGKILL$"):
-        next(comparison.measure(comparison.begin(), ["flat"]))
+    monkeypatch.setattr(job.trial, "problem_of", lambda *args: "")
+    comparison = job.Comparison(SETTINGS.replace(arms=("flat", "backprop")))
+    done = measured(comparison, Output(progress=False))
+    note = "flat failed in training: its process was ended by SIGKILL"
+    assert render(done, TERMINAL).endswith(f"\n\n{note}")
+    assert [bool(result.seeds) for result in done.asked] == [False, True]
+    assert comparison.status(done) == 1
+    assert comparison.todo(done) == ["flat"]  # tried again when the run is continued

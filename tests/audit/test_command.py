@@ -6,14 +6,16 @@ import pytest
 
 from opacus_bpclip import BackpropClipping
 from opacus_bpclip.__main__ import main
-from opacus_bpclip.audit import CASES, job
+from opacus_bpclip.audit import CASES, audit, job
 from opacus_bpclip.audit.settings import CASE_NAMES, Settings, Task, tasks
+from tests.audit.mechanisms import clipped, target
 
-ONE_CASE = "--case embedding --allocation joint --bound exact --loss-reduction sum --trials 100"
+# Where the code of a user's own is.
+OWN = "tests.audit.own:"
 
 
-def audit(*options):
-    return main(["audit", "--processes", "1", *options])
+def run(options):
+    return main(["audit", "--processes", "1", *options.replace("OWN:", OWN).split()])
 
 
 def test_without_options_every_case_is_audited_in_every_combination():
@@ -72,135 +74,105 @@ def test_the_library_as_it_is_by_default_is_among_what_is_audited():
     assert BackpropClipping() in found
 
 
-def test_a_pass(capsys, tmp_path):
-    files = [tmp_path / name for name in ("a.json", "a.md", "a.png")]
-    assert (
-        audit(
-            *ONE_CASE.split(),
-            "--json",
-            str(files[0]),
-            "--markdown",
-            str(files[1]),
-            "--plot",
-            str(files[2]),
-        )
-        == 0
-    )
+def test_a_pass(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    case = "--case embedding --allocation joint --bound exact --loss-reduction sum --trials 100"
+    assert run(f"{case} --json a.json --markdown a.md --plot a.png") == 0
     out, err = capsys.readouterr()
     assert err == "1 of 1  embedding, joint, exact, sum: pass\n"
     assert "embedding             1    136          1.0000    same     pass" in out
     assert "pass: no violation found in the target. This is evidence, not proof." in out
-    assert f"page: {files[1]}\nplot: {files[2]}\ndata: {files[0]}\n" in out
-    (found,) = json.loads(files[0].read_text())["results"]
+    assert "page: a.md\nplot: a.png\ndata: a.json\n" in out
+    (found,) = json.loads((tmp_path / "a.json").read_text())["results"]
     assert (found["outcome"], found["task"]["case"]) == ("pass", "embedding")
-    assert files[1].read_text().startswith("# Audit report\n\n    opacus-bpclip")
-    assert files[2].read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a.md").read_text().startswith("# Audit report\n\n    opacus-bpclip")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_audit_that_is_asleep_has_a_status_of_its_own(capsys, monkeypatch):
-    verdict = job.audit(CASES["bias"].target("bias"), trials=0)
-    monkeypatch.setattr(type(verdict), "doubts", ("it was dark",))
-    monkeypatch.setattr(job, "audit", lambda *args, **kwargs: verdict)
-    few = "--case bias --allocation joint --bound exact --trials 0 --no-progress"
-    assert audit(*few.split()) == 3
+def test_an_audit_that_is_too_weak_has_a_status_of_its_own(capsys, monkeypatch):
+    half = target(**clipped(lambda rows: rows / 2))
+    monkeypatch.setattr(job, "audit", lambda *args, **options: audit(half, trials=0, searches=0))
+    assert run("--case bias --allocation joint --bound exact --trials 0 --no-progress") == 3
     out = capsys.readouterr().out
-    assert "INCONCLUSIVE: the audit was asleep on 2 of 2 targets:\n\n- bias: asleep: it was" in out
+    assert "INCONCLUSIVE: the audit was too weak on 2 of 2 targets:\n\n- Gaussian: inconclu" in out
 
 
-@pytest.mark.usefixtures("users_code")
 @pytest.mark.parametrize(
     "options",
     [
-        "--model users_code:net --input 4 --full",
-        "--model users_code:net --input users_code:batch --loss users_code:loss",
-        "--model users_code:net --input users_code:batch --loss users_code:sum_loss "
-        "--loss-reduction sum --allocation dimension --max-grad-norm 2",
-        "--model users_code:tokens --input 3 --vocabulary 7",
-        "--model users_code:two --input users_code:batch --loss users_code:loss",
+        "--model OWN:net --input 4 --full --trials 100",
+        "--model OWN:net --input OWN:batch --loss OWN:loss --trials 0",
+        "--model OWN:net --input OWN:batch --loss OWN:sum_loss --loss-reduction sum "
+        "--allocation dimension --max-grad-norm 2 --trials 0",
+        "--model OWN:tokens --input 3 --vocabulary 7 --trials 0",
     ],
 )
 def test_a_users_own_model(options, capsys):
-    status = 1 if "two" in options else 0
-    assert audit(*options.split(), "--trials", "100" if "--full" in options else "0") == status
-    out, err = capsys.readouterr()
-    if status:
-        assert err.startswith(
-            "opacus-bpclip audit: error: users_code:two, joint, exact, mean cannot "
-        )
-    else:
-        assert "pass: no violation found in the target" in out
+    assert run(options) == 0
+    assert "pass: no violation found in the target" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("users_code")
-def test_a_users_own_target(capsys):
-    assert audit("--target", "users_code:repaired", "--trials", "0") == 1
-    assert "VIOLATION in 1 of 1 targets:" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("users_code")
-def test_an_error_in_the_users_code_is_one_line(capsys):
-    options = "--model users_code:net --input users_code:batch --loss users_code:broken_loss"
-    assert audit(*options.split(), "--trials", "0") == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert err.startswith(
-        "opacus-bpclip audit: error: users_code:net, joint, exact, mean cannot be audited: "
-        "TypeError: no such loss (raised at "
-    )
-
-
-@pytest.mark.usefixtures("users_code")
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ("--target users_code:absent", "module 'users_code' has no attribute 'absent'\n"),
-        ("--target users_code:NUMBER", "users_code:NUMBER is neither callable nor a Target\n"),
-        ("--target users_code:number", "users_code:number makes a int, not a Target\n"),
-        ("--model users_code:number --input 4", "users_code:number makes a int, not a Module\n"),
         (
-            "--model users_code:greedy --input 4",
-            "users_code:greedy cannot be called without arguments: greedy() missing 1 required "
+            "--model OWN:net --input OWN:batch --loss OWN:broken_loss",
+            "OWN:net, joint, exact, mean cannot be audited: TypeError: no such loss (raised at ",
+        ),
+        (
+            "--model OWN:Two --input OWN:batch --loss OWN:loss",
+            "OWN:Two, joint, exact, mean cannot be audited: TypeError: cross_entropy_loss(): ",
+        ),
+    ],
+)
+def test_an_error_in_the_users_code_is_one_line(options, text, capsys):
+    assert run(f"{options} --trials 0") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith(f"opacus-bpclip audit: error: {text.replace('OWN:', OWN)}")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ("--target OWN:absent", "module 'tests.audit.own' has no attribute 'absent'\n"),
+        ("--target OWN:NUMBER", "OWN:NUMBER is neither callable nor a Target\n"),
+        ("--target OWN:number", "OWN:number makes a int, not a Target\n"),
+        ("--model OWN:number --input 4", "OWN:number makes a int, not a Module\n"),
+        (
+            "--model OWN:greedy --input 4",
+            "OWN:greedy cannot be called without arguments: greedy() missing 1 required "
             "positional argument: 'size'\n",
         ),
         (
-            "--model users_code:two --input 4",
+            "--model OWN:Two --input 4",
             "the model's output is a tuple, not one tensor; name a loss that takes it\n",
         ),
         (
-            "--model users_code:net --input 5",
-            "error: --model users_code:net with --input 5: RuntimeError: mat1 and mat2 shapes",
+            "--model OWN:net --input 5",
+            "error: --model OWN:net with --input 5: RuntimeError: mat1 and mat2 shapes",
         ),
         (
-            "--model users_code:net --input 4 --vocabulary 3",
-            "error: --model users_code:net with --input 4: RuntimeError: mat1 and mat2 must have",
+            "--model OWN:net --input 4 --vocabulary 3",
+            "error: --model OWN:net with --input 4: RuntimeError: mat1 and mat2 must have",
         ),
         (
-            "--model users_code:net --input users_code:nothing",
-            "error: --input users_code:nothing makes a NoneType, not a batch: a tensor, or a tuple "
-            "of tensors\n",
+            "--model OWN:net --input OWN:nothing",
+            "--input OWN:nothing makes a NoneType, not a batch: a tensor, or a tuple of tensors\n",
         ),
         (
-            "--model users_code:net --input users_code:net",
-            "error: --input users_code:net: TypeError: net() takes 0 positional arguments but 1 ",
+            "--model OWN:net --input OWN:net",
+            "error: --input OWN:net: TypeError: net() takes 0 positional arguments but 1 ",
         ),
         # One line for each problem of the model.
-        ("--model users_code:batch_norm --input 4", "\n- 1 normalises over the batch"),
+        ("--model OWN:batch_norm --input 4", "\n- 1 normalises over the batch"),
     ],
 )
 def test_a_users_code_that_cannot_be_audited_is_refused_before_any_work(options, text, capsys):
-    assert audit(*options.split()) == 2
+    assert run(options) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert text in err
-
-
-def test_public_names_are_found_when_asked_for():
-    import opacus_bpclip.audit as package
-
-    for name in package.__all__:
-        assert getattr(package, name) is not None
-    with pytest.raises(AttributeError, match="has no attribute 'absent'"):
-        _ = package.absent
+    assert text.replace("OWN:", OWN) in err
 
 
 def test_every_target_has_a_seed_of_its_own_that_stays():

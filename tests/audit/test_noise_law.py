@@ -1,4 +1,4 @@
-"""Noise of another scale, law or precision, or used again, is convicted; faultless noise is not."""
+"""The law of the noise is judged with the power and the caution that the report claims."""
 
 from __future__ import annotations
 
@@ -6,78 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from opacus_bpclip.audit.noise_law import judge
 from opacus_bpclip.audit.trials import watched_entries
-from tests.audit.mechanisms import ENTRIES, Gaussian, convicted
+from tests.audit.mechanisms import ENTRIES, Gaussian
 
 
-class Shrunk(Gaussian):
-    def noise(self):
-        return super().noise() / 1.2
-
-
-class ForgottenMultiplier(Gaussian):
-    """Right at a noise multiplier of 1 only."""
-
-    def noise(self):
-        return torch.randn(ENTRIES) * float(self.noise_multiplier > 0)
-
-
-class SharedSeed(Gaussian):
-    def noise(self):
-        return super().noise()[: ENTRIES // 2].repeat(2)
-
-
-class Reused(Gaussian):
-    """Each draw serves two steps."""
-
-    def noise(self):
-        if self.steps % 2:
-            self.drawn = super().noise()
-        return self.drawn
-
-
-class Halved(Gaussian):
-    """Drawn in half precision."""
-
-    def noise(self):
-        return super().noise().half().float()
-
-
-class Uniform(Gaussian):
-    """The right scale, the wrong law."""
-
-    def noise(self):
-        return (torch.rand(ENTRIES) * 2 - 1) * 3**0.5 * self.noise_multiplier
-
-
-class Nan(Gaussian):
-    def noise(self):
-        return super().noise() * torch.nan
-
-
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        (Shrunk, "does not follow its law: its scale is 0.83"),
-        (ForgottenMultiplier, "the noise on an empty batch does not follow its law"),
-        (SharedSeed, "is correlated over parameters: by 1.000"),
-        (Reused, "is correlated over steps"),
-        (Halved, "distinct values: it is drawn in low precision, or used again"),
-        (Uniform, "the noise on an ordinary batch does not follow its law"),
-        (Nan, "does not follow its law: its scale is nan"),
-    ],
-)
-def test_the_noise_is_convicted(kind, text):
-    assert text in convicted(kind, trials=400)
-
-
-def test_noise_that_is_the_same_in_every_step_is_convicted():
+def test_noise_that_is_the_same_in_every_step_fails():
     rng = np.random.default_rng(0)
     law = judge(np.tile(rng.standard_normal((1, ENTRIES)), (500, 1)), "a batch", 1e-6)
-    assert law.correlation_steps == pytest.approx(1.0)
+    assert law.correlations["steps"][0] == pytest.approx(1.0)
     assert law.distinct == pytest.approx(1 / 500)
     assert len(law.violations) >= 3
 
@@ -85,8 +23,8 @@ def test_noise_that_is_the_same_in_every_step_is_convicted():
 @pytest.mark.parametrize("wrong", [0.95, 1.05])
 def test_noise_five_percent_off_is_rejected_at_a_hundred_thousand_draws(wrong):
     noise = np.random.default_rng(1).standard_normal((10_000, 10))
-    assert judge(noise, "a batch", 1e-6).violations == ()
-    assert judge(noise, "a batch", 1e-6).doubts == ()
+    law = judge(noise, "a batch", 1e-6)
+    assert (law.violations, law.doubts) == ((), ())
     assert "does not follow its law" in judge(noise * wrong, "a batch", 1e-6).violations[0]
 
 
@@ -104,13 +42,13 @@ def test_a_test_that_would_pass_wrong_noise_is_a_doubt():
 
 
 @pytest.mark.parametrize("steps", [5, 40, 300])
-def test_faultless_noise_is_rarely_convicted(steps):
+def test_faultless_noise_rarely_fails(steps):
     rng = np.random.default_rng(3)
-    convictions = [
+    failures = [
         judge(rng.standard_normal((steps, 8)), "a batch", 0.01).violations for _ in range(60)
     ]
     # Three tests at 0.01 each: 1.8 expected, 10 with a chance below 1e-4.
-    assert sum(bool(found) for found in convictions) < 10
+    assert sum(bool(found) for found in failures) < 10
 
 
 def test_watched_entries_take_turns_over_the_parameters():

@@ -21,7 +21,7 @@ from opacus_bpclip.jobs.quiet import known_warnings_silenced
 from tests.bench.tiny import tiny
 
 EAGER = tuple(arm for arm in ARMS if not arm.endswith("-compiled"))
-
+FAMILIES = sorted({case.family for case in CASES.values()})
 CPU = torch.device("cpu")
 # The defaults of the version that had no joint budget, so that its numbers can be compared.
 BEFORE = BackpropClipping(allocation="dimension", bound="weighted", max_input_norm=3.0)
@@ -32,6 +32,12 @@ OPTIONS = {
     "layerwise-exact": replace(BEFORE, bound="exact"),
     "layerwise-weighted": BEFORE,
     "layerwise-product": BackpropClipping.paper(),
+}
+WRAPPERS = {
+    "hooks": GradSampleModule,
+    "functorch": GradSampleModule,
+    "ew": GradSampleModuleExpandedWeights,
+    "ghost": GradSampleModuleFastGradientClipping,
 }
 PARAMETERS = {
     "cnn26k": 26_010,
@@ -62,13 +68,22 @@ def test_growth_curve_has_models(axis):
             build(point.case)
 
 
-@pytest.mark.parametrize(
-    "name", ["cnn26k", "resnet18-gn", "transformer", "mlp", "text", "lstm", "lora"]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("arm", EAGER)
-def test_arm_takes_a_step(arm, name):
+def test_a_step_is_whole_and_leaves_nothing_behind(arm, name, monkeypatch):
+    built = []
+    monkeypatch.setattr(arms, "build", lambda case: built.append(build(case)) or built[-1])
     with known_warnings_silenced():
-        arms.make_step(arm, tiny(name), CPU)()
+        step = arms.make_step(arm, tiny(name), CPU)
+        trained = [p for p in built[0].parameters() if p.requires_grad]
+        before = [p.clone() for p in trained]
+        step()
+    changed = [not torch.equal(p, old) for p, old in zip(trained, before, strict=True)]
+    # Without noise, the bias of an attention's keys does not change: no output depends on it.
+    assert all(changed) or (arm == "non-private" and any(changed))
+    for p in trained:
+        assert getattr(p, "grad_sample", None) is None
+        assert getattr(p, "summed_grad", None) is None
 
 
 class Spy(PrivacyEngine):
@@ -87,21 +102,11 @@ def test_arm_is_the_method_that_it_is_named_after(arm, monkeypatch):
     with known_warnings_silenced():
         arms.make_step(arm, tiny("mlp"), CPU)
     model, optimizer, *_ = Spy.returned
+    assert type(model) is WRAPPERS.get(arm, BackpropClipModule)
     if arm in BACKPROP:
-        assert type(model) is BackpropClipModule
         assert replace(model._config, uses="auto") == OPTIONS[arm]
-    else:
-        assert (
-            type(model)
-            is {
-                "hooks": GradSampleModule,
-                "functorch": GradSampleModule,
-                "ew": GradSampleModuleExpandedWeights,
-                "ghost": GradSampleModuleFastGradientClipping,
-            }[arm]
-        )
-        if type(model) is GradSampleModule:
-            assert model.force_functorch == (arm == "functorch")
+    if type(model) is GradSampleModule:
+        assert model.force_functorch == (arm == "functorch")
     assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (1.0, 1.0)
     assert optimizer.expected_batch_size == 2
 
@@ -122,20 +127,6 @@ def test_in_low_precision_an_arm_trains_on_sums_by_autocast(arm, monkeypatch):
         arms.make_step(arm, tiny("mlp"), CPU, "bfloat16")()
     assert set(seen) == {(torch.bfloat16, "sum")}
     assert all(made.loss_reduction == "sum" for made in Spy.returned[:2])
-
-
-@pytest.mark.parametrize("arm", EAGER)
-def test_step_is_whole_and_leaves_nothing_behind(arm, monkeypatch):
-    built = []
-    monkeypatch.setattr(arms, "build", lambda case: built.append(build(case)) or built[-1])
-    with known_warnings_silenced():
-        step = arms.make_step(arm, tiny("mlp"), CPU)
-        before = [p.clone() for p in built[0].parameters()]
-        step()
-    for p, old in zip(built[0].parameters(), before, strict=True):
-        assert not torch.equal(p, old)
-        assert getattr(p, "grad_sample", None) is None
-        assert getattr(p, "summed_grad", None) is None
 
 
 def test_a_compiled_arm_is_compiled_as_make_private_returned_it(monkeypatch):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from opacus_bpclip.bench.results import ArmResult, BenchRecord, Spread, median_of
+from opacus_bpclip.bench.results import ArmResult, BenchRecord, Spread
+from opacus_bpclip.bench.settings import OPACUS
 from tests.bench.tiny import CNN, CURVE, comparison, record
 
 
@@ -11,31 +12,24 @@ def test_spread_interpolates_quartiles():
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
 
 
-def test_time_ratio_pairs_the_steps_of_a_round():
-    ratio = CNN.time_ratio("layerwise-weighted")
+def test_ratios_of_times_pair_a_rounds_steps_and_those_of_peaks_are_to_the_median():
     # 1.1, 1.1 and 1.2; the ratio of the medians over other pairs would differ.
-    assert ratio.median == pytest.approx(1.1)
-    assert ratio.high == pytest.approx(1.15)
-    assert CNN.time_ratio("hooks", to="joint-exact").median == pytest.approx(1.5)
-
-
-def test_memory_ratio_is_to_the_median_peak():
-    assert CNN.memory_ratio("layerwise-weighted").median == pytest.approx(1.05)
-    assert CNN.memory_ratio("non-private").high == pytest.approx(1.5)
+    assert CNN.ratio("time", "layerwise-weighted") == pytest.approx((1.1, 1.1, 1.15))
+    assert CNN.median("time", "hooks", to="joint-exact") == pytest.approx(1.5)
+    assert CNN.median("memory", "layerwise-weighted") == pytest.approx(1.05)
+    assert CNN.ratio("memory", "non-private").high == pytest.approx(1.5)
 
 
 def test_what_was_not_measured_has_no_ratio():
-    assert CNN.time_ratio("functorch") is None
-    assert CNN.time_ratio("ew") is None
-    assert CURVE[0].memory_ratio("joint-exact") is None
-    assert median_of(None) is None
+    assert CNN.median("time", "functorch") is None
+    assert CNN.ratio("time", "ew") is None
+    assert CURVE[0].ratio("memory", "joint-exact") is None
 
 
 def test_best_of_looks_at_one_quantity():
-    opacus = ("hooks", "functorch", "ew", "ghost")
-    assert CNN.best_of(opacus) == "ghost"
-    assert CNN.best_of(opacus, memory=True) == "hooks"
-    assert CNN.best_of(("ew", "functorch")) is None
+    assert CNN.best_of("time", OPACUS) == "ghost"
+    assert CNN.best_of("memory", OPACUS) == "hooks"
+    assert CNN.best_of("time", ("ew", "functorch")) is None
 
 
 def test_results_come_back_from_a_file_with_each_list_on_one_line(tmp_path):

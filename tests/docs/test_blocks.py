@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from tests.docs.pages import PAGES, ROOT, languages, name_of, python
 # What pages call yours: they do not make it themselves.
 GIVEN = ("model", "optimizer", "loader")
 
-# The blocks of this page are part of a script for several processes, which runs in tests/ranks.
-PARTS = {"docs/many-devices.md": "docs/examples/two_ranks.py"}
+# The blocks of these pages are parts of scripts: one for several processes, which runs in
+# tests/ranks, and one with a main part.
+COMPARISON = "docs/examples/compare_clipping.py"
+PARTS = {"docs/many-devices.md": "docs/examples/two_ranks.py", "docs/compare.md": COMPARISON}
 
 # The blocks of this page are given a model of transformers, in tests/integrations.
 ELSEWHERE = ("docs/hugging-face.md",)
@@ -68,10 +72,20 @@ def test_a_pages_blocks_run(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PARTS)
 def test_parts_of_a_script_are_in_it(page: str) -> None:
-    script = (ROOT / PARTS[page]).read_text()
-    blocks = python(ROOT / page)
+    script, *blocks = map(unindented, [(ROOT / PARTS[page]).read_text(), *python(ROOT / page)])
     assert blocks
     assert all(block in script for block in blocks)
+
+
+def unindented(code: str) -> str:
+    return re.sub(r"^ +", "", code, flags=re.MULTILINE)
+
+
+def test_the_script_of_a_comparison_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / COMPARISON), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "flat cannot train this model: " in printed
+    assert re.search(r"^best private run: backprop, seed [01], rmse \d\.\d{3}$", printed, re.M)
 
 
 def test_the_five_lines_train_privately() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opacus_bpclip.__main__ import app
+from opacus_bpclip.__main__ import program
 from tests.docs.pages import PAGES, ROOT, name_of, shell_lines
 
 
@@ -31,7 +31,7 @@ OWN = [
 
 @pytest.mark.parametrize("arguments", OWN)
 def test_a_command_of_the_package_parses(arguments: list[str]) -> None:
-    command, *_ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    command, *_ = program().parse_args(arguments, exit_on_error=False, print_error=False)
     assert command.__name__ == arguments[0]
 
 

@@ -18,53 +18,56 @@ from opacus_bpclip.jobs.progress import progress_bar
 EVALUATE = eval
 
 
-def test_results_and_the_environment_come_through():
-    code = "__import__('os').environ['BPCLIP_TEST']"
-    assert call_in_child(EVALUATE, code, environment={"BPCLIP_TEST": "7"}) == "7"
+def test_several_calls_share_the_processes_and_the_environment():
+    code = "({}, __import__('os').getpid(), __import__('os').environ['BPCLIP_TEST'])"
+    calls = [(code.format(number),) for number in range(6)]
+    environment = {"BPCLIP_TEST": "7"}
+    found = list(call_in_children(EVALUATE, calls, processes=2, environment=environment))
+    assert sorted(number for number, _, _ in found) == list(range(6))
+    assert {variable for *_, variable in found} == {"7"}
     assert "BPCLIP_TEST" not in os.environ
-
-
-def test_several_calls_share_the_processes():
-    calls = [(f"({number}, __import__('os').getpid())",) for number in range(6)]
-    found = list(call_in_children(EVALUATE, calls, processes=2))
-    assert sorted(number for number, _ in found) == list(range(6))
-    assert os.getpid() not in {process for _, process in found}
-    assert len({process for _, process in found}) <= 2
-
-
-def test_an_error_is_one_line_that_says_where():
-    with pytest.raises(ChildError, match=r"^ZeroDivisionError: division by zero \(raised at "):
-        call_in_child(EVALUATE, "1 / 0")
-
-
-def test_a_message_to_the_user_keeps_its_words_and_its_status():
-    with pytest.raises(UsageError, match=r"^cannot load nowhere:a: No module"):
-        call_in_child(load_object, "nowhere:a")
-
-
-def test_a_process_that_dies_is_one_line():
-    kill = "__import__('os').kill(__import__('os').getpid(), 9)"
-    with pytest.raises(ChildError, match=r"ended by SIGKILL; the system may be out of memory$"):
-        call_in_child(EVALUATE, kill)
-    with pytest.raises(ChildError, match=r"ended with status 3 and no result$"):
-        call_in_child(EVALUATE, "__import__('os')._exit(3)")
+    processes = {process for _, process, _ in found}
+    assert os.getpid() not in processes
+    assert len(processes) <= 2
 
 
 @pytest.mark.parametrize(
-    ("exitcode", "text"),
+    ("function", "text", "kind", "message"),
     [
-        (-9, "its process was ended by SIGKILL; the system may be out of memory"),
-        (-11, "its process was ended by SIGSEGV"),
-        (3, "its process ended with status 3 and no result"),
+        (EVALUATE, "1 / 0", ChildError, r"ZeroDivisionError: division by zero \(raised at \S+\)"),
+        (load_object, "nowhere:a", UsageError, "cannot load nowhere:a: No module named 'nowhere'"),
+        (
+            EVALUATE,
+            "__import__('os').kill(__import__('os').getpid(), 9)",
+            ChildError,
+            "its process was ended by SIGKILL; the system may be out of memory",
+        ),
+        (
+            EVALUATE,
+            "__import__('os')._exit(3)",
+            ChildError,
+            "its process ended with status 3 and no result",
+        ),
     ],
+    ids=["an error", "a message to the user", "a signal", "an exit"],
 )
-def test_how_a_process_died(exitcode, text):
-    assert how_it_died(exitcode) == text
+def test_a_failure_is_one_line(function, text, kind, message):
+    with pytest.raises(kind, match=rf"^{message}$"):
+        call_in_child(function, text)
+
+
+def test_ctrl_c_does_not_reach_a_process_that_is_being_started():
+    blocked = "__import__('signal').SIGINT in __import__('signal').pthread_sigmask(0, [])"
+    assert call_in_child(EVALUATE, blocked)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_crash_is_no_hint_at_the_memory():
+    assert how_it_died(-signal.SIGSEGV) == "its process was ended by SIGSEGV"
 
 
 _SLEEP = """
 import sys
-from opacus_bpclip.jobs.loading import load_object
 from opacus_bpclip.jobs.processes import call_in_child
 if __name__ == "__main__":
     code = "(print(__import__('os').getpid(), flush=True), __import__('time').sleep(600))"
@@ -99,6 +102,23 @@ def _runs(process):
     # One that nobody has waited for is there, and dead.
     with open(f"/proc/{process}/stat") as stat:
         return stat.read().split()[2] != "Z"
+
+
+@pytest.mark.parametrize("moment", ["cyclopts", "opacus_bpclip.inspection.command", "torch"])
+def test_ctrl_c_during_an_import_is_one_line(moment):
+    # What Ctrl-C does, in the moment in which a module begins to be imported.
+    code = (
+        "import signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {moment!r}:\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from opacus_bpclip.__main__ import main\n"
+        "sys.exit(main(['inspect', 'nowhere:a']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "opacus-bpclip: interrupted\n")
 
 
 def test_a_bar_goes_to_stderr_where_it_is_wanted(capsys, monkeypatch):

@@ -15,9 +15,10 @@ from tests.mutants import noise_killers as killers
 from tests.mutants.registry import mutant
 
 
-def _scale_noise(
+def scale_noise(
     patch: pytest.MonkeyPatch, factor: Callable[[BackpropClipOptimizer], float]
 ) -> None:
+    """Make each step's noise larger or smaller by a factor."""
     add_noise = BackpropClipOptimizer.add_noise
 
     def scaled(self: BackpropClipOptimizer) -> None:
@@ -34,14 +35,14 @@ def _scale_noise(
 def original_bug(patch: pytest.MonkeyPatch) -> None:
     """The withdrawn results: the sensitivity is divided by the batch size once more, so the noise
     is too small by the batch's number of examples."""
-    _scale_noise(patch, lambda own: 1 / own.expected_batch_size)
+    scale_noise(patch, lambda own: 1 / own.expected_batch_size)
 
 
 @mutant(killed_by=killers.noise_scale, says="times as wide")
 @mutant(killed_by=killers.audit, says="the audit says: .*does not follow its law")
 def delta_squared_for_delta(patch: pytest.MonkeyPatch) -> None:
     """The noise is scaled by `max_grad_norm` squared, which is too little where that is below 1."""
-    _scale_noise(patch, lambda own: own.max_grad_norm)
+    scale_noise(patch, lambda own: own.max_grad_norm)
 
 
 @mutant(killed_by=killers.noise_scale, says="times as wide")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
-from opacus_bpclip.audit import audit_case
+from opacus_bpclip import audit as audits
 from opacus_bpclip.optimizer import noise
 from tests.budgets import layerwise
 from tests.checks import (
@@ -68,7 +68,8 @@ def fresh_noise_of_streams() -> None:
 
 
 def _audit(case: str, clipping: BackpropClipping | None = None) -> None:
-    verdict = audit_case(case, clipping=clipping, trials=100, searches=0)
+    target = audits.CASES[case].target(case, clipping=clipping)
+    verdict = audits.audit(target, trials=100, searches=0)
     assert verdict.outcome == "pass", f"the audit says: {'; '.join(verdict.violations)}"
 
 

@@ -28,7 +28,7 @@ def noise_of_every_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant(killed_by=killers.noise_of_two_shards, says="correlated over parameters: by 1.000")
-@mutant(killed_by=killers.coins_of_two_ranks, says="the coins of two items fall alike")
+@mutant(killed_by=killers.samples_of_two_ranks, says="two items are drawn together")
 def ranks_seeded_alike(patch: pytest.MonkeyPatch) -> None:
     """Generators with equal seeds draw equal numbers: noise in two shards cancels in their
     difference, and two items are always sampled together."""
@@ -73,7 +73,7 @@ def refusal_not_agreed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Ranks, "meet", alone)
 
 
-@mutant(killed_by=killers.coins_of_two_ranks, says="an item is on both ranks")
+@mutant(killed_by=killers.samples_of_two_ranks, says="an item is on both ranks")
 def items_of_every_rank(patch: pytest.MonkeyPatch) -> None:
     """Each rank samples from the whole data set: an example may be in two local batches of one
     step, and contribute twice."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.ranks.checks import (
     check_agreement,
-    check_coins,
     check_noise_law,
+    check_sampling,
     check_seeds,
     check_union,
 )
@@ -31,9 +31,9 @@ def refusal_of_one_rank() -> None:
     check_agreement()
 
 
-def coins_of_two_ranks() -> None:
+def samples_of_two_ranks() -> None:
     """Two hundred samples of forty items on two ranks, which are seeded alike."""
-    check_coins()
+    check_sampling()
 
 
 def seeds_of_two_shards() -> None:

@@ -14,7 +14,7 @@ from opacus_bpclip import (
     clip_inputs,
     register_rule,
 )
-from opacus_bpclip.audit import Verdict, audit_case
+from opacus_bpclip.audit import CASES, Verdict, audit
 from opacus_bpclip.rules import BroadcastRule
 
 
@@ -66,5 +66,5 @@ def train() -> float:
     return spent
 
 
-verdict: Verdict = audit_case("linear", trials=0)
+verdict: Verdict = audit(CASES["linear"].target("linear"), trials=0)
 print(f"epsilon {train():.2f}, audit: {verdict.outcome}")

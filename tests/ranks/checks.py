@@ -102,22 +102,22 @@ def drawn(rank: int, seed: int) -> list[list[int]]:
     return [items for _ in range(50) for items in private.loader.batch_sampler]
 
 
-def check_coins() -> None:
-    """Each item is on one rank, and its coins are as likely as all others and independent."""
+def check_sampling() -> None:
+    """Each item is on one rank, and drawn as often as the others and independently of them."""
     ranks = pair().run(drawn, 0)
     held = [{item for batch in batches for item in batch} for batches in ranks]
     assert not held[0] & held[1], "an item is on both ranks"
     assert held[0] | held[1] == set(range(40)), "an item is on no rank"
-    coins = np.zeros((len(ranks[0]), 40))
+    drawn_at = np.zeros((len(ranks[0]), 40))
     for batches in ranks:
-        assert len(batches) == len(coins), "an empty batch was left out"
+        assert len(batches) == len(drawn_at), "an empty batch was left out"
         for step, batch in enumerate(batches):
-            coins[step, batch] += 1
-    rates = coins.mean(axis=0)
-    # 200 coins of a quarter: 0.03 is one standard deviation.
+            drawn_at[step, batch] += 1
+    rates = drawn_at.mean(axis=0)
+    # 200 draws at a rate of 0.25: 0.03 is one standard deviation.
     assert abs(rates - 0.25).max() < 0.13, f"an item is drawn at a rate of {rates.max()}"
-    together = np.corrcoef(coins.T) - np.eye(40)
-    assert together.max() < 0.4, "the coins of two items fall alike"
+    together = np.corrcoef(drawn_at.T) - np.eye(40)
+    assert together.max() < 0.4, "two items are drawn together"
 
 
 def step_in_parts(

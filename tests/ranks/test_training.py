@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from tests.ranks.checks import check_coins, drawn
+from tests.ranks.checks import check_sampling, drawn
 from tests.ranks.models import Net, examples, make_private, wrapped
 from tests.ranks.pair import RANKS, pair
 
@@ -65,8 +65,8 @@ def test_ranks_stay_equal_over_50_steps_with_empty_and_split_batches(
     assert len(one["sizes"]) != len(other["sizes"])
 
 
-def test_each_item_is_on_one_rank_and_drawn_by_a_coin_of_its_own() -> None:
-    check_coins()
+def test_each_item_is_on_one_rank_and_drawn_independently() -> None:
+    check_sampling()
 
 
 def test_the_users_generator_makes_the_samples_repeatable() -> None:
