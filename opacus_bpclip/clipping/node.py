@@ -30,6 +30,7 @@ from opacus_bpclip.guard.call_checks import (
 )
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.saved_norms import SavedNorm
 from opacus_bpclip.rules import Inputs
 from opacus_bpclip.rules.first_order import first_order
 from opacus_bpclip.rules.precision import full_precision
@@ -110,7 +111,10 @@ class NodeClip(Clip):
         before = module.register_forward_pre_hook(self.enter)
         after = module.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
         self._key = after.id
-        return [before, after]
+        if not self.changes_output:
+            return [before, after]
+        assert self.config.max_input_norm is not None
+        return [before, after, *SavedNorm(self.config.max_input_norm).attach(module)]
 
     def enter(self, _: nn.Module, args: Args) -> None:
         """Let the guard check and count the call before the layer runs."""

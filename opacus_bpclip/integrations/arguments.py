@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 
 import torch
+from opacus.accountants.utils import get_noise_multiplier
 
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 
@@ -57,3 +59,38 @@ class PrivacyArguments:
             raise ValueError(
                 f"Expected target_epsilon={self.target_epsilon!r} to be a finite number > 0."
             )
+
+    def noise_for(self, sample_rate: float, steps: int) -> float:
+        """Return the noise multiplier: the given one, or that with which the steps fit the target.
+
+        Args:
+            sample_rate: the probability that an item is in a batch.
+            steps: the number of planned steps.
+        """
+        if self.noise_multiplier is not None:
+            return self.noise_multiplier
+        return float(
+            get_noise_multiplier(
+                target_epsilon=self.target_epsilon,
+                target_delta=self.target_delta,
+                sample_rate=sample_rate,
+                steps=steps,
+                accountant=self.accountant,
+            )
+        )
+
+    def generators(self, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
+        """Return the generators of the samples and of the noise.
+
+        Args:
+            device: the model's.
+        """
+        return (
+            self.sampling_generator or _secret(torch.device("cpu")),
+            self.noise_generator or _secret(device),
+        )
+
+
+def _secret(device: torch.device) -> torch.Generator:
+    """Return a generator that the operating system has seeded."""
+    return torch.Generator(device).manual_seed(secrets.randbits(63))

@@ -17,6 +17,7 @@ def refuse(trainer: Any) -> None:
     args = trainer.args
     for name, is_set, text in (
         ("fp16", args.fp16, _FP16),
+        ("torch_compile", args.torch_compile, _COMPILED),
         ("auto_find_batch_size", args.auto_find_batch_size, _FIND_BATCH_SIZE),
         (
             f"train_sampling_strategy={args.train_sampling_strategy!r}",
@@ -31,10 +32,15 @@ def refuse(trainer: Any) -> None:
             raise ValueError(f"{name} {text}")
 
 
-_FP16 = (
+GRAD_SCALER = (
     "needs a GradScaler, which multiplies the loss by a number that depends on the data, so the "
-    "clipped gradients would have another scale than the noise. Train with bf16=True, or in "
-    "float32."
+    "clipped gradients would have another scale than the noise."
+)
+_FP16 = f"{GRAD_SCALER} Train with bf16=True, or in float32."
+_COMPILED = (
+    "would compile the model as accelerate does it, which not every model's private hooks go with. "
+    "Leave torch_compile out. In a loop of your own, compile what make_private returned, as in "
+    "docs/compile.md."
 )
 _FIND_BATCH_SIZE = (
     "begins again after an out-of-memory error, with another batch size: steps would be lost, and "

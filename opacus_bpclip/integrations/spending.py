@@ -10,13 +10,19 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opacus.accountants import IAccountant, create_accountant
 
 FILE = "privacy.json"
+
+UNKNOWN_STEPS = (
+    "so the steps that were taken before it are unknown and would be missing from epsilon. Resume "
+    "from a checkpoint that a PrivateTrainer has saved. A model that was trained without privacy, "
+    "or on other data, is a start for a new run: "
+)
 
 # Steps of one kind: the noise multiplier, the sampling rate and the number of steps.
 Steps = tuple[float, float, int]
@@ -67,31 +73,47 @@ class Spending:
         """Find anew how many steps are left: more than was planned before may follow."""
         self._end = None
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the history into a folder, which is made if there is none."""
-        path = Path(folder) / FILE
+    def require_left(self, noise_multiplier: float, sample_rate: float, planned: int) -> None:
+        """Raise if one more step would spend more than the target.
+
+        Args:
+            noise_multiplier: of the next steps.
+            sample_rate: of the next steps.
+            planned: at least the number of steps that may still be taken.
+
+        Raises:
+            ValueError: no step is left.
+        """
+        if self.is_spent(noise_multiplier, sample_rate, planned):
+            raise ValueError(
+                f"The run has spent an epsilon of {self.epsilon:.4g}, and one more step would "
+                f"exceed target_epsilon={self.target}. Pass a larger target_epsilon, or a larger "
+                "noise_multiplier, with which more steps fit."
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Return what was spent, as plain values for a checkpoint."""
+        return {
+            "run": self.run,
+            "mechanism": self.accountant.mechanism(),
+            "history": list(self.accountant.history),
+            "delta": self.delta,
+            "epsilon": self.epsilon,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write what was spent into a file, whose folder is made if there is none."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {
-                "run": self.run,
-                "mechanism": self.accountant.mechanism(),
-                "history": self.accountant.history,
-                "delta": self.delta,
-                "epsilon": self.epsilon,
-            },
-            indent=2,
-        )
         unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(text)
+        unfinished.write_text(json.dumps(self.state(), indent=2))
         unfinished.replace(path)  # A reader never sees half of it.
 
     def restore(self, checkpoint: str | os.PathLike[str]) -> None:
         """Take over the steps of a checkpoint's run, those of its later checkpoints included.
 
-        Steps that this object has counted in another run are kept, too.
-
         Args:
-            checkpoint: the folder of the checkpoint.
+            checkpoint: the folder of the checkpoint, with a `FILE`. Folders beside it, and the one
+                around it, may hold later checkpoints.
 
         Raises:
             ValueError: it does not say what was spent, or another accountant counted it.
@@ -99,17 +121,29 @@ class Spending:
         path = Path(checkpoint) / FILE
         if not path.exists():
             raise ValueError(
-                f"The checkpoint {checkpoint} has no {FILE}, so the steps that were taken before "
-                "it are unknown and would be missing from epsilon. Resume from a checkpoint that "
-                "a PrivateTrainer has saved. A model that was trained without privacy, or on "
-                "other data, is a start for a new run: load it with from_pretrained, and train "
-                "without resume_from_checkpoint."
+                f"The checkpoint {checkpoint} has no {FILE}, {UNKNOWN_STEPS}load it with "
+                "from_pretrained, and train without resume_from_checkpoint."
             )
-        saved, around = _read(path), path.parent.parent
-        beside = map(_read, [*around.glob(f"*/{FILE}"), *around.glob(FILE)])
-        branches = [saved, *(other for other in beside if other["run"] == saved["run"])]
+        around = path.parent.parent
+        beside = [*around.glob(f"*/{FILE}"), *around.glob(FILE)]
+        self.take_over(json.loads(path.read_text()), beside)
+
+    def take_over(self, saved: Mapping[str, Any], beside: Iterable[Path]) -> None:
+        """Take over the steps of a run, those of its other branches included.
+
+        Steps that this object has counted in another run are kept, too.
+
+        Args:
+            saved: the `state` that was saved.
+            beside: files that may hold what later or other branches of the run have spent.
+
+        Raises:
+            ValueError: another accountant counted it.
+        """
+        others = (json.loads(path.read_text()) for path in beside)
+        branches = [saved, *(other for other in others if other["run"] == saved["run"])]
         self._require_same_mechanism(saved)
-        history: list[Steps] = max((each["history"] for each in branches), key=_count)
+        history = max((_history(each) for each in branches), key=_count)
         own: list[Steps] = self.accountant.history
         if self.run != saved["run"]:
             history = history + own
@@ -118,7 +152,7 @@ class Spending:
         self.run, self.accountant.history = saved["run"], history
         self.forget_end()
 
-    def _require_same_mechanism(self, saved: dict[str, Any]) -> None:
+    def _require_same_mechanism(self, saved: Mapping[str, Any]) -> None:
         mechanism = self.accountant.mechanism()
         if saved["mechanism"] != mechanism:
             raise ValueError(
@@ -155,7 +189,5 @@ def _count(history: Sequence[Steps]) -> int:
     return sum(steps for _, _, steps in history)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    saved: dict[str, Any] = json.loads(path.read_text())
-    saved["history"] = [(float(s), float(q), int(n)) for s, q, n in saved["history"]]
-    return saved
+def _history(saved: Mapping[str, Any]) -> list[Steps]:
+    return [(float(s), float(q), int(n)) for s, q, n in saved["history"]]

@@ -17,25 +17,17 @@ class StopAtTarget(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    def _is_spent(self) -> bool:
+    def _next_steps(self) -> tuple[float, float, int]:
         private = self.trainer._private
         assert private is not None
         rate = private.optimizer.step_hook.sample_rate
-        return self.trainer._spending.is_spent(
-            private.optimizer.noise_multiplier, rate, private.steps
-        )
+        return private.optimizer.noise_multiplier, rate, private.steps
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         """Raise if no step is left."""
-        if self._is_spent():
-            spent, target = self.trainer.epsilon, self.trainer.privacy.target_epsilon
-            raise ValueError(
-                f"The run has spent an epsilon of {spent:.4g}, and one more step would exceed "
-                f"target_epsilon={target}. Pass a larger target_epsilon, or a larger "
-                "noise_multiplier, with which more steps fit."
-            )
+        self.trainer._spending.require_left(*self._next_steps())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop after the last step that fits the target."""
-        if self._is_spent():
+        if self.trainer._spending.is_spent(*self._next_steps()):
             control.should_training_stop = True

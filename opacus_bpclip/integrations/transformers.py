@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import math
-import secrets
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from opacus.accountants.utils import get_noise_multiplier
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -25,7 +24,7 @@ from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.integrations.arguments import PrivacyArguments
 from opacus_bpclip.integrations.losses import loss_of
 from opacus_bpclip.integrations.refusals import refuse
-from opacus_bpclip.integrations.spending import Spending
+from opacus_bpclip.integrations.spending import FILE, Spending
 from opacus_bpclip.integrations.stopping import StopAtTarget
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
@@ -91,10 +90,7 @@ class PrivateTrainer(Trainer):
         )
         self._private: _Private | None = None
         self._batches: Iterator[Any] = iter(())
-        self._generators = (
-            privacy.sampling_generator or _secret(torch.device("cpu")),
-            privacy.noise_generator or _secret(self.args.device),
-        )
+        self._generators = privacy.generators(self.args.device)
         self._logical_batch = (
             self.args.per_device_train_batch_size
             * self.args.gradient_accumulation_steps
@@ -137,7 +133,7 @@ class PrivateTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it what was spent on it."""
         if self.args.should_save:
-            self._spending.save(output_dir or self.args.output_dir)
+            self._spending.save(Path(output_dir or self.args.output_dir) / FILE)
         super().save_model(output_dir, _internal_call)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -238,7 +234,7 @@ class PrivateTrainer(Trainer):
             optimizer=self.create_optimizer(),
             criterion=criterion,
             data_loader=loader,
-            noise_multiplier=self._noise_multiplier(1 / len(loader), planned),
+            noise_multiplier=self.privacy.noise_for(1 / len(loader), planned),
             max_grad_norm=self.args.max_grad_norm,
             clipping="backprop",
             backprop=self.privacy.backprop,
@@ -259,19 +255,6 @@ class PrivateTrainer(Trainer):
             generator=self._generators[0],
         )
 
-    def _noise_multiplier(self, sample_rate: float, planned: int) -> float:
-        if self.privacy.noise_multiplier is not None:
-            return self.privacy.noise_multiplier
-        return float(
-            get_noise_multiplier(
-                target_epsilon=self.privacy.target_epsilon,
-                target_delta=self.privacy.target_delta,
-                sample_rate=sample_rate,
-                steps=planned,
-                accountant=self.privacy.accountant,
-            )
-        )
-
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any) -> nn.Module:
         """Return the model as training calls it: with several processes, in Opacus's wrapper."""
         if not training or self._private is None or self._private.wrapped is self.model:
@@ -284,8 +267,3 @@ class PrivateTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """Return ``None``: without noise, the norm is private."""
-
-
-def _secret(device: torch.device) -> torch.Generator:
-    """Return a generator that the operating system has seeded."""
-    return torch.Generator(device).manual_seed(secrets.randbits(63))

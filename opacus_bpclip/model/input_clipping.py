@@ -6,7 +6,8 @@ in evaluation, after export, and in any comparison with another clipping method.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from opacus_bpclip.config import is_positive_number
 from opacus_bpclip.model.calls import Args, CallArguments, Kwargs
 from opacus_bpclip.model.coverage import trainable_layers
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.saved_norms import SavedNorm, is_saved_norm
 from opacus_bpclip.rules import Rule
 from opacus_bpclip.rules.scaling import scale_input
 
@@ -42,7 +44,8 @@ def clip_inputs(model: nn.Module, max_input_norm: float, *, batch_first: bool = 
     """Make every trainable layer of the model clip its input, in training and in evaluation.
 
     It is the clipping of ``BackpropClipping(max_input_norm=...)``, for any way of training. A
-    second call replaces the first. `unclip_inputs` removes it.
+    second call replaces the first. `unclip_inputs` removes it. A model's ``state_dict`` then says
+    so: a model that does not clip its inputs refuses to load it.
 
     Args:
         model: a model whose trainable layers all have a rule; changed in place.
@@ -85,34 +88,41 @@ def attach_input_clips(layers: Iterable[Layer], max_input_norm: float) -> None:
         if layer.rule.clips_input:
             clip = InputClip(layer.rule, layer.arguments, max_input_norm)
             layer.module.register_forward_pre_hook(clip, with_kwargs=True)
+            SavedNorm(max_input_norm).attach(layer.module)
 
 
 class RemovedClips:
     """Input clips that were removed from their modules; a call puts them back.
 
     Args:
-        clips: the module of each clip, its key in the module's hooks, and the clip.
+        entries: the entries of the modules' tables of hooks: the table, the key and the value.
     """
 
-    def __init__(self, clips: list[tuple[nn.Module, int, InputClip]]) -> None:
-        self._clips = clips
+    def __init__(self, entries: list[tuple[dict[int, Any], int, Any]]) -> None:
+        self._entries = entries
 
     def __call__(self) -> None:
         """Put the clips back."""
-        for module, key, clip in self._clips:
-            module._forward_pre_hooks[key] = clip
-            module._forward_pre_hooks_with_kwargs[key] = True
+        for table, key, value in self._entries:
+            table[key] = value
 
 
 def remove_input_clips(model: nn.Module) -> RemovedClips:
     """Remove every input clip from a model; call the result to put them back."""
     removed = [
-        (module, key, hook)
-        for module in model.modules()
-        for key, hook in module._forward_pre_hooks.items()
-        if isinstance(hook, InputClip)
+        (table, key, table[key]) for module in model.modules() for table, key in _entries_of(module)
     ]
-    for module, key, _ in removed:
-        del module._forward_pre_hooks[key]
-        del module._forward_pre_hooks_with_kwargs[key]
+    for table, key, _ in removed:
+        del table[key]
     return RemovedClips(removed)
+
+
+def _entries_of(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
+    for key, hook in module._forward_pre_hooks.items():
+        if isinstance(hook, InputClip):
+            yield module._forward_pre_hooks, key
+            yield module._forward_pre_hooks_with_kwargs, key
+    for table in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key, hook in table.items():
+            if is_saved_norm(hook):
+                yield table, key

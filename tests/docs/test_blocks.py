@@ -21,10 +21,17 @@ from tests.docs.pages import PAGES, ROOT, languages, name_of, python
 # What pages call yours: they do not make it themselves.
 GIVEN = ("model", "optimizer", "loader")
 
-# The blocks of these pages are parts of scripts: one for several processes, which runs in
-# tests/ranks, and one with a main part.
+# The blocks of these pages are parts of scripts, which run in tests of their own.
 COMPARISON = "docs/examples/compare_clipping.py"
-PARTS = {"docs/many-devices.md": "docs/examples/two_ranks.py", "docs/compare.md": COMPARISON}
+PARTS = {
+    "docs/compare.md": (COMPARISON,),
+    "docs/flower.md": ("docs/examples/flower_clients.py",),
+    "docs/lightning.md": (
+        "docs/examples/lightning_digits.py",
+        "tests/integrations/test_lightning.py",
+    ),
+    "docs/many-devices.md": ("docs/examples/two_ranks.py",),
+}
 
 # The blocks of this page are given a model of transformers, in tests/integrations.
 ELSEWHERE = ("docs/hugging-face.md",)
@@ -72,9 +79,10 @@ def test_a_pages_blocks_run(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PARTS)
 def test_parts_of_a_script_are_in_it(page: str) -> None:
-    script, *blocks = map(unindented, [(ROOT / PARTS[page]).read_text(), *python(ROOT / page)])
+    scripts = [unindented((ROOT / script).read_text()) for script in PARTS[page]]
+    blocks = python(ROOT / page)
     assert blocks
-    assert all(block in script for block in blocks)
+    assert all(any(unindented(block) in script for script in scripts) for block in blocks)
 
 
 def unindented(code: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import peft
@@ -10,7 +11,7 @@ import pytest
 
 from tests.integrations.tiny import Texts, arguments, bert
 
-PAGE = Path(__file__).parents[2] / "docs/hugging-face.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -22,11 +23,24 @@ def test_the_page_about_hugging_face_runs(
     names = {
         "model": peft.get_peft_model(bert(), config),
         "args": arguments(tmp_path, max_steps=2),
-        "train_dataset": Texts(32),
-        "eval_dataset": Texts(8),
+        "train_dataset": Texts(32, positions=False),
+        "eval_dataset": Texts(8, positions=False),
     }
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S):
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "hugging-face.md").read_text(), re.S):
         exec(block, names)
     assert 7.9 < names["trainer"].epsilon <= 8.0
     assert (tmp_path / "adapter/privacy.json").exists()
     assert type(names["merged"]).__name__ == "BertForSequenceClassification"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_lightning_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(DOCS / "examples/lightning_digits.py"))
+    found = re.search(r"accuracy 0\.(\d+), epsilon (\S+) at", capsys.readouterr().out)
+    assert found is not None
+    assert int(found[1]) > 60
+    assert 2.9 < float(found[2]) <= 3.0
+    assert names["trainer"].global_step == 30

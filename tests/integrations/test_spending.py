@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from opacus.accountants import create_accountant
 
-from opacus_bpclip.integrations.spending import Spending
+from opacus_bpclip.integrations.spending import FILE, Spending
 
 
 def spending(*steps: int, target: float | None = None, mechanism: str = "rdp") -> Spending:
@@ -19,7 +19,7 @@ def spending(*steps: int, target: float | None = None, mechanism: str = "rdp") -
 
 def test_a_checkpoint_says_what_was_spent(tmp_path: Path) -> None:
     run, later = spending(7), spending()
-    run.save(tmp_path)
+    run.save(tmp_path / FILE)
     later.restore(tmp_path)
     assert (later.run, later.steps) == (run.run, 7)
     assert later.epsilon == run.epsilon > 0
@@ -27,7 +27,7 @@ def test_a_checkpoint_says_what_was_spent(tmp_path: Path) -> None:
 
 def test_a_run_in_memory_keeps_steps_that_the_checkpoint_lacks(tmp_path: Path) -> None:
     run = spending(7)
-    run.save(tmp_path)
+    run.save(tmp_path / FILE)
     run.accountant.history = [(1.0, 0.01, 9)]
     run.restore(tmp_path)
     assert run.steps == 9
@@ -35,17 +35,17 @@ def test_a_run_in_memory_keeps_steps_that_the_checkpoint_lacks(tmp_path: Path) -
 
 def test_the_longest_branch_of_a_run_counts(tmp_path: Path) -> None:
     run = spending(7)
-    run.save(tmp_path / "checkpoint-7")
+    run.save(tmp_path / "checkpoint-7" / FILE)
     run.accountant.history = [(1.0, 0.01, 12)]
-    run.save(tmp_path / "checkpoint-12")
-    spending(99).save(tmp_path / "checkpoint-99")  # of another run
+    run.save(tmp_path / "checkpoint-12" / FILE)
+    spending(99).save(tmp_path / "checkpoint-99" / FILE)  # of another run
     later = spending()
     later.restore(tmp_path / "checkpoint-7")
     assert later.steps == 12
 
 
 def test_two_runs_on_the_data_add_up(tmp_path: Path) -> None:
-    spending(7).save(tmp_path)
+    spending(7).save(tmp_path / FILE)
     other = spending(4)
     other.restore(tmp_path)
     assert other.accountant.history == [(1.0, 0.01, 7), (1.0, 0.01, 4)]
@@ -58,7 +58,7 @@ def test_a_checkpoint_without_a_history_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_accountants_checkpoint_is_refused(tmp_path: Path) -> None:
-    spending(7).save(tmp_path)
+    spending(7).save(tmp_path / FILE)
     other = spending(mechanism="prv")
     with pytest.raises(ValueError, match=r"Pass PrivacyArguments\(accountant='rdp'\)."):
         other.restore(tmp_path)

@@ -10,11 +10,10 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from opacus_bpclip import BackpropClipping
 from opacus_bpclip.integrations.transformers import PrivacyArguments, PrivateTrainer
+from tests.integrations.plain import CLASSES, PRIVACY
 
-TOKENS, LENGTH, CLASSES = 48, 8, 3
-NO_TRIALS = BackpropClipping(probe=False)
+TOKENS, LENGTH = 48, 8
 
 
 class Texts(Dataset[dict[str, Tensor]]):
@@ -23,10 +22,11 @@ class Texts(Dataset[dict[str, Tensor]]):
     Args:
         count: the number of examples.
         next_token: whether every token is a label.
+        positions: whether they have position ids, with which there is less to try out.
     """
 
-    def __init__(self, count: int, *, next_token: bool = False) -> None:
-        self.count, self.next_token = count, next_token
+    def __init__(self, count: int, *, next_token: bool = False, positions: bool = True) -> None:
+        self.count, self.next_token, self.positions = count, next_token, positions
 
     def __len__(self) -> int:
         return self.count
@@ -35,7 +35,8 @@ class Texts(Dataset[dict[str, Tensor]]):
         drawn = torch.Generator().manual_seed(index)
         ids = torch.randint(3, TOKENS, (LENGTH,), generator=drawn)
         labels = ids if self.next_token else ids[0] % CLASSES
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        item = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return {**item, "position_ids": torch.arange(LENGTH)} if self.positions else item
 
 
 def bert(**options: Any) -> nn.Module:
@@ -82,16 +83,11 @@ def trainer(
     **options: Any,
 ) -> PrivateTrainer:
     """Return a private trainer; ``options`` are training arguments."""
-    usual = {"target_delta": 1e-3, "noise_multiplier": 1.0, "backprop": NO_TRIALS}
     return PrivateTrainer(
         model=model or bert(),
         args=arguments(folder, **options),
         train_dataset=data or Texts(32),
         eval_dataset=Texts(8, next_token=isinstance(model, hf.GPT2LMHeadModel)),
         optimizers=optimizers,
-        privacy=PrivacyArguments(**{**usual, **(privacy or {})}),
+        privacy=PrivacyArguments(**{**PRIVACY, **(privacy or {})}),
     )
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])

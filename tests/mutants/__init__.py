@@ -16,6 +16,7 @@ from tests.mutants import (
     release,
     replacements,
     sampling,
+    trainers,
 )
 from tests.mutants.registry import MUTANTS, Mutant, mutant
 
@@ -38,4 +39,5 @@ __all__ = [
     "release",
     "replacements",
     "sampling",
+    "trainers",
 ]
