@@ -66,9 +66,11 @@ def test_a_crash_is_no_hint_at_the_memory():
     assert how_it_died(-signal.SIGSEGV) == "its process was ended by SIGSEGV"
 
 
+# A shell may have had Ctrl-C ignored, which processes take over.
 _SLEEP = """
-import sys
+import signal, sys
 from opacus_bpclip.jobs.processes import call_in_child
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if __name__ == "__main__":
     code = "(print(__import__('os').getpid(), flush=True), __import__('time').sleep(600))"
     try:
@@ -109,6 +111,7 @@ def test_ctrl_c_during_an_import_is_one_line(moment):
     # What Ctrl-C does, in the moment in which a module begins to be imported.
     code = (
         "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have ignored it
         "class Interrupt:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name == {moment!r}:\n"
