@@ -26,7 +26,8 @@ from opacus_bpclip.engine.module import BackpropClipModule
 from opacus_bpclip.engine.parallel import inner
 from opacus_bpclip.engine.request import Request, checked, require_equal_ranks
 from opacus_bpclip.engine.validation import checked_options
-from opacus_bpclip.guard.ranks import Purpose, Ranks
+from opacus_bpclip.guard.ranks import Ranks
+from opacus_bpclip.guard.seeds import Purpose
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.model.sharding import gathered
 from opacus_bpclip.optimizer.accounting import AccountStep

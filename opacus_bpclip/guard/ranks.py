@@ -14,13 +14,13 @@ from datetime import timedelta
 from enum import IntEnum
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Self
 
 from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.guard.seeds import Purpose, seed_of
 
 _REMEDY = (
     "Wrap the model before make_private: DifferentiallyPrivateDistributedDataParallel(model) of "
@@ -38,13 +38,6 @@ class Place(IntEnum):
 
     FORWARD = 0
     STEP = 1
-
-
-class Purpose(IntEnum):
-    """What a rank's own generator draws: the Poisson sampling, or the noise."""
-
-    SAMPLING = 0
-    NOISE = 1
 
 
 _ONE_ENTRY = (
@@ -274,29 +267,11 @@ class Ranks:
             self.require_equal({n: (float(x.sum()), float(x.abs().sum())) for n, x in sums.items()})
 
     def seed_of_rank(self, generator: torch.Generator | None, purpose: Purpose) -> int:
-        """Return a seed that no other rank has, drawn from rank 0's ``generator``.
-
-        Generators with equal seeds draw equal numbers. Two examples would then be sampled together
-        always; equal noise at two places would cancel in their difference; noise would reveal
-        which examples were sampled. The seeds of all ranks and purposes from one draw differ in
-        their low 32 bits, the only ones that a CPU's generator uses. The user may have given both
-        purposes generators with one seed, so the seeds of the two purposes must differ as well.
-        """
+        """Return a seed that no other rank has, drawn from rank 0's ``generator``."""
         device = "cpu" if generator is None else generator.device
         drawn = torch.randint(2**62, (), generator=generator, device=device).cpu()
         dist.broadcast(drawn, 0, group=self._group)
-        (first,) = np.random.SeedSequence([int(drawn)]).generate_state(1)
-        place = len(Purpose) * self.rank + purpose
-        low = _permuted((int(first) + place) % 2**32)
-        (high,) = np.random.SeedSequence([int(drawn), self.rank, purpose]).generate_state(1)
-        return (int(high) >> 1) << 32 | low
-
-
-def _permuted(number: int) -> int:
-    """Permute the 32-bit numbers, neighbours far apart: the finalizer of MurmurHash3."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        number = (number ^ number >> shift) * factor % 2**32
-    return number
+        return seed_of(int(drawn), self.rank, purpose)
 
 
 def _patience() -> timedelta | None:

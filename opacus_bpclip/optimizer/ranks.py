@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from opacus_bpclip.guard.ranks import Purpose, Ranks
+from opacus_bpclip.guard.ranks import Ranks
+from opacus_bpclip.guard.seeds import Purpose
 from opacus_bpclip.optimizer.noise import with_own_memory
 
 

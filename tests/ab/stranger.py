@@ -5,6 +5,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset, TensorDataset
 
+OWN = "tests.ab.stranger:"
+SHORT = {"seeds": [0], "epochs": 1, "batch_size": 16, "delta": 1e-2}
+
+
+def notes(table):
+    return {row.arm: row.note for row in table.rows if row.note}
+
 
 def _drawn(count, *shape):
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(count))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_bpclip.guard.ranks import Place, Purpose, Ranks
+from opacus_bpclip.guard.ranks import Place, Ranks
+from opacus_bpclip.guard.seeds import Purpose
 from opacus_bpclip.optimizer import optimizer
 from opacus_bpclip.sampling import loader
 from tests.mutants import ranks_killers as killers
