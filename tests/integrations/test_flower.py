@@ -18,6 +18,8 @@ pytest.importorskip("flwr", reason="there is no Flower for Python 3.10")
 
 from flwr.app import ArrayRecord, Context, Message, Metadata, RecordDict
 
+from tests.integrations.plain import full_disk
+
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/flower_clients.py"
 ROUND = [1.0, 0.1, 10]
 
@@ -77,13 +79,7 @@ def test_a_write_that_fails_leaves_the_earlier_rounds(
 ) -> None:
     reply_of(names)
 
-    def breaks_off(self: Path, text: str) -> int:
-        with self.open("w") as file:
-            file.write(text[:5])
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", breaks_off)
-    with pytest.raises(OSError, match="No space left"):
+    with full_disk(monkeypatch):
         reply_of(names)
     assert json.loads(Path("spent-0.json").read_text())["history"] == [ROUND]
 

@@ -11,6 +11,7 @@ import pytest
 from opacus_bpclip.integrations import ledger as files
 from opacus_bpclip.integrations.ledger import FOLDER, Ledger
 from opacus_bpclip.integrations.spending import Spending
+from tests.integrations.plain import full_disk
 from tests.integrations.test_spending import spending
 
 
@@ -91,13 +92,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
     path = tmp_path / "x.json"
     files.write(path, {"history": [[1.0, 0.01, 7]]})
 
-    def breaks_off(self: Path, text: str) -> int:
-        with self.open("w") as file:
-            file.write(text[:5])
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", breaks_off)
-    with pytest.raises(OSError, match="No space left"):
+    with full_disk(monkeypatch):
         files.write(path, {"history": [[1.0, 0.01, 8]]})
     assert json.loads(path.read_text()) == {"history": [[1.0, 0.01, 7]]}
     assert list(tmp_path.iterdir()) == [path]
