@@ -7,8 +7,9 @@ gradients of the call's inputs, and hands the parameters' gradients to the scope
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,13 +97,11 @@ class _Following(ParameterFunctions):
         for name, leaf in self.leaves.items():
             owner, _, own = name.rpartition(".")
             self._owners[id(leaf)] = layers[owner], own
-            leaf.register_post_accumulate_grad_hook(weakly(self._went_around))
+            # Not a method: this object ends with the forward pass, and the leaf's graph does not.
+            refuse = partial(_refuse_way_around, weakly(self._guard.fail), name)
+            leaf.register_post_accumulate_grad_hook(refuse)
         self._scopes: dict[str, Scope] = {}
         self._times: dict[CallKey, int] = {}
-
-    def _went_around(self, leaf: Tensor) -> None:
-        layer, own = self._owners[id(leaf)]
-        self._guard.fail(function_checks.went_around(f"{layer.name}.{own}"))
 
     def close(self) -> None:
         """End the pass; the nodes in the graph keep what is still needed."""
@@ -230,6 +229,10 @@ class _Following(ParameterFunctions):
             target = self._settings.targets[layer.name]
             self._scopes[layer.name] = self._settings.budget.scope_of(target, at_once=False)
         return self._scopes[layer.name]
+
+
+def _refuse_way_around(fail: Callable[[str], None], name: str, _: Tensor) -> None:
+    fail(function_checks.went_around(name))
 
 
 def _has_gradient(x: Any) -> bool:

@@ -235,3 +235,17 @@ def test_a_compiled_graph_of_another_form_than_was_run_is_refused():
     # As the text says:
     trainer.optimizer.zero_grad()
     _train_on(trainer.model, trainer, ids)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_derived_tensor_that_the_model_returns_has_no_place_in_the_loss(alone):
+    model = Made(lambda s, x: (x * s.w, 2 * s.w), w=torch.ones(3))
+    trainer = Trainer(model, (3,), BackpropClipping(), probe=True)
+    y, derived = trainer.model(torch.ones(2, 3).double())
+    with pytest.raises(PrivacyViolationError, match=r"w got a gradient that was not clipped"):
+        (derived.sum() if alone else y.sum() + derived.sum()).backward()
+    with pytest.raises(PrivacyViolationError, match=r"w got a gradient that was not clipped"):
+        trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    trainer.model(torch.ones(2, 3).double())[0].sum().backward()
+    trainer.optimizer.step()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opacus_bpclip import BackpropClipping
-from tests.checks import Trainer, check_sensitivity
+from tests.checks import Trainer, check_refused, check_sensitivity
 from tests.functions.parts import Stack, Twice
 from tests.joint.flat import batch_of
 from tests.joint.helpers import check_flat
@@ -43,6 +43,25 @@ def rows_folded_with_other_axes() -> None:
     """A part in which all examples' first halves come before all second halves."""
     torch.manual_seed(0)
     _flat(Stack(["strided"]))
+
+
+class _Returning(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.derived = 2 * self.scale
+        return x * self.scale
+
+
+def derived_tensor_in_the_loss() -> None:
+    """A penalty on a tensor that the model computes from a parameter, and keeps."""
+    model = _Returning()
+    trainer = Trainer(model, (3,), BackpropClipping(), probe=True)
+    check_refused(
+        trainer, torch.ones(2, 3).double(), lambda y, _: y.sum() + model.derived.square().sum()
+    )
 
 
 def scale_of_every_example() -> None:

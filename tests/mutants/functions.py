@@ -18,6 +18,7 @@ from opacus_bpclip.probe import order_of_functions
 from tests.mutants import function_killers as killers
 from tests.mutants.registry import MOVED, mutant
 
+RELEASED = "nothing bounds was released"
 APART = "differs from flat clipping"
 FOUND = "was not found|were not found"
 
@@ -47,6 +48,13 @@ def batch_taken_for_the_first_axis(patch: pytest.MonkeyPatch) -> None:
 def fold_read_the_other_way_round(patch: pytest.MonkeyPatch) -> None:
     """Entries of an example that are a stride apart are treated as neighbours."""
     _with_other_places(patch, lambda place: place and place._replace(inner=False))
+
+
+@mutant(killed_by=killers.derived_tensor_in_the_loss, says=RELEASED)
+def way_around_not_refused(patch: pytest.MonkeyPatch) -> None:
+    """A gradient that reaches a parameter beside the nodes is dropped in silence: what the user
+    asks for is not what is trained, and nothing says so."""
+    patch.setattr(functions, "_refuse_way_around", lambda *_: None)
 
 
 @mutant(killed_by=killers.scale_of_every_example, says=APART)
