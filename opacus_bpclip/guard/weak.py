@@ -12,8 +12,8 @@ def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
 
     Python's garbage collector does not see what a post-accumulate hook of a tensor refers to. An
     object whose own method is a hook of a tensor that it holds would never be freed, nor would the
-    model behind it. The object must outlive whatever the hook is to notice: a backward pass may come
-    long after a forward pass has ended.
+    model behind it. The object must outlive whatever the hook is to notice: a backward pass may
+    come long after a forward pass has ended.
     """
     kept = WeakMethod(method)
 
