@@ -51,10 +51,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _end(group: Any) -> None:
-    """End a process group."""
-    with suppress(ValueError):  # The end of the default group has ended this one, too.
-        dist.destroy_process_group(group)
+# The process groups of models that were freed; the next `Ranks.of_process_group` ends them.
+# Python may free a model at any moment, also while a collective runs. Ending a group waits for the
+# group's threads, and these may wait for the interpreter.
+_LEFT: list[Any] = []
+
+
+def _end_left() -> None:
+    """End the process groups of models that were freed."""
+    while _LEFT:
+        with suppress(ValueError):  # The end of the default group has ended this one, too.
+            dist.destroy_process_group(_LEFT.pop())
 
 
 class Ranks:
@@ -87,11 +94,12 @@ class Ranks:
     @classmethod
     def of_process_group(cls) -> Self:
         """Return all ranks of the default process group. All of them must call this."""
+        _end_left()
         # On the CPU, so that no meeting waits for an accelerator or mixes with its collectives.
         group = dist.new_group(backend="gloo", timeout=_patience())
         ranks = cls(dist.get_world_size(), dist.get_rank(), group)
         # Each group has threads of its own.
-        weakref.finalize(ranks, _end, group).atexit = False
+        weakref.finalize(ranks, _LEFT.append, group).atexit = False
         return ranks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:

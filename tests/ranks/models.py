@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -77,8 +78,16 @@ class Private(NamedTuple):
 
 
 def flat(tensors: Any) -> Tensor:
-    whole = (x.full_tensor() if isinstance(x, DTensor) else x for x in tensors)
-    return torch.cat([x.detach().flatten() for x in whole])
+    return torch.cat([_whole(x.detach()).flatten() for x in tensors])
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Put a tensor that is split along its first axis together, with collectives of our own."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, tensor.to_local())
+    return torch.cat(parts)
 
 
 def examples(count: int, seed: int = 5) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import multiprocessing
 import tempfile
@@ -101,6 +102,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
             case, args, patches = pipe.recv()
         except EOFError:
             return
+        faulthandler.dump_traceback_later(_LIMIT - 5)  # where it hangs
         try:
             torch.manual_seed(0)  # ranks that are seeded alike must not draw alike
             with pytest.MonkeyPatch.context() as monkeypatch:
@@ -110,3 +112,5 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
             pipe.send(("", result))
         except Exception:
             pipe.send((traceback.format_exc(), None))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
