@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opacus_bpclip.ab.comparing import compare
-    from opacus_bpclip.config import BackpropClipping
+    from opacus_bpclip.config import AdaptiveThreshold, BackpropClipping, ThresholdSchedule
     from opacus_bpclip.engine.engine import PrivacyEngine
     from opacus_bpclip.engine.module import BackpropClipModule
     from opacus_bpclip.engine.registration import register, unregister
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AdaptiveThreshold",
     "BackpropClipCriterion",
     "BackpropClipHooks",
     "BackpropClipModule",
@@ -31,6 +32,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyViolationError",
     "SeveralOptimizers",
+    "ThresholdSchedule",
     "clip_inputs",
     "compare",
     "register",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdaptiveThreshold": "config",
     "BackpropClipCriterion": "losses.criterion",
     "BackpropClipHooks": "hooks",
     "BackpropClipModule": "engine.module",
@@ -50,6 +53,7 @@ _HOMES = {
     "PrivacyEngine": "engine.engine",
     "PrivacyViolationError": "errors",
     "SeveralOptimizers": "optimizer.several",
+    "ThresholdSchedule": "config",
     "clip_inputs": "model.input_clipping",
     "compare": "ab.comparing",
     "register": "engine.registration",

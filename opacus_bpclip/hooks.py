@@ -9,12 +9,12 @@ import torch
 from opacus.grad_sample import AbstractGradSampleHooks
 from torch import nn
 
-from opacus_bpclip.clipping import allocation
 from opacus_bpclip.clipping.attach import frozen_normalizations, layer_clips, softmaxes
 from opacus_bpclip.clipping.base import Settings
-from opacus_bpclip.clipping.budget import Budget, target_of
+from opacus_bpclip.clipping.budget import Budget
 from opacus_bpclip.clipping.functions import Functions
 from opacus_bpclip.clipping.recurrent import RECURRENT_IS_EAGER
+from opacus_bpclip.clipping.sensitivities import Sensitivities
 from opacus_bpclip.clipping.shared import SharedMeasurement
 from opacus_bpclip.clipping.traced_form import note_form, traced_rows
 from opacus_bpclip.config import BackpropClipping, is_positive_number
@@ -97,16 +97,15 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         loss_reduction, uses = self.loss_reduction, declared_uses(config)
         self._layers = layers = trainable_layers(m, uses, batch_first=self.batch_first)
         self._groups = tied_groups(layers)
-        sizes = {name: group.size for name, group in self._groups.items()}
         joint = config.allocation == "joint"
-        self._fractions = {} if joint else allocation.layer_fractions(sizes, config.allocation)
         self._guard = GradientGuard(m, layers.values(), whole, ranks)
         self._guard.joint = joint
-        self._budget = Budget(config, layers.values(), self._guard)
+        device = self._guard.parameters.device
+        self._sensitivities = Sensitivities(config, self._groups, device)
+        self._guard.parameters.watch_counts(self._sensitivities.counts)
+        targets = self._sensitivities.targets
+        self._budget = Budget(config, layers.values(), self._guard, targets)
         self._budget.gathered = Presence(m).of
-        self._targets = {
-            name: self._budget.target if joint else target_of(config) for name in layers
-        }
         self._prober = Prober(
             m, loss_reduction=loss_reduction, layers=layers, ordered=joint, search=config.probe
         )
@@ -133,7 +132,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._guard.loss = self._loss
         settings = Settings(
             config,
-            self._targets,
+            targets,
             {layer.name: group.name for group in self._groups.values() for layer in group.layers},
             self._guard,
             mean,
@@ -159,7 +158,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             ValueError: the new value is not a finite number above zero.
             PrivacyViolationError: there are clipped gradients that have no noise yet.
         """
-        return self._norm
+        return self._sensitivities.max_grad_norm
 
     @_max_grad_norm.setter
     def _max_grad_norm(self, value: float) -> None:
@@ -170,13 +169,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
                 "max_grad_norm was set in the middle of a logical batch. Gradients clipped to the "
                 "old value would get the new value's noise. Set it between step() and backward()."
             )
-        self._norm = value
-        self._budget.target.limit.fill_(value)
-        for name, sensitivity in self._layer_sensitivities.items():
-            group = self._groups[name]
-            limit = allocation.limit_of_each_use(sensitivity, group.uses)
-            for layer in group.layers:
-                self._targets[layer.name].limit.fill_(limit)
+        self._sensitivities.set(value)
 
     @property
     def _layer_sensitivities(self) -> Mapping[str, float]:
@@ -185,7 +178,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         Layers that share a parameter have one ``Delta_l``, under the name of the first. Empty with
         a joint budget.
         """
-        return {name: part * self._norm for name, part in self._fractions.items()}
+        return self._sensitivities.by_layer
 
     def forbid_grad_accumulation(self) -> None:
         """Refuse a second backward pass before the optimizer's step."""

@@ -36,13 +36,13 @@ def layer_fractions(
     return {name: math.sqrt(share / largest / total) for name, share in shares.items()}
 
 
-def limit_of_each_use(sensitivity: float, uses: int) -> float:
-    """Return the clipping limit of each use of a layer: ``Delta_l / K`` for ``K`` uses.
+def norm_of_each_use(norm: float, uses: int) -> float:
+    """Return the norm that each use of a layer clips to: ``Delta_l / K`` for ``K`` uses.
 
     An example's gradient is the sum over the uses. By the triangle inequality its norm is at most
     ``K * Delta_l / K``, even if all uses point the same way.
     """
-    return sensitivity / uses
+    return norm / uses
 
 
 def _shares(sizes: Mapping[str, int], allocation: str | Mapping[str, float]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,14 +57,15 @@ class Budget:
         config: the public options.
         layers: the trainable layers.
         guard: checks every call and every gradient.
+        targets: by the layer's name, its target; with a joint budget the same for all.
 
     Attributes:
         recurrent: the name of a layer of a recurrent network, ``None`` if there is none.
         key: the key in `BUDGETS`: a traced graph holds strings and tensors only.
         joint: whether all layers share one factor for each example.
-        target: the limit of the whole model, with a joint budget.
+        target: the norms of the whole model, with a joint budget.
         bound: the bound on an example's gradient.
-        parameters: all trainable parameters of the layers.
+        parameters: all trainable parameters of the layers, and the targets' tallies.
         clips: the clips of the layers; a traced graph refers to them by index.
         gathered: returns a context in which a layer's sharded parameters are gathered.
         token: the token of the scope of the forward pass that is being traced, with a joint budget.
@@ -75,15 +76,21 @@ class Budget:
     """
 
     def __init__(
-        self, config: BackpropClipping, layers: Iterable[Layer], guard: GradientGuard
+        self,
+        config: BackpropClipping,
+        layers: Iterable[Layer],
+        guard: GradientGuard,
+        targets: Mapping[str, Target],
     ) -> None:
         layers = tuple(layers)
         self.joint = config.allocation == "joint"
         recurrent = (layer.name for layer in layers if layer.recurrence is not None)
         self.recurrent = next(recurrent, None)
-        self.target = target_of(config)
-        parameters = (parameter for layer in layers for parameter in layer.parameters)
-        self.parameters: tuple[nn.Parameter, ...] = tuple(dict.fromkeys(parameters))
+        self.target = next(iter(targets.values()))
+        tallies = {n: () if t.tally is None else (t.tally,) for n, t in targets.items()}
+        self._of = {layer.name: (*layer.parameters, *tallies[layer.name]) for layer in layers}
+        every = (parameter for own in self._of.values() for parameter in own)
+        self.parameters: tuple[nn.Parameter, ...] = tuple(dict.fromkeys(every))
         self.clips: list[Any] = []
         self.token: Tensor | None = None
         self.present: Tensor | None = None
@@ -100,7 +107,7 @@ class Budget:
         watched = {p: guard.parameters[p] for p in self.parameters}
         self._of_all = tuple(watched.values())
         self._of_layer = {
-            layer.name: tuple([watched[p] for p in layer.parameters]) for layer in layers
+            name: tuple([watched[p] for p in parameters]) for name, parameters in self._of.items()
         }
         self.forwards = ForwardPasses(guard, device)
         self._ends = {} if self.joint else {layer.name: Ends(layer, guard) for layer in layers}
@@ -142,7 +149,7 @@ class Budget:
         """Return the scope of a use of a layer.
 
         Args:
-            target: the limit, if the use gets a scope of its own.
+            target: the norms, if the use gets a scope of its own.
             at_once: whether the use is the only one in that scope.
         """
         if not self.joint:
@@ -193,13 +200,13 @@ class Budget:
         if self.joint and self.token is None:
             sinks = [watched.sink for watched in self._of_all]
             self.token = _trace_forward(
-                self.key, self.target.limit, self.present, (self.forwards.token,), *sinks
+                self.key, self.target.norms, self.present, (self.forwards.token,), *sinks
             )
         return self.token
 
     def open_traced(
         self,
-        limit: Tensor,
+        norms: Tensor,
         present: Tensor | None,
         counters: Counters,
         sinks: Sequence[Tensor],
@@ -209,7 +216,7 @@ class Budget:
         All arguments are the traced graph's own tensors.
 
         Args:
-            limit: the limit of the target.
+            norms: the norms of the target.
             present: ``[B]`` bool, which rows are not padding; ``None`` for all.
             counters: the tensors to which the scope sends a 1.
             sinks: the tensors that receive the sums.
@@ -217,7 +224,7 @@ class Budget:
         trace = _this_trace()
         if self._scope is not None or trace is None:
             self._fail_without_one_graph()
-        scope = self._new(self.target._replace(limit=limit), present, at_once=False)
+        scope = self._new(self.target._replace(norms=norms), present, at_once=False)
         token = scope.open(self.parameters, sinks, self._inside(counters)).token
         assert token is not None
         # The token's graph keeps the scope alive. The references here must not outlive the trace.
@@ -251,7 +258,7 @@ class Budget:
 
         Args:
             layer: the layer.
-            target: the limit, if the use gets a scope of its own.
+            target: the norms, if the use gets a scope of its own.
             present: ``[B]`` bool, which rows are not padding; ``None`` for all.
             counters: the tensors from `counters_of`.
             token: the token of the forward pass, with a joint budget.
@@ -261,7 +268,7 @@ class Budget:
             self._guard.require(watched.moved())
         if not self.joint:
             scope = self._new(target, present, at_once=True)
-            return scope.open(layer.parameters, sinks, self._inside(counters))
+            return scope.open(self._of[layer.name], sinks, self._inside(counters))
         shared = self._traced()
         if shared is None or token is None or self._trace() is not _this_trace():
             self._fail_without_one_graph()
@@ -274,17 +281,11 @@ BUDGETS: weakref.WeakValueDictionary[str, Budget] = weakref.WeakValueDictionary(
 _NUMBERS = itertools.count()
 
 
-def target_of(config: BackpropClipping) -> Target:
-    """Return a target with the options of ``config``; the caller sets its limit."""
-    limit = torch.zeros((), dtype=torch.float64, device="cpu")
-    return Target(limit, config.normalize, config.stability)
-
-
 @torch._dynamo.allow_in_graph
 def _trace_forward(
-    key: str, limit: Tensor, present: Tensor | None, counters: Counters, *sinks: Tensor
+    key: str, norms: Tensor, present: Tensor | None, counters: Counters, *sinks: Tensor
 ) -> Tensor:
-    return BUDGETS[key].open_traced(limit, present, counters, sinks)
+    return BUDGETS[key].open_traced(norms, present, counters, sinks)
 
 
 def _this_trace() -> torch._guards.TracingContext | None:

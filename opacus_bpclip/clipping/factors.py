@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opacus_bpclip.rules.base import where_needed, zero_rows
 from opacus_bpclip.rules.precision import rounding_margin
+
+# Relative to the threshold: how far around it the count of examples falls from 1 to 0.
+COUNT_WIDTH = 0.1
 
 
 class Measured(NamedTuple):
@@ -42,24 +45,36 @@ class Target(NamedTuple):
     """The norm that the examples' gradients are scaled to.
 
     Attributes:
-        limit: the largest norm of a contribution, a scalar tensor.
-        normalize: whether smaller gradients are scaled up.
+        norms: ``[2]``, the limit, which is the largest norm of a contribution; and the threshold,
+            the largest norm of a gradient that is not scaled down. Gradients within the threshold
+            are multiplied by ``limit / threshold``.
+        normalize: whether smaller gradients are scaled up, whatever the threshold is.
         stability: the constant added to the norm that a normalised gradient is divided by.
+        tally: receives the number of examples within the threshold, see `centred_count`; ``None``
+            if they are not counted.
+        uses: the number of scopes with this target in one forward pass, at most.
     """
 
-    limit: Tensor
+    norms: Tensor
     normalize: bool = False
     stability: float = 0.0
+    tally: nn.Parameter | None = None
+    uses: int = 1
 
-    def unscaled(self) -> Tensor | float:
+    def at_hand(self) -> tuple[Any, Any]:
+        """Return limit and threshold: Python numbers where possible, since tensors cost kernels."""
+        if torch.compiler.is_compiling():
+            return self.norms[0], self.norms[1]
+        limit, threshold = self.norms.tolist()
+        return limit, threshold
+
+    def unscaled(self) -> Any:
         """Return the norm below which the factor hardly depends on the norm.
 
-        With clipping, the factor is 1 up to the limit. With normalisation, it is nearly
+        With clipping, the factor is constant up to the threshold. With normalisation, it is nearly
         ``limit / stability`` for norms far below ``stability``.
         """
-        if self.normalize:
-            return self.stability
-        return self.limit if torch.compiler.is_compiling() else self.limit.item()
+        return self.stability if self.normalize else self.at_hand()[1]
 
 
 def measured(
@@ -126,16 +141,42 @@ def clip_factors(
     bound, usable = found
     divided = max(examples, 1)
     part = (1 - rounding_margin(dtype, bound.device)) / divided
-    # A Python number where possible: a scalar tensor costs a kernel for each operation.
-    limit = target.limit if torch.compiler.is_compiling() else target.limit.item()
+    limit, threshold = target.at_hand()
     if target.normalize:
         factor = limit * part / (bound + target.stability / divided)
     else:
-        factor = (limit * part / bound).clamp(max=1)
+        factor = (threshold * part / bound).clamp(max=1)
+        if torch.compiler.is_compiling() or limit != threshold:
+            factor = factor * (limit / threshold)
     if present is not None:
         # Usable gradients are finite, so that a factor of 0 suffices and `keep` need not change.
         factor = zero_rows(factor, present.to(factor.device))
     return Factors(zero_rows(factor, usable).to(dtype), usable)
+
+
+def centred_count(
+    found: Measured, target: Target, *, examples: int = 1, present: Tensor | None = None
+) -> Tensor:
+    """Return the number of examples within the threshold minus half the number of all. ``[]``.
+
+    Guarantee: an example changes the result by at most ``1 / (2 uses)``. It counts 1/2 well within
+    the threshold, -1/2 well above, and 0 if it is not usable or not present. In between the count
+    falls linearly: a jump would turn a rounding error, which depends on ``examples``, into a whole
+    example.
+
+    Args:
+        found: the bounds on the gradients' norms.
+        target: the threshold.
+        examples: the number that a mean loss has divided the gradients by.
+        present: ``[B]`` bool, which rows are not padding; ``None`` for all.
+    """
+    _, threshold = target.at_hand()
+    ratio = found.bound.double() * max(examples, 1) / threshold
+    counted = ((1 - ratio) / (2 * COUNT_WIDTH)).clamp(-0.5, 0.5)
+    counted = zero_rows(counted, found.usable)
+    if present is not None:
+        counted = zero_rows(counted, present.to(counted.device))
+    return counted.sum() / target.uses
 
 
 def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:

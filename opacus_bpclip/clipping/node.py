@@ -158,7 +158,7 @@ class NodeClip(Clip):
             self.budget.key,
             self.index,
             y,
-            self.target.limit,
+            self.target.norms,
             self.budget.present,
             self.budget.counters_of(self.layer),
             self.budget.traced_token(),
@@ -238,7 +238,7 @@ def _traced(
     key: str,
     index: int,
     y: Tensor,
-    limit: Tensor,
+    norms: Tensor,
     present: Tensor | None,
     counters: Counters,
     token: Tensor | None,
@@ -251,7 +251,7 @@ def _traced(
         key: the budget's key.
         index: the index of the layer's clip in the budget.
         y: the layer's output.
-        limit: the limit of the target.
+        norms: the norms of the target.
         present: ``[B]`` bool, which rows are not padding; ``None`` for all.
         counters: the tensors to which the layer's scopes send a 1.
         token: the token of the forward pass, with a joint budget.
@@ -271,7 +271,7 @@ def _traced(
     module = clip.layer.module
     names = list(module._parameters)
     own = tensors[count : count + len(names)]
-    target = clip.target._replace(limit=limit)
+    target = clip.target._replace(norms=norms)
     sinks = cast("tuple[Tensor, ...]", tensors[:count])
     scope = budget.traced_scope(clip.layer, target, present, counters, token, sinks)
     with parameters_replaced(module, dict(zip(names, own, strict=True))):

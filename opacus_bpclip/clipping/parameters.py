@@ -75,7 +75,7 @@ class ParameterClip(Clip):
                 self.budget.key,
                 self.index,
                 batch_size,
-                self.target.limit,
+                self.target.norms,
                 self.budget.present,
                 self.budget.counters_of(self.layer),
                 self.budget.traced_token(),
@@ -156,7 +156,7 @@ def _traced_copies(
     key: str,
     index: int,
     batch_size: int,
-    limit: Tensor,
+    norms: Tensor,
     present: Tensor | None,
     counters: Counters,
     token: Tensor | None,
@@ -169,7 +169,7 @@ def _traced_copies(
         key: the budget's key.
         index: the index of the layer's clip in the budget.
         batch_size: the number of examples.
-        limit: the limit of the target.
+        norms: the norms of the target.
         present: ``[B]`` bool, which rows are not padding; ``None`` for all.
         ends: the tensors of `Ends` that count the layer's scopes.
         token: the token of the forward pass, with a joint budget.
@@ -183,7 +183,7 @@ def _traced_copies(
     if rows:
         shape, axis = (number(batch_size),), clip.layer.arguments.batch_axis
         clip.guard.require(wrong_rows(clip.layer.name, shape, shape[0], rows, axis))
-    target = clip.target._replace(limit=limit)
+    target = clip.target._replace(norms=norms)
     scope = budget.traced_scope(clip.layer, target, present, counters, token, tensors[:count])
     copies = clip.copies(scope, batch_size, tensors[count:])
     scope.close()

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.clipping.factors import Factors, Measured, Target, clip_factors, everywhere
+from opacus_bpclip.clipping.factors import (
+    Factors,
+    Measured,
+    Target,
+    centred_count,
+    clip_factors,
+    everywhere,
+)
 from opacus_bpclip.clipping.together import measure_together, merged
 from opacus_bpclip.clipping.use import ALL, Sums, Use
 from opacus_bpclip.errors import PrivacyViolationError
@@ -111,7 +118,7 @@ class Scope:
         """Measure a use whose gradient has arrived; return the gradients of the layer's inputs."""
         self.begin()
         if self.at_once:
-            sums, inputs = use.clip(lambda found, rows=ALL: self._factors(found, use, rows))
+            sums, inputs = use.clip(lambda found, rows=ALL: self._counted(found, use, rows))
             self._add(use, sums)
             return inputs
         if not torch.compiler.is_compiling():
@@ -170,6 +177,7 @@ class Scope:
         # Divided by the largest part, so that no square overflows.
         largest = parts.amax(dim=0).clamp(min=torch.finfo(parts.dtype).tiny)
         total = Measured(torch.linalg.vector_norm(parts / largest, dim=0) * largest, usable)
+        self._count(total, next(use for uses in kept.values() for use in uses), ALL)
         shared: dict[tuple[torch.dtype, int], Factors] = {}
         while kept:
             for use in kept.pop(next(iter(kept))):
@@ -191,11 +199,25 @@ class Scope:
         present = None if self.present is None else self.present[rows]
         return clip_factors(found, self.target, use.dtype, examples=use.examples, present=present)
 
+    def _counted(self, found: Measured, use: Use, rows: slice) -> Factors:
+        self._count(found, use, rows)
+        return self._factors(found, use, rows)
+
+    def _count(self, found: Measured, use: Use, rows: slice) -> None:
+        """Count the examples within the threshold, once for each example of the scope."""
+        tally = self.target.tally
+        if tally is None:
+            return
+        present = None if self.present is None else self.present[rows]
+        self._sum(tally, centred_count(found, self.target, examples=use.examples, present=present))
+
     def _add(self, use: Use, sums: Sums) -> None:
         for name, total in sums.items():
-            parameter = use.layer.named_parameters[name]
-            earlier = self._sums.get(parameter)
-            self._sums[parameter] = total if earlier is None else earlier + total
+            self._sum(use.layer.named_parameters[name], total)
+
+    def _sum(self, parameter: nn.Parameter, total: Tensor) -> None:
+        earlier = self._sums.get(parameter)
+        self._sums[parameter] = total if earlier is None else earlier + total
 
 
 class _End(torch.autograd.Function):

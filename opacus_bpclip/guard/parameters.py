@@ -32,6 +32,7 @@ class GuardedParameters:
         check: Check,
     ) -> None:
         self._whole = dict(whole)
+        self._refuse, self._check = refuse, check
         self._watched: dict[Tensor, WatchedParameter] = {}
         for layer in layers:
             for name, parameter in layer.module.named_parameters(recurse=False):
@@ -47,6 +48,12 @@ class GuardedParameters:
         self._all = dict(model.named_parameters())
         self._frozen = {n: p for n, p in self._all.items() if p not in self._watched}
         self._versions: list[int] = []
+
+    def watch_counts(self, counts: Mapping[str, nn.Parameter]) -> None:
+        """Collect sums for counts of examples, too, which are no parameters of the model."""
+        for name, count in counts.items():
+            full = f"the count of {name or 'examples'}"
+            self._watched[count] = WatchedParameter(full, count, self._refuse, self._check)
 
     def __contains__(self, parameter: Tensor) -> bool:
         """Return whether a parameter, whole or sharded, is watched."""

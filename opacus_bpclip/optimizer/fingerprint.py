@@ -33,6 +33,8 @@ def settings_of(
         "allocation": _plain(config.allocation),
         "normalize": config.normalize,
         "stability": config.stability,
+        "threshold": repr(config.threshold),
+        "layer_noise": _plain(config.layer_noise),
         "uses": _plain(config.uses),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer.marks import is_released, mark_as_released
 from opacus_bpclip.optimizer.noise import add_noise_
 from opacus_bpclip.optimizer.ranks import local, released
+from opacus_bpclip.optimizer.scales import noise_of
 from opacus_bpclip.optimizer.wrapper import OptimizerWrapper
 from opacus_bpclip.rules.precision import norm_dtype
 
@@ -80,25 +81,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
             loss_reduction=loss_reduction,
             **options,
         )
-
-    @property
-    def max_grad_norm(self) -> float:
-        """Joint L2 sensitivity of the summed gradient; setting it rescales every layer's.
-
-        Raises:
-            ValueError: set to anything but a finite number above zero.
-            PrivacyViolationError: set while clipped gradients wait for their noise.
-        """
-        return self._hooks._max_grad_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float) -> None:
-        self._hooks._max_grad_norm = value
-
-    @property
-    def layer_sensitivities(self) -> Mapping[str, float]:
-        """Return Delta_l by module name; their squares sum to ``max_grad_norm ** 2``."""
-        return self._hooks._layer_sensitivities
+        self._drop_counts()
 
     @property
     def accumulated_iterations(self) -> int:
@@ -140,7 +123,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
                     "call make_private."
                 )
         guard.require(guard.passes.collect(any_gradient=guard.collected > 0))
-        for p in self.params:
+        for p in self._summed:
             gradient = guard.take(p)
             if gradient is not None:
                 # Out of place: autograd may have sent one tensor to two parameters.
@@ -152,22 +135,21 @@ class BackpropClipOptimizer(OptimizerWrapper):
     def add_noise(self) -> None:
         """Set each ``p.grad`` to ``p.summed_grad`` plus Gaussian noise, independent in each entry.
 
-        The noise's standard deviation, ``noise_multiplier * max_grad_norm``, is computed only here.
-        With several ranks, ``p.grad`` is the sum over all ranks, with noise drawn once.
+        The noise's standard deviation is ``noise_multiplier * max_grad_norm``, or what `noise_of`
+        divides over layers and counts. It is computed only here. With several ranks, ``p.grad`` is
+        the sum over all ranks, with noise drawn once.
         """
-        sums = [p.summed_grad for p in self.params]
+        held = self._summed
+        sums = [p.summed_grad for p in held]
         for summed in sums:
             _check_processed_flag(summed)
         if self.keep_summed_grad:
             sums = [summed.clone() for summed in sums]
-        add_noise = partial(
-            add_noise_,
-            std=self.noise_multiplier * self.max_grad_norm,
-            generator=self.generator,
-            secure_mode=self.secure_mode,
-        )
-        noised = released(sums, self.params, self._guard.ranks, add_noise)
-        for p, gradient in zip(self.params, noised, strict=True):
+        noise = noise_of(self._hooks._sensitivities, self.noise_multiplier, self.max_grad_norm)
+        stds = [noise[self._guard.parameters.whole(p)] for p in held]
+        add_noise = partial(add_noise_, generator=self.generator, secure_mode=self.secure_mode)
+        noised = released(sums, held, self._guard.ranks, add_noise, stds)
+        for p, gradient in zip(held, noised, strict=True):
             # After the noise, rounding to the parameter's dtype is post-processing.
             p.grad = gradient.to(p.dtype)
             if self.keep_summed_grad:
@@ -178,8 +160,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
     def scale_grad(self) -> None:
         """Divide ``p.grad`` by the expected batch size, where the loss is a mean."""
         if self.loss_reduction == "mean":
-            divisor = self.expected_batch_size * self.accumulated_iterations
-            divisor *= self._guard.ranks.size
+            divisor = self._expected_examples
             torch._foreach_div_([local(p.grad) for p in self.params], divisor)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -203,6 +184,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
             self._guard.finish()
             return False
         self.add_noise()
+        self._move_thresholds()
         self.scale_grad()
         for p in self.params:
             mark_as_released(p.grad)
@@ -279,6 +261,8 @@ class BackpropClipOptimizer(OptimizerWrapper):
         if self._guard.violation is not None and not self._guard.refused:
             self._end_refused_batch(self._check_skip_next_step())
         super().zero_grad(set_to_none)
+        if not self._is_last_step_skipped:
+            self._drop_counts()
         for p in self.params:
             if p.grad is not None:
                 mark_as_cleared(p.grad)
@@ -293,7 +277,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
         if not skip:
             self._guard.ranks.begin_batch()
         if not skip or samples.mixed:
-            for p in self.params:
+            for p in self._summed:
                 p.summed_grad = None
             self._is_last_step_skipped = False
             samples.close()

@@ -23,7 +23,8 @@ def released(
     sums: Sequence[Tensor],
     parameters: Sequence[nn.Parameter],
     ranks: Ranks,
-    add_noise: Callable[[Sequence[Tensor]], None],
+    add_noise: Callable[..., None],
+    stds: Sequence[float],
 ) -> list[Tensor]:
     """Return the noised sums over all ranks. The tensors in ``sums`` may be changed in place.
 
@@ -33,7 +34,8 @@ def released(
         sums: this rank's sums, one whole tensor for each parameter.
         parameters: the optimizer's parameters, whole or sharded.
         ranks: the ranks that train together.
-        add_noise: adds noise to every entry of tensors, in place.
+        add_noise: adds noise of standard deviation ``std`` to every entry of tensors, in place.
+        stds: the noise's standard deviation for each sum.
 
     Returns:
         For a replicated parameter the whole sum, the same on all ranks; for a sharded one this
@@ -44,7 +46,12 @@ def released(
     if ranks.size > 1:
         parts = [part.contiguous() for part in parts]
     pairs = list(zip(parts, sharded, strict=True))
-    add_noise([part for part, is_shard in pairs if is_shard or ranks.rank == 0])
+    noisy: dict[float, list[Tensor]] = {}
+    for (part, is_shard), std in zip(pairs, stds, strict=True):
+        if is_shard or ranks.rank == 0:
+            noisy.setdefault(std, []).append(part)
+    for std, own in noisy.items():
+        add_noise(own, std=std)
     if ranks.size > 1:
         adding = [dist.all_reduce(x, async_op=True) for x, is_shard in pairs if not is_shard]
         for each in adding:

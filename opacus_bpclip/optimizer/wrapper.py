@@ -13,6 +13,8 @@ from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer import fingerprint
 
+_THRESHOLDS = "thresholds"
+
 
 class OptimizerWrapper(DPOptimizerFastGradientClipping):
     """Opacus's optimizer for gradients that arrive summed; subclasses add the step."""
@@ -22,6 +24,58 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
     @property
     def _guard(self) -> GradientGuard:
         return self._hooks._guard
+
+    @property
+    def max_grad_norm(self) -> float:
+        """Joint L2 sensitivity of the summed gradient; setting it rescales every layer's.
+
+        Raises:
+            ValueError: set to anything but a finite number above zero.
+            PrivacyViolationError: set while clipped gradients wait for their noise.
+        """
+        return self._hooks._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        self._hooks._max_grad_norm = value
+
+    @property
+    def layer_sensitivities(self) -> Mapping[str, float]:
+        """Return Delta_l by module name; their squares sum to ``max_grad_norm ** 2``."""
+        return self._hooks._layer_sensitivities
+
+    @property
+    def thresholds(self) -> Mapping[str, float]:
+        """Return the norms from which on an example's gradient is scaled down, by module name.
+
+        With a joint budget there is one, under the name ``"(model)"``.
+        """
+        return self._hooks._sensitivities.thresholds
+
+    @property
+    def _summed(self) -> list[Any]:
+        """Return all that a step adds up: the parameters, and the counts of examples."""
+        return [*self.params, *self._hooks._sensitivities.counts.values()]
+
+    def _drop_counts(self) -> None:
+        for count in self._hooks._sensitivities.counts.values():
+            count.summed_grad = None  # type: ignore[attr-defined]
+
+    def _move_thresholds(self) -> None:
+        """Let the thresholds follow the released counts: the next step uses them."""
+        own = self._hooks._sensitivities
+        within = {}
+        for name, count in own.counts.items():
+            assert count.grad is not None
+            within[name] = 0.5 + float(count.grad) / self._expected_examples
+            count.grad = None
+        own.follow(within)
+
+    @property
+    def _expected_examples(self) -> float:
+        """Return the expected number of examples in a step, of all ranks together."""
+        own: float = self.expected_batch_size * self.accumulated_iterations
+        return own * self._guard.ranks.size
 
     # This flag is kept in the guard and not in the optimizer, since a wrapper (Lightning's) may
     # have copied the optimizer's attributes.
@@ -68,12 +122,17 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state and the privacy settings."""
-        return {**self.original_optimizer.state_dict(), fingerprint.KEY: self._settings()}
+        own = self.original_optimizer.state_dict()
+        moving = self._hooks._sensitivities.state_dict()
+        return {**own, fingerprint.KEY: self._settings(), _THRESHOLDS: moving}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the wrapped optimizer's state; warn if it was saved under other settings."""
         state = dict(state_dict)
         fingerprint.compare(state.pop(fingerprint.KEY, None), self._settings())
+        moving = state.pop(_THRESHOLDS, None)
+        if moving is not None:
+            self._hooks._sensitivities.load_state_dict(moving)
         self.original_optimizer.load_state_dict(state)
 
     def _settings(self) -> fingerprint.Settings:
@@ -98,7 +157,7 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for p in self.params:
+        for p in self._summed:
             # Torch does not copy a parameter's attributes.
             p.summed_grad = getattr(p, "summed_grad", None)
 
@@ -112,6 +171,6 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         memo[id(self)] = copied
         memo[id(self.generator)] = self.generator
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        for p, own in zip(self.params, copied.params, strict=True):
+        for p, own in zip(self._summed, copied._summed, strict=True):
             own.summed_grad = copy.deepcopy(p.summed_grad, memo)
         return copied

@@ -44,7 +44,7 @@ def test_a_copy_of_a_private_model_clips_with_a_factor_of_its_own(how):
     assert twin._budget.key != trainer.model._budget.key
     trainer.optimizer.max_grad_norm = 7.0
     assert twin._max_grad_norm == 0.5
-    assert float(twin._budget.target.limit) == 0.5
+    assert twin._budget.target.norms.tolist() == [0.5, 0.5]
     twin._guard.clear()
     twin.zero_grad()
     trainer.loss(twin(x), target, "sum").backward()

@@ -1,50 +1,19 @@
-"""The public options of backpropagation clipping."""
+"""The options of backpropagation clipping."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 from typing_extensions import Self
 
+from opacus_bpclip.config.checks import Frozen, is_positive_number, require_choice
+from opacus_bpclip.config.thresholds import AdaptiveThreshold, ThresholdSchedule
+
 Bound = Literal["product", "weighted", "exact"]
 Allocation = Literal["joint", "equal", "dimension"]
-
-Value = TypeVar("Value", int, float)
-
-
-def is_positive_number(value: object) -> bool:
-    """Return whether ``value`` is a finite number above zero; a bool does not count as one."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return 0 < float(value) < math.inf
-    except OverflowError:  # an integer beyond any float
-        return False
-
-
-class _Frozen(Mapping[str, Value]):
-    """A mapping that cannot be changed, so that it can be hashed, copied and pickled."""
-
-    def __init__(self, items: Mapping[str, Value]) -> None:
-        self._items: tuple[tuple[str, Value], ...] = tuple(items.items())
-
-    def __getitem__(self, name: str) -> Value:
-        return dict(self._items)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict(self._items))
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._items))
-
-    def __repr__(self) -> str:
-        return repr(dict(self._items))
+LayerNoise = Literal["equal", "dimension"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +39,17 @@ class BackpropClipping:
         stability: the constant added to the bound if ``normalize`` is set, in units of the norm of
             an example's gradient. Gradients far below it stay small, so that rounding errors of
             gradients that cancel are not scaled up to the limit.
+        threshold: the norm of an example's gradient from which on it is scaled down; ``None`` for
+            the limit itself, ``max_grad_norm`` or ``Delta_l``. An `AdaptiveThreshold` follows a
+            quantile of the norms, a `ThresholdSchedule` is fixed before training. Gradients are
+            then multiplied so that the sensitivity stays ``max_grad_norm``, and ``Delta_l`` is
+            proportional to the layer's threshold.
+        layer_noise: how the noise is divided over layers that clip by themselves. ``"equal"``: each
+            number has the same noise, ``noise_multiplier * max_grad_norm``. ``"dimension"``: a
+            layer ``l`` with ``d_l`` parameters has noise ``s_l`` that minimises
+            ``sum(d_l * s_l ** 2)`` at the same privacy. A mapping from names to public numbers
+            ``c_l`` minimises ``sum(c_l * d_l * s_l ** 2)``, 1 for layers without one; a layer with
+            a large ``c_l`` is one whose noise does more harm.
         uses: the number of uses of a layer in one forward pass, by dotted name, for layers that
             clip by themselves; 1 for layers that are not named. Each of ``K`` uses is clipped to
             ``Delta_l / K``, so that together they stay within ``Delta_l``. More uses than declared
@@ -96,6 +76,8 @@ class BackpropClipping:
     max_input_norm: float | None = None
     normalize: bool = False
     stability: float = 0.01
+    threshold: AdaptiveThreshold | ThresholdSchedule | None = None
+    layer_noise: LayerNoise | Mapping[str, float] = "equal"
     uses: Literal["auto"] | Mapping[str, int] = "auto"
     probe: bool = True
 
@@ -109,7 +91,7 @@ class BackpropClipping:
         return cls(allocation="dimension", bound="product", max_input_norm=3.0)
 
     def __post_init__(self) -> None:
-        _require_choice("bound", self.bound, get_args(Bound))
+        require_choice("bound", self.bound, get_args(Bound))
         if not isinstance(self.normalize, bool):
             raise ValueError(f"Expected normalize={self.normalize!r} to be True or False.")
         if not is_positive_number(self.stability):
@@ -119,21 +101,13 @@ class BackpropClipping:
                 f"Expected max_input_norm={self.max_input_norm!r} to be a finite number > 0, or "
                 "None."
             )
+        self._check_threshold_and_noise()
         if self.bound == "product" and self.max_input_norm is None:
             raise ValueError(
                 'bound="product" needs max_input_norm: the bound is max_input_norm times a norm of '
                 'the upstream gradient. Set max_input_norm, or choose bound="weighted" or "exact".'
             )
-        if isinstance(self.allocation, Mapping):
-            for name, share in self.allocation.items():
-                if not isinstance(name, str) or not is_positive_number(share):
-                    raise ValueError(
-                        f"Expected allocation[{name!r}]={share!r} to map a module's name to a "
-                        "finite number > 0."
-                    )
-            object.__setattr__(self, "allocation", _Frozen(self.allocation))
-        else:
-            _require_choice("allocation", self.allocation, get_args(Allocation), "or a mapping")
+        self._freeze_numbers("allocation", get_args(Allocation))
         if not isinstance(self.probe, bool):
             raise ValueError(f"Expected probe={self.probe!r} to be True or False.")
         if self.uses == "auto":
@@ -147,10 +121,38 @@ class BackpropClipping:
                 raise ValueError(
                     f"Expected uses[{name!r}]={count!r} to map a module's name to an integer >= 1."
                 )
-        object.__setattr__(self, "uses", _Frozen(self.uses))
+        object.__setattr__(self, "uses", Frozen(self.uses))
 
+    def _check_threshold_and_noise(self) -> None:
+        if self.threshold is not None:
+            if not isinstance(self.threshold, (AdaptiveThreshold, ThresholdSchedule)):
+                raise ValueError(
+                    f"Expected threshold={self.threshold!r} to be an AdaptiveThreshold, a "
+                    "ThresholdSchedule or None."
+                )
+            if self.normalize:
+                raise ValueError(
+                    "normalize=True scales every gradient to the limit, so that a threshold would "
+                    "change nothing. Set one of the two."
+                )
+        self._freeze_numbers("layer_noise", get_args(LayerNoise))
+        if self.layer_noise != "equal" and self.allocation == "joint":
+            raise ValueError(
+                f"layer_noise={self.layer_noise!r} needs layers that clip by themselves: with "
+                'allocation="joint" any layer may get all of max_grad_norm. Set '
+                'allocation="equal", or layer_noise="equal".'
+            )
 
-def _require_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:
-    if not isinstance(value, str) or value not in choices:
-        expected = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"Expected {name}={value!r} to be one of {expected} {more}".rstrip() + ".")
+    def _freeze_numbers(self, option: str, choices: tuple[str, ...]) -> None:
+        """Check an option that is a choice, or maps names to positive numbers; freeze a mapping."""
+        value = getattr(self, option)
+        if not isinstance(value, Mapping):
+            require_choice(option, value, choices, "or a mapping")
+            return
+        for name, number in value.items():
+            if not isinstance(name, str) or not is_positive_number(number):
+                raise ValueError(
+                    f"Expected {option}[{name!r}]={number!r} to map a module's name to a finite "
+                    "number > 0."
+                )
+        object.__setattr__(self, option, Frozen(value))

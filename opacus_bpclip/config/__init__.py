@@ -1,0 +1,15 @@
+"""The public options of backpropagation clipping."""
+
+from opacus_bpclip.config.checks import is_positive_number
+from opacus_bpclip.config.clipping import Allocation, BackpropClipping, Bound, LayerNoise
+from opacus_bpclip.config.thresholds import AdaptiveThreshold, ThresholdSchedule
+
+__all__ = [
+    "AdaptiveThreshold",
+    "Allocation",
+    "BackpropClipping",
+    "Bound",
+    "LayerNoise",
+    "ThresholdSchedule",
+    "is_positive_number",
+]
