@@ -120,16 +120,20 @@ class Sensitivities:
             return
         self.set(self.max_grad_norm)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on."""
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what `load_state_dict` needs to go on; ``None`` if the thresholds do not move."""
+        if self.policy is None:
+            return None
         return {"thresholds": self.thresholds, "steps": self.steps}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the thresholds of a saved state, if they move.
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on with the thresholds of a saved state, if it has some and they move.
 
         Raises:
             ValueError: it is the state of other layers.
         """
+        if state is None or self.policy is None:
+            return
         saved = state["thresholds"]
         if set(saved) != set(self._values):
             raise ValueError(
@@ -137,7 +141,5 @@ class Sensitivities:
                 f"{', '.join(self._values)}. Load it with the model and the allocation that it was "
                 "saved with."
             )
-        self.steps = state["steps"]
-        if self.policy is not None:
-            self._values = dict(saved)
+        self.steps, self._values = state["steps"], dict(saved)
         self.set(self.max_grad_norm)

@@ -122,17 +122,15 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state and the privacy settings."""
-        own = self.original_optimizer.state_dict()
+        state = {**self.original_optimizer.state_dict(), fingerprint.KEY: self._settings()}
         moving = self._hooks._sensitivities.state_dict()
-        return {**own, fingerprint.KEY: self._settings(), _THRESHOLDS: moving}
+        return state if moving is None else {**state, _THRESHOLDS: moving}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the wrapped optimizer's state; warn if it was saved under other settings."""
         state = dict(state_dict)
         fingerprint.compare(state.pop(fingerprint.KEY, None), self._settings())
-        moving = state.pop(_THRESHOLDS, None)
-        if moving is not None:
-            self._hooks._sensitivities.load_state_dict(moving)
+        self._hooks._sensitivities.load_state_dict(state.pop(_THRESHOLDS, None))
         self.original_optimizer.load_state_dict(state)
 
     def _settings(self) -> fingerprint.Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opacus_bpclip import hooks as grad_sample_module
-from opacus_bpclip.clipping import allocation, fused, parameters, recurrent, use
+from opacus_bpclip.clipping import fused, parameters, recurrent, sensitivities, use
 from opacus_bpclip.clipping.factors import Factors, Measured
 from opacus_bpclip.clipping.fused_use import FusedUse
 from opacus_bpclip.clipping.scope import Scope
+from opacus_bpclip.clipping.sensitivities import Sensitivities
 from opacus_bpclip.clipping.shared import SharedMeasurement
 from opacus_bpclip.clipping.use import Clipped, FactorsOf, OwnUse
-from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.model.tying import Group
 from opacus_bpclip.rules import (
     ConvRule,
@@ -37,22 +38,24 @@ from tests.mutants.registry import MOVED, clipped_around_the_layer, mutant
 def sqrt_of_the_layers_lost(patch: pytest.MonkeyPatch) -> None:
     """Every one of L layers gets the whole of `max_grad_norm`: together they move by sqrt(L) times
     what the noise is for."""
-    patch.setattr(allocation, "layer_fractions", lambda sizes, _: dict.fromkeys(sizes, 1.0))
+    patch.setattr(sensitivities, "layer_fractions", lambda sizes, _: dict.fromkeys(sizes, 1.0))
 
 
 @mutant(killed_by=killers.two_layers_after_a_new_limit, says=MOVED)
 def layers_not_told_of_a_new_limit(patch: pytest.MonkeyPatch) -> None:
     """A scheduler lowers `max_grad_norm`, and with it the noise; the layers still clip to the old
     limit."""
-    setter = BackpropClipHooks._max_grad_norm
+    put = Sensitivities.set
+    told: weakref.WeakSet[Sensitivities] = weakref.WeakSet()
 
-    def once(self: BackpropClipHooks, value: float) -> None:
-        if hasattr(self, "_norm"):
-            self._norm = value
+    def once(self: Sensitivities, value: float) -> None:
+        if self in told:
+            self.max_grad_norm = value
         else:
-            setter.fset(self, value)
+            told.add(self)
+            put(self, value)
 
-    patch.setattr(BackpropClipHooks, "_max_grad_norm", property(setter.fget, once))
+    patch.setattr(Sensitivities, "set", once)
 
 
 @mutant(killed_by=killers.product_with_bias, says=MOVED)
@@ -198,7 +201,7 @@ def means_left_in_normalised_layers(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.two_uses, says=MOVED)
 def reuse_counted_once(patch: pytest.MonkeyPatch) -> None:
     """Each use of a layer gets the whole of its limit, though their contributions add up."""
-    patch.setattr(allocation, "limit_of_each_use", lambda sensitivity, uses: sensitivity)
+    patch.setattr(sensitivities, "norm_of_each_use", lambda norm, uses: norm)
 
 
 @mutant(killed_by=killers.tied_layers, says=MOVED)

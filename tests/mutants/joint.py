@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from opacus_bpclip.clipping import budget, scope, together
+from opacus_bpclip.clipping import scope, together
 from opacus_bpclip.clipping.factors import Factors, Measured, Target
 from opacus_bpclip.clipping.fused_use import FusedUse
 from opacus_bpclip.clipping.scope import Scope
+from opacus_bpclip.clipping.sensitivities import Sensitivities
 from opacus_bpclip.clipping.use import Use
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.guard.passes import BackwardPasses
@@ -157,12 +158,12 @@ def example_kept_where_it_is_finite(patch: pytest.MonkeyPatch) -> None:
 def stability_left_out(patch: pytest.MonkeyPatch) -> None:
     """A gradient that consists of rounding errors is scaled up to the limit, and it changes with
     the batch size of a mean loss."""
-    target_of = budget.target_of
+    target_of = Sensitivities._target
 
-    def bare(config: BackpropClipping) -> Target:
-        return target_of(config)._replace(stability=0.0)
+    def bare(self: Sensitivities, config: BackpropClipping, name: str) -> Target:
+        return target_of(self, config, name)._replace(stability=0.0)
 
-    patch.setattr(budget, "target_of", bare)
+    patch.setattr(Sensitivities, "_target", bare)
 
 
 @mutant(killed_by=killers.sequences_of_several_lengths, says=APART)

@@ -22,8 +22,8 @@ def noise_of_every_rank(patch: pytest.MonkeyPatch) -> None:
     accounted for."""
     released = optimizer.released
 
-    def as_rank_0(sums: Any, parameters: Any, ranks: Ranks, add_noise: Any) -> list[Tensor]:
-        return released(sums, parameters, Ranks(ranks.size, 0), add_noise)
+    def as_rank_0(sums: Any, parameters: Any, ranks: Ranks, *noise: Any) -> list[Tensor]:
+        return released(sums, parameters, Ranks(ranks.size, 0), *noise)
 
     patch.setattr(optimizer, "released", as_rank_0)
 
@@ -58,8 +58,8 @@ def sum_divided_by_ranks(patch: pytest.MonkeyPatch) -> None:
     batch size of all ranks."""
     released = optimizer.released
 
-    def averaged(sums: Any, parameters: Any, ranks: Ranks, add_noise: Any) -> list[Tensor]:
-        return released([s / ranks.size for s in sums], parameters, ranks, add_noise)
+    def averaged(sums: Any, parameters: Any, ranks: Ranks, *noise: Any) -> list[Tensor]:
+        return released([s / ranks.size for s in sums], parameters, ranks, *noise)
 
     patch.setattr(optimizer, "released", averaged)
 
