@@ -14,6 +14,7 @@ from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.engine.engine import PrivacyEngine
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
+from opacus_bpclip.optimizer.scales import noise_of
 
 Loss = Callable[..., Tensor]
 Inputs = Callable[[int], "Tensor | Batch"]
@@ -86,8 +87,11 @@ class EngineTrainer(Trainer):
             )
         self._loss = loss or linear_loss(loss_reduction)
         self._runs_empty = True
+        own = self._optimizer._hooks._sensitivities
+        self._thresholds = own.state_dict()
+        self._counts = tuple(own.counts.values())
         super().__init__(
-            self._optimizer.params,
+            [*self._optimizer.params, *self._counts],
             noise_multiplier=noise_multiplier,
             sensitivity=max_grad_norm,
             divisor=_EXPECTED_BATCH_SIZE if loss_reduction == "mean" else 1.0,
@@ -114,6 +118,31 @@ class EngineTrainer(Trainer):
     def step(self) -> None:
         """Step the private optimizer."""
         self._optimizer.step()
+
+    def restart(self) -> None:
+        """Put the parameters and the thresholds back to their first values."""
+        super().restart()
+        self._optimizer._hooks._sensitivities.load_state_dict(self._thresholds)
+
+    def release(self) -> Tensor | None:
+        """Finish the step; return the noisy sums and counts, all in the same units of noise.
+
+        A layer with noise of its own, and the counts of examples, are multiplied so that their
+        noise is ``noise_multiplier * sensitivity``, too. Then all of it moves by ``sensitivity``.
+        """
+        own, whole = self._optimizer._hooks._sensitivities, self._optimizer._guard.parameters.whole
+        units = noise_of(own, 1.0, self.sensitivity)
+        self.step()
+        if all(p.grad is None for p in self.parameters):
+            return None
+        released = []
+        for p in self.parameters:
+            unit = self.sensitivity / units[whole(p)]
+            block = torch.zeros_like(p) if p.grad is None else p.grad
+            divisor = 1.0 if any(p is count for count in self._counts) else self.divisor
+            released.append(block.flatten().cpu() * (divisor * unit))
+        # In the precision of the gradients, by which the audit judges rounding errors.
+        return torch.cat(released).to(self.parameters[0].dtype)
 
     def history(self) -> Sequence[tuple[float, float, int]]:
         """Return the entries of the engine's accountant."""

@@ -19,7 +19,7 @@ from opacus_bpclip.audit.results import Audited, AuditRecord
 from opacus_bpclip.audit.settings import MAX_INPUT_NORM, Settings, Task, shape_of, tasks
 from opacus_bpclip.audit.target import Batch, Target
 from opacus_bpclip.audit.verdict import outcome_of
-from opacus_bpclip.config import Allocation, BackpropClipping, Bound
+from opacus_bpclip.config import AdaptiveThreshold, Allocation, BackpropClipping, Bound
 from opacus_bpclip.jobs.errors import JobError, UsageError, told_of_users_code
 from opacus_bpclip.jobs.loading import load_object, made_by
 from opacus_bpclip.jobs.processes import call_in_children
@@ -134,10 +134,13 @@ def clipping_of(settings: Settings, task: Task) -> BackpropClipping:
     if max_input_norm == "usual":
         clips = task.bound == "product" or task.allocation != "joint"
         max_input_norm = MAX_INPUT_NORM if clips else None
+    adaptive = task.threshold == "adaptive"
     return BackpropClipping(
         allocation=cast(Allocation, task.allocation),
         bound=cast(Bound, task.bound),
         max_input_norm=max_input_norm,
+        threshold=AdaptiveThreshold() if adaptive else None,
+        layer_noise="dimension" if adaptive and task.allocation != "joint" else "equal",
     )
 
 

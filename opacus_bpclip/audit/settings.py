@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -32,6 +33,7 @@ CASE_NAMES: tuple[CaseName, ...] = get_args(CaseName)
 # For these, the joint budget and the layerwise ones clip differently.
 OF_SEVERAL_LAYERS = ("branches", "shared")
 Reduction = Literal["mean", "sum"]
+Threshold = Literal["fixed", "adaptive"]
 # How a case is audited: the loss reduction, the bound, the allocation.
 Combination = tuple[Reduction, Bound, Allocation]
 
@@ -57,6 +59,8 @@ def _all(values: tuple[str, ...], of_model: str) -> tuple[Any, Parameter]:
 _ALLOCATIONS, _SHOW_ALLOCATIONS = _all(("joint", "dimension"), "joint")
 _BOUNDS, _SHOW_BOUNDS = _all(get_args(Bound), "exact")
 _REDUCTIONS, _SHOW_REDUCTIONS = _all(get_args(Reduction), "mean")
+_BOTH = get_args(Threshold)
+_THRESHOLDS, _SHOW_THRESHOLDS = _all(get_args(Threshold), "fixed")
 
 
 class Settings(Options):
@@ -75,6 +79,8 @@ class Settings(Options):
         allocation: how budgets are split
         bound: how gradients are bounded
         loss_reduction: how losses are reduced
+        threshold: whether thresholds follow a quantile, with each layer's noise scaled where layers
+            clip by themselves; cases of one layer only if this is all that is named
         max_grad_norm: joint L2 sensitivity
         max_input_norm: a number, none or usual: none for joint budgets, as in training, and 3 where
             the product bound or a layerwise budget is to show that inputs are clipped
@@ -95,6 +101,7 @@ class Settings(Options):
     allocation: Annotated[Several[Allocation], _SHOW_ALLOCATIONS] = _ALLOCATIONS
     bound: Annotated[Several[Bound], _SHOW_BOUNDS] = _BOUNDS
     loss_reduction: Annotated[Several[Reduction], _SHOW_REDUCTIONS] = _REDUCTIONS
+    threshold: Annotated[Several[Threshold], _SHOW_THRESHOLDS] = _THRESHOLDS
     max_grad_norm: Positive = MAX_GRAD_NORM
     max_input_norm: OrNone[Positive | Literal["usual"]] = "usual"
     full: bool = False
@@ -158,6 +165,7 @@ class Task:
         allocation: of the clipping; empty for ``--target``, which this package does not clip.
         bound: of the clipping; empty for ``--target``.
         loss_reduction: of the loss; empty for ``--target``.
+        threshold: of the clipping; empty for ``--target``.
         trials: one-step trials in each world; 0 for the deterministic checks alone.
     """
 
@@ -166,6 +174,7 @@ class Task:
     allocation: str
     bound: str
     loss_reduction: str
+    threshold: str
     trials: int
 
     def seed(self, seed: int) -> int:
@@ -180,7 +189,7 @@ def tasks(settings: Settings) -> list[Task]:
     allocation; the combinations take turns. A case of several layers has it with every allocation.
     """
     if settings.target:
-        return [Task(settings.target, None, "", "", "", settings.trials)]
+        return [Task(settings.target, None, "", "", "", "", settings.trials)]
     combinations = list(
         itertools.product(settings.loss_reduction, settings.bound, settings.allocation)
     )
@@ -192,8 +201,20 @@ def tasks(settings: Settings) -> list[Task]:
             reduction, bound, allocation = combination
             trials = settings.trials if combination in turns else 0
             label = f"{name}, {allocation}, {bound}, {reduction}"
-            found.append(Task(label, case, allocation, bound, reduction, trials))
+            for threshold in _thresholds(case, settings, in_turn=combination in turns):
+                named = label if threshold == "fixed" else f"{label}, {threshold}"
+                found.append(Task(named, case, allocation, bound, reduction, threshold, trials))
     return found
+
+
+def _thresholds(case: str | None, settings: Settings, *, in_turn: bool) -> Sequence[Threshold]:
+    """Return the thresholds that a combination is audited with.
+
+    Where both are named, moving ones are for the cases of several layers, in their turns.
+    """
+    if settings.threshold != _BOTH or settings.full or (case in OF_SEVERAL_LAYERS and in_turn):
+        return settings.threshold
+    return ("fixed",)
 
 
 def _turns(case: str, combinations: list[Combination]) -> list[Combination]:

@@ -59,7 +59,7 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
 
     def _drop_counts(self) -> None:
         for count in self._hooks._sensitivities.counts.values():
-            count.summed_grad = None  # type: ignore[attr-defined]
+            count.grad = count.summed_grad = None  # type: ignore[attr-defined]
 
     def _move_thresholds(self) -> None:
         """Let the thresholds follow the released counts: the next step uses them."""
@@ -68,7 +68,6 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         for name, count in own.counts.items():
             assert count.grad is not None
             within[name] = 0.5 + float(count.grad) / self._expected_examples
-            count.grad = None
         own.follow(within)
 
     @property
