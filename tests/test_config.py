@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opacus_bpclip import BackpropClipping
+from opacus_bpclip import AdaptiveThreshold, BackpropClipping, ThresholdSchedule
 from opacus_bpclip.config import is_positive_number
 
 
@@ -151,3 +151,39 @@ def test_options_survive_copying(allocation: Any, duplicate: Any) -> None:
 @given(st.floats() | st.integers())
 def test_positive_numbers_are_those_above_zero_and_finite(value: float) -> None:
     assert is_positive_number(value) == (0 < value < math.inf)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "text"),
+    [
+        (AdaptiveThreshold, {"target_unclipped_quantile": 1.0}, "a number between 0 and 1"),
+        (AdaptiveThreshold, {"clipbound_learning_rate": 0}, "clipbound_learning_rate=0 to be"),
+        (AdaptiveThreshold, {"count_noise": 0.5}, "count_noise=0.5 to be a finite number > 0.5"),
+        (AdaptiveThreshold, {"ramp_steps": 1.5}, "ramp_steps=1.5 to be an integer >= 0"),
+        (AdaptiveThreshold, {"initial": 0.01}, "initial=0.01 to be between min_clipbound=0.02"),
+        (ThresholdSchedule, {"initial": 1, "final": 0, "steps": 1}, "final=0 to be"),
+        (ThresholdSchedule, {"initial": 1, "final": 1, "steps": 0}, "steps=0 to be an integer"),
+        (BackpropClipping, {"threshold": 1.0}, "threshold=1.0 to be an AdaptiveThreshold, a"),
+        (
+            BackpropClipping,
+            {"threshold": AdaptiveThreshold(), "normalize": True},
+            "a threshold would change nothing. Set one of the two",
+        ),
+        (BackpropClipping, {"layer_noise": "dimension"}, 'Set allocation="equal", or layer_noise'),
+        (BackpropClipping, {"allocation": "equal", "layer_noise": "less"}, "'dimension' or a map"),
+        (
+            BackpropClipping,
+            {"allocation": "equal", "layer_noise": {"a": 0}},
+            r"layer_noise\['a'\]=0 to map a module's name to a finite number > 0",
+        ),
+    ],
+)
+def test_thresholds_and_noise_are_validated(make, options, text):
+    with pytest.raises(ValueError, match=text):
+        make(**options)
+
+
+def test_noise_far_beyond_a_batch_leaves_the_threshold_between_its_ends():
+    policy = AdaptiveThreshold()
+    assert policy.following(1.0, -1e9, 0) == policy.max_clipbound
+    assert policy.following(1.0, 1e9, 0) == policy.min_clipbound

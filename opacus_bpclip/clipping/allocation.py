@@ -45,6 +45,33 @@ def norm_of_each_use(norm: float, uses: int) -> float:
     return norm / uses
 
 
+def noise_weights(
+    sizes: Mapping[str, int], layer_noise: str | Mapping[str, float]
+) -> dict[str, float] | None:
+    """Return ``w_l``, how much harm a layer's noise does: its parameters times the user's factor.
+
+    Args:
+        sizes: the number of trainable parameters of each layer, by dotted module name.
+        layer_noise: ``"equal"``, ``"dimension"``, or factors by name, 1 for layers without one.
+
+    Returns:
+        ``None`` for ``"equal"``.
+
+    Raises:
+        CoverageError: the mapping names a layer that does not exist.
+    """
+    if layer_noise == "equal":
+        return None
+    factors = layer_noise if isinstance(layer_noise, Mapping) else {}
+    unknown = sorted(set(factors) - set(sizes))
+    if unknown:
+        raise CoverageError(
+            f"layer_noise names layers that the model does not train: {', '.join(unknown)}. It has "
+            f"{', '.join(sizes)}."
+        )
+    return {name: size * factors.get(name, 1.0) for name, size in sizes.items()}
+
+
 def _shares(sizes: Mapping[str, int], allocation: str | Mapping[str, float]) -> dict[str, float]:
     if allocation == "equal":
         return dict.fromkeys(sizes, 1.0)

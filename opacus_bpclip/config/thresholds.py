@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from opacus_bpclip.config.checks import is_positive_number, require_positive
 
+# Natural logarithm of the largest change of a threshold in one step.
+_FAR = 100.0
+
 
 @dataclass(frozen=True)
 class AdaptiveThreshold:
@@ -81,7 +84,9 @@ class AdaptiveThreshold:
         quantile = self.target_unclipped_quantile
         if step < self.ramp_steps:
             quantile *= step / self.ramp_steps
-        moved = threshold * math.exp(-self.clipbound_learning_rate * (within - quantile))
+        exponent = -self.clipbound_learning_rate * (within - quantile)
+        # Much noise in small batches may ask for more than a number can hold.
+        moved = threshold * math.exp(min(max(exponent, -_FAR), _FAR))
         return min(max(moved, self.min_clipbound), self.max_clipbound)
 
 

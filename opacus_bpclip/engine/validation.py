@@ -10,7 +10,7 @@ from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_bpclip.clipping.allocation import layer_fractions
+from opacus_bpclip.clipping.allocation import layer_fractions, noise_weights
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.guard.precision import rounded_mean
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
@@ -84,7 +84,9 @@ def checked_options(
     if loss_reduction == "mean" and criterion is None:
         _refuse_rounded_mean(module)
     if backprop.allocation != "joint":
-        layer_fractions({name: group.size for name, group in groups.items()}, backprop.allocation)
+        sizes = {name: group.size for name, group in groups.items()}
+        layer_fractions(sizes, backprop.allocation)
+        noise_weights(sizes, backprop.layer_noise)
     # Opacus's own checks come last, since this package's messages are more specific.
     engine.validate(module=module, optimizer=None, data_loader=None)
     return backprop

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from opacus_bpclip.clipping.allocation import noise_weights
 from opacus_bpclip.clipping.sensitivities import Sensitivities
 from opacus_bpclip.config import AdaptiveThreshold
 
@@ -84,23 +85,17 @@ def noise_of(
         noise_multiplier: what the accountant counts the step as.
         max_grad_norm: the sensitivity of all layers together.
     """
+    sizes = {name: group.size for name, group in own.groups.items()}
     adaptive = own.policy if isinstance(own.policy, AdaptiveThreshold) else None
+    scaled = own.layer_noise != "equal"
     found = scales(
         noise_multiplier,
-        own.by_layer if own.layer_noise != "equal" else {"": max_grad_norm},
-        weights=_weights(own),
+        own.by_layer if scaled else {"": max_grad_norm},
+        weights=noise_weights(sizes, own.layer_noise),
         counts=len(own.counts),
         count_noise=0.0 if adaptive is None else adaptive.count_noise,
     )
     stds: dict[Tensor, float] = dict.fromkeys(own.counts.values(), found.counts)
     for name, group in own.groups.items():
-        stds |= dict.fromkeys(group.parameters, found.layers.get(name, found.layers.get("", 0.0)))
+        stds |= dict.fromkeys(group.parameters, found.layers[name if scaled else ""])
     return stds
-
-
-def _weights(own: Sensitivities) -> dict[str, float] | None:
-    """Return ``w_l``: the number of parameters, times the public factor that the user gives."""
-    if own.layer_noise == "equal":
-        return None
-    factors = own.layer_noise if isinstance(own.layer_noise, Mapping) else {}
-    return {name: group.size * factors.get(name, 1.0) for name, group in own.groups.items()}

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from opacus_bpclip import BackpropClipping
+from opacus_bpclip import AdaptiveThreshold, BackpropClipping
 from opacus_bpclip.__main__ import main
 from opacus_bpclip.audit import CASES, audit, job
+from opacus_bpclip.audit.job import clipping_of
 from opacus_bpclip.audit.settings import CASE_NAMES, Settings, Task, tasks
 from tests.audit.mechanisms import clipped, target
 
@@ -20,18 +21,26 @@ def run(options):
 
 def test_without_options_every_case_is_audited_in_every_combination():
     planned = tasks(Settings())
-    assert len(planned) == 11 * 2 * 3 * 2
+    # The two cases of several layers also with moving thresholds, in their turns.
+    assert len(planned) == 11 * 2 * 3 * 2 + 2 * 2
     assert {task.case for task in planned} == set(CASES) == set(CASE_NAMES)
     statistical = [task for task in planned if task.trials]
     # Each case once, and those of several layers with both ways to spend the budget.
     assert [task.case for task in statistical] == [
         *CASE_NAMES[:-2],
-        *(name for name in CASE_NAMES[-2:] for _ in Settings().allocation),
+        # With a fixed threshold and with one that moves.
+        *(name for name in CASE_NAMES[-2:] for _ in range(2 * len(Settings().allocation))),
     ]
     # Every bound has its turn with every loss, and with each way to spend the budget.
     assert len({(task.loss_reduction, task.bound) for task in statistical}) == 6
     assert len({(task.allocation, task.bound) for task in statistical}) == 6
     assert {task.trials for task in statistical} == {10_000}
+
+
+def test_a_threshold_that_is_named_alone_is_that_of_every_case():
+    assert {task.threshold for task in tasks(Settings(threshold=("adaptive",)))} == {"adaptive"}
+    clipping = clipping_of(Settings(), tasks(Settings(threshold=("adaptive",)))[0])
+    assert clipping.threshold == AdaptiveThreshold()
 
 
 def test_full_judges_every_combination():
@@ -64,7 +73,7 @@ def test_a_model_is_audited_as_it_is_trained_unless_asked_otherwise():
     ],
 )
 def test_inputs_are_clipped_where_that_is_to_be_seen(given, allocation, bound, expected):
-    task = Task("a", "linear", allocation, bound, "mean", 0)
+    task = Task("a", "linear", allocation, bound, "mean", "fixed", 0)
     assert job.clipping_of(Settings(**given), task).max_input_norm == expected
 
 

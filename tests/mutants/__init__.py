@@ -16,6 +16,7 @@ from tests.mutants import (
     release,
     replacements,
     sampling,
+    thresholds,
     trainers,
 )
 from tests.mutants.registry import MUTANTS, Mutant, mutant
@@ -39,5 +40,6 @@ __all__ = [
     "release",
     "replacements",
     "sampling",
+    "thresholds",
     "trainers",
 ]

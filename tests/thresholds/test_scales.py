@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opacus_bpclip import AdaptiveThreshold, BackpropClipping
+from opacus_bpclip import AdaptiveThreshold, BackpropClipping, CoverageError
 from opacus_bpclip.optimizer.scales import noise_of, scales
 from tests.budgets import layerwise
+from tests.helpers import make_private, mlp
 from tests.thresholds.helpers import Pinned
 
 positive = st.floats(1e-3, 1e3)
@@ -116,3 +117,9 @@ def _fraction_of_the_last_step(trainer: Pinned) -> list[float]:
         policy.target_unclipped_quantile - math.log(after[name] / before[name]) / rate
         for name in before
     ]
+
+
+def test_a_factor_of_no_layer_is_refused_before_training() -> None:
+    clipping = layerwise(allocation="equal", layer_noise={"head": 2.0})
+    with pytest.raises(CoverageError, match=r"does not train: head\. It has 0, 2\."):
+        make_private(mlp(), backprop=clipping)
