@@ -158,9 +158,11 @@ def test_positive_numbers_are_those_above_zero_and_finite(value: float) -> None:
     [
         (AdaptiveThreshold, {"target_unclipped_quantile": 1.0}, "a number between 0 and 1"),
         (AdaptiveThreshold, {"clipbound_learning_rate": 0}, "clipbound_learning_rate=0 to be"),
-        (AdaptiveThreshold, {"count_noise": 0.5}, "count_noise=0.5 to be a finite number > 0.5"),
+        (AdaptiveThreshold, {"count_noise": 0.5}, "count_noise=0.5 to be > 0.5 and at most"),
         (AdaptiveThreshold, {"ramp_steps": 1.5}, "ramp_steps=1.5 to be an integer >= 0"),
         (AdaptiveThreshold, {"initial": 0.01}, "initial=0.01 to be between min_clipbound=0.02"),
+        (AdaptiveThreshold, {"min_clipbound": 1e-30}, "min_clipbound=1e-30 to be from 1e-12 to"),
+        (ThresholdSchedule, {"initial": 1e300, "final": 1, "steps": 1}, r"initial=1e\+300 to be"),
         (ThresholdSchedule, {"initial": 1, "final": 0, "steps": 1}, "final=0 to be"),
         (ThresholdSchedule, {"initial": 1, "final": 1, "steps": 0}, "steps=0 to be an integer"),
         (BackpropClipping, {"threshold": 1.0}, "threshold=1.0 to be an AdaptiveThreshold, a"),

@@ -87,11 +87,9 @@ class EngineTrainer(Trainer):
             )
         self._loss = loss or linear_loss(loss_reduction)
         self._runs_empty = True
-        own = self._optimizer._hooks._sensitivities
-        self._thresholds = own.state_dict()
-        self._counts = tuple(own.counts.values())
+        self._thresholds = self._optimizer._hooks._sensitivities.state_dict()
         super().__init__(
-            [*self._optimizer.params, *self._counts],
+            self._optimizer.params,
             noise_multiplier=noise_multiplier,
             sensitivity=max_grad_norm,
             divisor=_EXPECTED_BATCH_SIZE if loss_reduction == "mean" else 1.0,
@@ -131,18 +129,17 @@ class EngineTrainer(Trainer):
         noise is ``noise_multiplier * sensitivity``, too. Then all of it moves by ``sensitivity``.
         """
         own, whole = self._optimizer._hooks._sensitivities, self._optimizer._guard.parameters.whole
-        units = noise_of(own, 1.0, self.sensitivity)
+        units = {p: self.sensitivity / x for p, x in noise_of(own, 1.0, self.sensitivity).items()}
         self.step()
         if all(p.grad is None for p in self.parameters):
             return None
         released = []
         for p in self.parameters:
-            unit = self.sensitivity / units[whole(p)]
             block = torch.zeros_like(p) if p.grad is None else p.grad
-            divisor = 1.0 if any(p is count for count in self._counts) else self.divisor
-            released.append(block.flatten().cpu() * (divisor * unit))
+            released.append(block.flatten().cpu() * (self.divisor * units[whole(p)]))
+        counts = [own.released[name] * units[count] for name, count in own.counts.items()]
         # In the precision of the gradients, by which the audit judges rounding errors.
-        return torch.cat(released).to(self.parameters[0].dtype)
+        return torch.cat([*released, torch.tensor(counts, dtype=released[0].dtype)])
 
     def history(self) -> Sequence[tuple[float, float, int]]:
         """Return the entries of the engine's accountant."""

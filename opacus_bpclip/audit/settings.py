@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -80,7 +79,7 @@ class Settings(Options):
         bound: how gradients are bounded
         loss_reduction: how losses are reduced
         threshold: whether thresholds follow a quantile, with each layer's noise scaled where layers
-            clip by themselves; cases of one layer only if this is all that is named
+            clip by themselves; with sums only, and for cases of one layer if named alone
         max_grad_norm: joint L2 sensitivity
         max_input_norm: a number, none or usual: none for joint budgets, as in training, and 3 where
             the product bound or a layerwise budget is to show that inputs are clipped
@@ -134,6 +133,9 @@ class Settings(Options):
             ),
             "--loss needs targets: give --input MODULE:FUNCTION, which makes batches of inputs "
             "and targets": shape and self.loss,
+            "--threshold adaptive needs --loss-reduction sum": (
+                self.threshold == ("adaptive",) and "sum" not in self.loss_reduction
+            ),
             "--vocabulary goes with an --input that is a shape": self.vocabulary and not shape,
         }
         for text, made in mistakes.items():
@@ -201,20 +203,20 @@ def tasks(settings: Settings) -> list[Task]:
             reduction, bound, allocation = combination
             trials = settings.trials if combination in turns else 0
             label = f"{name}, {allocation}, {bound}, {reduction}"
-            for threshold in _thresholds(case, settings, in_turn=combination in turns):
-                named = label if threshold == "fixed" else f"{label}, {threshold}"
-                found.append(Task(named, case, allocation, bound, reduction, threshold, trials))
+            if "fixed" in settings.threshold:
+                found.append(Task(label, case, allocation, bound, reduction, "fixed", trials))
+            # Where both are named, moving ones are for the cases of several layers, in their turns.
+            everywhere = settings.threshold != _BOTH or settings.full
+            turn = bound in {own for _, own, _ in turns}
+            if (
+                "adaptive" in settings.threshold
+                and reduction == "sum"  # a plain mean is refused, see `make_private`
+                and (everywhere or (turn and case in OF_SEVERAL_LAYERS))
+            ):
+                trials = settings.trials if turn else 0
+                named = f"{label}, adaptive"
+                found.append(Task(named, case, allocation, bound, reduction, "adaptive", trials))
     return found
-
-
-def _thresholds(case: str | None, settings: Settings, *, in_turn: bool) -> Sequence[Threshold]:
-    """Return the thresholds that a combination is audited with.
-
-    Where both are named, moving ones are for the cases of several layers, in their turns.
-    """
-    if settings.threshold != _BOTH or settings.full or (case in OF_SEVERAL_LAYERS and in_turn):
-        return settings.threshold
-    return ("fixed",)
 
 
 def _turns(case: str, combinations: list[Combination]) -> list[Combination]:

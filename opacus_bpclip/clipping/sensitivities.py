@@ -9,15 +9,22 @@ Proof: ``docs/guarantee.md``, "Moving thresholds".
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opacus_bpclip.clipping.allocation import layer_fractions, norm_of_each_use
 from opacus_bpclip.clipping.factors import Target
-from opacus_bpclip.config import AdaptiveThreshold, BackpropClipping, ThresholdSchedule
+from opacus_bpclip.config import (
+    AdaptiveThreshold,
+    BackpropClipping,
+    ThresholdSchedule,
+    is_positive_number,
+)
 from opacus_bpclip.model.tying import Group
 
 _MODEL = "(model)"
@@ -35,6 +42,7 @@ class Sensitivities:
         targets: by name, the target of each layer; with a joint budget the same for all.
         counts: by name, the parameters that receive the counts of examples within the thresholds;
             empty if none are counted. Their values mean nothing.
+        released: by name, the noisy counts of the latest step, minus half the number of examples.
         steps: the number of steps that the thresholds have followed.
         max_grad_norm: the sensitivity of all layers together.
     """
@@ -52,6 +60,7 @@ class Sensitivities:
             sizes = {name: group.size for name, group in groups.items()}
             self._first = layer_fractions(sizes, config.allocation)
         self._values = self._first if self.policy is None else self._of(self.policy.initial)
+        self.released: dict[str, float] = {}
         counted = self._first if isinstance(self.policy, AdaptiveThreshold) else ()
         self.counts = {
             name: nn.Parameter(torch.zeros((), dtype=torch.float64, device=device))
@@ -71,8 +80,10 @@ class Sensitivities:
 
     def _of(self, threshold: float) -> dict[str, float]:
         """Return the layers' thresholds if a layer with an equal share has the given one."""
+        assert self.policy is not None
+        least, largest = self.policy.ends
         each = threshold * math.sqrt(len(self._first))
-        return {name: each * fraction for name, fraction in self._first.items()}
+        return {name: min(max(each * f, least), largest) for name, f in self._first.items()}
 
     @property
     def all(self) -> dict[str, float]:
@@ -101,17 +112,22 @@ class Sensitivities:
             each = [norm_of_each_use(norm, target.uses) for norm in (limit, thresholds[name])]
             target.norms.copy_(torch.tensor(each, dtype=torch.float64))
 
-    def follow(self, within: Mapping[str, float]) -> None:
-        """Move the thresholds after a step.
+    def note(self, released: Sequence[Tensor]) -> None:
+        """Note the counts that a step has released, in the order of `counts`."""
+        self.released = dict(zip(self.counts, map(float, released), strict=True))
+
+    def follow(self, expected: float) -> None:
+        """Move the thresholds after a step, by the counts that were noted.
 
         Args:
-            within: by name, the released fraction of examples within each threshold; empty if they
-                were not counted.
+            expected: the expected number of examples in the step, a public number.
         """
         self.steps += 1
         if isinstance(self.policy, AdaptiveThreshold):
             self._values = {
-                name: self.policy.following(value, within[name], self.steps - 1)
+                name: self.policy.following(
+                    value, 0.5 + self.released[name] / expected, self.steps - 1
+                )
                 for name, value in self._values.items()
             }
         elif isinstance(self.policy, ThresholdSchedule):
@@ -120,20 +136,34 @@ class Sensitivities:
             return
         self.set(self.max_grad_norm)
 
+    @property
+    def checksum(self) -> int:
+        """Return a number that differs where thresholds that move differ; 0 if they do not move."""
+        return 0 if self.policy is None else zlib.crc32(repr(self.state_dict()).encode())
+
     def state_dict(self) -> dict[str, Any] | None:
         """Return what `load_state_dict` needs to go on; ``None`` if the thresholds do not move."""
         if self.policy is None:
             return None
         return {"thresholds": self.thresholds, "steps": self.steps}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go on with the thresholds of a saved state, if it has some and they move.
+    def checked(self, state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Check a state for `load_state_dict`; return ``None`` if there is nothing to load.
+
+        Warns if thresholds move and the state has none.
 
         Raises:
-            ValueError: it is the state of other layers.
+            ValueError: it is the state of other layers, or has thresholds that are out of range.
         """
-        if state is None or self.policy is None:
-            return
+        if self.policy is None:
+            return None
+        if state is None:
+            warnings.warn(
+                "The checkpoint has no thresholds, so that they go on from where they are: "
+                f"{self.thresholds}.",
+                stacklevel=3,
+            )
+            return None
         saved = state["thresholds"]
         if set(saved) != set(self._values):
             raise ValueError(
@@ -141,5 +171,17 @@ class Sensitivities:
                 f"{', '.join(self._values)}. Load it with the model and the allocation that it was "
                 "saved with."
             )
-        self.steps, self._values = state["steps"], dict(saved)
-        self.set(self.max_grad_norm)
+        least, largest = self.policy.ends
+        for name, value in saved.items():
+            if not is_positive_number(value) or not least <= value <= largest:
+                raise ValueError(
+                    f"The checkpoint has the threshold {value!r} for {name}; expected a number "
+                    f"from {least} to {largest}."
+                )
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on with the thresholds of a state that `checked` has returned."""
+        if state is not None:
+            self.steps, self._values = state["steps"], dict(state["thresholds"])
+            self.set(self.max_grad_norm)

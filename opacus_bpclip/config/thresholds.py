@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from opacus_bpclip.config.checks import is_positive_number, require_positive
 
+# Far from where single precision ends: factors are quotients of thresholds and norms.
+_LEAST, _LARGEST = 1e-12, 1e12
+
 # Natural logarithm of the largest change of a threshold in one step.
 _FAR = 100.0
 
@@ -60,10 +63,10 @@ class AdaptiveThreshold:
                 f"Expected target_unclipped_quantile={self.target_unclipped_quantile!r} to be a "
                 "number between 0 and 1."
             )
-        if not is_positive_number(self.count_noise) or self.count_noise <= 0.5:
+        if not is_positive_number(self.count_noise) or not 0.5 < self.count_noise <= _LARGEST:
             raise ValueError(
-                f"Expected count_noise={self.count_noise!r} to be a finite number > 0.5: with less "
-                "noise the counts alone would cost more than the whole step may."
+                f"Expected count_noise={self.count_noise!r} to be > 0.5 and at most {_LARGEST}: "
+                "with less noise the counts alone would cost more than the whole step may."
             )
         if type(self.ramp_steps) is not int or self.ramp_steps < 0:
             raise ValueError(f"Expected ramp_steps={self.ramp_steps!r} to be an integer >= 0.")
@@ -72,6 +75,12 @@ class AdaptiveThreshold:
                 f"Expected initial={self.initial!r} to be between min_clipbound="
                 f"{self.min_clipbound!r} and max_clipbound={self.max_clipbound!r}."
             )
+        _require_in_range(self, ("min_clipbound", "max_clipbound"))
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Return the smallest and the largest threshold."""
+        return self.min_clipbound, self.max_clipbound
 
     def following(self, threshold: float, within: float, step: int) -> float:
         """Return the threshold after a step.
@@ -116,8 +125,21 @@ class ThresholdSchedule:
         require_positive(self, ("initial", "final"))
         if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"Expected steps={self.steps!r} to be an integer >= 1.")
+        _require_in_range(self, ("initial", "final"))
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Return the smallest and the largest threshold that a layer may have."""
+        return _LEAST, _LARGEST
 
     def at(self, step: int) -> float:
         """Return the threshold of a step, counted from 0."""
         part = min(step / self.steps, 1.0)
         return float(self.initial ** (1 - part) * self.final**part)
+
+
+def _require_in_range(options: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not _LEAST <= value <= _LARGEST:
+            raise ValueError(f"Expected {name}={value!r} to be from {_LEAST} to {_LARGEST}.")

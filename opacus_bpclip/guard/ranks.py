@@ -30,7 +30,7 @@ _REMEDY = (
 
 
 # How many numbers a rank sends at a step; all meetings exchange messages of this size.
-_NUMBERS = 3
+_NUMBERS = 4
 
 
 class Place(IntEnum):
@@ -172,9 +172,10 @@ class Ranks:
                 )
         each = ", ".join(f"rank {rank} has {numbers}" for rank, (_, numbers) in enumerate(reports))
         return (
-            "The ranks differ in (noise_multiplier, max_grad_norm, batches in the step): "
-            f"{each}. Their clipped sums have different scales, and one rank's noise would be for "
-            "one of them only. Change these numbers on all ranks alike, between the same two steps."
+            "The ranks differ in (noise_multiplier, max_grad_norm, batches in the step, checksum "
+            f"of moving thresholds): {each}. Their clipped sums have different scales, and one "
+            "rank's noise would be for one of them only. Change these numbers on all ranks alike, "
+            "between the same two steps, and load a checkpoint on all ranks."
         )
 
     def refuse(self, reason: str) -> None:

@@ -52,7 +52,8 @@ class BackpropClipOptimizer(OptimizerWrapper):
             memory once.
 
     Raises:
-        ValueError: ``max_grad_norm`` is not positive, or ``loss_reduction`` is not the hooks'.
+        ValueError: ``max_grad_norm`` is not positive, ``loss_reduction`` is not the hooks', or
+            ``expected_batch_size`` is missing where a threshold follows a quantile.
     """
 
     def __init__(
@@ -70,6 +71,11 @@ class BackpropClipOptimizer(OptimizerWrapper):
             raise ValueError(
                 f"Expected loss_reduction={loss_reduction!r} to be the model's, "
                 f"{hooks.loss_reduction!r}."
+            )
+        if expected_batch_size is None and hooks._sensitivities.counts:
+            raise ValueError(
+                "An AdaptiveThreshold needs expected_batch_size, a public number: it follows the "
+                "fraction of examples within it."
             )
         self._hooks = hooks  # before Opacus's __init__, which sets attributes that are kept there
         self.keep_summed_grad = False
@@ -149,9 +155,11 @@ class BackpropClipOptimizer(OptimizerWrapper):
         stds = [noise[self._guard.parameters.whole(p)] for p in held]
         add_noise = partial(add_noise_, generator=self.generator, secure_mode=self.secure_mode)
         noised = released(sums, held, self._guard.ranks, add_noise, stds)
-        for p, gradient in zip(held, noised, strict=True):
+        self._hooks._sensitivities.note(noised[len(self.params) :])
+        for p, gradient in zip(self.params, noised, strict=False):
             # After the noise, rounding to the parameter's dtype is post-processing.
             p.grad = gradient.to(p.dtype)
+        for p in held:
             if self.keep_summed_grad:
                 _mark_as_processed(p.summed_grad)
             else:
@@ -184,7 +192,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
             self._guard.finish()
             return False
         self.add_noise()
-        self._move_thresholds()
+        self._hooks._sensitivities.follow(self._expected_examples)
         self.scale_grad()
         for p in self.params:
             mark_as_released(p.grad)
@@ -224,10 +232,10 @@ class BackpropClipOptimizer(OptimizerWrapper):
         more physical batches.
         """
         ranks, numbers = self._guard.ranks, (self.noise_multiplier, self.max_grad_norm)
-        batches = self.accumulated_iterations
+        batches, thresholds = self.accumulated_iterations, self._hooks._sensitivities.checksum
         refusal = refusal or self._hooks._trials.nothing_passed
         while True:
-            problem = ranks.meet(Place.STEP, (*numbers, batches), refusal=refusal)
+            problem = ranks.meet(Place.STEP, (*numbers, batches, thresholds), refusal=refusal)
             if problem is not None or not ranks.waits:
                 return problem
             self._hooks._trials.pass_without_examples()

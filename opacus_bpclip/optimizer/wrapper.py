@@ -9,6 +9,7 @@ from typing import Any
 from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
 from typing_extensions import Self
 
+from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer import fingerprint
@@ -59,21 +60,12 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
 
     def _drop_counts(self) -> None:
         for count in self._hooks._sensitivities.counts.values():
-            count.grad = count.summed_grad = None  # type: ignore[attr-defined]
-
-    def _move_thresholds(self) -> None:
-        """Let the thresholds follow the released counts: the next step uses them."""
-        own = self._hooks._sensitivities
-        within = {}
-        for name, count in own.counts.items():
-            assert count.grad is not None
-            within[name] = 0.5 + float(count.grad) / self._expected_examples
-        own.follow(within)
+            count.summed_grad = None  # type: ignore[attr-defined]
 
     @property
     def _expected_examples(self) -> float:
-        """Return the expected number of examples in a step, of all ranks together."""
-        own: float = self.expected_batch_size * self.accumulated_iterations
+        """Return the expected number of examples in a step, of all ranks together; 0 if unknown."""
+        own: float = (self.expected_batch_size or 0) * self.accumulated_iterations
         return own * self._guard.ranks.size
 
     # This flag is kept in the guard and not in the optimizer, since a wrapper (Lightning's) may
@@ -126,11 +118,23 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         return state if moving is None else {**state, _THRESHOLDS: moving}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the wrapped optimizer's state; warn if it was saved under other settings."""
-        state = dict(state_dict)
+        """Load the wrapped optimizer's state; warn if it was saved under other settings.
+
+        Raises:
+            PrivacyViolationError: thresholds move, and clipped gradients wait for their noise.
+            ValueError: the thresholds are of other layers, or out of range.
+        """
+        state, own = dict(state_dict), self._hooks._sensitivities
+        if own.policy is not None and self._guard.pending:
+            raise PrivacyViolationError(
+                "A checkpoint was loaded in the middle of a logical batch. Gradients clipped with "
+                "the old thresholds would get the new ones' noise. Load it between step() and "
+                "backward()."
+            )
+        thresholds = own.checked(state.pop(_THRESHOLDS, None))
         fingerprint.compare(state.pop(fingerprint.KEY, None), self._settings())
-        self._hooks._sensitivities.load_state_dict(state.pop(_THRESHOLDS, None))
         self.original_optimizer.load_state_dict(state)
+        own.load_state_dict(thresholds)
 
     def _settings(self) -> fingerprint.Settings:
         return fingerprint.settings_of(

@@ -76,6 +76,6 @@ def noise_of_layers_and_counts() -> None:
         layer_noise="dimension",
         max_input_norm=3.0,
     )
-    target = audits.CASES["branches"].target("branches", clipping=clipping)
+    target = audits.CASES["branches"].target("branches", loss_reduction="sum", clipping=clipping)
     verdict = audits.audit(target, trials=100, searches=0)
     assert verdict.outcome == "pass", f"the audit says: {'; '.join(verdict.violations)}"

@@ -126,6 +126,7 @@ def make_private(
     batch_size: int = EXPECTED,
     generator: torch.Generator | None = None,
     noise_generator: torch.Generator | None = None,
+    loss_reduction: str = "mean",
     **options: Any,
 ) -> Private:
     """Make a model private; ``options`` are those of `BackpropClipping`."""
@@ -144,6 +145,7 @@ def make_private(
         noise_multiplier=noise_multiplier,
         max_grad_norm=max_grad_norm,
         noise_generator=noise_generator,
+        loss_reduction=loss_reduction,
         clipping="backprop",
         backprop=BackpropClipping(**options),
     )

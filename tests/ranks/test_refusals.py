@@ -108,9 +108,10 @@ def other_limits(rank: int, wrapper: str) -> tuple[str, list[Any]]:
 def test_a_limit_that_one_rank_alone_sets_is_refused(wrapper: str) -> None:
     text = (
         "PrivacyViolationError: The ranks differ in (noise_multiplier, max_grad_norm, batches in "
-        "the step): rank 0 has (0.0, 1.0, 1), rank 1 has (0.0, 2.0, 1). Their clipped sums have "
-        "different scales, and one rank's noise would be for one of them only. Change these "
-        "numbers on all ranks alike, between the same two steps."
+        "the step, checksum of moving thresholds): rank 0 has (0.0, 1.0, 1, 0), rank 1 has (0.0, "
+        "2.0, 1, 0). Their clipped sums have different scales, and one rank's noise would be for "
+        "one of them only. Change these numbers on all ranks alike, between the same two steps, "
+        "and load a checkpoint on all ranks."
     )
     assert pair().run(other_limits, wrapper) == [(text, [(0.0, 0.25, 1)])] * 2
 

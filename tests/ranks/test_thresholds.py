@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_bpclip import AdaptiveThreshold
+from opacus_bpclip import AdaptiveThreshold, PrivacyViolationError
 from tests.ranks.models import WRAPPERS, examples, make_private, share
 from tests.ranks.pair import pair
 
@@ -20,7 +20,8 @@ def trained(
     scaled = {} if allocation == "joint" else {"layer_noise": "dimension"}
     private = make_private(
         wrapper,
-        lr=0.1,
+        lr=0.01,
+        loss_reduction="sum",
         noise_multiplier=noise_multiplier,
         noise_generator=torch.Generator().manual_seed(3),
         allocation=allocation,
@@ -29,7 +30,8 @@ def trained(
     )
     for seed in (5, 6, 7):
         batch = examples(12, seed)
-        private.step(*(batch if rank is None else share(batch, rank, SIZES)))
+        x, y = batch if rank is None else share(batch, rank, SIZES)
+        private.step(x, y, scale=len(x))
     return dict(private.optimizer.thresholds), private.values()
 
 
@@ -50,3 +52,23 @@ def test_noise_moves_the_thresholds_of_both_ranks_alike(wrapper: str) -> None:
     assert one == other
     assert torch.equal(values, others)
     assert one != pair().run(trained, wrapper, "equal", 0.0)[0][0]
+
+
+def loaded_on_one(rank: int, wrapper: str) -> str:
+    private = make_private(wrapper, loss_reduction="sum", threshold=AdaptiveThreshold())
+    if rank == 0:
+        state = private.optimizer.state_dict()
+        state["thresholds"]["thresholds"] = {"(model)": 3.0}
+        private.optimizer.load_state_dict(state)
+    try:
+        private.step(*share(examples(12), rank, SIZES))
+    except PrivacyViolationError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("wrapper", ["DPDDP", "FSDP2"])
+def test_a_checkpoint_on_one_rank_only_is_refused(wrapper: str) -> None:
+    for text in pair().run(loaded_on_one, wrapper):
+        assert "checksum of moving thresholds): rank 0 has" in text
+        assert text.endswith("and load a checkpoint on all ranks.")

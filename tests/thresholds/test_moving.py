@@ -13,17 +13,19 @@ import torch
 import torch.nn.functional as F
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from opacus_bpclip import (
     AdaptiveThreshold,
     BackpropClipping,
+    PrivacyEngine,
     PrivacyViolationError,
     ThresholdSchedule,
 )
 from opacus_bpclip.clipping.factors import COUNT_WIDTH
 from tests.budgets import layerwise
 from tests.checks import Trainer
-from tests.helpers import Private, batch, hand_over, loss_of, make_private, mlp, train_step
+from tests.helpers import Private, batch, dataset, hand_over, make_private, mlp
 
 QUANTILE, RATE = 0.5, 0.3
 
@@ -112,8 +114,19 @@ def test_a_schedule_moves_whatever_the_data_are() -> None:
 
 
 def adaptive_model(**options: Any) -> Private:
-    clipping = BackpropClipping(threshold=adaptive(initial=0.5))
-    return make_private(mlp(), backprop=clipping, **options)
+    given = {"backprop": BackpropClipping(threshold=adaptive(initial=0.5)), "lr": 0.01, **options}
+    return make_private(mlp(), loss_reduction="sum", **given)
+
+
+def loss_of(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y, reduction="sum")
+
+
+def train_step(private: Private, size: int = 6) -> None:
+    private.optimizer.zero_grad()
+    hand_over(private, size)
+    loss_of(private.model, *batch(size)).backward()
+    private.optimizer.step()
 
 
 def test_physical_batches_are_counted_together() -> None:
@@ -190,8 +203,11 @@ def test_a_checkpoint_goes_on_with_its_thresholds() -> None:
 
 def test_a_checkpoint_of_fixed_thresholds_leaves_them_to_the_new_options() -> None:
     fixed, moving = make_private(mlp(), backprop=BackpropClipping()), adaptive_model()
-    with pytest.warns(UserWarning, match="threshold was 'None' and is 'AdaptiveThreshold"):
+    with pytest.warns(UserWarning, match="checkpoint") as told:
         moving.optimizer.load_state_dict(fixed.optimizer.state_dict())
+    texts = " ".join(str(warning.message) for warning in told)
+    assert "threshold was 'None' and is 'AdaptiveThreshold" in texts
+    assert "no thresholds, so that they go on from where they are: {'(model)': 0.5}" in texts
     assert moving.optimizer.thresholds == {"(model)": 0.5}
 
 
@@ -204,8 +220,75 @@ def test_thresholds_of_other_layers_are_refused() -> None:
             ValueError, match=r"thresholds of 0, 2; the model has them of \(model\)"
         ):
             private.optimizer.load_state_dict(
-                make_private(mlp(), backprop=layers).optimizer.state_dict()
+                adaptive_model(backprop=layers).optimizer.state_dict()
             )
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0, 0.0, 0.01, 1e9, "0.5"])
+def test_a_threshold_out_of_range_is_not_loaded(wrong: Any) -> None:
+    private = adaptive_model()
+    state = copy.deepcopy(private.optimizer.state_dict())
+    state["thresholds"]["thresholds"]["(model)"] = wrong
+    with pytest.raises(ValueError, match=r"for \(model\); expected a number from 0\.02 to"):
+        private.optimizer.load_state_dict(state)
+    assert private.optimizer.thresholds == {"(model)": 0.5}
+
+
+def test_a_checkpoint_is_not_loaded_under_gradients_that_wait() -> None:
+    private = adaptive_model()
+    state = copy.deepcopy(private.optimizer.state_dict())
+    hand_over(private, 6)
+    loss_of(private.model, *batch()).backward()
+    with pytest.raises(PrivacyViolationError, match=r"Load it between step\(\) and backward\(\)"):
+        private.optimizer.load_state_dict(state)
+    private.optimizer.step()
+    private.optimizer.load_state_dict(state)
+
+
+def test_a_checkpoint_that_torch_refuses_leaves_the_thresholds() -> None:
+    private = adaptive_model()
+    state = copy.deepcopy(private.optimizer.state_dict())
+    state["thresholds"]["thresholds"]["(model)"] = 2.0
+    state["param_groups"] = []
+    with pytest.raises(ValueError, match="parameter groups"):
+        private.optimizer.load_state_dict(state)
+    assert private.optimizer.thresholds == {"(model)": 0.5}
+
+
+def test_gradients_may_be_cleared_by_the_model() -> None:
+    private, other = adaptive_model(), adaptive_model()
+    private.optimizer.keep_summed_grad = False
+    for _ in range(3):
+        train_step(other)
+        private.model.zero_grad()
+        hand_over(private, 6)
+        loss_of(private.model, *batch()).backward()
+        private.optimizer.step()
+    assert private.optimizer.thresholds == other.optimizer.thresholds
+
+
+def test_a_mean_in_single_precision_is_refused_and_a_criterion_trains() -> None:
+    clipping = BackpropClipping(threshold=adaptive(initial=0.5))
+    with pytest.raises(ValueError, match=r"counted differently all at once\. Pass the criterion"):
+        make_private(mlp(), backprop=clipping)
+    engine, model = PrivacyEngine(), mlp()
+    data = DataLoader(dataset(), batch_size=8)
+    private, optimizer, criterion, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=data,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        clipping="backprop",
+        backprop=clipping,
+        criterion=nn.CrossEntropyLoss(),
+    )
+    for x, y in loader:
+        optimizer.zero_grad()
+        criterion(private(x), y).backward()
+        optimizer.step()
+    assert engine.accountant.history == [(1.0, 0.25, 4)]
+    assert optimizer.thresholds != {"(model)": 0.5}
 
 
 def test_a_copy_has_thresholds_of_its_own() -> None:
@@ -222,14 +305,14 @@ def test_a_copy_has_thresholds_of_its_own() -> None:
 @pytest.mark.parametrize("allocation", ["joint", "equal"])
 def test_a_compiled_model_counts_as_an_eager_one(allocation: Any) -> None:
     clipping = BackpropClipping(allocation=allocation, threshold=adaptive(initial=0.5))
-    eager, compiled = (make_private(mlp(), backprop=clipping) for _ in range(2))
+    eager, compiled = (adaptive_model(backprop=clipping) for _ in range(2))
     call = torch.compile(compiled.model, backend="aot_eager")
     for size in (6, 4, 0, 5):
         train_step(eager, size)
         compiled.optimizer.zero_grad()
         hand_over(compiled, size)
         x, y = batch(size)
-        F.cross_entropy(call(x), y).backward()
+        loss_of(call, x, y).backward()
         compiled.optimizer.step()
     assert eager.optimizer.thresholds != {"(model)": 0.5}
     assert eager.optimizer.thresholds == pytest.approx(compiled.optimizer.thresholds, rel=1e-5)
@@ -237,5 +320,5 @@ def test_a_compiled_model_counts_as_an_eager_one(allocation: Any) -> None:
 
 def test_equal_shares_begin_at_the_initial_threshold_and_others_in_proportion() -> None:
     clipping = layerwise(allocation={"0": 3.0, "2": 1.0}, threshold=adaptive(initial=0.5))
-    found = make_private(mlp(), backprop=clipping).optimizer.thresholds
+    found = adaptive_model(backprop=clipping).optimizer.thresholds
     assert found == pytest.approx({"0": 0.5 * math.sqrt(1.5), "2": 0.5 * math.sqrt(0.5)})
