@@ -169,10 +169,14 @@ def call_here(function, calls, *, processes):
 
 TINY = Study(
     seeds=[0],
-    settings={"epochs": 1, "epsilon": 8.0, "batch_size": 512},
+    settings={"epochs": 1, "epsilon": 8.0, "batch_size": 512, "accountant": "rdp"},
     cells={"digits": {}},
     arms={"flat": {}, "backprop": {}},
-    tuning={"held_out": 0.25, "seeds": [5], "grid": {a: {"lr": [0.1]} for a in ("flat", "backprop")}},
+    tuning={
+        "held_out": 0.25,
+        "seeds": [5],
+        "grid": {"flat": {"lr": [0.1]}, "backprop": {"lr": [0.2]}},
+    },
 )
 
 
@@ -180,8 +184,9 @@ def test_trials_are_judged_by_examples_that_they_do_not_train_on(monkeypatch):
     seen = []
 
     def look(name, seed, settings, plan, task, progress):
-        sets = [{images.numpy().tobytes() for images, _ in part} for part in (task.train, task.test)]
-        seen.append((settings.held_out, plan.train_examples, *sets))
+        sets = (task.train, task.test)
+        images = [{image.numpy().tobytes() for image, _ in own} for own in sets]
+        seen.append((settings.held_out, plan.train_examples, *images))
         return result(TINY_RUN).run
 
     monkeypatch.setattr(job, "call_in_children", call_here)
@@ -200,6 +205,7 @@ def test_a_study_end_to_end(monkeypatch, tmp_path, capsys):
     path = tmp_path / "tiny.toml"
     path.write_text(
         "seeds = [0]\nbaseline = 'flat'\n[settings]\nepochs = 1\nepsilon = 8.0\nbatch_size = 512\n"
+        "accountant = 'rdp'\n"
         "[cells.digits]\n[arms.flat]\n[arms.non-private]\n[arms.backprop]\n"
     )
     assert main(["ab", "--study", str(path), "--no-progress"]) == 0
