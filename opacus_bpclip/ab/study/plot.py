@@ -72,7 +72,7 @@ def _draw_arm(
 
 def _label(axes: Sequence[Any], cell: str, first: RunResult) -> None:
     measure = first.plan.measure
-    axes[0].set_title(f"{cell}: {first.settings.title}", fontsize=10, loc="left")
+    axes[0].set_title(cell, fontsize=10, loc="left")
     axes[0].set_xlabel(f"epsilon spent (delta = {first.settings.delta:g})")
     axes[0].set_ylabel(f"test {measure.title}{' (%)' if measure.percent else ''}")
     axes[1].set_xlabel("seconds of training")
