@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import fields, is_dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -20,8 +20,9 @@ class RunSettings(Settings):
     """The settings of a comparison with one arm and one seed, and what only a study sets.
 
     Args:
-        options: of `BackpropClipping`, by name, in place of what the arm has; ``"none"`` stands
-            for None.
+        options: of `BackpropClipping`, by name, in place of what the arm has. ``"none"`` stands
+            for None, a table for an object that has options of its own: the first class that they
+            fit.
         held_out: part of the training set that is left out of training and judged by, in place of
             the test set; 0 for a run that is judged by the test set.
         threads: torch's intra-op threads.
@@ -66,7 +67,21 @@ class RunSettings(Settings):
     def backprop(self, arm: str) -> BackpropClipping | None:
         """Return the arm's options of backpropagation clipping; None where it clips otherwise."""
         base = super().backprop(arm)
-        given: dict[str, Any] = {
-            name: None if own == "none" else own for name, own in self.options.items()
-        }
+        given: dict[str, Any] = {name: _made(name, own) for name, own in self.options.items()}
         return replace(base, **given) if base else None
+
+
+@cache
+def _kinds() -> dict[str, list[Any]]:
+    """Return the classes of options that have options of their own, by the option."""
+    hints = get_type_hints(BackpropClipping)
+    return {name: [*filter(is_dataclass, get_args(hint))] for name, hint in hints.items()}
+
+
+def _made(name: str, value: Any) -> Any:
+    if value == "none":
+        return None
+    for kind in _kinds().get(name, []):
+        if isinstance(value, dict) and set(value) <= {field.name for field in fields(kind)}:
+            return kind(**value)
+    return value

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opacus_bpclip import BackpropClipping
+from opacus_bpclip import AdaptiveThreshold, BackpropClipping, ThresholdSchedule
 from opacus_bpclip.__main__ import main
 from opacus_bpclip.ab.study.file import read_study
 from opacus_bpclip.ab.study.settings import Study
@@ -65,6 +65,28 @@ def test_options_go_to_the_arms_own_clipping():
     assert run.input_norm("paper") == 5.0
 
 
+@pytest.mark.parametrize(
+    ("table", "made"),
+    [
+        ({}, AdaptiveThreshold()),
+        ({"initial": 0.1, "ramp_steps": 5}, AdaptiveThreshold(initial=0.1, ramp_steps=5)),
+        ({"initial": 0.5, "final": 0.1, "steps": 9}, ThresholdSchedule(0.5, 0.1, 9)),
+        ("none", None),
+    ],
+)
+def test_a_table_is_an_option_with_options_of_its_own(table, made):
+    study = Study(cells={"a": {}}, arms={"backprop": {"options": {"threshold": table}}})
+    (run, *_) = study.published("a", "backprop", {})
+    assert run.backprop("backprop") == BackpropClipping(threshold=made)
+
+
+def test_a_mapping_of_names_stays_one():
+    shares = {"0": 1.0, "3": 2.0}
+    study = Study(cells={"a": {}}, arms={"paper": {"options": {"allocation": shares}}})
+    (run, *_) = study.published("a", "paper", {})
+    assert dict(run.backprop("paper").allocation) == shares
+
+
 def test_trials_are_all_combinations_on_held_out_examples():
     grid = {"flat": {"lr": [1, 2], "momentum": [0.0, 0.5, 0.9]}}
     study = Study(cells={"a": {}}, arms={"flat": {}}, tuning={"grid": grid, "seeds": [7, 8]})
@@ -110,6 +132,9 @@ MISTAKES = {
     ),
     ("[3.0, ", "[-1, "): (
         "cell low, arm ours: Expected max_input_norm=-1 to be a finite number > 0, or None."
+    ),
+    ("{ max_input_norm = 3.0 }", "{ threshold = { inital = 3.0 } }"): (
+        "cell low, arm ours: Expected threshold={'inital': 3.0} to be an AdaptiveThreshold, a "
     ),
     ('arm = "backprop"', ""): "cell low, arm ours: arms.0: must be 'non-private', 'flat', 'flat+i",
     ("[0.25, 0.5]", "[0.25]"): (
