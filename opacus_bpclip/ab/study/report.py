@@ -39,9 +39,12 @@ def render(record: StudyRecord, style: Style) -> str:
 def in_short(result: RunResult) -> str:
     """Return a run and what came of it in one line."""
     settings = result.settings
-    kind = "trial" if settings.held_out else "test"
+    given = {"lr": settings.lr, "max_input_norm": settings.max_input_norm or "none"}
+    told = in_words({**given, "options": settings.options, "seed": settings.seed})
     found = result.plan.measure.show(result.run.metric) if result.run else result.note
-    return f"{result.cell}, {result.arm}, {kind}, lr {settings.lr:g}, seed {settings.seed}: {found}"
+    return (
+        f"{'trial' if settings.held_out else 'test'}: {result.cell}, {result.arm}, {told}: {found}"
+    )
 
 
 def in_words(settings: Mapping[str, Any]) -> str:
@@ -50,10 +53,16 @@ def in_words(settings: Mapping[str, Any]) -> str:
     Example:
         >>> in_words({"lr": 0.5, "options": {"max_input_norm": 3}})
         'lr 0.5, max_input_norm 3'
+        >>> in_words({"options": {"threshold": {"initial": 0.1}}})
+        'threshold (initial 0.1)'
     """
     flat = {**settings, **settings.get("options", {})}
     hidden = ("arm", "options", "data_root")
-    return ", ".join(f"{name} {value}" for name, value in flat.items() if name not in hidden)
+    return ", ".join(
+        f"{name} ({in_words(value)})" if isinstance(value, dict) else f"{name} {value}"
+        for name, value in flat.items()
+        if name not in hidden
+    )
 
 
 def _tuning(record: StudyRecord) -> str:

@@ -1,5 +1,8 @@
 """A study's file: what it asks for, and the one line that each mistake is answered by."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from opacus_bpclip import AdaptiveThreshold, BackpropClipping, ThresholdSchedule
@@ -9,6 +12,8 @@ from opacus_bpclip.ab.study.settings import Study
 from opacus_bpclip.jobs.errors import UsageError
 from tests.ab.study.studies import STUDY
 
+ROOT = Path(__file__).parents[3]
+STUDIES, PAGE = ROOT / "benchmarks/studies", ROOT / "docs/study.md"
 TEXT = """\
 seeds = [0, 1, 2]
 baseline = "flat"
@@ -173,6 +178,23 @@ def test_files_that_are_no_study(text, told, path):
     with pytest.raises(UsageError) as caught:
         read_study(path)
     assert str(caught.value).startswith(told.format(path, path))
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda own: own.stem)
+def test_the_studies_of_the_repository_are_in_order(path):
+    study = read_study(path)
+    assert study.tuning
+    assert study.baseline == "flat"
+
+
+def test_the_study_of_the_documentation_is_one(path):
+    (text,) = re.findall(r"^```toml\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    path.write_text(text)
+    study = read_study(path)
+    (run, *_) = study.published("high", "ours", {})
+    assert run.backprop(run.arm) == BackpropClipping(
+        allocation="dimension", layer_noise="dimension", threshold=AdaptiveThreshold(initial=0.5)
+    )
 
 
 def test_the_command_line_has_no_settings_beside_a_file(path, capsys):

@@ -81,8 +81,8 @@ def test_what_waits_for_tuning_has_no_row_of_figures():
 
 def test_a_run_in_a_line(record):
     first, last = record.asked[0], record.asked[-1]
-    assert in_short(first) == "low, flat, trial, lr 0.25, seed 10: 100.00%"
-    assert in_short(last) == "high, ours, test, lr 0.5, seed 2: 96.00%"
+    assert in_short(first) == ("trial: low, flat, lr 0.25, max_input_norm none, seed 10: 100.00%")
+    assert in_short(last) == ("test: high, ours, lr 0.5, max_input_norm none, seed 2: 96.00%")
 
 
 def test_time_is_compared_at_the_ends_of_epochs(record):
