@@ -17,7 +17,7 @@ from opacus_bpclip.jobs.values import HOW_TO_RUN, Count, Probability, Seed, Seve
 Table = dict[str, Any]
 # What all arms of a cell share, or they would not be compared at equal privacy on equal data.
 OF_CELLS = frozenset(
-    {"dataset", "data", "data_root", "metric", "lower_is_better", "epsilon", "delta"}
+    {"dataset", "data", "data_root", "metric", "lower_is_better", "epsilon", "delta", "accountant"}
 )
 OF_STUDIES = frozenset({"arms", "seeds", "held_out"})
 _NO_TABLE = "must be a table of the options of BackpropClipping"
@@ -46,8 +46,11 @@ class Tuning(Options):
     def _of_lists(self) -> Self:
         for arm, table in self.grid.items():
             for path, values in _axes(table).items():
+                place = f"grid.{arm}.{'.'.join(path)}"
                 if not isinstance(values, list) or not values:
-                    raise ValueError(f"grid.{arm}.{'.'.join(path)}: must be a list of values")
+                    raise ValueError(f"{place}: must be a list of values")
+                if any(value in values[:index] for index, value in enumerate(values)):
+                    raise ValueError(f"{place}: must not name anything twice")
         return self
 
 

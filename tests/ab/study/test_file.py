@@ -146,6 +146,10 @@ MISTAKES = {
         "tuning.grid: all arms must have as many trials, not flat 1, ours 2"
     ),
     ("grid.flat =", "grid.fat ="): "tuning.grid.fat: there is no such arm",
+    ("[0.25, 0.5]", "[0.5, 0.5]"): "tuning: grid.flat.lr: must not name anything twice",
+    ("[arms.flat]", "[arms.flat]\naccountant = 'gdp'"): (
+        "arms.flat.accountant: all arms of a cell share it, so set it in the cell"
+    ),
     ("[0.25, 0.5]", "0.5"): "tuning: grid.flat.lr: must be a list of values",
     ("[10, 11]", "[2, 10]"): "tuning.seeds: 2 is published, and must not be tuned on",
     ("[10, 11]", "[10, 10]"): "tuning.seeds: must not name anything twice",
