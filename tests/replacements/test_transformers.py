@@ -75,7 +75,10 @@ def replaced(kind: type[Encodes], **options) -> nn.Module:
 
 @TRANSFORMERS
 @LAYOUTS
-@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize(
+    "bound",
+    [b if b == "exact" else pytest.param(b, marks=pytest.mark.slow) for b in BOUNDS],
+)
 @pytest.mark.parametrize("count", [STEPS, 5])
 def test_a_transformer_stays_within_its_sensitivity(kind, batch_first, bound, count):
     model = replaced(kind, batch_first=batch_first)

@@ -52,7 +52,7 @@ def neighbours(draw: st.DrawFn, dtype: torch.dtype) -> tuple[Pinned, Tensor, Ten
     return trainer, x, target * rows[:, None]
 
 
-@settings(max_examples=70)
+@settings(max_examples=40)
 @given(neighbours(torch.float64))
 def test_one_example_moves_gradient_and_counts_by_at_most_one_unit(
     case: tuple[Pinned, Tensor, Tensor],
@@ -60,13 +60,13 @@ def test_one_example_moves_gradient_and_counts_by_at_most_one_unit(
     check_one_mechanism(*case)
 
 
-@settings(max_examples=70)
+@settings(max_examples=40)
 @given(neighbours(torch.float32))
 def test_the_bound_holds_in_float32(case: tuple[Pinned, Tensor, Tensor]) -> None:
     check_one_mechanism(*case)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(neighbours(torch.float64))
 def test_gradient_and_counts_are_sums_over_examples(case: tuple[Pinned, Tensor, Tensor]) -> None:
     check_independence(*case)
