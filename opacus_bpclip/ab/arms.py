@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from opacus_bpclip import PrivacyEngine, clip_inputs
+from opacus_bpclip.ab.averaging import WeightAverage
 from opacus_bpclip.ab.settings import (
     ADAPTIVE,
     EXPANDED_WEIGHTS,
@@ -36,6 +37,7 @@ class Arm:
         rows: largest number of examples that the model sees at once; None for any.
         criterion: of a step.
         schedule: of the learning rate; None without one.
+        average: of the weights; None if the latest ones are judged.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Arm:
     rows: int | None
     criterion: nn.Module
     schedule: Any = None
+    average: WeightAverage | None = None
 
     @contextmanager
     def batches(self) -> Iterator[DataLoader[Any]]:
@@ -58,6 +61,12 @@ class Arm:
             data_loader=self.loader, max_physical_batch_size=self.rows, optimizer=self.optimizer
         ) as parts:
             yield parts
+
+    @contextmanager
+    def judged(self) -> Iterator[nn.Module]:
+        """Give the model with the weights that count: the average, if there is one."""
+        with self.average.in_place() if self.average else nullcontext():
+            yield self.model
 
     @property
     def in_step(self) -> bool:
@@ -121,9 +130,19 @@ def prepare(
     loader.collate_fn([loader.dataset[0]])
     steps = settings.epochs * len(loader)
     schedule = task.schedule(optimizer, steps) if task.schedule else None
-    rows = settings.physical_batch_size
-    device, precision = noise_generator.device, settings.precision
-    return Arm(model, optimizer, loader, engine, device, precision, rows, criterion, schedule)
+    decay = settings.weight_averaging
+    return Arm(
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        engine=engine,
+        device=noise_generator.device,
+        precision=settings.precision,
+        rows=settings.physical_batch_size,
+        criterion=criterion,
+        schedule=schedule,
+        average=WeightAverage(model, decay) if decay else None,
+    )
 
 
 def _opacus_options(

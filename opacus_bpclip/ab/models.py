@@ -1,4 +1,4 @@
-"""The models compared: small tanh CNNs, the usual ones of the DP-SGD literature.
+"""The models compared: small tanh CNNs, the usual ones of the DP-SGD literature, and linear ones.
 
 They have no normalisation over the batch and no dropout, so that training depends on the initial
 weights, the batches and the noise alone.
@@ -39,6 +39,16 @@ def cnn550k() -> nn.Sequential:
         nn.Tanh(),
         nn.Linear(128, 10),
     )
+
+
+def linear_on_hog() -> nn.Linear:
+    """Return a linear model of the features of 28 by 28 images: 11,530 parameters, [N, 1152]."""
+    return nn.Linear(1152, 10)
+
+
+def linear_on_cifar10_hog() -> nn.Linear:
+    """Return the same for 32 by 32 images: 15,690 parameters, input [N, 1568]."""
+    return nn.Linear(1568, 10)
 
 
 def _two_convolutions(first: nn.Conv2d, second: nn.Conv2d, positions: int) -> nn.Sequential:

@@ -61,7 +61,7 @@ def draw(record: ComparisonRecord, path: Path) -> None:
     measure = record.plan.measure
     for result in record.asked:
         if result.arm == NON_PRIVATE and result.seeds:
-            level = _scaled(measure, fmean(result.metrics))
+            level = scaled(measure, fmean(result.metrics))
             draw_level(axes, level, linewidth=1.5, label=_legend(measure, result))
         elif result.seeds:
             _draw_curve(axes, measure, result)
@@ -81,7 +81,7 @@ def _draw_curve(axes: Any, measure: Measure, result: ArmResult) -> None:
     colour, marker, dashes, width, height = _STYLES[result.arm]
     epsilons = [epoch.epsilon for epoch in result.seeds[0].epochs]
     by_epoch = [
-        [_scaled(measure, epoch.metric) for epoch in epochs]
+        [scaled(measure, epoch.metric) for epoch in epochs]
         for epochs in zip(*(seed.epochs for seed in result.seeds), strict=True)
     ]
     rows = [(min(values), fmean(values), max(values)) for values in by_epoch]
@@ -94,7 +94,8 @@ def _legend(measure: Measure, result: ArmResult) -> str:
     return f"{result.arm}: {measure.show(fmean(result.metrics), digits=1)}"
 
 
-def _scaled(measure: Measure, value: float) -> float:
+def scaled(measure: Measure, value: float) -> float:
+    """Return a metric's place on an axis, where shares are in percent."""
     return 100 * value if measure.percent else value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean, median
 
-from opacus_bpclip.ab.results import ArmResult, ComparisonRecord
+from opacus_bpclip.ab.results import ArmResult, ComparisonRecord, Plan
 from opacus_bpclip.ab.settings import Settings
 from opacus_bpclip.ab.training import WARM_UP_STEPS
 from opacus_bpclip.jobs.tables import Style
@@ -41,8 +41,7 @@ def heading(record: ComparisonRecord) -> str:
     settings, plan = record.settings, record.plan
     batch = plan.train_examples * plan.sample_rate
     lines = [
-        f"{settings.title}: {plan.train_examples} training and {plan.test_examples} test examples, "
-        f"model of {plan.parameters:,} parameters",
+        sizes(settings, plan),
         f"epochs: {settings.epochs}, each of {plan.steps_per_epoch} Poisson batches, {batch:.0f} "
         f"examples expected, {_optimizer(settings)}, "
         f"seeds {' '.join(map(str, settings.seeds))}"
@@ -57,12 +56,22 @@ def heading(record: ComparisonRecord) -> str:
     return "\n".join(lines)
 
 
+def sizes(settings: Settings, plan: Plan) -> str:
+    """Return how large the data and the model are."""
+    return (
+        f"{settings.title}: {plan.train_examples} training and {plan.test_examples} test examples, "
+        f"model of {plan.parameters:,} parameters"
+    )
+
+
 def _optimizer(settings: Settings) -> str:
     momentum = "" if settings.momentum is None else f" and momentum {settings.momentum:g}"
     schedule = f", {settings.schedule}" if settings.schedule else ""
     rows = settings.physical_batch_size
+    decay = settings.weight_averaging
+    average = f", weights averaged with decay {decay:g}" if decay else ""
     physical = f", physical batches of at most {rows}" if rows else ""
-    return f"{settings.optimizer} with lr {settings.lr:g}{momentum}{schedule}{physical}"
+    return f"{settings.optimizer} with lr {settings.lr:g}{momentum}{schedule}{average}{physical}"
 
 
 def _options(settings: Settings, arm: str) -> str:

@@ -97,6 +97,7 @@ class SeedResult:
         seconds_per_step: median over steps.
         peak_memory_bytes: peak of the training steps over what was held before the first; None
             where the platform does not tell.
+        seconds: all training steps took by the end of each epoch; empty in older results.
     """
 
     seed: int
@@ -104,6 +105,7 @@ class SeedResult:
     epsilon: float | None
     seconds_per_step: float
     peak_memory_bytes: int | None
+    seconds: tuple[float, ...] = ()
 
     @property
     def metric(self) -> float:

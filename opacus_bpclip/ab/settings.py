@@ -118,6 +118,8 @@ class Settings(Options):
         momentum: momentum, of an optimizer that takes it
         schedule: a class of torch.optim.lr_scheduler whose length is the number of steps, or
             MODULE:FACTORY called with the optimizer and that number
+        weight_averaging: judge an exponential moving average of the weights, with this decay in a
+            step, as 0.97, in place of the latest weights
         accountant: Opacus's name of the accountant
         device: where to train
         precision: bfloat16 trains by autocast, the arms of this package with a criterion passed to
@@ -161,6 +163,7 @@ class Settings(Options):
         Annotated[NotNegative, Field(lt=1)] | None, Parameter(show_default="0.9 for SGD")
     ] = Field(default_factory=lambda given: 0.9 if given["optimizer"] == "SGD" else None)
     schedule: str | None = None
+    weight_averaging: Probability | None = None
     accountant: Literal["prv", "rdp", "gdp"] = "prv"
     device: Device = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -60,18 +60,22 @@ def train_seed(
     memory = PeakMemory(arm.device)
     seconds: list[float] = []
     epochs: list[EpochResult] = []
+    spent: list[float] = []
     steps = settings.epochs * plan.steps_per_epoch
     with progress_bar(f"{name}, seed {seed}", steps, shown=progress) as bar:
         for epoch in range(settings.epochs):
             with memory.watch():
                 loss = _train_epoch(arm, seconds, bar)
+            spent.append(sum(seconds))
             # Expanded weights evaluate no model that holds per-example gradients.
             arm.optimizer.zero_grad()
+            with arm.judged() as model:
+                metric = evaluate(model, task, settings)
             epochs.append(
                 EpochResult(
                     epoch=epoch + 1,
                     epsilon=plan.epsilons[epoch] if arm.engine else None,
-                    metric=evaluate(arm.model, task, settings),
+                    metric=metric,
                     loss=loss if math.isfinite(loss) else None,
                 )
             )
@@ -82,6 +86,7 @@ def train_seed(
         epsilon=_epsilon(arm, settings, plan),
         seconds_per_step=median(seconds[WARM_UP_STEPS:] or seconds),
         peak_memory_bytes=memory.bytes,
+        seconds=tuple(spent),
     )
 
 
@@ -174,6 +179,8 @@ def _train_epoch(arm: Arm, seconds: list[float], bar: Bar) -> float:
                 spent = 0.0
             if arm.schedule:
                 arm.schedule.step()
+            if arm.average:
+                arm.average.update()
             bar.advance()
     return total / examples if examples else float("nan")
 

@@ -84,6 +84,13 @@ def what_is_wrong(error: ValidationError) -> str:
     return "; ".join(found.values())
 
 
+def where_and_what(error: ValidationError) -> str:
+    """Return the dotted place of a file's first wrong value, and what it must be."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {in_words(first)}" if place else in_words(first)
+
+
 def in_words(problem: ErrorDetails) -> str:
     """Return what a value must be, without its name."""
     text = str(problem.get("ctx", {}).get("error") or problem["msg"])

@@ -14,11 +14,30 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 
 from opacus_bpclip.jobs.environment import commit, hardware, versions
-from opacus_bpclip.jobs.errors import UsageError, in_words
+from opacus_bpclip.jobs.errors import UsageError, where_and_what
 from opacus_bpclip.jobs.files import write_whole
 from opacus_bpclip.jobs.settings import Options
 
 UNKNOWN_COMMIT = "unknown (installed package)"
+
+
+class MeasuredWith(BaseModel):
+    """What something was measured with.
+
+    Args:
+        commit: of the package, or several of them; None if it was installed, and not run from a
+            checkout.
+        platform: the system, in words.
+        hardware: the device, in words.
+        versions: of what decides the results.
+    """
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    commit: str | None = Field(default_factory=commit)
+    platform: str = Field(default_factory=platform.platform)
+    hardware: str
+    versions: dict[str, str | None] = Field(default_factory=versions)
 
 
 class Result(BaseModel):
@@ -36,31 +55,21 @@ S = TypeVar("S", bound=Options)
 R = TypeVar("R", bound=Result)
 
 
-class Record(BaseModel, Generic[S, R]):
+class Record(MeasuredWith, Generic[S, R]):
     """What a command has found so far, and with what.
 
     Args:
         format: of the file.
         settings: of the measurements.
-        commit: that the results were measured with, or several of them; None if the package was
-            installed, and not run from a checkout.
-        platform: the system, in words.
-        hardware: the device, in words.
-        versions: of what decides the results.
         results: in the order of their first measurement.
     """
 
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
     # The subcommand, and what may differ between a run and its continuation.
     command: ClassVar[str]
     free: ClassVar[frozenset[str]]
 
     format: Literal[3] = 3
     settings: S
-    commit: str | None = Field(default_factory=commit)
-    platform: str = Field(default_factory=platform.platform)
-    hardware: str
-    versions: dict[str, str | None] = Field(default_factory=versions)
     results: tuple[R, ...] = ()
 
     @classmethod
@@ -80,12 +89,11 @@ class Record(BaseModel, Generic[S, R]):
             UsageError: the file cannot be read, or is not a results file of the command.
         """
         try:
-            return cls.model_validate_json(path.read_text())
+            return cls._of_text(path.read_text())
         except (OSError, ValueError) as error:
             reason = str(error)
             if isinstance(error, ValidationError):
-                first = error.errors(include_url=False)[0]
-                reason = f"{'.'.join(map(str, first['loc']))}: {in_words(first)}"
+                reason = where_and_what(error)
             raise UsageError(
                 f"{subject or path} is not a results file of opacus-bpclip {cls.command} ({reason})"
             ) from error
@@ -96,6 +104,10 @@ class Record(BaseModel, Generic[S, R]):
         text = json.dumps(facts, indent=1, allow_nan=False)
         flat = re.sub(r"\[[-+.\de,\s]+\]", lambda found: " ".join(found[0].split()), text)
         write_whole(path, flat + "\n")
+
+    @classmethod
+    def _of_text(cls, text: str) -> Self:
+        return cls.model_validate_json(text)
 
     @property
     @abstractmethod

@@ -71,10 +71,10 @@ MUST_BE = {
         ab --seeds -1; audit --seed -1; bench --limit -1""",
     "must be greater than or equal to 1": """
         ab --epochs 0; ab --batch-size -3; ab --threads 0; audit --processes 0
-        audit --model a:b --input 4 --vocabulary -3; bench --rounds 0
+        ab --processes 0; audit --model a:b --input 4 --vocabulary -3; bench --rounds 0
         inspect a:b --input-shape 0""",
     "must be less than or equal to 100": "ab --epsilon 101",
-    "must be less than 1": "ab --delta 1; ab --momentum 1",
+    "must be less than 1": "ab --delta 1; ab --weight-averaging 1; ab --momentum 1",
     "must be a finite number": """
         ab --epsilon nan; ab --epsilon inf; ab --delta nan; ab --momentum nan; bench --limit nan
         bench --limit inf; inspect a:b --max-grad-norm inf""",
@@ -221,9 +221,10 @@ GIVEN = {
     "ab": """--model a:b --loss a:c --metric a:d --lower-is-better --collate a:e --dataset mnist
         --data-root d --seeds 7 5 --arms paper flat --epsilon 2.0 --delta 1e-06 --epochs 4
         --batch-size 32 --physical-batch-size 8 --optimizer RMSprop --lr 0.3 --momentum 0.5
-        --schedule LinearLR --accountant rdp --device cuda --threads 2 --precision bfloat16
+        --schedule LinearLR --weight-averaging 0.9 --accountant rdp --device cuda --threads 2
+        --precision bfloat16
         --max-grad-norm 0.1 --max-input-norm 4.0 --bound weighted
-        --allocation equal --normalize --plot none""",
+        --allocation equal --normalize --plot none --study s --processes 3""",
     "audit": """--allocation equal --bound exact --seed 7 --loss-reduction sum --full --trials 500
         --noise-multiplier 2.0 --max-grad-norm 3.0 --max-input-norm none --alpha 0.01 --delta 1e-06
         --model a:b --input 3x4 --vocabulary 3 --plot p --processes 3""",
