@@ -25,6 +25,7 @@ from opacus_bpclip.ab.settings import (
     Settings,
 )
 from opacus_bpclip.ab.task import Task
+from opacus_bpclip.config import AdaptiveThreshold
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def prepare(
         # A mean's division by the batch's size must not be rounded, and the terms of a user's own
         # loss are checked to be of one example each.
         exact = settings.precision == "float32" and settings.device == "cpu"
+        exact = exact and not isinstance(backprop and backprop.threshold, AdaptiveThreshold)
         if name == GHOST or (backprop is not None and (settings.loss or not exact)):
             options["criterion"] = criterion
         model, optimizer, *criteria, loader = engine.make_private(

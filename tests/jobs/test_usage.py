@@ -226,6 +226,7 @@ GIVEN = {
         --max-grad-norm 0.1 --max-input-norm 4.0 --bound weighted
         --allocation equal --normalize --plot none --study s --processes 3""",
     "audit": """--allocation equal --bound exact --seed 7 --loss-reduction sum --full --trials 500
+        --threshold adaptive
         --noise-multiplier 2.0 --max-grad-norm 3.0 --max-input-norm none --alpha 0.01 --delta 1e-06
         --model a:b --input 3x4 --vocabulary 3 --plot p --processes 3""",
     "bench": """--case lstm text --arms non-private ghost --rounds 3 --limit 2.0 --threads 2
