@@ -27,7 +27,7 @@ def _mathml(formula: re.Match[str]) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turn formulas into MathML, which browsers draw by themselves, and mark options for the styles.
+    """Turn formulas into MathML, which browsers draw by themselves, and mark options for styles.
 
     Raises:
         LatexError: TeX that has no MathML; the build fails.
