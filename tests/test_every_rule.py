@@ -27,7 +27,7 @@ from tests.strategies import (
     seed_torch,
     single_layers,
 )
-from tests.worst_cases import WORST_CASES
+from tests.worst_cases import WORST_CASES, spike_upstream
 
 # test_sensitivity.py searches their families in every run; class by class takes another minute.
 SEARCHED_AS_FAMILIES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *NORMS)
@@ -132,10 +132,7 @@ def test_the_named_worst_case_reaches_the_bound(kind, bound, normalize):
     torch.manual_seed(0)
     worst = WORST_CASES[kind]
     model, x = worst.make().double(), worst.example
-    with torch.no_grad():
-        response = (model(x) - model(torch.zeros_like(x))).flatten(1)
-    target = torch.zeros_like(response)
-    target[0, response.abs().argmax() if worst.output is None else worst.output] = 1e4
+    target = spike_upstream(model, x, 1e4, worst.output)
     trainer = Trainer(
         model, worst.shape, layerwise(bound=bound, normalize=normalize), max_grad_norm=2.0
     )

@@ -37,6 +37,22 @@ class WorstCase:
         return x
 
 
+def spike_upstream(model: nn.Module, x: Tensor, height: float, place: int | None = None) -> Tensor:
+    """Return an upstream gradient with one entry, ``[1, outputs]``.
+
+    Args:
+        model: what makes the outputs.
+        x: one example.
+        height: of the entry.
+        place: of the entry; ``None``: at the output that answers the example most.
+    """
+    with torch.no_grad():
+        response = (model(x) - model(torch.zeros_like(x))).flatten(1)
+    upstream = torch.zeros_like(response)
+    upstream[0, response.abs().argmax() if place is None else place] = height
+    return upstream
+
+
 def _no_memory() -> nn.Module:
     """A recurrent network whose earlier steps get no gradient: only one column counts."""
     model = Steps(2, 3)

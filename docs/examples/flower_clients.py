@@ -44,7 +44,8 @@ def train(message: Message, context: Context) -> Message:
             cross_entropy(private(inputs), labels).backward()
             optimizer.step()
     finally:  # before the reply, and also if the round fails
-        unfinished = file.with_suffix(".unfinished")  # a crash leaves the old file, or the new one
+        # A crash leaves the old file, or the new one.
+        unfinished = file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(engine.accountant.state_dict()))
         unfinished.replace(file)
     metrics = MetricRecord({"num-examples": len(data), "epsilon": engine.get_epsilon(1e-3)})

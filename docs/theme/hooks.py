@@ -15,6 +15,8 @@ FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
 TO_MATHML = LatexToMathML()
+# An option of the command line, as `--model`. Browsers would break it behind its hyphens.
+OPTION = re.compile(r"<code>(?=--[a-z-]+</code>)")
 
 
 def _mathml(formula: re.Match[str]) -> str:
@@ -25,12 +27,12 @@ def _mathml(formula: re.Match[str]) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turn formulas into MathML, which browsers draw by themselves.
+    """Turn formulas into MathML, which browsers draw by themselves, and mark options for styles.
 
     Raises:
         LatexError: TeX that has no MathML; the build fails.
     """
-    return FORMULA.sub(_mathml, content)
+    return OPTION.sub('<code class="option">', FORMULA.sub(_mathml, content))
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:

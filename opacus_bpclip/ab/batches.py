@@ -73,17 +73,25 @@ class Batch:
 
     def parts(self, rows: int) -> Iterator[Batch]:
         """Yield parts of at most this many examples."""
-        whole = (self.args, self.kwargs, self.targets)
         for start in range(0, self.size, rows):
-            yield Batch(*map_leaves(whole, partial(_cut, rows=slice(start, start + rows))))
+            yield self.part(slice(start, start + rows))
+
+    def part(self, rows: slice) -> Batch:
+        """Return some of the examples."""
+        whole = (self.args, self.kwargs, self.targets)
+        return Batch(*map_leaves(whole, partial(_cut, rows=rows)))
 
     def outputs_of(self, model: nn.Module) -> Any:
-        """Return what the model makes of it: the logits where the output has some."""
-        outputs = model(*self.args, **self.kwargs)
-        try:
-            return logits_of(outputs)
-        except ValueError:
-            return outputs
+        """Return what the model makes of it."""
+        return model(*self.args, **self.kwargs)
+
+
+def logits_in(outputs: Any) -> Any:
+    """Return the logits in a model's output, or if it has none, the output."""
+    try:
+        return logits_of(outputs)
+    except ValueError:
+        return outputs
 
 
 def _cut(own: Any, rows: slice) -> Any:

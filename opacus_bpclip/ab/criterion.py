@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from opacus_bpclip.ab.batches import logits_in
 from opacus_bpclip.jobs.errors import UsageError
 from opacus_bpclip.losses.losses import mean_of_counted
 
@@ -22,7 +23,9 @@ _REMEDY = (
 class Criterion(nn.Module):
     """The mean over the examples of each example's own mean loss.
 
-    Ghost clipping and this package set ``reduction`` to ``"none"`` and get ``[B]``.
+    Ghost clipping and this package set ``reduction`` to ``"none"`` and get ``[B]``. Torch's own
+    losses, which take one tensor, get the logits of outputs that have some. All others get what the
+    model returns.
 
     Args:
         found: a criterion with a ``reduction``, or a function of outputs and targets that takes
@@ -38,6 +41,7 @@ class Criterion(nn.Module):
         self.reduction = "mean"
         self.path = path
         self.ignore_index = getattr(found, "ignore_index", None)
+        self._takes_logits = (getattr(found, "__module__", None) or "").startswith("torch.nn")
         if hasattr(found, "reduction"):
             self.losses: Any = copy.deepcopy(found)
             self.losses.reduction = "none"
@@ -54,6 +58,8 @@ class Criterion(nn.Module):
         Raises:
             UsageError: there is not a row of losses for each example.
         """
+        if self._takes_logits:
+            outputs = logits_in(outputs)
         losses = self.losses(outputs, targets)
         if not isinstance(losses, Tensor) or not losses.dim():
             made = "a scalar" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"

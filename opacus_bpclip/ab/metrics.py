@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.ab.batches import Batch
+from opacus_bpclip.ab.batches import Batch, logits_in
 from opacus_bpclip.ab.criterion import Criterion
 from opacus_bpclip.ab.results import Measure
 from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.probe.leaves import map_leaves
 
 _IGNORED = nn.CrossEntropyLoss().ignore_index
 
@@ -114,6 +115,9 @@ def metric_of(found: Any, path: str, *, lower_is_better: bool) -> tuple[Any, Mea
 def value_of(metric: Any, model: nn.Module, batches: Any, device: torch.device) -> float:
     """Return what a metric says of a model, which keeps its mode.
 
+    The mean loss gets what the model returns; any other metric gets the logits of outputs that have
+    some.
+
     Args:
         metric: it is copied.
         model: what makes the outputs.
@@ -127,8 +131,13 @@ def value_of(metric: Any, model: nn.Module, batches: Any, device: torch.device) 
             for each in batches:
                 batch = Batch.of(each, device)
                 outputs = batch.outputs_of(model)
-                pair = (outputs, batch.targets)
-                metric.update(*(own.cpu() if isinstance(own, Tensor) else own for own in pair))
+                if not isinstance(metric, MeanLoss):
+                    outputs = logits_in(outputs)
+                metric.update(*map_leaves((outputs, batch.targets), _on_cpu))
             return float(metric.compute())
     finally:
         model.train(was_training)
+
+
+def _on_cpu(own: Any) -> Any:
+    return own.cpu() if isinstance(own, Tensor) else own

@@ -11,7 +11,8 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from opacus_bpclip.ab.batches import Batch
+from opacus_bpclip.ab.arms import Arm
+from opacus_bpclip.ab.batches import Batch, logits_in
 from opacus_bpclip.ab.criterion import Criterion
 from opacus_bpclip.ab.results import Plan
 from opacus_bpclip.ab.settings import Settings
@@ -25,6 +26,8 @@ from opacus_bpclip.probe.rows import rows_are_coupled
 _EXAMPLES = 8
 # In a draw of a batch of 8, or in a few.
 _ENOUGH = 4
+# An empty batch is tried where a run draws one with at least this probability.
+_MAY_BE_EMPTY = 1e-3
 
 
 @known_warnings_silenced()
@@ -49,7 +52,7 @@ def check(task: Task, settings: Settings) -> None:
     with told_of_users_code(f"{model_path} on a batch of {data_path}"):
         outputs = batch.outputs_of(model)
     if not settings.loss:
-        _require_classes(data_path, outputs, batch.targets)
+        _require_classes(data_path, logits_in(outputs), batch.targets)
     with told_of_users_code(f"the loss {settings.loss or 'cross-entropy'} on a batch"):
         task.criterion.to(device)(outputs, batch.targets).backward()
         _require_own_losses(task.criterion, outputs, batch)
@@ -88,15 +91,38 @@ def problem_of(name: str, settings: Settings, plan: Plan, task: Task) -> str:
                 tried += batch.size
                 if tried >= _ENOUGH and not arm.in_step:
                     break
+        if arm.engine and _empty_batches(settings, plan) >= _MAY_BE_EMPTY:
+            return _problem_of_empty(arm, batch.part(slice(0)))
     except CoverageError as error:
         return " ".join(str(error).split())
     except UnsupportedModuleError as error:
         found = error.args[0] if isinstance(error.args[0], list) else error.args
         return " ".join(f"Opacus: {'; '.join(map(str, found))}".split())
     except Exception as error:
-        # Some errors print whole tensors.
-        return textwrap.shorten(in_one_line(error), 500, placeholder=" ...")
+        return _short(error)
     return ""
+
+
+def _empty_batches(settings: Settings, plan: Plan) -> float:
+    """Return how many empty batches an arm draws on average."""
+    steps = len(settings.seeds) * settings.epochs * plan.steps_per_epoch
+    return steps * (1 - plan.sample_rate) ** plan.train_examples
+
+
+def _problem_of_empty(arm: Arm, empty: Batch) -> str:
+    try:
+        step(arm, empty)
+    except Exception as error:
+        return (
+            "Poisson sampling draws empty batches at this --batch-size, and the arm fails on one: "
+            f"{_short(error)}. Raise --batch-size"
+        )
+    return ""
+
+
+def _short(error: Exception) -> str:
+    # Some errors print whole tensors.
+    return textwrap.shorten(in_one_line(error), 500, placeholder=" ...")
 
 
 def _require_own_losses(criterion: Criterion, outputs: Any, batch: Batch) -> None:

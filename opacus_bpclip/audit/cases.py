@@ -1,4 +1,4 @@
-"""The built-in cases: one for each family of layers, one of several layers, one of shared weights.
+"""The built-in cases: one for each family of layers, one of several layers, two of shared weights.
 
 Each has a worst case: an input with one large entry, and an upstream gradient with one large entry
 that is multiplied by it. Every bound of the layer's gradient then equals its norm. So the clipped
@@ -21,7 +21,13 @@ from opacus_bpclip.config import BackpropClipping
 
 _ORDINARY = 2  # examples in the batch of the statistical checks
 _CROWD = 24  # examples in a crowd
-_CROWD_SCALES = tuple(2.0**power for power in range(-3, 7))
+# Of a crowd's upstream gradients. Those near the limit pull against the example that joins them: a
+# sum that is too small for one more shows. Those far above it pull with that example: a mean loss
+# divides their gradients by one more, and whatever grows with another power of them shows.
+_CROWD_SCALES = (
+    *(-(2.0**power) for power in range(-3, 7)),
+    *(8.0**power for power in range(3, 11)),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Case:
         output_spikes: flat positions of the worst upstream gradient's.
         vocabulary: number of tokens, for inputs that are ids; the worst input repeats token 0.
         uses: of layers that are used more than once, for budgets of each layer's own.
+        attained_with_clipped_inputs: whether the worst case reaches the sensitivity where layers
+            clip their inputs, too.
     """
 
     make_model: Callable[[], nn.Module]
@@ -45,6 +53,7 @@ class Case:
     output_spikes: tuple[int, ...] = (0,)
     vocabulary: int | None = None
     uses: Mapping[str, int] = field(default_factory=dict)
+    attained_with_clipped_inputs: bool = True
 
     def target(
         self,
@@ -70,8 +79,9 @@ class Case:
             x = everywhere = torch.zeros_like(x, dtype=torch.long)
         crowd = x.repeat(_CROWD, *(1,) * len(self.inputs))
         crowds = [
-            (crowd, -g.repeat(_CROWD, 1) / LARGE * scale * max_grad_norm) for scale in _CROWD_SCALES
+            (crowd, g.repeat(_CROWD, 1) / LARGE * scale * max_grad_norm) for scale in _CROWD_SCALES
         ]
+        clipping = replace(clipping or BackpropClipping(), uses=self.uses)
         return Target(
             name=name,
             make=partial(
@@ -80,12 +90,12 @@ class Case:
                 None,
                 max_grad_norm=max_grad_norm,
                 loss_reduction=loss_reduction,
-                clipping=replace(clipping or BackpropClipping(), uses=self.uses),
+                clipping=clipping,
                 device=device,
             ),
             batches=((inputs, upstream), *crowds),
             canaries=((x, g), (everywhere, torch.full_like(g, LARGE)), (everywhere, g)),
-            attained=True,
+            attained=self.attained_with_clipped_inputs or clipping.max_input_norm is None,
         )
 
 
@@ -126,6 +136,23 @@ def _shared() -> nn.Module:
     return SideBySide(twice, twice, left, right)
 
 
+class TiedEmbedding(nn.Module):
+    """An embedding whose weight is that of the output head, too, as in language models.
+
+    Where the head predicts the token that it sees, both uses change the same row of the weight in
+    the same direction.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(10, 3), nn.Linear(3, 10, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ids ``[B, T]`` to one output for each position and token, ``[B, 10 T]``."""
+        return self.head(self.tokens(ids)).flatten(1)
+
+
 def _bias_alone() -> nn.Module:
     layer = nn.Linear(4, 30)
     layer.weight.requires_grad_(False)
@@ -153,5 +180,8 @@ CASES: Mapping[str, Case] = {
         input_spikes=(0, 4, 8, 12),
         output_spikes=(0, 3, 6, 9),
         uses={"layers.0": 2},
+    ),
+    "tied-embedding": Case(
+        TiedEmbedding, (4,), 40, vocabulary=10, attained_with_clipped_inputs=False
     ),
 }

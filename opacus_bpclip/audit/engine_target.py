@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from opacus_bpclip.engine.engine import PrivacyEngine
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 from opacus_bpclip.optimizer.scales import noise_of
+from opacus_bpclip.probe.randomness import Steady
 
 Loss = Callable[..., Tensor]
 Inputs = Callable[[int], "Tensor | Batch"]
@@ -55,6 +57,8 @@ class EngineTrainer(Trainer):
         loss_reduction: ``"mean"`` or ``"sum"``, how the loss reduces over the batch.
         clipping: the options.
         device: where to train; batches go there, and what is released comes back.
+        steady: of a model that draws random numbers, as dropout does: makes them equal for all
+            examples. Neighbours could not be compared if each batch drew numbers of its own.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class EngineTrainer(Trainer):
         loss_reduction: str = "mean",
         clipping: BackpropClipping | None = None,
         device: torch.device | str = "cpu",
+        steady: Steady | None = None,
     ) -> None:
         self._device = torch.device(device)
         model = make_model().to(self._device)
@@ -86,6 +91,7 @@ class EngineTrainer(Trainer):
                 backprop=clipping,
             )
         self._loss = loss or linear_loss(loss_reduction)
+        self._drawing = steady or nullcontext()
         self._runs_empty = True
         self._thresholds = self._optimizer._hooks._sensitivities.state_dict()
         super().__init__(
@@ -106,7 +112,8 @@ class EngineTrainer(Trainer):
         if not len(inputs) and not self._runs_empty:
             return
         try:
-            self._loss(self._model(inputs), *targets).backward()
+            with self._drawing:
+                self._loss(self._model(inputs), *targets).backward()
         except (IndexError, RuntimeError, ValueError) as error:
             if len(inputs) or isinstance(error, PrivacyViolationError):
                 raise
@@ -182,8 +189,11 @@ def model_target(
         torch.manual_seed(0)
         made = inputs(_EXAMPLES)
         batch = made if isinstance(made, tuple) else (made,)
+        model, steady = make_model(), Steady()
+        with steady, torch.no_grad():
+            output = model(batch[0])
         if loss is None:
-            batch = (batch[0], _upstream(make_model(), batch[0]))
+            batch = (batch[0], _upstream(output))
         canaries = tuple(_canaries(batch, with_spikes=loss is None))
 
     make = partial(
@@ -193,13 +203,13 @@ def model_target(
         max_grad_norm=max_grad_norm,
         loss_reduction=loss_reduction,
         clipping=clipping,
+        # It costs time in every operation.
+        steady=steady if steady.random else None,
     )
     return Target(name=name, make=make, batches=(batch,), canaries=canaries)
 
 
-def _upstream(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        output = model(x)
+def _upstream(output: object) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(
             f"the model's output is a {type(output).__name__}, not one tensor; name a loss that "

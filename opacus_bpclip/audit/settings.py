@@ -27,10 +27,11 @@ from opacus_bpclip.jobs.values import (
 
 Layer = Literal["linear", "sequence-linear", "conv", "embedding", "bias"]
 Norm = Literal["layer-norm", "rms-norm", "group-norm", "instance-norm"]
-CaseName = Literal[Layer, Norm, "branches", "shared"]
+SeveralLayers = Literal["branches", "shared", "tied-embedding"]
+CaseName = Literal[Layer, Norm, SeveralLayers]
 CASE_NAMES: tuple[CaseName, ...] = get_args(CaseName)
 # For these, the joint budget and the layerwise ones clip differently.
-OF_SEVERAL_LAYERS = ("branches", "shared")
+OF_SEVERAL_LAYERS: tuple[SeveralLayers, ...] = get_args(SeveralLayers)
 Reduction = Literal["mean", "sum"]
 Threshold = Literal["fixed", "adaptive"]
 # How a case is audited: the loss reduction, the bound, the allocation.

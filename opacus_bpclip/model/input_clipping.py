@@ -15,7 +15,7 @@ from opacus_bpclip.config import is_positive_number
 from opacus_bpclip.model.calls import Args, CallArguments, Kwargs
 from opacus_bpclip.model.coverage import trainable_layers
 from opacus_bpclip.model.layer import Layer
-from opacus_bpclip.model.saved_norms import SavedNorm, is_saved_norm
+from opacus_bpclip.model.saved_norms import NAME, SavedNorm, is_saved_norm
 from opacus_bpclip.rules import Rule
 from opacus_bpclip.rules.scaling import scale_input
 
@@ -95,10 +95,11 @@ class RemovedClips:
     """Input clips that were removed from their modules; a call puts them back.
 
     Args:
-        entries: the entries of the modules' tables of hooks: the table, the key and the value.
+        entries: what was in the modules' tables of hooks and attributes: the table, the key and the
+            value.
     """
 
-    def __init__(self, entries: list[tuple[dict[int, Any], int, Any]]) -> None:
+    def __init__(self, entries: list[tuple[dict[Any, Any], int | str, Any]]) -> None:
         self._entries = entries
 
     def __call__(self) -> None:
@@ -117,7 +118,9 @@ def remove_input_clips(model: nn.Module) -> RemovedClips:
     return RemovedClips(removed)
 
 
-def _entries_of(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
+def _entries_of(module: nn.Module) -> Iterator[tuple[dict[Any, Any], int | str]]:
+    if NAME in vars(module):
+        yield vars(module), NAME
     for key, hook in module._forward_pre_hooks.items():
         if isinstance(hook, InputClip):
             yield module._forward_pre_hooks, key

@@ -3,6 +3,11 @@
 Weights that were trained with clipped inputs compute something else without them, and a state holds
 weights alone. So it gets an entry more, by which ``load_state_dict`` raises an error unless the
 layer clips its inputs, too.
+
+The entry is an attribute of the layer, as all others are: ``torch.func.functional_call`` and
+``torch.distributed.checkpoint`` look up each entry of a state in the model. It is no buffer, since
+wrappers broadcast, shard and convert those. Torch's own key for more than tensors,
+``_extra_state``, would refuse as well, but its name tells nobody what is missing.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-KEY = "clip_inputs.max_input_norm"
+NAME = "clip_inputs_max_input_norm"
 
 State = MutableMapping[str, Any]
 
@@ -31,7 +36,11 @@ class SavedNorm:
         self.max_norm = max_norm
 
     def attach(self, layer: nn.Module) -> list[RemovableHandle]:
-        """Register the hooks; they are copied and pickled with the layer."""
+        """Register the hooks and set the attribute; they are copied and pickled with the layer.
+
+        The attribute stays when the hooks are removed: alone it does nothing.
+        """
+        setattr(layer, NAME, torch.tensor(self.max_norm))
         return [
             layer.register_state_dict_post_hook(self),
             layer.register_load_state_dict_pre_hook(self.read),
@@ -39,11 +48,11 @@ class SavedNorm:
 
     def __call__(self, _: nn.Module, state: State, prefix: str, *__: Any) -> None:
         """Write the norm."""
-        state[prefix + KEY] = torch.tensor(self.max_norm)
+        state[prefix + NAME] = torch.tensor(self.max_norm)
 
     def read(self, _: nn.Module, state: State, prefix: str, *__: Any) -> None:
         """Take the norm out; warn if it is another one. Weights of a model without it may load."""
-        saved = state.pop(prefix + KEY, None)
+        saved = state.pop(prefix + NAME, None)
         # Weights may have been saved in low precision, this number with them.
         if saved is not None and saved != torch.tensor(self.max_norm, dtype=saved.dtype):
             warnings.warn(

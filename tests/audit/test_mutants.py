@@ -80,6 +80,7 @@ MUTANTS = [
     (joint.first_use_taken_for_all, "shared", JOINT, 0, MOVED),
     (joint.tied_layers_measured_apart, "shared", JOINT, 0, MOVED),
     (joint.norms_over_the_batchs_mean, "branches", JOINT, 0, MOVED),
+    (joint.margins_of_uses_multiplied, "tied-embedding", JOINT, 0, MOVED),
 ]
 
 

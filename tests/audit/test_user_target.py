@@ -17,6 +17,10 @@ def network():
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
+def with_dropout():
+    return nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3), nn.Dropout(0.2))
+
+
 def embedding():
     return nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 2))
 
@@ -49,7 +53,8 @@ def test_a_loss_of_ones_own(reduction):
     assert 0.05 < verdict.neighbours.change <= 0.1
 
 
-def test_a_loss_that_couples_examples_is_a_violation():
+@pytest.mark.parametrize("make_model", [network, with_dropout])
+def test_a_loss_that_couples_examples_is_a_violation(make_model):
     def loss(output, y):
         # A mean over what is private: how many examples are of class 0.
         weights = torch.tensor([1.0, 100.0, 100.0])[y]
@@ -59,8 +64,15 @@ def test_a_loss_that_couples_examples_is_a_violation():
     def batch(n):
         return torch.randn(n, 6), torch.arange(n) % 3
 
-    target = model_target("coupled", network, batch, loss=loss, max_grad_norm=0.5)
+    target = model_target("coupled", make_model, batch, loss=loss, max_grad_norm=0.5)
     assert audit(target, trials=0).outcome == "violation"
+
+
+def test_dropout_is_no_fault_of_a_model():
+    target = model_target("mine", with_dropout, lambda n: torch.randn(n, 6))
+    verdict = audit(target, trials=100, searches=20)
+    assert verdict.outcome == "pass"
+    assert verdict.neighbours.ratio > 0.99
 
 
 def test_a_model_that_cannot_be_bounded_is_refused():

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -93,14 +94,35 @@ def test_weights_of_clipped_inputs_do_not_load_without_the_clipping(cleaned: boo
         trained.cleanup()
     saved = plain.state_dict()
     fresh = net()
-    with pytest.raises(RuntimeError, match=r'Unexpected key.* "0\.clip_inputs\.max_input_norm"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected key.* "0\.clip_inputs_max_input_norm"'):
         fresh.load_state_dict(saved)
     clip_inputs(fresh, 0.5).load_state_dict(saved)
     torch.testing.assert_close(fresh.eval()(inputs()), expected, rtol=0, atol=1e-6)
     fresh.load_state_dict(unclip_inputs(net()).state_dict())  # of a model without it
     with pytest.warns(UserWarning, match=r"inputs clipped to 0\.5, and are loaded where they are"):
         clip_inputs(copy.deepcopy(fresh), 0.25).load_state_dict(saved)
-    assert unclip_inputs(copy.deepcopy(fresh)).state_dict().keys() == net().state_dict().keys()
+    unclipped = unclip_inputs(copy.deepcopy(clip_inputs(fresh, 0.5)))
+    assert unclipped.state_dict().keys() == net().state_dict().keys()
+    assert vars(unclipped[0]).keys() == vars(net()[0]).keys()
+
+
+@pytest.mark.parametrize("cleaned", [True, False])
+def test_torch_finds_every_entry_of_the_state_in_the_model(cleaned: bool) -> None:
+    plain = net()
+    trained = train(plain, max_input_norm=0.5).eval()
+    expected = trained(inputs()).detach()
+    if cleaned:
+        trained.cleanup()
+    with torch.no_grad():
+        called = torch.func.functional_call(plain.eval(), plain.state_dict(), (inputs(),))
+    torch.testing.assert_close(called, expected, rtol=0, atol=1e-6)
+    saved = get_model_state_dict(plain)
+    assert saved.keys() == plain.state_dict().keys()
+    fresh = clip_inputs(net(), 0.5)
+    set_model_state_dict(fresh, saved)
+    torch.testing.assert_close(fresh.eval()(inputs()), expected, rtol=0, atol=1e-6)
+    with pytest.raises(RuntimeError, match=r'Unexpected key.* "0\.clip_inputs_max_input_norm"'):
+        set_model_state_dict(net(), saved)
 
 
 def test_a_norm_that_was_saved_in_low_precision_is_the_same_one() -> None:
@@ -123,7 +145,7 @@ def test_a_pretrained_model_says_that_its_clipping_is_missing(
     )
     clip_inputs(bert(), 0.5).save_pretrained(tmp_path)
     hf.BertForSequenceClassification.from_pretrained(tmp_path)
-    assert "clip_inputs.max_input_norm" in "".join(said)
+    assert "clip_inputs_max_input_norm" in "".join(said)
 
 
 @pytest.mark.slow  # the exporter takes its time; torch.export, which it begins with, is above

@@ -17,7 +17,7 @@ from tests.joint.helpers import (
     released,
 )
 from tests.strategies import MODES, architectures
-from tests.worst_cases import WORST_CASES
+from tests.worst_cases import WORST_CASES, spike_upstream
 
 # Attainment
 
@@ -28,10 +28,7 @@ def test_one_example_reaches_delta(kind, bound, normalize):
     torch.manual_seed(0)
     worst = WORST_CASES[kind]
     model, x = worst.make().double(), worst.example
-    with torch.no_grad():
-        response = (model(x) - model(torch.zeros_like(x))).flatten(1)
-    target = torch.zeros_like(response)
-    target[0, response.abs().argmax() if worst.output is None else worst.output] = 1e6
+    target = spike_upstream(model, x, 1e6, worst.output)
     trainer = Trainer(
         model, worst.shape, joint(bound=bound, normalize=normalize), max_grad_norm=2.0
     )
