@@ -22,6 +22,7 @@ from typing import Any
 
 import sst2
 import torch
+from largest_batch import largest_batch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -126,29 +127,6 @@ def process_bytes(what: str, arm: str, length: int, batch: int) -> int:
             step((length, batch))
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
-def largest_batch(peak: Callable[[int], float], limit: float) -> int:
-    """Return the largest batch found whose peak is within a limit, or 0.
-
-    A peak is nearly a line over the batch. So the line through the two batches nearest to the
-    limit leads to one whose peak should be a little below it, until a peak is less than a
-    twentieth below it.
-
-    Args:
-        peak: of a batch, measured at large cost.
-        limit: in the same unit.
-    """
-    peaks = {batch: peak(batch) for batch in (8, 16)}
-    for _ in range(8):
-        small, large = sorted(sorted(peaks, key=lambda batch: abs(limit - peaks[batch]))[:2])
-        slope = max(peaks[large] - peaks[small], 1) / (large - small)
-        guess = int(large + (0.975 * limit - peaks[large]) / slope)
-        guess = max(1, min(guess, 4 * large))
-        if guess in peaks or any(0.95 * limit < own <= limit for own in peaks.values()):
-            break
-        peaks[guess] = peak(guess)
-    return max((batch for batch, own in peaks.items() if own <= limit), default=0)
 
 
 class Results:
