@@ -76,9 +76,12 @@ def linear() -> nn.Linear:
 
 def _encoder() -> BertModel:
     # Without dropout, all arms compute the same function. The pooler has no use here.
-    return BertModel.from_pretrained(
+    encoder = BertModel.from_pretrained(
         FOLDER, add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
+    # It comes in evaluation mode, in which Opacus's hooks see no layer, inside of a model that
+    # says that it is training.
+    return encoder.train()
 
 
 class Rows(TensorDataset):
