@@ -73,40 +73,39 @@ class Costs:
 
 
 def table(costs: Costs, limit: float = 4.0) -> str:
-    """Return a table with a row for each model and arm."""
-    rows = [
-        [
-            "trained",
-            "arm",
-            "time / non-private",
-            "time / ghost",
-            "peak memory",
-            "memory / ghost",
-            f"largest batch in {limit:g} GiB",
-        ]
-    ]
+    """Return a table with a row for each model and arm.
+
+    Args:
+        costs: what was measured.
+        limit: GiB; there is a column for the largest batch within it if one was searched.
+    """
+    header = ["trained", "arm", "time / non-private", "time / ghost", "peak memory"]
+    header.append("memory / ghost")
+    searched = {"measured": "largest batch", "limit": limit}
+    if costs.find(**searched):
+        header.append(f"largest batch in {limit:g} GiB")
+    rows = [header]
     for what in ("full", "lora", "head"):
         for arm in _arms(costs, what):
             of = {"what": what, **SIZE}
             to_base, to_ghost = costs.time(arm, BASE, **of), costs.time(arm, GHOST, **of)
             peak, ghost = costs.peak(arm, **of), costs.peak(GHOST, **of)
-            largest = costs.find(measured="largest batch", what=what, arm=arm, limit=limit)
-            rows.append(
-                [
-                    what,
-                    arm,
-                    _ratio(to_base and to_base.median),
-                    _ratio(to_ghost and to_ghost.median),
-                    f"{peak / MIB:.0f} MiB" if peak else "-",
-                    _ratio(peak / ghost if peak and ghost else None),
-                    str(largest[-1]) if largest else "-",
-                ]
-            )
+            largest = costs.find(**searched, what=what, arm=arm)
+            row = [
+                what,
+                arm,
+                _ratio(to_base and to_base.median),
+                _ratio(to_ghost and to_ghost.median),
+                f"{peak / MIB:.0f} MiB" if peak else "-",
+                _ratio(peak / ghost if peak and ghost else None),
+                str(largest[-1]) if largest else "-",
+            ]
+            rows.append(row[: len(header)])
     return markdown(rows)
 
 
 def _arms(costs: Costs, what: str) -> list[str]:
-    arms = (*list(CURVES)[:1], "opacus hooks", *list(CURVES)[1:])
+    arms = (BASE, "opacus hooks", *list(CURVES)[1:])
     return [arm for arm in arms if costs.find(arm=arm, what=what)]
 
 

@@ -48,6 +48,11 @@ def test_the_table_has_medians_of_ratios_within_rounds():
     assert joint == "| full | backprop joint | 1.50 | 0.67 | 100 MiB | 0.50 | 640 |"
 
 
+def test_a_column_that_nothing_was_measured_for_is_left_out():
+    header, *_ = report.table(report.Costs(LINES[:-1])).splitlines()
+    assert header.endswith("| memory / ghost |")
+
+
 def test_curves_are_drawn(tmp_path):
     report.draw(report.Costs(LINES), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
