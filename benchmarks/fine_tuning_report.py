@@ -109,6 +109,10 @@ def _arms(costs: Costs, what: str) -> list[str]:
     return [arm for arm in arms if costs.find(arm=arm, what=what)]
 
 
+def _at(axis: str, size: int) -> dict[str, Any]:
+    return {"what": "full", **SIZE, axis: size}
+
+
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
@@ -122,7 +126,7 @@ def draw(costs: Costs, path: Path) -> None:
         sizes = costs.sizes(axis)
         for arm, (colour, marker) in CURVES.items():
             style = {"colour": colour, "marker": marker}
-            of = [{"what": "full", **SIZE, axis: size} for size in sizes]
+            of = [_at(axis, size) for size in sizes]
             times = [
                 (size, costs.time(arm, BASE, **own)) for size, own in zip(sizes, of, strict=True)
             ]
@@ -134,6 +138,8 @@ def draw(costs: Costs, path: Path) -> None:
             if levels:
                 handles[arm] = draw_band(right, list(levels), list(levels.values()), **style)
         draw_level(left, 1, linewidth=1)
+        measured = [size for size in sizes if costs.time(GHOST, BASE, **_at(axis, size))]
+        left.set_visible(len(measured) > 1)  # one point is no curve
         left.set_ylabel("time of a step / non-private")
         right.set_ylabel("peak memory, MiB")
         right.set_ylim(bottom=0)
