@@ -1,39 +1,40 @@
 """What a step of fine-tuning costs: a sentence encoder, by each way of training.
 
-Seconds are medians over rounds in which each arm takes one step, in an order drawn anew. Peak
-memory is that of a process of its own, in which the arm alone trains. With ``--limit``, the largest
-batch is searched whose process stays within so many GiB.
+Seconds are those of rounds in which each arm takes one step, in an order drawn anew. Peak memory is
+that of a process of its own, in which the arm alone trains. With ``--limit``, a batch is searched
+whose process stays just within so many GiB.
 
     python benchmarks/fine_tuning.py full lora head --batch 32 --length 32 --json costs.jsonl
 
 Each line of the file is one measurement, with everything that it depends on; what the file has
-already is not measured again.
+already is not measured again. ``fine_tuning_report.py`` makes tables and curves of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import itertools
 import json
-import platform
-import random
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import opacus
 import sst2
 import torch
-from torch import nn
+from largest_batch import largest_batch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import BackpropClipping, PrivacyEngine
-from opacus_bpclip.bench.measure import tensor_bytes
-from opacus_bpclip.jobs.errors import ChildError, in_one_line
-from opacus_bpclip.jobs.memory import PeakMemory
+from opacus_bpclip.bench.measure import (
+    MEMORY_ENVIRONMENT,
+    TIME_ENVIRONMENT,
+    paired_seconds,
+    peaks_of,
+)
+from opacus_bpclip.jobs.environment import commit, hardware, versions
+from opacus_bpclip.jobs.errors import ChildError
 from opacus_bpclip.jobs.processes import call_in_child
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 
@@ -48,25 +49,25 @@ ARMS: dict[str, dict[str, Any] | None] = {
         "backprop": BackpropClipping(allocation="dimension"),
     },
 }
-WARM_UP = 2
-GIB = 2**30
 
 
-def make_step(what: str, arm: str, batch: int, length: int) -> Callable[[], None]:
+Size = tuple[int, int]  # tokens of a sentence, sentences of a batch
+
+
+def make_step(what: str, arm: str) -> Callable[[Size], None]:
     """Return a whole step: forward, loss, backward, clipping, noise, Adam, zero_grad."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     model = getattr(sst2, what)().train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(trained, lr=1e-4)
     criterion: Any = nn.CrossEntropyLoss()
-    ids, mask = torch.randint(30_000, (batch, length)), torch.ones(batch, length, dtype=torch.long)
-    labels = torch.randint(2, (batch,))
     options = ARMS[arm]
     if options is not None:
         model, optimizer, *criteria, _ = PrivacyEngine().make_private(
             module=model,
             optimizer=optimizer,
-            data_loader=DataLoader(TensorDataset(ids, mask, labels), batch_size=batch),
+            data_loader=DataLoader(TensorDataset(*_batch((8, 4))), batch_size=4),
             noise_multiplier=1.0,
             max_grad_norm=1.0,
             poisson_sampling=False,
@@ -75,76 +76,86 @@ def make_step(what: str, arm: str, batch: int, length: int) -> Callable[[], None
         )
         criterion = criteria[0] if criteria else criterion
 
-    def step() -> None:
-        criterion(model(input_ids=ids, attention_mask=mask), labels).backward()
+    def step(size: Size) -> None:
+        ids, mask, labels = _batch(size)
+        criterion(model(ids, mask), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def peak_bytes(what: str, arm: str, batch: int, length: int) -> dict[str, int]:
-    """Return this process's peak while the arm trains: in all, and without what programs take."""
-    torch.set_num_threads(1)
-    with known_warnings_silenced():
-        step = make_step(what, arm, batch, length)
-        for _ in range(WARM_UP):
-            step()
-        gc.collect()
-        held = tensor_bytes()
-        memory = PeakMemory(torch.device("cpu"))
-        with memory.watch():
-            step()
-    assert memory.bytes is not None, "this platform does not tell"
-    status = Path("/proc/self/status").read_text()
-    whole = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    return {"bytes": held + memory.bytes, "process_bytes": whole}
-
-
-def largest_batch(what: str, arm: str, length: int, limit: float) -> int:
-    """Return the largest batch, in steps of an eighth, whose process stays within some GiB."""
-
-    def fits(batch: int) -> bool:
-        peak = call_in_child(peak_bytes, what, arm, batch, length)
-        return peak["process_bytes"] <= limit * GIB
-
-    largest, size = 0, 1
-    while fits(size):
-        largest, size = size, 2 * size
-    for part in (largest // 2, largest // 4, largest // 8):
-        if part and fits(largest + part):
-            largest += part
-    return largest
+def _batch(size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    length, batch = size
+    mask = torch.ones(batch, length, dtype=torch.long)
+    return torch.randint(30_000, (batch, length)), mask, torch.randint(2, (batch,))
 
 
 def step_seconds(
-    what: str, arms: Sequence[str], batch: int, length: int, rounds: int
-) -> dict[str, list[float] | str]:
-    """Return the seconds of each round's step, or why an arm does not run, by arm."""
-    torch.set_num_threads(1)
-    steps: dict[str, Callable[[], None]] = {}
-    results: dict[str, list[float] | str] = {}
+    what: str, arms: Sequence[str], sizes: Sequence[Size], rounds: int
+) -> list[dict[str, tuple[float, ...]]]:
+    """Return of each size the seconds of each round's step by arm."""
+    found = []
     with known_warnings_silenced():
-        for arm in arms:
-            try:
-                step = make_step(what, arm, batch, length)
-                for _ in range(WARM_UP):
-                    step()
-                steps[arm] = step
-                results[arm] = []
-            except Exception as error:
-                results[arm] = in_one_line(error)
-        order, shuffle = list(steps), random.Random(0).shuffle
-        for _ in range(rounds):
-            shuffle(order)
-            for arm in order:
-                gc.collect()
-                start = time.perf_counter()
-                steps[arm]()
-                seconds = results[arm]
-                assert isinstance(seconds, list)
-                seconds.append(time.perf_counter() - start)
-    return results
+        makers = {arm: make_step(what, arm) for arm in arms}
+        for size in sizes:
+            steps = {arm: partial(step, size) for arm, step in makers.items()}
+            for step in steps.values():
+                step()
+            found.append(paired_seconds(steps, "cpu", rounds))
+    return found
+
+
+def peak_bytes(what: str, arm: str, sizes: Sequence[Size]) -> list[int]:
+    """Return of each size what a step needs: weights, gradients, Adam's state, and the rest."""
+    found = []
+    with known_warnings_silenced():
+        step = make_step(what, arm)
+        for size in sizes:
+            step(size)
+            peaks = peaks_of(partial(step, size), torch.device("cpu"), steps=1)
+            assert peaks is not None, "this platform does not tell"
+            found.append(max(peaks))
+    return found
+
+
+def process_bytes(what: str, arm: str, length: int, batch: int) -> int:
+    """Return the most that this process has taken: also for programs, and in `make_private`."""
+    with known_warnings_silenced():
+        step = make_step(what, arm)
+        for _ in range(2):  # the first one makes Adam's state
+            step((length, batch))
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+class Results:
+    """A file with a line for each measurement, with what it depends on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._known = [json.loads(line)["of"] for line in lines]
+
+    def add(self, of: Sequence[dict[str, Any]], measure: Callable[[list[int]], Any]) -> None:
+        """Add a line for each measurement that the file lacks; an arm that fails leaves why.
+
+        Args:
+            of: what each measurement depends on.
+            measure: returns the results of those with the given indices.
+        """
+        missing = [index for index, own in enumerate(of) if own not in self._known]
+        if not missing:
+            return
+        try:
+            results = measure(missing)
+        except ChildError as error:
+            results = [str(error)] * len(missing)
+        origin = {"commit": commit(), "hardware": hardware("cpu"), "versions": versions()}
+        with self._path.open("a") as file:
+            for index, result in zip(missing, results, strict=True):
+                print(of[index], result, flush=True)
+                file.write(json.dumps({"of": of[index], "result": result, **origin}) + "\n")
 
 
 def main() -> None:
@@ -154,54 +165,44 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[32])
     parser.add_argument("--length", nargs="+", type=int, default=[32], help="tokens of a sentence")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--limit", type=float, help="GiB; search the largest batch")
+    parser.add_argument("--limit", type=float, help="GiB; search the largest batch instead")
     parser.add_argument("--json", type=Path, required=True, help="lines are added to this file")
     args = parser.parse_args()
-    done = (
-        [json.loads(line) for line in args.json.read_text().splitlines()]
-        if args.json.exists()
-        else []
-    )
-    known = {json.dumps(line["of"]) for line in done}
-    versions = {
-        "torch": torch.__version__,
-        "opacus": opacus.__version__,
-        "cpu": platform.processor(),
-    }
-
-    def add(measure: Callable[[], Any], **of: Any) -> None:
-        if json.dumps(of) in known:
-            return
-        try:
-            result = measure()
-        except ChildError as error:
-            result = str(error)
-        line = {"of": of, "result": result, "versions": versions}
-        with args.json.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(of, result if not isinstance(result, dict) else _shown(result), flush=True)
-
+    results = Results(args.json)
+    if args.limit is not None:
+        for what, length, arm in itertools.product(args.what, args.length, args.arms):
+            peak = partial(call_in_child, process_bytes, what, arm, length)
+            of = {"measured": "largest batch", "what": what, "arm": arm, "length": length}
+            results.add(
+                [of | {"limit": args.limit}],
+                lambda _, peak=peak: [largest_batch(peak, args.limit * 2**30)],
+            )
+        return
+    sizes = list(itertools.product(args.length, args.batch))
     for what in args.what:
-        for length in args.length:
-            for batch in args.batch:
-                of = {"what": what, "batch": batch, "length": length}
-                times = partial(step_seconds, what, args.arms, batch, length, args.rounds)
-                add(partial(call_in_child, times), measured="seconds", **of)
-                for arm in args.arms:
-                    peak = partial(call_in_child, peak_bytes, what, arm, batch, length)
-                    add(peak, measured="peak", arm=arm, **of)
-            if args.limit is not None:
-                for arm in args.arms:
-                    search = partial(largest_batch, what, arm, length, args.limit)
-                    of = {"what": what, "length": length, "limit": args.limit}
-                    add(search, measured="largest batch", arm=arm, **of)
-
-
-def _shown(result: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: statistics.median(value) if isinstance(value, list) else value
-        for name, value in result.items()
-    }
+        of = [{"what": what, "length": length, "batch": batch} for length, batch in sizes]
+        for arm in args.arms:
+            results.add(
+                [{"measured": "peak", "arm": arm} | own for own in of],
+                lambda missing, what=what, arm=arm: call_in_child(
+                    peak_bytes,
+                    what,
+                    arm,
+                    [sizes[index] for index in missing],
+                    environment=MEMORY_ENVIRONMENT,
+                ),
+            )
+        results.add(
+            [{"measured": "seconds", "arms": args.arms} | own for own in of],
+            lambda missing, what=what: call_in_child(
+                step_seconds,
+                what,
+                args.arms,
+                [sizes[index] for index in missing],
+                args.rounds,
+                environment=TIME_ENVIRONMENT,
+            ),
+        )
 
 
 if __name__ == "__main__":

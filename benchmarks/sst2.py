@@ -76,9 +76,20 @@ def linear() -> nn.Linear:
 
 def _encoder() -> BertModel:
     # Without dropout, all arms compute the same function. The pooler has no use here.
-    return BertModel.from_pretrained(
+    encoder = BertModel.from_pretrained(
         FOLDER, add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
+    # It comes in evaluation mode, in which Opacus's hooks see no layer, inside of a model that
+    # says that it is training.
+    return encoder.train()
+
+
+class Rows(TensorDataset):
+    """Rows of tensors that a loader gets together: one by one takes longer than a step."""
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """Return a batch's items."""
+        return list(zip(*(tensor[list(indices)] for tensor in self.tensors), strict=True))
 
 
 class Sentences(Dataset[tuple[dict[str, Tensor], Tensor]]):
@@ -124,17 +135,17 @@ def tuning_data() -> tuple[Sentences, Sentences]:
     return _sentences("train"), _sentences("dev")
 
 
-def features() -> tuple[TensorDataset, TensorDataset]:
+def features() -> tuple[Rows, Rows]:
     """Return the frozen encoder's vectors of `data`."""
     return _features("train"), _features("test")
 
 
-def tuning_features() -> tuple[TensorDataset, TensorDataset]:
+def tuning_features() -> tuple[Rows, Rows]:
     """Return the frozen encoder's vectors of `tuning_data`."""
     return _features("train"), _features("dev")
 
 
-def _features(part: str) -> TensorDataset:
+def _features(part: str) -> Rows:
     """Encode sentences; later calls read what the first one has left in the temporary folder."""
     file = Path(tempfile.gettempdir()) / f"sst2-{part}-features.pt"
     if not file.exists():
@@ -142,7 +153,7 @@ def _features(part: str) -> TensorDataset:
         with torch.no_grad():
             batches = [classifier(**x) for x, _ in DataLoader(sentences, batch_size=256)]
         torch.save((torch.cat(batches), sentences.labels), file)
-    return TensorDataset(*torch.load(file))
+    return Rows(*torch.load(file))
 
 
 def _sentences(part: str) -> Sentences:

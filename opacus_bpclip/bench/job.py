@@ -12,7 +12,12 @@ import torch
 from opacus_bpclip.ab.models import count_parameters
 from opacus_bpclip.bench.cases import build
 from opacus_bpclip.bench.documents import updated
-from opacus_bpclip.bench.measure import peak_memory, step_times
+from opacus_bpclip.bench.measure import (
+    MEMORY_ENVIRONMENT,
+    TIME_ENVIRONMENT,
+    peak_memory,
+    step_times,
+)
 from opacus_bpclip.bench.plot import draw
 from opacus_bpclip.bench.report import tables
 from opacus_bpclip.bench.results import ArmResult, BenchRecord, Comparison
@@ -25,16 +30,6 @@ from opacus_bpclip.jobs.running import Job, View
 
 # One thread of the compiler's own: its processes would take time from a step that is measured.
 _ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-# glibc learns from what is freed which sizes to keep for the process. Whether it has, and so if
-# an arm pages its tensors in anew in each step, is chance. These are the values it ends up with.
-_TIME_ENVIRONMENT = {
-    **_ENVIRONMENT,
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
-}
-# With a fixed threshold glibc gives every tensor of some size back when it is freed, so the
-# process's memory is the tensors'.
-_MEMORY_ENVIRONMENT = {**_ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": str(64 * 2**10)}
 
 
 class Bench(Job[BenchRecord]):
@@ -126,7 +121,7 @@ def compare(point: Point, settings: Settings, *, progress: bool = False) -> Comp
 
 def _memory(arm: Arm, point: Point, settings: Settings, progress: bool) -> ArmResult:
     _say(progress, point, f"memory of {arm}")
-    environment = _MEMORY_ENVIRONMENT
+    environment = {**_ENVIRONMENT, **MEMORY_ENVIRONMENT}
     try:
         peaks = call_in_child(peak_memory, arm, point.case, settings, environment=environment)
     except ChildError as error:
@@ -137,7 +132,7 @@ def _memory(arm: Arm, point: Point, settings: Settings, progress: bool) -> ArmRe
 def _add_times(
     results: dict[Arm, ArmResult], arms: Sequence[Arm], point: Point, settings: Settings
 ) -> None:
-    environment = _TIME_ENVIRONMENT
+    environment = {**_ENVIRONMENT, **TIME_ENVIRONMENT}
     for share in settings.shares:
         running = [arm for arm in arms if results[arm].failure is None]
         if not running:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import random
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -18,10 +20,23 @@ from opacus_bpclip.jobs.errors import in_one_line
 from opacus_bpclip.jobs.memory import PeakMemory
 from opacus_bpclip.jobs.quiet import known_warnings_silenced
 
+Name = TypeVar("Name", bound=str)
+
 # The first steps allocate, compile and page in; they are not what a step costs.
 WARM_UP_STEPS = 2
 # Each watched step gives one peak.
 MEMORY_STEPS = 3
+
+# What the processes start with.
+# glibc learns from what is freed which sizes to keep for the process. Whether it has, and so if
+# an arm pages its tensors in anew in each step, is chance. These are the values it ends up with.
+TIME_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
+}
+# With a fixed threshold glibc gives every tensor of some size back when it is freed, so the
+# process's memory is the tensors'.
+MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(64 * 2**10)}
 
 
 def peak_memory(arm: Arm, case: Case, settings: Settings) -> tuple[int, ...] | None:
@@ -34,18 +49,22 @@ def peak_memory(arm: Arm, case: Case, settings: Settings) -> tuple[int, ...] | N
         None where the platform does not tell.
     """
     with known_warnings_silenced():
-        step = _warm_step(arm, case, settings)
-        gc.collect()
-        held = tensor_bytes()
-        peaks: list[int] = []
-        for _ in range(MEMORY_STEPS):
-            _return_free_memory()
-            memory = PeakMemory(torch.device(settings.device))
-            with memory.watch():
-                step()
-            if memory.bytes is None:
-                return None
-            peaks.append(held + memory.bytes)
+        return peaks_of(_warm_step(arm, case, settings), torch.device(settings.device))
+
+
+def peaks_of(step: Step, device: torch.device, steps: int = MEMORY_STEPS) -> tuple[int, ...] | None:
+    """Return the peaks of steps of one arm, as `peak_memory` does; the first steps are over."""
+    gc.collect()
+    held = tensor_bytes()
+    peaks: list[int] = []
+    for _ in range(steps):
+        _return_free_memory()
+        memory = PeakMemory(device)
+        with memory.watch():
+            step()
+        if memory.bytes is None:
+            return None
+        peaks.append(held + memory.bytes)
     return tuple(peaks)
 
 
@@ -66,11 +85,7 @@ def tensor_bytes() -> int:
 def step_times(
     arms: Sequence[Arm], case: Case, settings: Settings
 ) -> dict[Arm, tuple[float, ...] | str]:
-    """Return the seconds of each round's step, or why an arm does not run, by arm.
-
-    Every round takes one step of each arm, in an order of its own, so that no arm always follows
-    the same one and a slow moment of the machine hits all of them.
-    """
+    """Return the seconds of each round's step, or why an arm does not run, by arm."""
     steps: dict[Arm, Step] = {}
     failures: dict[Arm, tuple[float, ...] | str] = {}
     for arm in arms:
@@ -78,18 +93,44 @@ def step_times(
             steps[arm] = _warm_step(arm, case, settings)
         except Exception as error:
             failures[arm] = in_one_line(error)
-    seconds: dict[Arm, list[float]] = {arm: [] for arm in steps}
+    least, limit = settings.least_rounds, settings.limit
+    return failures | paired_seconds(
+        steps, settings.device, settings.rounds, least=least, limit=limit
+    )
+
+
+def paired_seconds(
+    steps: Mapping[Name, Step],
+    device: str,
+    rounds: int,
+    *,
+    least: int = 1,
+    limit: float = math.inf,
+) -> dict[Name, tuple[float, ...]]:
+    """Return the seconds of each round's step by arm; the first steps are over.
+
+    Every round takes one step of each arm, in an order of its own, so that no arm always follows
+    the same one and a slow moment of the machine hits all of them.
+
+    Args:
+        steps: of each arm.
+        device: where they run.
+        rounds: the most rounds.
+        least: the fewest rounds.
+        limit: seconds after which no round starts that is not among these.
+    """
+    seconds: dict[Name, list[float]] = {arm: [] for arm in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
     with known_warnings_silenced(), _no_garbage_collection():
         start = time.monotonic()
-        for index in range(settings.rounds):
-            if index >= settings.least_rounds and time.monotonic() - start > settings.limit:
+        for index in range(rounds):
+            if index >= least and time.monotonic() - start > limit:
                 break
             shuffle(order)
             for arm in order:
-                seconds[arm].append(_seconds(steps[arm], settings.device))
+                seconds[arm].append(_seconds(steps[arm], device))
             gc.collect()
-    return failures | {arm: tuple(own) for arm, own in seconds.items()}
+    return {arm: tuple(own) for arm, own in seconds.items()}
 
 
 def _warm_step(arm: Arm, case: Case, settings: Settings) -> Step:
