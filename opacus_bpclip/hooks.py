@@ -98,10 +98,9 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._layers = layers = trainable_layers(m, uses, batch_first=self.batch_first)
         self._groups = tied_groups(layers)
         joint = config.allocation == "joint"
+        self._sensitivities = Sensitivities(config, self._groups)
         self._guard = GradientGuard(m, layers.values(), whole, ranks)
         self._guard.joint = joint
-        device = self._guard.parameters.device
-        self._sensitivities = Sensitivities(config, self._groups, device)
         self._guard.parameters.watch_counts(self._sensitivities.counts)
         targets = self._sensitivities.targets
         self._budget = Budget(config, layers.values(), self._guard, targets)

@@ -93,9 +93,10 @@ class EngineTrainer(Trainer):
         self._loss = loss or linear_loss(loss_reduction)
         self._drawing = steady or nullcontext()
         self._runs_empty = True
-        self._thresholds = self._optimizer._hooks._sensitivities.state_dict()
+        own = self._optimizer._hooks._sensitivities
+        self._thresholds = own.state_dict()
         super().__init__(
-            self._optimizer.params,
+            [*self._optimizer.params, *own.counts.values()],
             noise_multiplier=noise_multiplier,
             sensitivity=max_grad_norm,
             divisor=_EXPECTED_BATCH_SIZE if loss_reduction == "mean" else 1.0,
@@ -140,13 +141,17 @@ class EngineTrainer(Trainer):
         self.step()
         if all(p.grad is None for p in self.parameters):
             return None
+        counts = {count: own.released[name] for name, count in own.counts.items()}
         released = []
         for p in self.parameters:
-            block = torch.zeros_like(p) if p.grad is None else p.grad
-            released.append(block.flatten().cpu() * (self.divisor * units[whole(p)]))
-        counts = [own.released[name] * units[count] for name, count in own.counts.items()]
-        # In the precision of the gradients, by which the audit judges rounding errors.
-        return torch.cat([*released, torch.tensor(counts, dtype=released[0].dtype)])
+            if p in counts:
+                block = torch.tensor([counts[p] * units[p]])
+            else:
+                gradient = torch.zeros_like(p) if p.grad is None else p.grad
+                block = gradient.flatten().cpu() * (self.divisor * units[whole(p)])
+            # In the precision of the gradients, by which the audit judges rounding errors.
+            released.append(block.to(self.parameters[0].dtype))
+        return torch.cat(released)
 
     def history(self) -> Sequence[tuple[float, float, int]]:
         """Return the entries of the engine's accountant."""

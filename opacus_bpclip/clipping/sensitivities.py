@@ -36,7 +36,6 @@ class Sensitivities:
     Args:
         config: the public options.
         groups: by name, the layers that share parameters.
-        device: where examples are counted.
 
     Attributes:
         targets: by name, the target of each layer; with a joint budget the same for all.
@@ -47,9 +46,7 @@ class Sensitivities:
         max_grad_norm: the sensitivity of all layers together.
     """
 
-    def __init__(
-        self, config: BackpropClipping, groups: Mapping[str, Group], device: torch.device | None
-    ) -> None:
+    def __init__(self, config: BackpropClipping, groups: Mapping[str, Group]) -> None:
         self.groups, self.policy, self.layer_noise = groups, config.threshold, config.layer_noise
         self.joint = config.allocation == "joint"
         self.max_grad_norm = 1.0
@@ -62,6 +59,8 @@ class Sensitivities:
         self._values = self._first if self.policy is None else self._of(self.policy.initial)
         self.released: dict[str, float] = {}
         counted = self._first if isinstance(self.policy, AdaptiveThreshold) else ()
+        # Where the first layer is; a model without one is refused elsewhere.
+        device = next((p.device for group in groups.values() for p in group.parameters), None)
         self.counts = {
             name: nn.Parameter(torch.zeros((), dtype=torch.float64, device=device))
             for name in counted

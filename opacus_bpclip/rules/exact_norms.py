@@ -62,16 +62,16 @@ def exact_bound(
         g_norm = torch.linalg.vector_norm(g, dim=(2, 3)) + underflow(channels, dtype)
         return _joined(g_norm * norms[..., 0], g, inputs)
     if not gram_is_cheaper(positions, channels, inputs):
+        # A gradient that is measured and not kept: the sum over the batch cancels once more, and
+        # its rounding errors, which depend on a mean loss's batch size, must not be scaled up to
+        # the limit. So the margin is as large as that of Gram matrices.
         own = _direct_norm(g, u, weight=weight, bias=bias)
-        # The squares of the gradient's entries may underflow.
-        squared = (own + underflow(channels * (inputs + 1), dtype)).square()
-        g_norm = _norm_of(g)
-    else:
-        squared, g_norm = _gram_square(g, u, weight=weight, bias=bias)
+        own = own + underflow(channels * (inputs + 1), dtype)  # of the squares of its entries
+        product = _frobenius_product(_norm_of(g), g, norms, inputs, slack, uses)
+        return _joined(torch.hypot(own, math.sqrt(slack) * product), g, inputs)
+    squared, g_norm = _gram_square(g, u, weight=weight, bias=bias)
     error = slack * _frobenius_product(g_norm, g, norms, inputs, slack, uses).square()
-    # In Gram matrices the error is one of the square, and the root may enlarge it. In a gradient
-    # that is not kept, the sum over the batch cancels once more, and its rounding errors, which
-    # depend on a mean loss's batch size, must not be scaled up to the limit. So add it before.
+    # The error is one of the square, and the square root may enlarge it: add it before the root.
     return _joined(torch.sqrt(squared.clamp(min=0) + error), g, inputs)
 
 

@@ -109,4 +109,4 @@ def test_the_five_lines_train_privately() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_are_of_languages_that_are_checked(page: Path) -> None:
-    assert languages(page) <= {"python", "sh", ""}
+    assert languages(page) <= {"python", "sh", "toml", ""}
