@@ -9,8 +9,8 @@ after those of all nodes. By then all uses have been measured, and the clipped s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from opacus_bpclip.clipping.factors import (
     clip_factors,
     everywhere,
 )
-from opacus_bpclip.clipping.together import measure_together, merged
+from opacus_bpclip.clipping.together import added, adds_up, measure_together, merged
 from opacus_bpclip.clipping.use import ALL, Sums, Use
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.call_checks import changed_since
@@ -166,9 +166,7 @@ class Scope:
         for group in kept:
             if group not in found:
                 kept[group] = list(merged(kept[group]))
-                with ExitStack() as stack:
-                    for layer in {use.layer.name: use.layer for use in kept[group]}.values():
-                        stack.enter_context(self.gathered(layer))
+                with self._all_gathered(kept[group]):
                     found[group] = measure_together(kept[group], self.bound)
         usable = everywhere(each.usable for each in found.values())
         # The groups are orthogonal parts of one gradient: the squares add up. In double precision
@@ -180,9 +178,24 @@ class Scope:
         self._count(total, next(use for uses in kept.values() for use in uses), ALL)
         shared: dict[tuple[torch.dtype, int], Factors] = {}
         while kept:
-            for use in kept.pop(next(iter(kept))):
+            uses = kept.pop(next(iter(kept)))
+            if adds_up(uses, self.bound):
+                with self._all_gathered(uses):
+                    sums = added(uses, self._shared_factors(total, uses[0], shared))
+                for parameter, own in sums.items():
+                    self._sum(parameter, own)
+                continue
+            for use in uses:
                 with self.gathered(use.layer) if use.reads_parameters else nullcontext():
                     self._add(use, use.sums(self._shared_factors(total, use, shared)))
+
+    @contextmanager
+    def _all_gathered(self, uses: Iterable[Use]) -> Iterator[None]:
+        """Gather the parameters of all layers of some uses inside this context."""
+        with ExitStack() as stack:
+            for layer in {use.layer.name: use.layer for use in uses}.values():
+                stack.enter_context(self.gathered(layer))
+            yield
 
     def _shared_factors(
         self, total: Measured, use: Use, shared: dict[tuple[torch.dtype, int], Factors]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.clipping.allocation import layer_fractions, norm_of_each_use
+from opacus_bpclip.clipping.allocation import layer_fractions, noise_weights, norm_of_each_use
 from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.config import (
     AdaptiveThreshold,
@@ -42,20 +42,19 @@ class Sensitivities:
         counts: by name, the parameters that receive the counts of examples within the thresholds;
             empty if none are counted. Their values mean nothing.
         released: by name, the noisy counts of the latest step, minus half the number of examples.
+        noise_weights: how much harm the noise of each layer does; ``None`` for the same in all.
         steps: the number of steps that the thresholds have followed.
         max_grad_norm: the sensitivity of all layers together.
     """
 
     def __init__(self, config: BackpropClipping, groups: Mapping[str, Group]) -> None:
-        self.groups, self.policy, self.layer_noise = groups, config.threshold, config.layer_noise
+        self.groups, self.policy = groups, config.threshold
         self.joint = config.allocation == "joint"
         self.max_grad_norm = 1.0
         self.steps = 0
-        if self.joint:
-            self._first = {_MODEL: 1.0}
-        else:
-            sizes = {name: group.size for name, group in groups.items()}
-            self._first = layer_fractions(sizes, config.allocation)
+        sizes = {name: group.size for name, group in groups.items()}
+        self.noise_weights = noise_weights(sizes, config.layer_noise)
+        self._first = {_MODEL: 1.0} if self.joint else layer_fractions(sizes, config.allocation)
         self._values = self._first if self.policy is None else self._of(self.policy.initial)
         self.released: dict[str, float] = {}
         counted = self._first if isinstance(self.policy, AdaptiveThreshold) else ()

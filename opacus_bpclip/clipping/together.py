@@ -10,15 +10,20 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from opacus_bpclip.clipping.factors import Measured, both, measured, padded
+from opacus_bpclip.clipping.factors import Factors, Measured, both, measured, padded
 from opacus_bpclip.clipping.fused_use import FusedUse, Measurement
 from opacus_bpclip.clipping.use import OwnUse, Use
 from opacus_bpclip.rules import Bound, LinearRule
+from opacus_bpclip.rules.base import zero_rows
 from opacus_bpclip.rules.exact_norms import chunks, exact_bound, exact_chunk
 from opacus_bpclip.rules.norms import accumulation, row_norms, underflow
 from opacus_bpclip.rules.precision import norm_dtype, rounding_margin
+
+# Numbers in an example's gradient up to which it is made to be added up over uses. A large weight's
+# (an embedding tied to the output head) would take more time than the rest of the step.
+_OWN_MOST = 2**16
 
 
 def merged(uses: Sequence[Use]) -> Sequence[Use]:
@@ -79,11 +84,55 @@ def measure_together(uses: Sequence[Use], bound: Bound) -> Measured:
     if len(each) == 1:
         return each[0]
     usable = reduce(both, (found.usable for found in each))
-    own = all(isinstance(use, OwnUse) and use.layer is uses[0].layer for use in uses)
     bounds = [found.bound for found in each]
-    joint = _summed(uses, bounds) if bound.is_norm or own else reduce(torch.add, bounds)
+    joint = _summed(uses, bounds) if _is_norm(uses, bound) else reduce(torch.add, bounds)
     total = measured(joint, None, examples=uses[0].examples)
     return Measured(joint, both(usable, total.usable))
+
+
+def _is_norm(uses: Sequence[Use], bound: Bound) -> bool:
+    """Return whether uses are measured by the norm of their sum, not by the sum of their bounds."""
+    own = all(isinstance(use, OwnUse) and use.layer is uses[0].layer for use in uses)
+    return bound.is_norm or own
+
+
+def adds_up(uses: Sequence[Use], bound: Bound) -> bool:
+    """Return whether to make the sum of several uses by `added`."""
+    sizes = {p: p.numel() for use in uses for p in use.layer.parameters}
+    return len(uses) > 1 and _is_norm(uses, bound) and sum(sizes.values()) <= _OWN_MOST
+
+
+def added(uses: Sequence[Use], factors: Factors) -> dict[nn.Parameter, Tensor]:
+    """Return the sums over the batch, with the uses' gradients of each example added up first.
+
+    Where the uses cancel, their sums over the batch are large and cancel, too. The rounding errors
+    of these sums would be as large as contributions.
+
+    Args:
+        uses: uses of the same parameters, for which `adds_up` is true.
+        factors: the examples' factors.
+    """
+    sizes = {p: p.numel() for use in uses for p in use.layer.parameters}
+    by, keep = factors
+    total: dict[nn.Parameter, Tensor] = {}
+    needed = sum(sizes.values()) * 2 * by.dtype.itemsize
+    for rows in chunks(by.shape[0], exact_chunk(needed, by.device)):
+        few = None if keep is None else keep[rows]
+        for parameter, own in _own_of_all(uses, rows).items():
+            flat = zero_rows(own.flatten(1), few)
+            part = (by[rows].to(flat.dtype) @ flat).view(parameter.shape) * uses[0].examples
+            total[parameter] = total[parameter] + part if parameter in total else part
+    return total
+
+
+def _own_of_all(uses: Sequence[Use], rows: slice) -> dict[nn.Parameter, Tensor]:
+    """Return the gradients of some examples, added up over the uses."""
+    sums: dict[nn.Parameter, Tensor] = {}
+    for use in uses:
+        for name, gradient in use.own(rows).items():
+            parameter = use.layer.named_parameters[name]
+            sums[parameter] = sums[parameter] + gradient if parameter in sums else gradient
+    return sums
 
 
 def _summed(uses: Sequence[Use], bounds: Sequence[Tensor]) -> Tensor:
@@ -95,9 +144,11 @@ def _summed(uses: Sequence[Use], bounds: Sequence[Tensor]) -> Tensor:
     parts = []
     for rows in chunks(bounds[0].shape[0], exact_chunk(needed, bounds[0].device)):
         parts.append(_norm_of_sum(uses, rows))
-    # The uses' gradients may cancel, but their rounding errors do not.
+    # The uses' gradients may cancel, but their rounding errors do not, and with a mean loss these
+    # depend on the batch's size. The margin stands under the root, as for Gram matrices, so that
+    # they are not scaled up to the limit.
     margin = rounding_margin(bounds[0].dtype, bounds[0].device)
-    return torch.cat(parts) + margin * reduce(torch.add, bounds)
+    return torch.hypot(torch.cat(parts), margin**0.5 * reduce(torch.add, bounds))
 
 
 def _norm_of_sum(uses: Sequence[Use], rows: slice) -> Tensor:

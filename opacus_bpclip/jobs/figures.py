@@ -9,6 +9,8 @@ from typing import Any
 GREEN, BLUE, RED = "#009E73", "#0072B2", "#D55E00"
 ORANGE, PURPLE, SKY = "#E69F00", "#CC79A7", "#56B4E9"
 GREY = "#444444"
+# For curves without a colour of their own.
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY)
 
 
 def new_figure(width: float, height: float, dpi: int) -> Any:

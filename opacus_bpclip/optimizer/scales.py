@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from opacus_bpclip.clipping.allocation import noise_weights
 from opacus_bpclip.clipping.sensitivities import Sensitivities
 from opacus_bpclip.config import AdaptiveThreshold
 
@@ -85,13 +84,12 @@ def noise_of(
         noise_multiplier: what the accountant counts the step as.
         max_grad_norm: the sensitivity of all layers together.
     """
-    sizes = {name: group.size for name, group in own.groups.items()}
     adaptive = own.policy if isinstance(own.policy, AdaptiveThreshold) else None
-    scaled = own.layer_noise != "equal"
+    scaled = own.noise_weights is not None
     found = scales(
         noise_multiplier,
         own.by_layer if scaled else {"": max_grad_norm},
-        weights=noise_weights(sizes, own.layer_noise),
+        weights=own.noise_weights,
         counts=len(own.counts),
         count_noise=0.0 if adaptive is None else adaptive.count_noise,
     )

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from opacus_bpclip import AdaptiveThreshold, BackpropClipping
 from opacus_bpclip import audit as audits
 from tests.checks import HUGE
 from tests.mutants.bound_killers import Sides
-from tests.thresholds.helpers import Pinned, check_one_mechanism
+from tests.thresholds.helpers import Pinned, SideBySide, check_one_mechanism
 
 
-class SideBySide(nn.Module):
-    """Two layers of different size, which both get the loss's gradient as it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.other = nn.Linear(1, 1), nn.Linear(1, 9)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.one(x), self.other(x)], dim=1)
-
-
-def _one(clipping: BackpropClipping, *thresholds: float, model: nn.Module | None = None) -> None:
+def _one(clipping: BackpropClipping, *thresholds: float) -> None:
     """Check what one example moves that is far above every threshold."""
-    trainer = Pinned(SideBySide() if model is None else model, (1,), clipping)
+    trainer = Pinned(SideBySide(nn.Linear(1, 1), nn.Linear(1, 9)), (1,), clipping)
     trainer.put(*thresholds)
     x = torch.full((1, 1), HUGE).double()
     check_one_mechanism(trainer, x, torch.full_like(trainer.plain(x), HUGE))
@@ -62,7 +51,11 @@ def counted_in_two_uses() -> None:
 
 def many_beside_one() -> None:
     """A batch of examples far above the threshold, and one more."""
-    trainer = Pinned(SideBySide(), (1,), BackpropClipping(threshold=AdaptiveThreshold()))
+    trainer = Pinned(
+        SideBySide(nn.Linear(1, 1), nn.Linear(1, 9)),
+        (1,),
+        BackpropClipping(threshold=AdaptiveThreshold()),
+    )
     x = torch.full((9, 1), HUGE).double()
     check_one_mechanism(trainer, x, torch.full((9, 10), HUGE).double())
 

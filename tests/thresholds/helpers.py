@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -13,11 +14,23 @@ from opacus_bpclip import AdaptiveThreshold, BackpropClipping, ThresholdSchedule
 from opacus_bpclip.optimizer.scales import noise_of
 from tests.budgets import layerwise
 from tests.checks import ROUNDING, Trainer, difference, joint
+from tests.helpers import Private, batch, hand_over, make_private, mlp
 from tests.strategies import BOUNDS
 
 POLICIES = st.sampled_from(
     [AdaptiveThreshold(), AdaptiveThreshold(count_noise=0.6), ThresholdSchedule(0.5, 0.1, 9)]
 )
+
+
+class SideBySide(nn.Module):
+    """Two layers on the same input, which both get the loss's gradient as it is."""
+
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.body(x), self.head(x)], dim=1)
 
 
 class Pinned(Trainer):
@@ -86,3 +99,32 @@ def moving_clippings(draw: st.DrawFn) -> BackpropClipping:
         threshold=draw(POLICIES),
         layer_noise=noise,
     )
+
+
+QUANTILE, RATE = 0.5, 0.3
+
+
+def adaptive(**options: Any) -> AdaptiveThreshold:
+    given = {
+        "target_unclipped_quantile": QUANTILE,
+        "clipbound_learning_rate": RATE,
+        "initial": 1.0,
+        **options,
+    }
+    return AdaptiveThreshold(**given)
+
+
+def adaptive_model(**options: Any) -> Private:
+    given = {"backprop": BackpropClipping(threshold=adaptive(initial=0.5)), "lr": 0.01, **options}
+    return make_private(mlp(), loss_reduction="sum", **given)
+
+
+def loss_of(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y, reduction="sum")
+
+
+def train_step(private: Private, size: int = 6) -> None:
+    private.optimizer.zero_grad()
+    hand_over(private, size)
+    loss_of(private.model, *batch(size)).backward()
+    private.optimizer.step()

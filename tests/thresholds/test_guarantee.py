@@ -24,7 +24,13 @@ from tests.strategies import (
     hostile_examples,
     scales,
 )
-from tests.thresholds.helpers import Pinned, check_one_mechanism, moved_by_last, moving_clippings
+from tests.thresholds.helpers import (
+    Pinned,
+    SideBySide,
+    check_one_mechanism,
+    moved_by_last,
+    moving_clippings,
+)
 
 
 @st.composite
@@ -106,17 +112,6 @@ class Scaled(nn.Module):
         return self.head(x * self.scale)
 
 
-class Sides(nn.Module):
-    """Two layers side by side, which both get the loss's gradient as it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(4, 3), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.body(x), self.head(x)], dim=1)
-
-
 WAYS: dict[str, dict[str, object]] = {
     "joint": {"allocation": "joint"},
     "equal noise": {"allocation": "equal"},
@@ -124,7 +119,7 @@ WAYS: dict[str, dict[str, object]] = {
     "factors": {"allocation": "equal", "layer_noise": {"head": 5.0}},
 }
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "sides": Sides,
+    "sides": lambda: SideBySide(nn.Linear(4, 3), nn.Linear(4, 3)),
     "used": Used,
     "read": Read,
     "scaled": Scaled,

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import warnings
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from opacus_bpclip import (
-    AdaptiveThreshold,
     BackpropClipping,
     PrivacyEngine,
     PrivacyViolationError,
@@ -25,19 +21,8 @@ from opacus_bpclip import (
 from opacus_bpclip.clipping.factors import COUNT_WIDTH
 from tests.budgets import layerwise
 from tests.checks import Trainer
-from tests.helpers import Private, batch, dataset, hand_over, make_private, mlp
-
-QUANTILE, RATE = 0.5, 0.3
-
-
-def adaptive(**options: Any) -> AdaptiveThreshold:
-    given = {
-        "target_unclipped_quantile": QUANTILE,
-        "clipbound_learning_rate": RATE,
-        "initial": 1.0,
-        **options,
-    }
-    return AdaptiveThreshold(**given)
+from tests.helpers import batch, dataset, hand_over, make_private, mlp
+from tests.thresholds.helpers import QUANTILE, RATE, adaptive, adaptive_model, loss_of, train_step
 
 
 def moved(within: float, *, quantile: float = QUANTILE) -> float:
@@ -113,22 +98,6 @@ def test_a_schedule_moves_whatever_the_data_are() -> None:
     assert not private.optimizer._hooks._sensitivities.counts
 
 
-def adaptive_model(**options: Any) -> Private:
-    given = {"backprop": BackpropClipping(threshold=adaptive(initial=0.5)), "lr": 0.01, **options}
-    return make_private(mlp(), loss_reduction="sum", **given)
-
-
-def loss_of(model: Any, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y, reduction="sum")
-
-
-def train_step(private: Private, size: int = 6) -> None:
-    private.optimizer.zero_grad()
-    hand_over(private, size)
-    loss_of(private.model, *batch(size)).backward()
-    private.optimizer.step()
-
-
 def test_physical_batches_are_counted_together() -> None:
     whole, parts = adaptive_model(counted=True), adaptive_model(counted=True)
     for private, size in ((whole, 1000), (parts, 3)):
@@ -188,73 +157,6 @@ def test_a_batch_that_is_left_counts_for_nothing() -> None:
     assert private.optimizer.thresholds == other.optimizer.thresholds
 
 
-def test_a_checkpoint_goes_on_with_its_thresholds() -> None:
-    private, resumed = adaptive_model(), adaptive_model()
-    for _ in range(3):
-        train_step(private)
-    state = copy.deepcopy(private.optimizer.state_dict())
-    resumed.optimizer.load_state_dict(state)
-    resumed.model.load_state_dict(private.model.state_dict())
-    assert resumed.optimizer.thresholds == private.optimizer.thresholds
-    for each in (private, resumed):
-        train_step(each)
-    assert resumed.optimizer.thresholds == private.optimizer.thresholds
-
-
-def test_a_checkpoint_of_fixed_thresholds_leaves_them_to_the_new_options() -> None:
-    fixed, moving = make_private(mlp(), backprop=BackpropClipping()), adaptive_model()
-    with pytest.warns(UserWarning, match="checkpoint") as told:
-        moving.optimizer.load_state_dict(fixed.optimizer.state_dict())
-    texts = " ".join(str(warning.message) for warning in told)
-    assert "threshold was 'None' and is 'AdaptiveThreshold" in texts
-    assert "no thresholds, so that they go on from where they are: {'(model)': 0.5}" in texts
-    assert moving.optimizer.thresholds == {"(model)": 0.5}
-
-
-def test_thresholds_of_other_layers_are_refused() -> None:
-    layers = layerwise(allocation="equal", threshold=adaptive())
-    private = adaptive_model()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(
-            ValueError, match=r"thresholds of 0, 2; the model has them of \(model\)"
-        ):
-            private.optimizer.load_state_dict(
-                adaptive_model(backprop=layers).optimizer.state_dict()
-            )
-
-
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0, 0.0, 0.01, 1e9, "0.5"])
-def test_a_threshold_out_of_range_is_not_loaded(wrong: Any) -> None:
-    private = adaptive_model()
-    state = copy.deepcopy(private.optimizer.state_dict())
-    state["thresholds"]["thresholds"]["(model)"] = wrong
-    with pytest.raises(ValueError, match=r"for \(model\); expected a number from 0\.02 to"):
-        private.optimizer.load_state_dict(state)
-    assert private.optimizer.thresholds == {"(model)": 0.5}
-
-
-def test_a_checkpoint_is_not_loaded_under_gradients_that_wait() -> None:
-    private = adaptive_model()
-    state = copy.deepcopy(private.optimizer.state_dict())
-    hand_over(private, 6)
-    loss_of(private.model, *batch()).backward()
-    with pytest.raises(PrivacyViolationError, match=r"Load it between step\(\) and backward\(\)"):
-        private.optimizer.load_state_dict(state)
-    private.optimizer.step()
-    private.optimizer.load_state_dict(state)
-
-
-def test_a_checkpoint_that_torch_refuses_leaves_the_thresholds() -> None:
-    private = adaptive_model()
-    state = copy.deepcopy(private.optimizer.state_dict())
-    state["thresholds"]["thresholds"]["(model)"] = 2.0
-    state["param_groups"] = []
-    with pytest.raises(ValueError, match="parameter groups"):
-        private.optimizer.load_state_dict(state)
-    assert private.optimizer.thresholds == {"(model)": 0.5}
-
-
 def test_gradients_may_be_cleared_by_the_model() -> None:
     private, other = adaptive_model(), adaptive_model()
     private.optimizer.keep_summed_grad = False
@@ -289,17 +191,6 @@ def test_a_mean_in_single_precision_is_refused_and_a_criterion_trains() -> None:
         optimizer.step()
     assert engine.accountant.history == [(1.0, 0.25, 4)]
     assert optimizer.thresholds != {"(model)": 0.5}
-
-
-def test_a_copy_has_thresholds_of_its_own() -> None:
-    private = adaptive_model()
-    train_step(private)
-    before = dict(private.optimizer.thresholds)
-    model, optimizer = copy.deepcopy((private.model, private.optimizer))
-    twin = Private(private.engine, model, optimizer, private.loader, model)
-    train_step(twin)
-    assert twin.optimizer.thresholds != before
-    assert private.optimizer.thresholds == before
 
 
 @pytest.mark.parametrize("allocation", ["joint", "equal"])

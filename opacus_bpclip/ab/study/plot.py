@@ -11,23 +11,10 @@ from opacus_bpclip.ab.plot import scaled
 from opacus_bpclip.ab.results import Measure
 from opacus_bpclip.ab.study.curves import Point, curve
 from opacus_bpclip.ab.study.results import RunResult, StudyRecord
-from opacus_bpclip.jobs.figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    RED,
-    SKY,
-    draw_band,
-    draw_level,
-    new_figure,
-    open_frame,
-)
+from opacus_bpclip.jobs.figures import COLOURS, draw_band, draw_level, new_figure, open_frame
 
 Style = tuple[str, str, Any]
 # Each of another length, so that many arms differ in one of them at least.
-_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY)
 _MARKERS = ("s", "^", "o", "D", "v", "P", "X", "*")
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1)))
 
@@ -57,7 +44,7 @@ def _draw_cell(
 ) -> dict[str, Any]:
     measure = first.plan.measure
     lines, heights = {}, list[float]()
-    styles = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_DASHES), strict=False)
+    styles = zip(cycle(COLOURS), cycle(_MARKERS), cycle(_DASHES), strict=False)
     for (arm, results), style in zip(found.items(), styles, strict=False):
         points = [_scaled(measure, point) for point in curve(results)]
         if points:

@@ -1,0 +1,96 @@
+"""Gradients that cancel over positions or uses, in many equal examples behind a plain mean.
+
+What remains is rounding, which follows the batch's size in the same way in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip import BackpropClipping
+from tests.checks import Trainer, joint
+
+EXAMPLES = 2000
+
+
+def moved_by_one_more(
+    model: nn.Module, clipping: BackpropClipping, one: Tensor, g: Tensor
+) -> float:
+    """Return how far one more example moves the sum, in units of the claim, at the worst limit.
+
+    Args:
+        model: maps ``one`` to as many outputs as ``g`` has entries.
+        clipping: the options.
+        one: the input of all examples but the last, which is zero.
+        g: the gradient of their outputs, which cancels in the parameters'.
+    """
+    trainer = Trainer(model, tuple(one.shape), clipping, dtype=torch.float32)
+    x = torch.cat([one.expand(EXAMPLES, *one.shape), torch.zeros(1, *one.shape)])
+    target = torch.cat([g.flatten().expand(EXAMPLES, -1), torch.zeros(1, g.numel())])
+    worst = 0.0
+    for part in (1e-6, 6.5e-6, 2e-5):
+        trainer.optimizer.max_grad_norm = limit = part * float(one.norm() * g.norm())
+        sums = (joint(trainer.released(x[:k], target[:k])) for k in (EXAMPLES + 1, EXAMPLES))
+        with_it, without = (each.double() for each in sums)
+        worst = max(worst, float((with_it - without).norm()) / limit)
+    return worst
+
+
+def cancelling(parts: int, entries: int) -> Tensor:
+    """Return gradients whose sum over the parts is zero. ``[parts, entries]``."""
+    g = torch.randn(parts, entries)
+    g[-1] = -g[:-1].sum(dim=0)
+    return g
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("allocation", ["joint", "equal"])
+@pytest.mark.parametrize("positions", range(2, 10))
+def test_positions_that_cancel_leave_less_than_the_claim(
+    positions: int, allocation: str, bias: bool
+) -> None:
+    """For some numbers of positions, norms come from products, for others from Gram matrices."""
+    torch.manual_seed(0)
+    one = torch.randn(6).expand(positions, 6)
+    model = nn.Sequential(nn.Linear(6, 5, bias=bias))
+    clipping = BackpropClipping(allocation=allocation)  # type: ignore[arg-type]
+    assert moved_by_one_more(model, clipping, one, cancelling(positions, 5)) < 0.1
+
+
+class Uses(nn.Module):
+    """A layer that is used three times on the same input, or layers that share its weight."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        for layer in layers[1:]:
+            layer.weight = layers[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self.layers if len(self.layers) > 1 else [*self.layers] * 3
+        return torch.cat([layer(x).flatten(1) for layer in layers], dim=1)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: Uses(nn.Linear(6, 5)), (6,)),
+    "convolution": (lambda: Uses(nn.Conv1d(2, 3, 3)), (2, 6)),
+    "transposed": (lambda: Uses(nn.ConvTranspose1d(2, 3, 3, bias=False)), (2, 6)),
+    "prelu": (lambda: Uses(nn.PReLU()), (6,)),
+    "layer norm": (lambda: Uses(nn.LayerNorm(6)), (6,)),
+    "group norm": (lambda: Uses(nn.GroupNorm(1, 2)), (2, 6)),
+    "tied": (lambda: Uses(*(nn.Conv1d(2, 3, 3, bias=False) for _ in range(3))), (2, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_uses_that_cancel_leave_less_than_the_claim(kind: str) -> None:
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    model, one = make(), torch.randn(shape)
+    outputs = model(one[None]).shape[1]
+    g = cancelling(3, outputs // 3)
+    assert moved_by_one_more(model, BackpropClipping(), one, g) < 0.2
