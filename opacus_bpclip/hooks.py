@@ -21,6 +21,7 @@ from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard.forms import form_of
 from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.guard.precision import rounded_counts
 from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
@@ -57,6 +58,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
     Raises:
         CoverageError: no rule bounds some trainable parameter, or the model has hooks already. The
             model is left unchanged.
+        ValueError: examples would be counted by norms that a plain mean loss has rounded.
     """
 
     def __init__(
@@ -80,6 +82,10 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
         self.batch_first, self.loss_reduction = batch_first, loss_reduction
+        if loss_reduction == "mean" and criterion is None and config is not None:
+            problem = rounded_counts(config.threshold, m.parameters())
+            if problem:
+                raise ValueError(problem)
         whole = whole_parameters(m)
         with gathered(m):
             self._attach(m, config or BackpropClipping(), max_grad_norm, criterion, whole, ranks)

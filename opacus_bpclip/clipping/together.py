@@ -119,7 +119,7 @@ def added(uses: Sequence[Use], factors: Factors) -> dict[nn.Parameter, Tensor]:
     for rows in chunks(by.shape[0], exact_chunk(needed, by.device)):
         few = None if keep is None else keep[rows]
         for parameter, own in _own_of_all(uses, rows).items():
-            flat = zero_rows(own.flatten(1), few)
+            flat = zero_rows(own.unsqueeze(1).flatten(1), few)
             part = (by[rows].to(flat.dtype) @ flat).view(parameter.shape) * uses[0].examples
             total[parameter] = total[parameter] + part if parameter in total else part
     return total

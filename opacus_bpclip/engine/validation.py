@@ -6,14 +6,13 @@ import inspect
 from typing import Any
 
 import opacus
-import torch
 from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
 from torch.utils.data import DataLoader
 
 from opacus_bpclip.clipping.allocation import layer_fractions, noise_weights
-from opacus_bpclip.config import AdaptiveThreshold, BackpropClipping, is_positive_number
-from opacus_bpclip.guard.precision import rounded_mean
+from opacus_bpclip.config import BackpropClipping, is_positive_number
+from opacus_bpclip.guard.precision import rounded_counts, rounded_mean
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.tying import tied_groups
 from opacus_bpclip.optimizer.several import SeveralOptimizers
@@ -84,7 +83,9 @@ def checked_options(
     groups = tied_groups(trainable_layers(module, uses, batch_first=batch_first))
     if loss_reduction == "mean" and criterion is None:
         _refuse_rounded_mean(module)
-        _refuse_rounded_counts(module, backprop)
+        problem = rounded_counts(backprop.threshold, module.parameters())
+        if problem:
+            raise ValueError(problem)
     if backprop.allocation != "joint":
         sizes = {name: group.size for name, group in groups.items()}
         layer_fractions(sizes, backprop.allocation)
@@ -121,19 +122,6 @@ def checked_loader(
 
 def _is_noise_multiplier(value: object) -> bool:
     return is_positive_number(value) or (not isinstance(value, bool) and value == 0)
-
-
-def _refuse_rounded_counts(module: nn.Module, backprop: BackpropClipping) -> None:
-    """Refuse to count examples by norms that a mean loss has rounded by the batch's size."""
-    single = any(p.requires_grad and p.dtype != torch.float64 for p in module.parameters())
-    if isinstance(backprop.threshold, AdaptiveThreshold) and single:
-        raise ValueError(
-            "An AdaptiveThreshold counts the examples within it. With a mean loss every example's "
-            "gradient is rounded by the private size of the batch, and many examples whose "
-            "gradients cancel would be counted differently all at once. Pass the criterion to "
-            "make_private (criterion=nn.CrossEntropyLoss()) and compute the loss with the one that "
-            'is returned, or train with loss_reduction="sum", or use a ThresholdSchedule.'
-        )
 
 
 def _refuse_rounded_mean(module: nn.Module) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from opacus_bpclip.config import AdaptiveThreshold
 from opacus_bpclip.model.graphs import low_precision_behind
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.recurrence import is_packed
@@ -29,6 +30,25 @@ def unfit(name: str, dtype: torch.dtype, *, mean: bool) -> str | None:
         f"{name} computes in {dtype}, whose largest number is so small that training needs a "
         "GradScaler, and its scale depends on the data. Use torch.bfloat16, by autocast or for the "
         "whole model, or torch.float32."
+    )
+
+
+def rounded_counts(threshold: object, parameters: Iterable[nn.Parameter]) -> str | None:
+    """Refuse to count examples by norms that a plain mean has rounded by the batch's size.
+
+    Args:
+        threshold: the option.
+        parameters: the model's.
+    """
+    single = any(p.requires_grad and p.dtype != torch.float64 for p in parameters)
+    if not isinstance(threshold, AdaptiveThreshold) or not single:
+        return None
+    return (
+        "An AdaptiveThreshold counts the examples within it. With a mean loss every example's "
+        "gradient is rounded by the private size of the batch, and many examples whose gradients "
+        "cancel would be counted differently all at once. Pass the criterion to make_private "
+        "(criterion=nn.CrossEntropyLoss()) and compute the loss with the one that is returned, or "
+        'train with loss_reduction="sum", or use a ThresholdSchedule.'
     )
 
 

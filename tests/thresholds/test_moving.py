@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from opacus_bpclip import (
+    BackpropClipHooks,
     BackpropClipping,
     PrivacyEngine,
     PrivacyViolationError,
@@ -173,6 +174,8 @@ def test_a_mean_in_single_precision_is_refused_and_a_criterion_trains() -> None:
     clipping = BackpropClipping(threshold=adaptive(initial=0.5))
     with pytest.raises(ValueError, match=r"counted differently all at once\. Pass the criterion"):
         make_private(mlp(), backprop=clipping)
+    with pytest.raises(ValueError, match=r"counted differently all at once\. Pass the criterion"):
+        BackpropClipHooks(mlp(), config=clipping)
     engine, model = PrivacyEngine(), mlp()
     data = DataLoader(dataset(), batch_size=8)
     private, optimizer, criterion, loader = engine.make_private(
