@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
+from opacus_bpclip.clipping import together
 from tests.checks import Trainer, joint
 
 EXAMPLES = 2000
 
 
 def moved_by_one_more(
-    model: nn.Module, clipping: BackpropClipping, one: Tensor, g: Tensor
+    model: nn.Module, clipping: BackpropClipping, one: Tensor, g: Tensor, examples: int = EXAMPLES
 ) -> float:
     """Return how far one more example moves the sum, in units of the claim, at the worst limit.
 
@@ -27,14 +28,15 @@ def moved_by_one_more(
         clipping: the options.
         one: the input of all examples but the last, which is zero.
         g: the gradient of their outputs, which cancels in the parameters'.
+        examples: how many equal ones there are.
     """
     trainer = Trainer(model, tuple(one.shape), clipping, dtype=torch.float32)
-    x = torch.cat([one.expand(EXAMPLES, *one.shape), torch.zeros(1, *one.shape)])
-    target = torch.cat([g.flatten().expand(EXAMPLES, -1), torch.zeros(1, g.numel())])
+    x = torch.cat([one.expand(examples, *one.shape), torch.zeros(1, *one.shape)])
+    target = torch.cat([g.flatten().expand(examples, -1), torch.zeros(1, g.numel())])
     worst = 0.0
     for part in (1e-6, 6.5e-6, 2e-5):
         trainer.optimizer.max_grad_norm = limit = part * float(one.norm() * g.norm())
-        sums = (joint(trainer.released(x[:k], target[:k])) for k in (EXAMPLES + 1, EXAMPLES))
+        sums = (joint(trainer.released(x[:k], target[:k])) for k in (examples + 1, examples))
         with_it, without = (each.double() for each in sums)
         worst = max(worst, float((with_it - without).norm()) / limit)
     return worst
@@ -86,11 +88,45 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+class TiedHead(nn.Module):
+    """An embedding whose weight is the output head's, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        token, state = x[:, 0].long(), x[:, 1:]
+        return torch.cat([self.embedding(token), self.head(state)], dim=1)
+
+
+@pytest.fixture(params=["added up first", "too large for that"])
+def most(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Have several uses' gradients added up by example or not; return what may be left of them."""
+    if request.param == "added up first":
+        return 0.2
+    monkeypatch.setattr(together, "_OWN_MOST", 0)
+    return 0.4
+
+
 @pytest.mark.parametrize("kind", LAYERS)
-def test_uses_that_cancel_leave_less_than_the_claim(kind: str) -> None:
+def test_uses_that_cancel_leave_less_than_the_claim(kind: str, most: float) -> None:
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
     model, one = make(), torch.randn(shape)
     outputs = model(one[None]).shape[1]
     g = cancelling(3, outputs // 3)
-    assert moved_by_one_more(model, BackpropClipping(), one, g) < 0.2
+    # This layer has per-example gradients one by one alone.
+    examples = EXAMPLES // 5 if kind == "transposed" else EXAMPLES
+    assert moved_by_one_more(model, BackpropClipping(), one, g, examples) < most
+
+
+def test_a_tied_embedding_that_cancels_its_head_leaves_less_than_the_claim(most: float) -> None:
+    torch.manual_seed(0)
+    state, at_head = torch.randn(6), torch.zeros(7)
+    at_head[3] = 1.7
+    one = torch.cat([torch.tensor([3.0]), state])
+    g = torch.cat([-1.7 * state, at_head])
+    assert moved_by_one_more(TiedHead(), BackpropClipping(), one, g) < most

@@ -160,7 +160,8 @@ class Budget:
         return self._scope
 
     def _new(self, target: Target, present: Tensor | None, *, at_once: bool) -> Scope:
-        return Scope(target, self.bound, at_once=at_once, present=present)
+        mean = self._guard.undoes_mean
+        return Scope(target, self.bound, at_once=at_once, mean=mean, present=present)
 
     def _watched(self, scope: Scope) -> Scope:
         scope.begin = self._guard.begin_backward()

@@ -50,6 +50,7 @@ class Scope:
         at_once: whether the scope has a single use, which is clipped as soon as its gradient
             arrives. The gradient that flows on to the layers below is then clipped, too.
         present: ``[B]`` bool, which rows are not padding; ``None`` for all.
+        mean: whether a mean loss divides the gradients by the batch's size.
 
     Attributes:
         token: an input of every node in the scope.
@@ -62,9 +63,16 @@ class Scope:
     token: Tensor | None = None
 
     def __init__(
-        self, target: Target, bound: Bound, *, at_once: bool, present: Tensor | None = None
+        self,
+        target: Target,
+        bound: Bound,
+        *,
+        at_once: bool,
+        mean: bool,
+        present: Tensor | None = None,
     ) -> None:
         self.present = present
+        self.mean = mean
         self.target = target
         self.bound = bound
         self.at_once = at_once
@@ -167,7 +175,7 @@ class Scope:
             if group not in found:
                 kept[group] = list(merged(kept[group]))
                 with self._all_gathered(kept[group]):
-                    found[group] = measure_together(kept[group], self.bound)
+                    found[group] = measure_together(kept[group], self.bound, mean=self.mean)
         usable = everywhere(each.usable for each in found.values())
         # The groups are orthogonal parts of one gradient: the squares add up. In double precision
         # the rounding errors of this sum are negligible for any number of layers.
