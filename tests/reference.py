@@ -88,6 +88,7 @@ def contribution(
     normalize: bool,
     max_norm: float | None,
     joint: float | None = None,
+    propagate: str = "clipped",
 ) -> dict[str, Seen]:
     """Return what each layer of a sequential model saw of one example, ``x`` of shape [1, ...].
 
@@ -113,7 +114,7 @@ def contribution(
             bound = bound_of(module, clipped, g, gradient, kind, max_norm)
             factor = factor_of(bound, limits.get(name, 0.0), normalize)
             seen[name] = Seen(column_norms(module, clipped), bound, factor, gradient)
-            if joint is None:
+            if joint is None and propagate == "clipped":
                 g = g * factor
         (g,) = torch.autograd.grad(y, leaf, g)
     if joint is not None:

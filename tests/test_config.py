@@ -56,6 +56,11 @@ def test_options_are_frozen(name: str) -> None:
             id="no stability",
         ),
         pytest.param(
+            {"propagate": "scaled"},
+            "Expected propagate='scaled' to be one of 'clipped', 'unclipped'.",
+            id="propagate",
+        ),
+        pytest.param(
             {"allocation": "fair"},
             "Expected allocation='fair' to be one of 'joint', 'equal', 'dimension' or a mapping.",
             id="unknown allocation",

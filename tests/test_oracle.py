@@ -63,6 +63,7 @@ def test_each_contribution_is_the_examples_own_gradient_times_its_factor(case, c
             clipping.normalize,
             clipping.max_input_norm,
             joint=0.7 if clipping.allocation == "joint" else None,
+            propagate=clipping.propagate,
         )
         for name, layer in seen.items():
             expected = layer.factor * layer.gradient

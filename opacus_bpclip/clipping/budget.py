@@ -84,6 +84,7 @@ class Budget:
     ) -> None:
         layers = tuple(layers)
         self.joint = config.allocation == "joint"
+        self._propagate = config.propagate
         recurrent = (layer.name for layer in layers if layer.recurrence is not None)
         self.recurrent = next(recurrent, None)
         self.target = next(iter(targets.values()))
@@ -161,7 +162,14 @@ class Budget:
 
     def _new(self, target: Target, present: Tensor | None, *, at_once: bool) -> Scope:
         mean = self._guard.undoes_mean
-        return Scope(target, self.bound, at_once=at_once, mean=mean, present=present)
+        return Scope(
+            target,
+            self.bound,
+            at_once=at_once,
+            propagate=self._propagate,
+            mean=mean,
+            present=present,
+        )
 
     def _watched(self, scope: Scope) -> Scope:
         scope.begin = self._guard.begin_backward()

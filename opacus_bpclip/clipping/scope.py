@@ -25,7 +25,8 @@ from opacus_bpclip.clipping.factors import (
     everywhere,
 )
 from opacus_bpclip.clipping.together import added, adds_up, measure_together, merged
-from opacus_bpclip.clipping.use import ALL, Sums, Use
+from opacus_bpclip.clipping.use import ALL, Clipped, Sums, Use
+from opacus_bpclip.config import Propagate
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.call_checks import changed_since
 from opacus_bpclip.model.layer import Layer
@@ -48,7 +49,9 @@ class Scope:
         target: the norm that an example's joint gradient is scaled to.
         bound: the bound on an example's gradient.
         at_once: whether the scope has a single use, which is clipped as soon as its gradient
-            arrives. The gradient that flows on to the layers below is then clipped, too.
+            arrives.
+        propagate: which gradient this use then passes on to the layers below, ``"clipped"`` or
+            ``"unclipped"``. Without ``at_once`` it is never clipped.
         present: ``[B]`` bool, which rows are not padding; ``None`` for all.
         mean: whether a mean loss divides the gradients by the batch's size.
 
@@ -68,6 +71,7 @@ class Scope:
         bound: Bound,
         *,
         at_once: bool,
+        propagate: Propagate,
         mean: bool,
         present: Tensor | None = None,
     ) -> None:
@@ -76,6 +80,7 @@ class Scope:
         self.target = target
         self.bound = bound
         self.at_once = at_once
+        self.propagate = propagate
         self.begin: Callable[[], None] = _nothing
         self.deliver: Deliver | None = None
         self.fail: Callable[[str], None] = _raise
@@ -126,7 +131,7 @@ class Scope:
         """Measure a use whose gradient has arrived; return the gradients of the layer's inputs."""
         self.begin()
         if self.at_once:
-            sums, inputs = use.clip(lambda found, rows=ALL: self._counted(found, use, rows))
+            sums, inputs = self._clip(use)
             self._add(use, sums)
             return inputs
         if not torch.compiler.is_compiling():
@@ -138,6 +143,13 @@ class Scope:
             self._found[group] = use.measure()
         self._kept.setdefault(group, []).append(use)
         return inputs
+
+    def _clip(self, use: Use) -> Clipped:
+        """Clip the only use; return its sums and the gradients that it passes on."""
+        if self.propagate == "clipped":
+            return use.clip(lambda found, rows=ALL: self._counted(found, use, rows))
+        inputs = use.input_gradients(None)
+        return Clipped(use.sums(self._counted(use.measure(), use, ALL)), inputs)
 
     def _keep_one_task(self) -> None:
         """Drop uses of an earlier backward pass, which only computed gradients of some inputs."""

@@ -1,7 +1,13 @@
 """The public options of backpropagation clipping."""
 
 from opacus_bpclip.config.checks import is_positive_number
-from opacus_bpclip.config.clipping import Allocation, BackpropClipping, Bound, LayerNoise
+from opacus_bpclip.config.clipping import (
+    Allocation,
+    BackpropClipping,
+    Bound,
+    LayerNoise,
+    Propagate,
+)
 from opacus_bpclip.config.thresholds import AdaptiveThreshold, ThresholdSchedule
 
 __all__ = [
@@ -10,6 +16,7 @@ __all__ = [
     "BackpropClipping",
     "Bound",
     "LayerNoise",
+    "Propagate",
     "ThresholdSchedule",
     "is_positive_number",
 ]

@@ -14,6 +14,7 @@ from opacus_bpclip.config.thresholds import AdaptiveThreshold, ThresholdSchedule
 Bound = Literal["product", "weighted", "exact"]
 Allocation = Literal["joint", "equal", "dimension"]
 LayerNoise = Literal["equal", "dimension"]
+Propagate = Literal["clipped", "unclipped"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class BackpropClipping:
             ``sum(d_l * s_l ** 2)`` at the same privacy. A mapping from names to public numbers
             ``c_l`` minimises ``sum(c_l * d_l * s_l ** 2)``, 1 for layers without one; a layer with
             a large ``c_l`` is one whose noise does more harm.
+        propagate: which gradient a layer that clips by itself passes on to the layers below.
+            ``"clipped"``, the paper's choice, costs less time. With ``"unclipped"`` each layer
+            clips the gradient of the loss itself, whatever the layers above have clipped; with
+            small thresholds the layers below learn more. With ``allocation="joint"`` no layer
+            passes on a clipped gradient.
         uses: the number of uses of a layer in one forward pass, by dotted name, for layers that
             clip by themselves; 1 for layers that are not named. Each of ``K`` uses is clipped to
             ``Delta_l / K``, so that together they stay within ``Delta_l``. More uses than declared
@@ -78,6 +84,7 @@ class BackpropClipping:
     stability: float = 0.01
     threshold: AdaptiveThreshold | ThresholdSchedule | None = None
     layer_noise: LayerNoise | Mapping[str, float] = "equal"
+    propagate: Propagate = "clipped"
     uses: Literal["auto"] | Mapping[str, int] = "auto"
     probe: bool = True
 
@@ -101,6 +108,7 @@ class BackpropClipping:
                 f"Expected max_input_norm={self.max_input_norm!r} to be a finite number > 0, or "
                 "None."
             )
+        require_choice("propagate", self.propagate, get_args(Propagate))
         self._check_threshold_and_noise()
         if self.bound == "product" and self.max_input_norm is None:
             raise ValueError(

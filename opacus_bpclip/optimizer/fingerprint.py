@@ -35,6 +35,7 @@ def settings_of(
         "stability": config.stability,
         "threshold": repr(config.threshold),
         "layer_noise": _plain(config.layer_noise),
+        "propagate": config.propagate,
         "uses": _plain(config.uses),
     }
 

@@ -8,6 +8,7 @@ from opacus.layers import DPRNN
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from opacus_bpclip.config import Propagate
 from opacus_bpclip.rules import RULES, BroadcastRule
 from tests.budgets import layerwise
 from tests.checks import HUGE, Trainer, check_sensitivity
@@ -29,8 +30,17 @@ def _spike(*shape: int, at: tuple[int, ...]) -> Tensor:
 
 def below_the_clip() -> None:
     """64 examples just below the clip, and one that opposes them."""
+    _below("clipped")
+
+
+def below_the_clip_of_one_layer() -> None:
+    """The same, where a layer passes its gradient on unclipped."""
+    _below("unclipped")
+
+
+def _below(propagate: Propagate) -> None:
     model = nn.Linear(1, 1, bias=False)
-    trainer = Trainer(model, (1,), layerwise(max_input_norm=1.0))
+    trainer = Trainer(model, (1,), layerwise(max_input_norm=1.0, propagate=propagate))
     x = torch.ones(65, 1, dtype=torch.float64)
     target = torch.full((65, 1), 0.999, dtype=torch.float64)
     target[-1] = -1e6

@@ -18,7 +18,7 @@ from opacus_bpclip.clipping.fused_use import FusedUse
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.sensitivities import Sensitivities
 from opacus_bpclip.clipping.shared import SharedMeasurement
-from opacus_bpclip.clipping.use import Clipped, FactorsOf, OwnUse
+from opacus_bpclip.clipping.use import Clipped, FactorsOf, OwnUse, Use
 from opacus_bpclip.model.tying import Group
 from opacus_bpclip.rules import (
     ConvRule,
@@ -259,6 +259,21 @@ def upstream_clipped_after_use(patch: pytest.MonkeyPatch) -> None:
         return Clipped(self.sums(whole), self.input_gradients(factors))
 
     patch.setattr(FusedUse, "clip", after_use)
+
+
+@mutant(killed_by=killers.below_the_clip_of_one_layer, says=MOVED)
+def unclipped_here_and_below(patch: pytest.MonkeyPatch) -> None:
+    """A layer that is to pass its gradient on unclipped does not clip its own, either."""
+    clip_here = Scope._clip
+
+    def clip(self: Scope, use: Use) -> Clipped:
+        if self.propagate == "clipped":
+            return clip_here(self, use)
+        found = use.measure()
+        whole = Factors(torch.ones_like(found.bound), found.usable)
+        return Clipped(use.sums(whole), use.input_gradients(None))
+
+    patch.setattr(Scope, "_clip", clip)
 
 
 @mutant(killed_by=killers.buffer_filled_anew, says=MOVED)

@@ -22,4 +22,5 @@ def clippings(draw: st.DrawFn) -> BackpropClipping:
         max_input_norm=draw(norms if bound == "product" else st.one_of(st.none(), norms)),
         allocation=draw(st.sampled_from(["joint", "equal", "dimension"])),
         normalize=draw(st.booleans()),
+        propagate=draw(st.sampled_from(["clipped", "unclipped"])),
     )

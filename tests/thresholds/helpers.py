@@ -98,6 +98,7 @@ def moving_clippings(draw: st.DrawFn) -> BackpropClipping:
         allocation=allocation,
         threshold=draw(POLICIES),
         layer_noise=noise,
+        propagate=draw(st.sampled_from(["clipped", "unclipped"])),
     )
 
 
