@@ -135,12 +135,14 @@ def clipping_of(settings: Settings, task: Task) -> BackpropClipping:
         clips = task.bound == "product" or task.allocation != "joint"
         max_input_norm = MAX_INPUT_NORM if clips else None
     adaptive = task.threshold == "adaptive"
+    by_layer = adaptive and task.allocation != "joint"
     return BackpropClipping(
         allocation=cast(Allocation, task.allocation),
         bound=cast(Bound, task.bound),
         max_input_norm=max_input_norm,
         threshold=AdaptiveThreshold() if adaptive else None,
-        layer_noise="dimension" if adaptive and task.allocation != "joint" else "equal",
+        layer_noise="dimension" if by_layer else "equal",
+        propagate="unclipped" if by_layer else "clipped",
     )
 
 

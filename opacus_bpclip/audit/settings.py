@@ -79,8 +79,9 @@ class Settings(Options):
         allocation: how budgets are split
         bound: how gradients are bounded
         loss_reduction: how losses are reduced
-        threshold: whether thresholds follow a quantile, with each layer's noise scaled where layers
-            clip by themselves; with sums only, and for cases of one layer if named alone
+        threshold: whether thresholds follow a quantile, where layers clip by themselves with each
+            layer's noise scaled, and unclipped gradients for the layers below; with sums only, and
+            for cases of one layer if named alone
         max_grad_norm: joint L2 sensitivity
         max_input_norm: a number, none or usual: none for joint budgets, as in training, and 3 where
             the product bound or a layerwise budget is to show that inputs are clipped
