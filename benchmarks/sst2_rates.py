@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--epsilon", nargs="+", type=float, required=True)
     parser.add_argument("--lr", nargs="+", type=float, required=True)
     parser.add_argument("--epochs", nargs="+", type=int, required=True)
+    parser.add_argument("--optimizer", default="Adam")
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--physical-batch-size", type=int)
     args = parser.parse_args()
@@ -54,7 +55,7 @@ def main() -> None:
             arms=args.arms,
             epsilon=epsilon,
             seeds=[0],
-            optimizer="Adam",
+            optimizer=args.optimizer,
             batch_size=args.batch_size,
             physical_batch_size=args.physical_batch_size,
             threads=1,
