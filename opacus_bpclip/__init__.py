@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from opacus_bpclip.losses.criterion import BackpropClipCriterion
     from opacus_bpclip.losses.losses import CrossEntropy
     from opacus_bpclip.model.input_clipping import clip_inputs, unclip_inputs
+    from opacus_bpclip.model.views import FoldViews
     from opacus_bpclip.optimizer.optimizer import BackpropClipOptimizer
     from opacus_bpclip.optimizer.several import SeveralOptimizers
     from opacus_bpclip.rules import register_rule
+    from opacus_bpclip.sampling.views import AugmentedViews
 
     __version__: str
 
 __all__ = [
     "AdaptiveThreshold",
+    "AugmentedViews",
     "BackpropClipCriterion",
     "BackpropClipHooks",
     "BackpropClipModule",
@@ -29,6 +32,7 @@ __all__ = [
     "BackpropClipping",
     "CoverageError",
     "CrossEntropy",
+    "FoldViews",
     "PrivacyEngine",
     "PrivacyViolationError",
     "SeveralOptimizers",
@@ -43,6 +47,7 @@ __all__ = [
 
 _HOMES = {
     "AdaptiveThreshold": "config",
+    "AugmentedViews": "sampling.views",
     "BackpropClipCriterion": "losses.criterion",
     "BackpropClipHooks": "hooks",
     "BackpropClipModule": "engine.module",
@@ -50,6 +55,7 @@ _HOMES = {
     "BackpropClipping": "config",
     "CoverageError": "errors",
     "CrossEntropy": "losses.losses",
+    "FoldViews": "model.views",
     "PrivacyEngine": "engine.engine",
     "PrivacyViolationError": "errors",
     "SeveralOptimizers": "optimizer.several",

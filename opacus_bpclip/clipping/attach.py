@@ -29,6 +29,7 @@ from opacus_bpclip.rules import (
     Rule,
     TransposedLinearRule,
 )
+from opacus_bpclip.rules.views import ConvOverViews, GroupNormOverViews
 
 __all__ = ["frozen_normalizations", "layer_clips", "softmaxes"]
 
@@ -37,12 +38,12 @@ __all__ = ["frozen_normalizations", "layer_clips", "softmaxes"]
 CLOSED_FORMS: dict[type[Rule], tuple[type[NodeClip], tuple[type[nn.Module] | str, ...]]] = {
     LinearRule: (FusedClip, (nn.Linear, RNNLinear)),
     TransposedLinearRule: (FusedClip, ("transformers.pytorch_utils.Conv1D",)),
-    ConvRule: (FusedClip, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    **dict.fromkeys((ConvRule, ConvOverViews), (FusedClip, (nn.Conv1d, nn.Conv2d, nn.Conv3d))),
     LayerNormRule: (AffineClip, (nn.LayerNorm,)),
     RMSNormRule: (AffineClip, (nn.RMSNorm,)),
-    GroupNormRule: (
-        AffineClip,
-        (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    **dict.fromkeys(
+        (GroupNormRule, GroupNormOverViews),
+        (AffineClip, (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)),
     ),
 }
 

@@ -42,14 +42,14 @@ class FusedClip(NodeClip):
             factor, columns, finite = self._measured(x)
             bias = module._parameters.get("bias")
             y = y.detach()
-            rows = y.movedim(self.layer.arguments.batch_axis, 0)
+            rows = self.layer.arguments.rows(y)
             x = x.detach()
             if factor is not None:
                 rows = self.rule.rescaled(rows, factor, bias)
             if finite is not None:
                 # `FusedUse` replaces these rows by zeros. The output must not look valid.
                 rows = torch.where(per_row(finite, rows), rows, float("nan"))
-            y = rows.movedim(0, self.layer.arguments.batch_axis)
+            y = self.layer.arguments.as_passed(rows)
         weight = module._parameters["weight"]
         assert weight is not None
         return Call(y, inputs, (x, weight.detach(), factor, columns, finite))
@@ -67,7 +67,7 @@ class FusedClip(NodeClip):
         factor = None
         if self.config.max_input_norm is not None:
             largest = self.config.max_input_norm * (1 - rounding_margin(x.dtype, x.device))
-            factor = zero_rows(self.rule.clip_factor(norms, largest), finite)
+            factor = zero_rows(self.rule.clip_factor(norms, largest, x), finite)
             norms = norms * factor
         # Norms of examples that are not finite are not finite either; they are not used.
         columns = self.rule.with_one(norms) if self.bound.needs_norms else None

@@ -147,7 +147,7 @@ class LayerUse(Use):
         asked = [leaf for leaf in leaves if leaf is not None] if inputs else []
         found: list[Tensor | None] = []
         if of or asked:
-            g = g.movedim(0, self.layer.arguments.batch_axis).to(dtype)
+            g = self.layer.arguments.as_passed(g).to(dtype)
             found = list(
                 torch.autograd.grad(
                     [y],

@@ -109,9 +109,9 @@ class LayerClip(NodeClip):
         out = made.detach().to(y.dtype)
         if keep is not None:
             # The layer computed these rows from zeros. The output must not look valid.
-            rows = out.movedim(arguments.batch_axis, 0)
+            rows = arguments.rows(out)
             rows = torch.where(per_row(keep, rows), rows, float("nan"))
-            out = rows.movedim(0, arguments.batch_axis)
+            out = arguments.as_passed(rows)
         elif traced:
             out = out.clone()
         graph = self._graph(made, leaves, ends) if made.requires_grad else None

@@ -226,7 +226,7 @@ class _Node(torch.autograd.Function):
         if ctx.spent:
             clip.guard.fail(ran_twice(clip.layer))
         ctx.spent = True
-        g = g.movedim(clip.layer.arguments.batch_axis, 0)
+        g = clip.layer.arguments.rows(g)
         scope: Scope = ctx.scope
         use = clip.use(g, ctx.graph, ctx.saved_tensors, scope.target, ctx.needs_input_grad[4:])
         ctx.graph = None

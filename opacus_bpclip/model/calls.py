@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from opacus_bpclip.model.places import Place
+from opacus_bpclip.model.views import FoldViews
 from opacus_bpclip.rules import Inputs, Rule
 
 Args = tuple[Any, ...]
@@ -22,16 +24,26 @@ class CallArguments:
     Attributes:
         names: the names of the first arguments of the layer's forward.
         batch_axis: the batch axis of these arguments.
+        fold: the module that folds several rows of each example into the batch; ``None`` if an
+            example has one row.
     """
 
     names: tuple[str, ...]
     batch_axis: int
+    fold: FoldViews | None = None
 
     @classmethod
-    def of(cls, module: nn.Module, rule: Rule, batch_axis: int) -> Self:
+    def of(
+        cls, module: nn.Module, rule: Rule, batch_axis: int, fold: FoldViews | None = None
+    ) -> Self:
         """Read the names from the signature of the layer's forward."""
         _, *names = inspect.signature(type(module).forward).parameters
-        return cls(tuple(names[: rule.arguments]), batch_axis)
+        return cls(tuple(names[: rule.arguments]), batch_axis, fold)
+
+    @property
+    def place(self) -> Place:
+        """Return the place of the batch in a tensor, in the fold's present mode."""
+        return Place(self.batch_axis, 1 if self.fold is None else self.fold.rows)
 
     def passed(self, args: Args, kwargs: Kwargs) -> Inputs:
         """Return the inputs of a call, in the layer's own layout.
@@ -49,9 +61,9 @@ class CallArguments:
     def get(self, args: Args, kwargs: Kwargs) -> Inputs:
         """Return the inputs of a call, batch first."""
         inputs = self.passed(args, kwargs)
-        if self.batch_axis == 0:
+        if self.batch_axis == 0 and self.fold is None:
             return inputs
-        return tuple(x if x is None else self._batch_first(x) for x in inputs)
+        return tuple(x if x is None else self.rows(x) for x in inputs)
 
     def put(self, args: Args, kwargs: Kwargs, inputs: Inputs) -> tuple[Args, Kwargs]:
         """Return the arguments of a call with other inputs, given batch first."""
@@ -68,10 +80,18 @@ class CallArguments:
                 named[name] = value
         return tuple(positional), named
 
-    def as_passed(self, x: Tensor) -> Tensor:
-        """Move the batch from the first axis to the layer's batch axis."""
-        return x.movedim(0, self.batch_axis) if self.batch_axis else x
+    def rows(self, x: Tensor) -> Tensor:
+        """Move a tensor's batch to the first axis: ``[B, ...]``, in a fold ``[B, K, ...]``."""
+        if self.batch_axis >= x.dim():
+            return x  # The guard refuses tensors with too few axes, with the layer's name.
+        x = x.movedim(self.batch_axis, 0) if self.batch_axis else x
+        if self.fold is None:
+            return x
+        # The guard refuses another number of rows than the fold makes.
+        count = self.fold.rows if x.shape[0] % self.fold.rows == 0 else 1
+        return x.unflatten(0, (x.shape[0] // count, count))
 
-    def _batch_first(self, x: Tensor) -> Tensor:
-        # The guard refuses tensors with too few axes, with the layer's name.
-        return x.movedim(self.batch_axis, 0) if self.batch_axis < x.dim() else x
+    def as_passed(self, x: Tensor) -> Tensor:
+        """Undo `rows`."""
+        x = x if self.fold is None else x.flatten(0, 1)
+        return x.movedim(0, self.batch_axis) if self.batch_axis else x

@@ -18,6 +18,7 @@ from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.model.attention import attention_axes
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.recurrence import recurrent_linears, renamed_parameters
+from opacus_bpclip.model.views import folds_of
 from opacus_bpclip.replacements import mixes_examples, replacer_of
 from opacus_bpclip.rules import BroadcastRule, FunctionRule, Rule, registered_kind
 from opacus_bpclip.rules.precision import ACCEPTED
@@ -92,6 +93,12 @@ def trainable_layers(
         )
     recurrences = recurrent_linears(model)
     axes = {**attention_axes(model), **dict.fromkeys(recurrences, 0)}
+    folds = folds_of(model)
+    if folds and not batch_first:
+        raise CoverageError(
+            "FoldViews has the examples on the first axis and the views on the second, but "
+            "batch_first=False says that the examples are on the second. Leave batch_first out."
+        )
     layers: dict[str, Layer] = {}
     for found in findings:
         if found.rule is None:
@@ -108,6 +115,7 @@ def trainable_layers(
             batch_axis=default,
             uses=uses.get(found.name, 1),
             recurrence=recurrence,
+            fold=folds.get(found.module),
         )
     if not layers:
         raise CoverageError(

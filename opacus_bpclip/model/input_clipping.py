@@ -7,6 +7,7 @@ in evaluation, after export, and in any comparison with another clipping method.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.saved_norms import NAME, SavedNorm, is_saved_norm
 from opacus_bpclip.rules import Rule
 from opacus_bpclip.rules.scaling import scale_input
+from opacus_bpclip.rules.views import of_one_row
 
 
 class InputClip:
@@ -86,7 +88,10 @@ def attach_input_clips(layers: Iterable[Layer], max_input_norm: float) -> None:
     """Make these layers clip their inputs."""
     for layer in layers:
         if layer.rule.clips_input:
-            clip = InputClip(layer.rule, layer.arguments, max_input_norm)
+            # Each row is clipped by itself, so the clip need not know which rows are an example's,
+            # and stays right in a model that is taken out of a `FoldViews`.
+            arguments = replace(layer.arguments, fold=None)
+            clip = InputClip(of_one_row(layer.rule), arguments, max_input_norm)
             layer.module.register_forward_pre_hook(clip, with_kwargs=True)
             SavedNorm(max_input_norm).attach(layer.module)
 

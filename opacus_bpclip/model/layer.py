@@ -13,7 +13,9 @@ from typing_extensions import Self
 
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.model.calls import CallArguments
+from opacus_bpclip.model.views import FoldViews
 from opacus_bpclip.rules import Rule
+from opacus_bpclip.rules.views import over_views
 
 State = Mapping[str, object]
 
@@ -65,6 +67,7 @@ class Layer:
         batch_axis: int,
         uses: int = 1,
         recurrence: nn.Module | None = None,
+        fold: FoldViews | None = None,
     ) -> Self:
         """Make a layer, and record what the module is at this time.
 
@@ -76,7 +79,14 @@ class Layer:
             batch_axis: the batch axis of its inputs in the model's layout.
             uses: the number of uses allowed in one forward pass.
             recurrence: the recurrent network that it is a part of, if any.
+            fold: the module that makes several rows of each example for it, if any. Where the rule
+                has no form for these, the functions that the layer calls are followed instead.
         """
+        folded = over_views(rule) if fold is not None and recurrence is None else None
+        if folded is None:
+            fold = None
+        else:
+            rule = folded
         kind = type(module)
         # For a library's layer, this package's rules read nothing but what `_state` holds. Rules of
         # the user's may read anything, and other classes may compute their attributes.
@@ -90,7 +100,7 @@ class Layer:
             state=_state(module) if own and known else None,
             rule=rule,
             named_parameters=parameters,
-            arguments=CallArguments.of(module, rule, rule.batch_axis(batch_axis)),
+            arguments=CallArguments.of(module, rule, rule.batch_axis(batch_axis), fold),
             uses=uses,
             recurrence=recurrence,
         )

@@ -269,9 +269,8 @@ def _rows_of(layer: Layer, call: LayerCall) -> set[int]:
         sizes = {*layer.rule.batch_sizes(layer.arguments.get(call.args, call.kwargs))}
     except Exception:  # the guard reports in training what is wrong with such a call
         return set()
-    axis = layer.arguments.batch_axis
-    if isinstance(call.output, Tensor) and call.output.dim() > axis:
-        sizes.add(call.output.shape[axis])
+    if isinstance(call.output, Tensor) and call.output.dim() > layer.arguments.batch_axis:
+        sizes.add(layer.arguments.rows(call.output).shape[0])
     return sizes
 
 

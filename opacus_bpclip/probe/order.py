@@ -15,28 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.places import Place
 from opacus_bpclip.probe.comparison import Companions, Layout, close, differ
 from opacus_bpclip.probe.recording import Recording
 
-# The axes of a module's output that may be the batch axis, by the module's name.
-Rows = Mapping[str, tuple[int, ...]]
+# The places in a module's output that may be the batch's, by the module's name.
+Rows = Mapping[str, tuple[Place, ...]]
 
 
 def rows_of_layers(model: nn.Module, layers: Iterable[Layer]) -> Rows:
-    """Return the batch axes of the outputs of trainable layers.
+    """Return the places of the batch in the outputs of trainable layers.
 
     For layers inside a recurrent network, the network's own output counts: the network tells them
     the order of the rows, also of sorted packed sequences.
     """
     names = {module: name or "(root)" for name, module in model.named_modules()}
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[Place, ...]] = {}
     for layer in layers:
         network = layer.recurrence
         if network is None:
-            found[layer.name] = (layer.arguments.batch_axis,)
+            found[layer.name] = (layer.arguments.place,)
         else:
             # Packed sequences are recorded with the batch first, whatever the network says.
-            found[names[network]] = (0,) if network.batch_first else (0, 1)
+            axes = (0,) if network.batch_first else (0, 1)
+            found[names[network]] = tuple(map(Place, axes))
     return found
 
 
@@ -45,10 +47,10 @@ def out_of_order(
 ) -> str | None:
     """Return the first layer whose rows are not at the examples' places in both batches."""
     for call, other in base.matched(run):
-        axes = rows.get(call.name)
-        if axes and call.outputs and other.outputs:
+        places = rows.get(call.name)
+        if places and call.outputs and other.outputs:
             x, y = call.outputs[0], other.outputs[0]
-            where = _places(x, y, axes, companions)
+            where = _layouts(x, y, places, companions)
             if where and differ(x, y, where, companions, tolerance):
                 return call.name
     return None
@@ -61,12 +63,12 @@ def constant_layers(base: Recording, rows: Rows, size: int) -> Rows:
     """
     found = {}
     for call in base.calls:
-        for axis in rows.get(call.name, ()):
+        for place in rows.get(call.name, ()):
             x = call.outputs[0] if call.outputs else torch.zeros(0)
-            if x.dim() > axis and x.shape[axis] == size and size > 1:
-                first = x.narrow(axis, 0, 1)
-                if close(x, first.expand_as(x), 0.0):
-                    found[call.name] = (axis,)
+            if size > 1 and place.fits(x, size):
+                own = place.rows(x, size)
+                if close(own, own[:1].expand_as(own), 0.0):
+                    found[call.name] = (place,)
     return found
 
 
@@ -76,17 +78,18 @@ def disturbed(model: nn.Module, rows: Rows, kept: Iterable[int], size: int) -> I
 
     Args:
         model: the model.
-        rows: the layers' batch axes, by name.
+        rows: the places of the batch in the layers' outputs, by name.
         kept: the examples that stay as they are.
         size: the batch's size.
     """
     others = torch.tensor([row not in set(kept) for row in range(size)])
 
-    def watch(module: nn.Module, axis: int) -> torch.utils.hooks.RemovableHandle:
+    def watch(module: nn.Module, place: Place) -> torch.utils.hooks.RemovableHandle:
         def disturb(_: nn.Module, args: object, output: Tensor) -> Tensor:
-            if not isinstance(output, Tensor) or output.dim() <= axis or output.shape[axis] != size:
+            if not isinstance(output, Tensor) or not place.fits(output, size):
                 return output
-            where = others.to(output.device).view(-1, *[1] * (output.dim() - axis - 1))
+            entries = others.repeat_interleave(place.entries).to(output.device)
+            where = entries.view(-1, *[1] * (output.dim() - place.axis - 1))
             generator = torch.Generator().manual_seed(3)
             noise = torch.randn(output.shape, generator=generator).to(output)
             return torch.where(where, output + noise, output)
@@ -94,8 +97,8 @@ def disturbed(model: nn.Module, rows: Rows, kept: Iterable[int], size: int) -> I
         return module.register_forward_hook(disturb)
 
     handles = [
-        watch(model if name == "(root)" else model.get_submodule(name), axes[0])
-        for name, axes in rows.items()
+        watch(model if name == "(root)" else model.get_submodule(name), places[0])
+        for name, places in rows.items()
     ]
     try:
         yield
@@ -104,12 +107,12 @@ def disturbed(model: nn.Module, rows: Rows, kept: Iterable[int], size: int) -> I
             handle.remove()
 
 
-def _places(x: Tensor, y: Tensor, axes: Iterable[int], companions: Companions) -> list[Layout]:
+def _layouts(x: Tensor, y: Tensor, places: Iterable[Place], companions: Companions) -> list[Layout]:
     # A layer with any other number of rows is refused in training.
     return [
-        Layout(axis, False)
-        for axis in axes
-        if x.dim() == y.dim() > axis
-        and x.shape[axis] == companions.before
-        and y.shape[axis] == companions.after
+        Layout(place.axis, place.inner)
+        for place in places
+        if x.dim() == y.dim()
+        and place.fits(x, companions.before)
+        and place.fits(y, companions.after)
     ]

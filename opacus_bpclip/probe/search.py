@@ -47,7 +47,7 @@ class Search:
         copy: the copy, inside its ``with`` statement.
         batch: two or more examples.
         loss_reduction: ``"mean"`` or ``"sum"``: what an output without a batch axis must be.
-        rows: the layers whose rows must be in the batch's order, with their batch axes.
+        rows: the layers whose rows must be in the batch's order, with the places of the batch.
     """
 
     def __init__(self, copy: Copy, batch: Batch, loss_reduction: str, rows: Rows) -> None:
@@ -184,7 +184,7 @@ class Search:
             with disturbed(self.copy.model, constant, kept, self.batch.size):
                 run = self.copy.run(self.batch, self.steady)
             among = Companions(self.batch.size, self.batch.size, kept, kept)
-            others = {name: axes for name, axes in self.rows.items() if name not in constant}
+            others = {name: places for name, places in self.rows.items() if name not in constant}
             if self._coupled(base, run, among, inside=False) or out_of_order(
                 base, run, others, among, self.tolerance
             ):

@@ -97,7 +97,7 @@ class ConvRule(FusedRule):
         norms = squared.sqrt().flatten(2)
         return Measured(norms + 2 * bounds.underflow(self.column_size(), dtype), total)
 
-    def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
+    def clip_factor(self, norms: Tensor, max_norm: float, x: Tensor) -> Tensor:
         """Return one factor per example, which brings its largest patch down to ``max_norm``."""
         return (max_norm / norms.amax(dim=(1, 2), keepdim=True)).clamp(max=1)
 

@@ -75,7 +75,7 @@ class ConvTransposeRule(MatrixRule):
         norms = norms + bounds.underflow(self.group_channels, dtype)
         return Measured(norms, norms.sum(dim=(1, 2)))
 
-    def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
+    def clip_factor(self, norms: Tensor, max_norm: float, x: Tensor) -> Tensor:
         """Return one factor per pixel and group."""
         return (max_norm / norms).clamp(max=1)
 

@@ -50,7 +50,7 @@ class LinearRule(FusedRule):
         norms = norms.reshape(x.shape[0], 1, x.shape[1:-1].numel())
         return Measured(norms, norms.sum(dim=(1, 2)))
 
-    def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
+    def clip_factor(self, norms: Tensor, max_norm: float, x: Tensor) -> Tensor:
         """Return one factor per position."""
         return (max_norm / norms).clamp(max=1)
 

@@ -39,12 +39,13 @@ class MatrixRule(Rule):
         """Return the norms of the columns of the input ``x``, ``[B, ...]``."""
 
     @abstractmethod
-    def clip_factor(self, norms: Tensor, max_norm: float) -> Tensor:
+    def clip_factor(self, norms: Tensor, max_norm: float, x: Tensor) -> Tensor:
         """Return factors, at most 1, that scale every column to a norm of at most ``max_norm``.
 
         Args:
             norms: the columns' norms, ``[B, R, P]``.
             max_norm: the largest norm of a column.
+            x: the input, ``[B, ...]``, for its shape.
 
         Returns:
             ``[B, R, P]``, with axes of size 1 where several columns share a factor.
@@ -74,7 +75,7 @@ class MatrixRule(Rule):
         finite = total.isfinite()
         if max_norm is None:
             return Prepared(inputs, column_norms, finite)
-        factor = self.clip_factor(column_norms, max_norm)
+        factor = self.clip_factor(column_norms, max_norm, x)
         scale = self.spread(factor.to(x.dtype), x)
         return Prepared((x * scale,), column_norms * factor, finite, (scale,))
 

@@ -95,7 +95,7 @@ def bias_uncovered_by_own_gradients(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.input_above_the_clip, says=MOVED)
 def input_not_clipped(patch: pytest.MonkeyPatch) -> None:
     """The product bound assumes inputs of norm `max_input_norm`, and the input is not clipped."""
-    patch.setattr(LinearRule, "clip_factor", lambda self, norms, max_norm: torch.ones_like(norms))
+    patch.setattr(LinearRule, "clip_factor", lambda self, norms, *_: torch.ones_like(norms))
 
 
 @mutant(killed_by=killers.input_above_the_clip, says=MOVED)

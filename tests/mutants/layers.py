@@ -161,8 +161,8 @@ def pixels_clipped_by_one_group(patch: pytest.MonkeyPatch) -> None:
     the norm that the product bound assumes."""
     clip_factor = ConvTransposeRule.clip_factor
 
-    def first(self: ConvTransposeRule, columns: Tensor, max_norm: float) -> Tensor:
-        return clip_factor(self, columns[:, :1], max_norm).expand_as(columns)
+    def first(self: ConvTransposeRule, columns: Tensor, max_norm: float, x: Tensor) -> Tensor:
+        return clip_factor(self, columns[:, :1], max_norm, x).expand_as(columns)
 
     patch.setattr(ConvTransposeRule, "clip_factor", first)
 
