@@ -107,6 +107,14 @@ def trainable_layers(
         followed = isinstance(found.rule, FunctionRule)
         recurrence = None if followed else recurrences.get(found.module)
         default = axes.get(found.module, 0 if batch_first else 1)
+        fold = folds.get(found.module)
+        if fold is not None and recurrence is not None:
+            raise CoverageError(
+                f"{found.name} is a part of a recurrent network inside FoldViews: the rows of its "
+                "time steps are sorted and padded by the network, and it is not known which of "
+                "them are one example's. Leave FoldViews out, and train on one view of each "
+                "example."
+            )
         layers[found.name] = Layer.of(
             found.name,
             found.module,
@@ -115,7 +123,7 @@ def trainable_layers(
             batch_axis=default,
             uses=uses.get(found.name, 1),
             recurrence=recurrence,
-            fold=folds.get(found.module),
+            fold=fold,
         )
     if not layers:
         raise CoverageError(

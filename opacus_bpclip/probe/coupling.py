@@ -90,7 +90,11 @@ def try_model(
                     for layer in layers.values()
                     if layer.name not in plan.passed_by and not is_followed(layer)
                 ]
-                rows = rows_of_layers(model, rule_holds) if ordered and not problem else {}
+                # A rule for several rows of each example needs to know which they are.
+                to_order = [
+                    own for own in rule_holds if ordered or own.arguments.place.entries > 1
+                ]
+                rows = {} if problem else rows_of_layers(model, to_order)
                 found = _searched(model, batch, loss_reduction, rows, double=double)
                 problem = found or problem
             return problem, plan

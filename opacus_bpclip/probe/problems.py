@@ -71,6 +71,16 @@ def moved(name: str, kind: str) -> str:
     )
 
 
+def moved_views(name: str, kind: str, views: int) -> str:
+    """Return the message for a module in `FoldViews` whose rows are not in the batch's order."""
+    return (
+        f"{name} ({kind}): in FoldViews, each {views} rows side by side must be the views of one "
+        "example, which are measured together. Here the rows are in another order: an example "
+        f"would contribute up to {views} times what the noise is made for. Keep the batch's order "
+        "inside the model."
+    )
+
+
 def untried(reason: str, order: str, square: tuple[int, ...] | None) -> str:
     """Return the message for a model that could not be tried.
 

@@ -192,7 +192,9 @@ class Search:
         return None
 
     def _moved_problem(self, name: str) -> Problem:
-        return Problem(name, problems.moved(name, type(self._module(name)).__name__))
+        kind, views = type(self._module(name)).__name__, self.rows[name][0].entries
+        moved = problems.moved(name, kind) if views == 1 else problems.moved_views(name, kind, views)
+        return Problem(name, moved)
 
     def _module(self, name: str) -> nn.Module:
         return self.copy.model if name == "(root)" else self.copy.model.get_submodule(name)

@@ -18,8 +18,10 @@ from typing_extensions import Self
 
 from opacus_bpclip.rules.affine import AffineRule
 from opacus_bpclip.rules.base import Rule, per_row
+from opacus_bpclip.rules.broadcast import BroadcastRule
 from opacus_bpclip.rules.conv import ConvRule
 from opacus_bpclip.rules.embedding import EmbeddingRule
+from opacus_bpclip.rules.functions import FunctionRule
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.group_norm import GroupNormRule
 from opacus_bpclip.rules.linear import LinearRule
@@ -190,14 +192,17 @@ class GroupNormOverViews(AffineRule):
 def over_views(rule: Rule) -> Rule | None:
     """Return the rule for ``[B, K, ...]`` of a layer with this rule for ``[B, ...]``.
 
-    Rules for inputs with any number of axes of positions hold as they are. ``None`` for a rule that
-    has no such form; then the functions that the layer calls are followed instead.
+    Rules for inputs with any number of axes of positions hold as they are. The functions that are
+    called on broadcast parameters are followed, as those of a module without a rule. ``None`` for a
+    rule that has no such form; then the functions that the layer calls are followed, too.
 
     Args:
         rule: the rule for one row of each example. A subclass may describe another layer.
     """
     if type(rule) in _WITH_POSITIONS:
         return rule
+    if isinstance(rule, BroadcastRule):
+        return FunctionRule.from_module(nn.Module())
     if type(rule) is ConvRule:
         return ConvOverViews.of(rule)
     return GroupNormOverViews.of(rule) if type(rule) is GroupNormRule else None
