@@ -246,7 +246,9 @@ REFUSALS = {
     "three crops of an item": Refusal(
         "The data loader's collate_fn makes 12 rows of 4 items (crops, views, copies?). The bound "
         "holds for one row of each item: an item with several rows contributes several times as "
-        "much. Make one row of each item, for example one crop, drawn anew each time.",
+        "much. Make one row of each item, for example one crop, drawn anew each time; or make "
+        "items that hold all views, which opacus_bpclip.AugmentedViews and FoldViews measure "
+        "together.",
         {"data_loader": DataLoader(dataset(), 8, collate_fn=lambda items: collate(3 * items))},
     ),
     "several evaluations a step of one of several": Refusal(

@@ -29,7 +29,8 @@ TOO_MANY = (
     "item has several rows, or some rows are not an item's (crops, augmented copies, generated "
     "examples). The bound holds for one row of each item; an item with several rows contributes "
     "several times as much. Make one row of each item in the dataset or collate_fn, and train on "
-    "nothing but the loader's batch."
+    "nothing but the loader's batch. For several views of each item, use "
+    "opacus_bpclip.AugmentedViews and FoldViews."
 )
 
 

@@ -91,9 +91,7 @@ def try_model(
                     if layer.name not in plan.passed_by and not is_followed(layer)
                 ]
                 # A rule for several rows of each example needs to know which they are.
-                to_order = [
-                    own for own in rule_holds if ordered or own.arguments.place.entries > 1
-                ]
+                to_order = [own for own in rule_holds if ordered or own.arguments.place.entries > 1]
                 rows = {} if problem else rows_of_layers(model, to_order)
                 found = _searched(model, batch, loss_reduction, rows, double=double)
                 problem = found or problem

@@ -193,7 +193,9 @@ class Search:
 
     def _moved_problem(self, name: str) -> Problem:
         kind, views = type(self._module(name)).__name__, self.rows[name][0].entries
-        moved = problems.moved(name, kind) if views == 1 else problems.moved_views(name, kind, views)
+        moved = (
+            problems.moved(name, kind) if views == 1 else problems.moved_views(name, kind, views)
+        )
         return Problem(name, moved)
 
     def _module(self, name: str) -> nn.Module:

@@ -263,7 +263,9 @@ def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
     return (
         f"The data loader's collate_fn makes {rows[1]} rows of 4 items (crops, views, copies?). "
         "The bound holds for one row of each item: an item with several rows contributes several "
-        "times as much. Make one row of each item, for example one crop, drawn anew each time."
+        "times as much. Make one row of each item, for example one crop, drawn anew each time; or "
+        "make items that hold all views, which opacus_bpclip.AugmentedViews and FoldViews measure "
+        "together."
     )
 
 

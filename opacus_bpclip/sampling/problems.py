@@ -60,5 +60,6 @@ def too_many(rows: int | None, total: int, waiting: Sequence[int], *, padded: bo
         f"{max(waiting)} items: an item has several rows, or some rows are not an item's (crops, "
         "augmented copies, generated examples). The bound holds for one row of each item; an "
         "item with several rows contributes several times as much. Make one row of each item "
-        "in the dataset or collate_fn, and train on nothing but the loader's batch."
+        "in the dataset or collate_fn, and train on nothing but the loader's batch. For several "
+        "views of each item, use opacus_bpclip.AugmentedViews and FoldViews."
     )

@@ -18,6 +18,7 @@ from tests.mutants import (
     sampling,
     thresholds,
     trainers,
+    views,
 )
 from tests.mutants.registry import MUTANTS, Mutant, mutant
 
@@ -42,4 +43,5 @@ __all__ = [
     "sampling",
     "thresholds",
     "trainers",
+    "views",
 ]
