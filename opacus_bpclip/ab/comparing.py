@@ -69,6 +69,7 @@ def compare(
     collate: Callable[[list[Any]], Any] | str | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] | str = "SGD",
     schedule: Callable[[torch.optim.Optimizer, int], Any] | str | None = None,
+    transform: Callable[[Any], Any] | str | None = None,
     json: Path | None = None,
     resume: bool = False,
     plot: Path | None = None,
@@ -100,6 +101,7 @@ def compare(
         optimizer: a name in ``torch.optim``, or what is called with the parameters and ``lr``.
         schedule: a name in ``torch.optim.lr_scheduler``, or what is called with the optimizer and
             the number of steps.
+        transform: of one training input at random; with the option ``views``, that many times.
         json: the file that results are written to after every arm.
         resume: keep the results that the file holds. It knows the names of models, data and
             losses, and not whether their code has changed.
@@ -144,6 +146,7 @@ def compare(
         "collate": collate,
         "optimizer": optimizer,
         "schedule": schedule,
+        "transform": transform,
     }
     options |= {field: _name(own) for field, own in given.items() if own is not None}
     objects = {field: own for field, own in given.items() if not isinstance(own, str)}

@@ -70,8 +70,12 @@ def _optimizer(settings: Settings) -> str:
     rows = settings.physical_batch_size
     decay = settings.weight_averaging
     average = f", weights averaged with decay {decay:g}" if decay else ""
+    views = f" of {settings.views} views" if settings.views > 1 else ""
+    data = f", inputs{views} by {settings.transform}" if settings.transform else ""
     physical = f", physical batches of at most {rows}" if rows else ""
-    return f"{settings.optimizer} with lr {settings.lr:g}{momentum}{schedule}{average}{physical}"
+    return (
+        f"{settings.optimizer} with lr {settings.lr:g}{momentum}{schedule}{average}{data}{physical}"
+    )
 
 
 def _options(settings: Settings, arm: str) -> str:

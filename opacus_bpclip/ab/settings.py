@@ -104,6 +104,10 @@ class Settings(Options):
             object with update and compute, as in torchmetrics
         lower_is_better: of a metric that does not say so by a higher_is_better of its own
         collate: MODULE:FUNCTION that makes a batch of items
+        transform: MODULE:FUNCTION that transforms one training input at random, or MODULE:FACTORY
+            of such a function, as opacus_bpclip.ab.transforms:shifts_and_flips
+        views: how often each input of a batch is transformed; the gradients of an example's views
+            are averaged before they are clipped, which Opacus's own modes cannot do
         dataset: a built-in data set, with its model
         data_root: folder of the data set's files, which are downloaded if absent
         arms: some of the arms; one that cannot train the model is listed with the reason
@@ -142,6 +146,8 @@ class Settings(Options):
     ] = None
     lower_is_better: bool = False
     collate: str | None = None
+    transform: str | None = None
+    views: Count = 1
     dataset: Annotated[Dataset | None, Parameter(show_default="digits")] = Field(
         default_factory=lambda given: None if given["data"] else "digits"
     )
@@ -187,6 +193,9 @@ class Settings(Options):
                 self.data and self.dataset
             ),
             "--data needs --model, a model that fits it": self.data and not self.model,
+            "--views needs --transform: without one, all views of an input would be equal": (
+                self.views > 1 and not self.transform
+            ),
         }
         for text, made in mistakes.items():
             if made:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from opacus_bpclip.ab.augmenting import Augmentation
 from opacus_bpclip.ab.criterion import Criterion
 from opacus_bpclip.ab.metrics import Accuracy, MeanLoss, metric_of
 from opacus_bpclip.ab.optimizing import MakeOptimizer, MakeSchedule, optimizer_of, schedule_of
@@ -37,6 +38,7 @@ class Task:
         measure: what a report says of the metric.
         optimizer: makes the optimizer of parameters.
         schedule: makes the schedule of an optimizer and a number of steps; None without one.
+        augmentation: how training examples are transformed; None if they are not.
     """
 
     model: Callable[[], nn.Module]
@@ -48,12 +50,23 @@ class Task:
     measure: Measure
     optimizer: MakeOptimizer
     schedule: MakeSchedule | None
+    augmentation: Augmentation | None = None
+
+    def new_model(self) -> nn.Module:
+        """Return a model that trains on the loader's batches."""
+        model = self.model()
+        return self.augmentation.of_model(model) if self.augmentation else model
+
+    def augmented(self) -> Any:
+        """Return the training set as it is trained on; random numbers are torch's global ones."""
+        return self.augmentation.of_data(self.train) if self.augmentation else self.train
 
     def loader(
         self, batch_size: int, *, generator: torch.Generator | None = None
     ) -> DataLoader[Any]:
         """Return an ordinary loader of the training set."""
-        return DataLoader(self.train, batch_size, collate_fn=self.collate, generator=generator)
+        train = self.augmented()
+        return DataLoader(train, batch_size, collate_fn=self.collate, generator=generator)
 
     def test_batches(self, batch_size: int) -> DataLoader[Any]:
         """Return a loader of the test set."""
@@ -96,6 +109,9 @@ def task_of(settings: Settings, objects: Mapping[str, Any] | None = None) -> Tas
         metric, measure = Accuracy(), Measure("accuracy", percent=True)
     else:
         metric, measure = MeanLoss(criterion), Measure("loss", higher_is_better=False)
+    transform = _made(found("transform", settings.transform), settings.transform)
+    if transform is not None and not callable(transform):
+        raise UsageError(f"{settings.transform} is neither a function of an input nor makes one")
     return Task(
         model=lambda: copy.deepcopy(made(model, model_path, nn.Module)),
         train=train,
@@ -106,6 +122,7 @@ def task_of(settings: Settings, objects: Mapping[str, Any] | None = None) -> Tas
         measure=measure,
         optimizer=optimizer_of(settings, found("optimizer", settings.optimizer)),
         schedule=schedule_of(settings, found("schedule", settings.schedule)),
+        augmentation=Augmentation(transform, settings.views) if transform else None,
     )
 
 

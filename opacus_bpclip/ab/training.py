@@ -120,7 +120,7 @@ def start(
     for seed_all in (random.seed, np.random.seed, torch.manual_seed):
         seed_all(streams[0])
     # Opacus refuses a model in evaluation mode, as pretrained ones are.
-    model = task.model().to(settings.device)
+    model = task.new_model().to(settings.device)
     if not model.training:
         model.train()
     draws = torch.Generator().manual_seed(streams[1])
@@ -155,7 +155,7 @@ def _load_libraries(settings: Settings, task: Task) -> None:
     """Make torch load what any training needs, which would else count as the arm's own memory."""
     device = torch.device(settings.device)
     batch = Batch.of(next(iter(task.loader(2))), device)
-    outputs = batch.outputs_of(task.model().to(device))
+    outputs = batch.outputs_of(task.new_model().to(device))
     task.criterion.to(device)(outputs, batch.targets).backward()
 
 

@@ -40,13 +40,16 @@ def check(task: Task, settings: Settings) -> None:
     device = torch.device(settings.device)
     model_path, data_path = settings.factories
     with told_of_users_code(model_path):
-        model = task.model().to(device)
+        model = task.new_model().to(device)
         if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
             raise UsageError(
                 f"{model_path} has lazy layers: run a batch through the model before you return it"
             )
         if not any(p.requires_grad for p in model.parameters()):
             raise UsageError(f"{model_path} has no trainable parameter")
+    if task.augmentation:
+        with told_of_users_code(f"--transform {settings.transform}"):
+            task.augmented()[0]
     with told_of_users_code(data_path):
         batch = Batch.of(next(iter(task.loader(_EXAMPLES))), device)
     with told_of_users_code(f"{model_path} on a batch of {data_path}"):

@@ -32,6 +32,7 @@ _SPLIT_SEED = 0
 _NOT_OF_PLANS = {
     *("arms", "seeds", "threads", "physical_batch_size", "precision", "weight_averaging"),
     *("optimizer", "lr", "momentum", "schedule"),
+    *("transform", "views"),
     *("max_grad_norm", "max_input_norm", "bound", "allocation", "normalize", "options"),
 }
 
