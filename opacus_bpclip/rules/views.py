@@ -209,8 +209,8 @@ def over_views(rule: Rule) -> Rule | None:
 
 
 def of_one_row(rule: Rule) -> Rule:
-    """Undo `over_views`, for a rule that clips inputs only: what is trainable is not kept."""
-    return rule.one if isinstance(rule, (ConvOverViews, GroupNormOverViews)) else rule
+    """Undo `over_views` for clipping inputs, to which it does not matter what is trainable."""
+    return rule.one if isinstance(rule, ConvOverViews) else rule
 
 
 _WITH_POSITIONS = (LinearRule, TransposedLinearRule, LayerNormRule, RMSNormRule, EmbeddingRule)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping, FoldViews, clip_inputs
+from opacus_bpclip.rules import GroupNormRule
+from opacus_bpclip.rules.views import GroupNormOverViews, over_views
 from tests.budgets import layerwise
 from tests.checks import (
     Trainer,
@@ -20,6 +22,7 @@ from tests.checks import (
     joint,
 )
 from tests.joint.helpers import ATTAINED, own_gradients, released
+from tests.mutants.registry import clipped_around_the_layer
 from tests.strategies import BOUNDS, MODES
 from tests.views.viewed import Viewed, viewed
 from tests.worst_cases import WORST_CASES, spike_upstream
@@ -103,11 +106,17 @@ def of_views(model: nn.Module, x: Tensor, target: Tensor, limit: float) -> Tenso
     return total
 
 
+AROUND = pytest.mark.parametrize("around", [False, True], ids=["closed forms", "own autograd"])
+
+
+@AROUND
 @pytest.mark.parametrize("max_input_norm", [None, 1.5])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_sum_is_that_of_clipped_means_over_the_views(
-    reduction: str, max_input_norm: float | None
+    monkeypatch: pytest.MonkeyPatch, reduction: str, max_input_norm: float | None, around: bool
 ) -> None:
+    if around:
+        clipped_around_the_layer(monkeypatch)
     model, views = network(), 4
     if max_input_norm is not None:
         model = nn.Sequential(*[own for own in model if not isinstance(own, nn.PReLU)])
@@ -126,6 +135,38 @@ def test_the_sum_is_that_of_clipped_means_over_the_views(
     found = joint(trainer.released(x, target / views))
     expected = of_views(alone, x, target, 1.0)
     assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+@AROUND
+@pytest.mark.parametrize("bound", BOUNDS)
+@ALLOCATIONS
+def test_the_bounds_hold_for_every_kind_of_layer(
+    monkeypatch: pytest.MonkeyPatch, allocation: str, bound: str, around: bool
+) -> None:
+    if around:
+        clipped_around_the_layer(monkeypatch)
+    model = nn.Sequential(*[own for own in network() if not isinstance(own, nn.PReLU)])
+    trainer = Viewed(
+        model, (2, 4, 4), layerwise(bound=bound, allocation=allocation), views=3, max_grad_norm=0.7
+    )
+    for scale in (1e-3, 1.0, 1e3):
+        x = torch.randn(3, 3, 2, 4, 4).double()
+        target = scale * torch.randn(3, 9).double()
+        check_sensitivity(trainer, x, target)
+        check_independence(trainer, x, target)
+
+
+def test_rows_are_normalised_as_by_the_rule_for_one() -> None:
+    layer = nn.GroupNorm(2, 4).double()
+    one = GroupNormRule.from_module(layer)
+    rule = over_views(one)
+    assert isinstance(rule, GroupNormOverViews)
+    x, g = torch.randn(2, 3, 4, 5).double(), torch.randn(2, 3, 4, 5).double()
+    for view in range(3):
+        dx = rule.input_gradient(g, x, layer.weight)[:, view]
+        assert torch.allclose(dx, one.input_gradient(g[:, view], x[:, view], layer.weight))
+        assert torch.equal(rule.normalized(x)[:, view], one.normalized(x[:, view]))
+    assert rule.largest(x) == one.largest(x[:, 0])
 
 
 @settings(max_examples=60)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import opacus
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_bpclip import AugmentedViews, BackpropClipping, CoverageError, FoldViews, PrivacyEngine
+from opacus_bpclip.rules import RULES, BroadcastRule
 from tests.helpers import SEARCHES_FOR_NOISE, flat
 
 VIEWS, CLASSES = 3, 4
@@ -158,10 +159,20 @@ class Scaled(nn.Module):
         return self.head(x.flatten(1) * self.scale)
 
 
+class ScaledRule(BroadcastRule):
+    """A rule of the user's for the parameter above."""
+
+    parameters = ("scale",)
+    dims: ClassVar = {"scale": 2}
+
+
+@pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize("make", [Windows, Scaled])
 def test_functions_are_followed_where_a_rule_has_no_form_for_views(
-    make: Callable[[], nn.Module],
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module], registered: bool
 ) -> None:
+    if registered:
+        monkeypatch.setitem(RULES, Scaled, ScaledRule)
     torch.manual_seed(0)
     inner = make()
     plain = copy.deepcopy(inner)
