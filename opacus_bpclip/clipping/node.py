@@ -216,6 +216,8 @@ class _Node(torch.autograd.Function):
         ctx.clip, ctx.scope, ctx.spent = clip, scope, False
         ctx.save_for_backward(*call.saved)
         ctx.graph = call.graph
+        # Now: the model may be in evaluation mode in the backward pass.
+        ctx.count = clip.layer.arguments.count(call.out)
         # Detached, so that it is not a view of an input: activations may then work in place on it.
         return call.out.detach()
 
@@ -226,7 +228,7 @@ class _Node(torch.autograd.Function):
         if ctx.spent:
             clip.guard.fail(ran_twice(clip.layer))
         ctx.spent = True
-        g = clip.layer.arguments.rows(g)
+        g = clip.layer.arguments.rows(g, ctx.count)
         scope: Scope = ctx.scope
         use = clip.use(g, ctx.graph, ctx.saved_tensors, scope.target, ctx.needs_input_grad[4:])
         ctx.graph = None

@@ -80,16 +80,25 @@ class CallArguments:
                 named[name] = value
         return tuple(positional), named
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Move a tensor's batch to the first axis: ``[B, ...]``, in a fold ``[B, K, ...]``."""
+    def count(self, x: Tensor) -> int:
+        """Return how many rows of each example a tensor has, in the fold's present mode."""
+        if self.fold is None or self.batch_axis >= x.dim():
+            return 1
+        # The guard refuses another number of rows than the fold makes.
+        return self.fold.rows if x.shape[self.batch_axis] % self.fold.rows == 0 else 1
+
+    def rows(self, x: Tensor, count: int | None = None) -> Tensor:
+        """Move a tensor's batch to the first axis: ``[B, ...]``, in a fold ``[B, K, ...]``.
+
+        Args:
+            x: a tensor in the layer's own layout.
+            count: what `count` was in the forward pass that it belongs to; ``None`` asks now.
+        """
         if self.batch_axis >= x.dim():
             return x  # The guard refuses tensors with too few axes, with the layer's name.
+        count = self.count(x) if count is None else count
         x = x.movedim(self.batch_axis, 0) if self.batch_axis else x
-        if self.fold is None:
-            return x
-        # The guard refuses another number of rows than the fold makes.
-        count = self.fold.rows if x.shape[0] % self.fold.rows == 0 else 1
-        return x.unflatten(0, (x.shape[0] // count, count))
+        return x if self.fold is None else x.unflatten(0, (x.shape[0] // count, count))
 
     def as_passed(self, x: Tensor) -> Tensor:
         """Undo `rows`."""

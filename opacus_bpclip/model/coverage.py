@@ -93,12 +93,7 @@ def trainable_layers(
         )
     recurrences = recurrent_linears(model)
     axes = {**attention_axes(model), **dict.fromkeys(recurrences, 0)}
-    folds = folds_of(model)
-    if folds and not batch_first:
-        raise CoverageError(
-            "FoldViews has the examples on the first axis and the views on the second, but "
-            "batch_first=False says that the examples are on the second. Leave batch_first out."
-        )
+    folds = folds_of(model, recurrences, batch_first=batch_first)
     layers: dict[str, Layer] = {}
     for found in findings:
         if found.rule is None:
@@ -107,14 +102,6 @@ def trainable_layers(
         followed = isinstance(found.rule, FunctionRule)
         recurrence = None if followed else recurrences.get(found.module)
         default = axes.get(found.module, 0 if batch_first else 1)
-        fold = folds.get(found.module)
-        if fold is not None and recurrence is not None:
-            raise CoverageError(
-                f"{found.name} is a part of a recurrent network inside FoldViews: the rows of its "
-                "time steps are sorted and padded by the network, and it is not known which of "
-                "them are one example's. Leave FoldViews out, and train on one view of each "
-                "example."
-            )
         layers[found.name] = Layer.of(
             found.name,
             found.module,
@@ -123,7 +110,7 @@ def trainable_layers(
             batch_axis=default,
             uses=uses.get(found.name, 1),
             recurrence=recurrence,
-            fold=fold,
+            fold=folds.get(found.module),
         )
     if not layers:
         raise CoverageError(

@@ -7,7 +7,7 @@ of each example, which lie side by side, and its rule treats them as positions o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -107,26 +107,44 @@ class FoldViews(nn.Module):
             )
 
 
-def folds_of(model: nn.Module) -> Mapping[nn.Module, FoldViews]:
+def folds_of(
+    model: nn.Module, recurrent: Collection[nn.Module], *, batch_first: bool
+) -> Mapping[nn.Module, FoldViews]:
     """Return, for each module inside a `FoldViews`, that `FoldViews`.
 
     Args:
         model: the model.
+        recurrent: the layers of recurrent networks.
+        batch_first: whether the batch is the first axis of the model's inputs.
 
     Raises:
-        CoverageError: one `FoldViews` is inside another, or two of them share a module.
+        CoverageError: one `FoldViews` is inside another, or two of them share a module; it is not
+            known which rows of a layer are one example's.
     """
     found: dict[nn.Module, FoldViews] = {}
-    for fold in model.modules():
-        if isinstance(fold, FoldViews):
-            for module in fold.model.modules():
-                if isinstance(module, FoldViews) or module in found:
-                    raise CoverageError(
-                        f"{type(module).__name__} is inside of two FoldViews, so it is unknown how "
-                        "many rows of an example it gets. Use one FoldViews around the model, with "
-                        "all views of an example."
-                    )
-                found[module] = fold
+    for prefix, fold in model.named_modules():
+        if not isinstance(fold, FoldViews):
+            continue
+        if not batch_first:
+            raise CoverageError(
+                "FoldViews has the examples on the first axis and the views on the second, but "
+                "batch_first=False says that the examples are on the second. Leave batch_first out."
+            )
+        for name, module in fold.model.named_modules(prefix=f"{prefix}.model".lstrip(".")):
+            if isinstance(module, FoldViews) or module in found:
+                raise CoverageError(
+                    f"{name} ({type(module).__name__}) is inside of two FoldViews, so it is "
+                    "unknown how many rows of an example it gets. Use one FoldViews around the "
+                    "model, with all views of an example."
+                )
+            if module in recurrent:
+                raise CoverageError(
+                    f"{name} is a part of a recurrent network inside FoldViews: the rows of its "
+                    "time steps are sorted and padded by the network, and it is not known which "
+                    "of them are one example's. Leave FoldViews out, and train on one view of "
+                    "each example."
+                )
+            found[module] = fold
     return found
 
 

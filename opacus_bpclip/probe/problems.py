@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import nn
+
 
 class Problem(NamedTuple):
     """What trial runs have found wrong.
@@ -60,24 +62,28 @@ def coupled(name: str, kind: str, cause: str) -> str:
     )
 
 
-def moved(name: str, kind: str) -> str:
-    """Return the message for a module whose rows are not in the batch's order."""
+def moved(name: str, module: nn.Module, views: int) -> str:
+    """Return the message for a module whose rows are not in the batch's order.
+
+    Args:
+        name: the module's name.
+        module: the module.
+        views: the number of rows of each example that it gets in `FoldViews`, otherwise 1.
+    """
+    kind = type(module).__name__
+    if views > 1:
+        return (
+            f"{name} ({kind}): in FoldViews, each {views} rows side by side must be the views of "
+            "one example, which are measured together. Here the rows are in another order: an "
+            f"example would contribute up to {views} times what the noise is made for. Keep the "
+            "batch's order inside the model."
+        )
     return (
         f"{name} ({kind}): its rows are in another order than the examples of the batch, and with "
         'allocation="joint" all layers use one factor for each row of the batch: it would scale '
         "a mix of examples. Keep the batch's order inside the model (sequences need no sorting: "
         "pack_padded_sequence(..., enforce_sorted=False)), or give each layer a budget of its own: "
         'BackpropClipping(allocation="dimension").'
-    )
-
-
-def moved_views(name: str, kind: str, views: int) -> str:
-    """Return the message for a module in `FoldViews` whose rows are not in the batch's order."""
-    return (
-        f"{name} ({kind}): in FoldViews, each {views} rows side by side must be the views of one "
-        "example, which are measured together. Here the rows are in another order: an example "
-        f"would contribute up to {views} times what the noise is made for. Keep the batch's order "
-        "inside the model."
     )
 
 

@@ -47,7 +47,7 @@ class Search:
         copy: the copy, inside its ``with`` statement.
         batch: two or more examples.
         loss_reduction: ``"mean"`` or ``"sum"``: what an output without a batch axis must be.
-        rows: the layers whose rows must be in the batch's order, with the places of the batch.
+        rows: the layers whose rows must be in order, with the places of the batch.
     """
 
     def __init__(self, copy: Copy, batch: Batch, loss_reduction: str, rows: Rows) -> None:
@@ -184,7 +184,7 @@ class Search:
             with disturbed(self.copy.model, constant, kept, self.batch.size):
                 run = self.copy.run(self.batch, self.steady)
             among = Companions(self.batch.size, self.batch.size, kept, kept)
-            others = {name: places for name, places in self.rows.items() if name not in constant}
+            others = {name: at for name, at in self.rows.items() if name not in constant}
             if self._coupled(base, run, among, inside=False) or out_of_order(
                 base, run, others, among, self.tolerance
             ):
@@ -192,11 +192,7 @@ class Search:
         return None
 
     def _moved_problem(self, name: str) -> Problem:
-        kind, views = type(self._module(name)).__name__, self.rows[name][0].entries
-        moved = (
-            problems.moved(name, kind) if views == 1 else problems.moved_views(name, kind, views)
-        )
-        return Problem(name, moved)
+        return Problem(name, problems.moved(name, self._module(name), self.rows[name][0].entries))
 
     def _module(self, name: str) -> nn.Module:
         return self.copy.model if name == "(root)" else self.copy.model.get_submodule(name)

@@ -222,6 +222,7 @@ GIVEN = {
         --data-root d --seeds 7 5 --arms paper flat --epsilon 2.0 --delta 1e-06 --epochs 4
         --batch-size 32 --physical-batch-size 8 --optimizer RMSprop --lr 0.3 --momentum 0.5
         --schedule LinearLR --weight-averaging 0.9 --accountant rdp --device cuda --threads 2
+        --transform f:g --views 3
         --precision bfloat16
         --max-grad-norm 0.1 --max-input-norm 4.0 --bound weighted
         --allocation equal --normalize --plot none --study s --processes 3""",

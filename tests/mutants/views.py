@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.losses import criterion
+from opacus_bpclip.model.calls import CallArguments
 from opacus_bpclip.model.places import Place
 from opacus_bpclip.model.views import FoldViews
 from opacus_bpclip.probe import order
@@ -83,6 +84,18 @@ def views_added_up(patch: pytest.MonkeyPatch) -> None:
         return losses.flatten(1).sum(dim=1)
 
     patch.setattr(criterion, "mean_of_counted", added)
+
+
+@mutant(killed_by=killers.evaluation_mode_in_the_backward_pass, says="claimed")
+def views_counted_in_the_backward_pass(patch: pytest.MonkeyPatch) -> None:
+    """How many rows an example has is asked when the gradient arrives, and not in the forward pass.
+    In evaluation mode by then, each view is clipped as an example."""
+    rows = CallArguments.rows
+
+    def now(self: CallArguments, x: Tensor, _: int | None = None) -> Tensor:
+        return rows(self, x)
+
+    patch.setattr(CallArguments, "rows", now)
 
 
 @mutant(killed_by=killers.interleaved_views, says="views of several examples")

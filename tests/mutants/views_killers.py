@@ -90,6 +90,21 @@ def views_behind_a_criterion() -> None:
     _check_mean(trainer, plain, torch.randn(4, 2, 4).double(), torch.randint(3, (4, 2)))
 
 
+def evaluation_mode_in_the_backward_pass() -> None:
+    """One example, whose three large views are equal, through a group norm. The model is put into
+    evaluation mode between its forward pass and the backward pass."""
+    torch.manual_seed(0)
+    model = nn.GroupNorm(1, 2)
+    trainer = Viewed(model, (2, 4), BackpropClipping(), views=3)
+    trainer.optimizer.zero_grad()
+    output = trainer.model(torch.randn(1, 1, 2, 4).double().expand(1, 3, 2, 4))
+    trainer.model.eval()
+    (HUGE * output.sum()).backward()
+    trainer.optimizer.step()
+    norm = torch.cat([p.summed_grad.flatten() for p in model.parameters()]).norm()
+    assert norm <= 1 + 1e-9, f"one example contributed {norm}, and 1 was claimed"
+
+
 class _Interleaved(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -91,6 +91,7 @@ def test_items_are_read_one_by_one(wrap: Callable[[Any], Any]) -> None:
         assert torch.equal(x[:, :, 0], y.float())
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_make_other_views_in_each_epoch(persistent: bool) -> None:
     data = AugmentedViews(numbered(), drawing, 2, seed=3)

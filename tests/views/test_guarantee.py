@@ -198,6 +198,27 @@ def test_an_example_with_a_view_that_is_not_finite_contributes_nothing(
     check_silent(trainer, x, target)
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.LayerNorm, nn.Embedding, nn.GroupNorm])
+@ALLOCATIONS
+def test_evaluation_mode_in_the_backward_pass_changes_nothing(
+    kind: type[nn.Module], allocation: str
+) -> None:
+    torch.manual_seed(0)
+    worst = WORST_CASES[kind]
+    model, x = worst.make().double(), worst.example
+    trainer = Viewed(model, worst.shape, BackpropClipping(allocation=allocation), views=3)
+    target = spike_upstream(model, x, 1e6, worst.output)
+    x = x.unsqueeze(1).repeat(1, 3, *(1,) * len(worst.shape))
+    target = target.unsqueeze(-1).repeat(1, 1, 3).flatten(1)
+    before = joint(trainer.released(x, target))
+    trainer.optimizer.zero_grad()
+    loss = trainer.loss(trainer.model(x), target, "mean")
+    trainer.model.eval()
+    loss.backward()
+    trainer.optimizer.step()
+    assert torch.equal(torch.cat([p.summed_grad.flatten() for p in model.parameters()]), before)
+
+
 def test_input_clipping_scales_each_view_as_evaluation_does() -> None:
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(18, 2)).double()
