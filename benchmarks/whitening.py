@@ -74,7 +74,7 @@ ARMS = {
 
 
 class Whitening(NamedTuple):
-    """The two matrices of a layer: of columns, [D, D], and outputs, [O, O]; None is the identity."""
+    """The matrices of a layer: of columns, [D, D], and outputs, [O, O]; None is the identity."""
 
     columns: Tensor | None = None
     outputs: Tensor | None = None
