@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
 from opacus_bpclip.clipping import together
+from opacus_bpclip.rules import precision
 from tests.checks import Trainer, joint
 
 EXAMPLES = 2000
@@ -130,3 +131,18 @@ def test_a_tied_embedding_that_cancels_its_head_leaves_less_than_the_claim(most:
     one = torch.cat([torch.tensor([3.0]), state])
     g = torch.cat([-1.7 * state, at_head])
     assert moved_by_one_more(TiedHead(), BackpropClipping(), one, g) < most
+
+
+@pytest.mark.parametrize("rounded", [0.0, 2.0**-9], ids=["exact products", "TensorFloat-32"])
+def test_the_margin_takes_little_where_uses_do_not_cancel(
+    rounded: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's defaults allow TensorFloat-32 on a GPU, also to a model that has no convolution."""
+    monkeypatch.setattr(together, "_OWN_MOST", 0)
+    monkeypatch.setattr(precision, "product_error", lambda _: rounded)
+    torch.manual_seed(0)
+    trainer = Trainer(TiedHead(), (7,), BackpropClipping(), dtype=torch.float32)
+    x, target = torch.randn(1, 7), 100 * torch.randn(1, 13)
+    x[:, 0] = 3.0
+    part = joint(trainer.released(x, target)).norm() / trainer.optimizer.max_grad_norm
+    assert 0.94 < part <= 1

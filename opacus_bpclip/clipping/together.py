@@ -25,10 +25,11 @@ from opacus_bpclip.rules.precision import norm_dtype, rounding_margin
 # (an embedding tied to the output head) would take more time than the rest of the step.
 _OWN_MOST = 2**16
 
-# By how much to enlarge the margin, to a quarter, where such gradients are not added up behind a
-# mean loss: the uses' sums over the batch then have rounding errors that do not cancel. Measured
-# on 2,000 equal examples by tests/test_cancelling_sums.py.
-_APART = 90.0
+# Units in the last place to which the margin grows where such gradients are not added up behind a
+# mean loss: the uses' sums over the batch then have rounding errors that do not cancel. Under the
+# root it is a quarter of the uses' norms in float32. Measured on 2,000 equal examples by
+# tests/test_cancelling_sums.py.
+_APART = 2**19
 
 
 def merged(uses: Sequence[Use]) -> Sequence[Use]:
@@ -92,7 +93,7 @@ def measure_together(uses: Sequence[Use], bound: Bound, *, mean: bool) -> Measur
     usable = reduce(both, (found.usable for found in each))
     bounds = [found.bound for found in each]
     if _is_norm(uses, bound):
-        joint = _summed(uses, bounds, _APART if mean and not adds_up(uses, bound) else 1.0)
+        joint = _summed(uses, bounds, _APART if mean and not adds_up(uses, bound) else 0)
     else:
         joint = reduce(torch.add, bounds)
     total = measured(joint, None, examples=uses[0].examples)
@@ -144,13 +145,14 @@ def _own_of_all(uses: Sequence[Use], rows: slice) -> dict[nn.Parameter, Tensor]:
     return sums
 
 
-def _summed(uses: Sequence[Use], bounds: Sequence[Tensor], slack: float) -> Tensor:
+def _summed(uses: Sequence[Use], bounds: Sequence[Tensor], least: int) -> Tensor:
     """Return the norm of the sum of the uses' gradients, a few examples at a time. ``[B]``.
 
     Args:
         uses: uses of the same parameters.
         bounds: ``[B]`` each, the bounds on the norms of each use's gradients.
-        slack: how many times the margin to add for what the uses leave where they cancel.
+        least: the least margin for what the uses leave where they cancel, in units in the last
+            place.
     """
     layers = {use.layer.name: use.layer for use in uses}
     sizes = {p: p.numel() for layer in layers.values() for p in layer.parameters}
@@ -162,8 +164,8 @@ def _summed(uses: Sequence[Use], bounds: Sequence[Tensor], slack: float) -> Tens
     # The uses' gradients may cancel, but their rounding errors do not, and with a mean loss these
     # depend on the batch's size. The margin stands under the root, as for Gram matrices, so that
     # they are not scaled up to the limit.
-    margin = rounding_margin(bounds[0].dtype, bounds[0].device)
-    return torch.hypot(torch.cat(parts), slack * margin**0.5 * reduce(torch.add, bounds))
+    margin = max(rounding_margin(bounds[0].dtype, bounds[0].device), least * torch.finfo(dtype).eps)
+    return torch.hypot(torch.cat(parts), margin**0.5 * reduce(torch.add, bounds))
 
 
 def _norm_of_sum(uses: Sequence[Use], rows: slice) -> Tensor:
