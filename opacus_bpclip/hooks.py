@@ -21,7 +21,7 @@ from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard.forms import form_of
 from opacus_bpclip.guard.guard import GradientGuard
-from opacus_bpclip.guard.precision import rounded_counts
+from opacus_bpclip.guard.precision import rounded_options
 from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
@@ -83,7 +83,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
         self.batch_first, self.loss_reduction = batch_first, loss_reduction
         if loss_reduction == "mean" and criterion is None and config is not None:
-            problem = rounded_counts(config.threshold, m.parameters())
+            problem = rounded_options(config, m.parameters())
             if problem:
                 raise ValueError(problem)
         whole = whole_parameters(m)

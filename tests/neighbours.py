@@ -13,6 +13,7 @@ from tests.checks import Trainer, linear_loss, squared_loss
 from tests.joint.helpers import outputs_of
 from tests.strategies import (
     NO_EMPTY_BATCH,
+    accepted,
     architectures,
     clippings,
     hostile_batches,
@@ -41,14 +42,16 @@ def neighbours(
         **options: draw further options of the trainer.
     """
     case = draw(architectures())
+    drawn = {name: draw(values) for name, values in options.items()}
+    how = draw(clippings() if clipping is None else clipping)
     trainer = trainer_of(
         case.layer.to(dtype),
         case.shape,
-        draw(clippings() if clipping is None else clipping),
+        accepted(how, dtype, str(drawn.get("reduction", "mean"))),
         max_grad_norm=draw(st.sampled_from([1e-3, 1.0, 1e3])),
         loss=draw(st.sampled_from([linear_loss, squared_loss])),
         dtype=dtype,
-        **{name: draw(values) for name, values in options.items()},
+        **drawn,
     )
     alone = not any(isinstance(module, NO_EMPTY_BATCH) for module in trainer.plain.modules())
     companions = draw(hostile_batches(case.shape, dtype, min_size=0 if alone else 1))

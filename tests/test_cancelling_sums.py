@@ -11,16 +11,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping
+from opacus_bpclip import BackpropClipHooks, BackpropClipping
 from opacus_bpclip.clipping import together
 from opacus_bpclip.rules import precision
 from tests.checks import Trainer, joint
+from tests.helpers import make_private
 
 EXAMPLES = 2000
 
 
 def moved_by_one_more(
-    model: nn.Module, clipping: BackpropClipping, one: Tensor, g: Tensor, examples: int = EXAMPLES
+    model: nn.Module,
+    clipping: BackpropClipping,
+    one: Tensor,
+    g: Tensor,
+    examples: int = EXAMPLES,
+    reduction: str = "mean",
 ) -> float:
     """Return how far one more example moves the sum, in units of the claim, at the worst limit.
 
@@ -30,8 +36,9 @@ def moved_by_one_more(
         one: the input of all examples but the last, which is zero.
         g: the gradient of their outputs, which cancels in the parameters'.
         examples: how many equal ones there are.
+        reduction: of the loss.
     """
-    trainer = Trainer(model, tuple(one.shape), clipping, dtype=torch.float32)
+    trainer = Trainer(model, tuple(one.shape), clipping, dtype=torch.float32, reduction=reduction)
     x = torch.cat([one.expand(examples, *one.shape), torch.zeros(1, *one.shape)])
     target = torch.cat([g.flatten().expand(examples, -1), torch.zeros(1, g.numel())])
     worst = 0.0
@@ -131,6 +138,43 @@ def test_a_tied_embedding_that_cancels_its_head_leaves_less_than_the_claim(most:
     one = torch.cat([torch.tensor([3.0]), state])
     g = torch.cat([-1.7 * state, at_head])
     assert moved_by_one_more(TiedHead(), BackpropClipping(), one, g) < most
+
+
+def between_layers() -> nn.Module:
+    """Return two layers; a gradient of equal entries cancels on its way through the upper one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    weight = model[1].weight.detach()
+    weight[2] = -weight[0] - weight[1]
+    return model
+
+
+UNCLIPPED = BackpropClipping(allocation="equal", propagate="unclipped")
+
+
+@pytest.mark.parametrize(
+    ("clipping", "reduction"),
+    [
+        pytest.param(BackpropClipping(), "mean", id="joint"),
+        pytest.param(BackpropClipping(allocation="equal"), "mean", id="clipped"),
+        pytest.param(UNCLIPPED, "sum", id="unclipped"),
+    ],
+)
+def test_what_cancels_between_layers_leaves_less_than_the_claim(
+    clipping: BackpropClipping, reduction: str
+) -> None:
+    model, one, g = between_layers(), torch.randn(6), torch.full((3,), 1.37)
+    assert moved_by_one_more(model, clipping, one, g, reduction=reduction) < 0.1
+
+
+def test_no_mean_in_single_precision_rounds_what_layers_pass_on_unclipped() -> None:
+    refused = pytest.raises(ValueError, match=r"equal examples at once\. Pass the criterion")
+    with refused:
+        make_private(between_layers(), backprop=UNCLIPPED)
+    with refused:
+        BackpropClipHooks(between_layers(), config=UNCLIPPED)
+    BackpropClipHooks(between_layers().double(), config=UNCLIPPED)
+    BackpropClipHooks(between_layers(), config=BackpropClipping(propagate="unclipped"))
 
 
 @pytest.mark.parametrize("rounded", [0.0, 2.0**-9], ids=["exact products", "TensorFloat-32"])

@@ -54,8 +54,10 @@ class BackpropClipping:
         propagate: which gradient a layer that clips by itself passes on to the layers below.
             ``"clipped"``, the paper's choice, costs less time. With ``"unclipped"`` each layer
             clips the gradient of the loss itself, whatever the layers above have clipped; with
-            small thresholds the layers below learn more. With ``allocation="joint"`` no layer
-            passes on a clipped gradient.
+            small thresholds the layers below learn more. In single precision it needs a criterion
+            or a sum: ``make_private`` refuses it with a plain mean. With ``allocation="joint"`` no
+            layer passes on a clipped gradient, nor do recurrent networks and functions on
+            parameters, whatever the allocation is.
         uses: the number of uses of a layer in one forward pass, by dotted name, for layers that
             clip by themselves; 1 for layers that are not named. Each of ``K`` uses is clipped to
             ``Delta_l / K``, so that together they stay within ``Delta_l``. More uses than declared

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from opacus_bpclip.clipping.allocation import layer_fractions, noise_weights
 from opacus_bpclip.config import BackpropClipping, is_positive_number
-from opacus_bpclip.guard.precision import rounded_counts, rounded_mean
+from opacus_bpclip.guard.precision import rounded_mean, rounded_options
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.tying import tied_groups
 from opacus_bpclip.optimizer.several import SeveralOptimizers
@@ -83,7 +83,7 @@ def checked_options(
     groups = tied_groups(trainable_layers(module, uses, batch_first=batch_first))
     if loss_reduction == "mean" and criterion is None:
         _refuse_rounded_mean(module)
-        problem = rounded_counts(backprop.threshold, module.parameters())
+        problem = rounded_options(backprop, module.parameters())
         if problem:
             raise ValueError(problem)
     if backprop.allocation != "joint":

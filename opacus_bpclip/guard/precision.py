@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.config import AdaptiveThreshold
+from opacus_bpclip.config import AdaptiveThreshold, BackpropClipping
 from opacus_bpclip.model.graphs import low_precision_behind
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.recurrence import is_packed
@@ -33,23 +33,43 @@ def unfit(name: str, dtype: torch.dtype, *, mean: bool) -> str | None:
     )
 
 
-def rounded_counts(threshold: object, parameters: Iterable[nn.Parameter]) -> str | None:
-    """Refuse to count examples by norms that a plain mean has rounded by the batch's size.
+def rounded_options(config: BackpropClipping, parameters: Iterable[nn.Parameter]) -> str | None:
+    """Refuse options that need more of the gradients than a plain mean in float32 leaves.
 
     Args:
-        threshold: the option.
+        config: the options.
         parameters: the model's.
     """
     single = any(p.requires_grad and p.dtype != torch.float64 for p in parameters)
-    if not isinstance(threshold, AdaptiveThreshold) or not single:
+    if not single:
         return None
-    return (
-        "An AdaptiveThreshold counts the examples within it. With a mean loss every example's "
-        "gradient is rounded by the private size of the batch, and many examples whose gradients "
-        "cancel would be counted differently all at once. Pass the criterion to make_private "
-        "(criterion=nn.CrossEntropyLoss()) and compute the loss with the one that is returned, or "
-        'train with loss_reduction="sum", or use a ThresholdSchedule.'
-    )
+    if isinstance(config.threshold, AdaptiveThreshold):
+        return _ROUNDED_COUNTS
+    if config.propagate == "unclipped" and config.allocation != "joint":
+        return _ROUNDED_BELOW
+    return None
+
+
+_ROUNDED = (
+    "With a mean loss every example's gradient is rounded by the private size of the batch, and "
+)
+
+_REMEDY = (
+    "Pass the criterion to make_private (criterion=nn.CrossEntropyLoss()) and compute the loss "
+    'with the one that is returned, or train with loss_reduction="sum", or use '
+)
+
+_ROUNDED_COUNTS = (
+    f"An AdaptiveThreshold counts the examples within it. {_ROUNDED}many examples whose gradients "
+    f"cancel would be counted differently all at once. {_REMEDY}a ThresholdSchedule."
+)
+
+_ROUNDED_BELOW = (
+    f'propagate="unclipped" passes on gradients far above the limits. {_ROUNDED}where they cancel '
+    "on their way through a layer, what the rounding leaves may be as large as the limit of the "
+    f'layer below, in many equal examples at once. {_REMEDY}propagate="clipped" or '
+    'allocation="joint".'
+)
 
 
 def rounded_mean(name: str, dtype: torch.dtype) -> str | None:

@@ -13,7 +13,7 @@ from tests.strategies.layers import (
     single_layers,
 )
 from tests.strategies.numbers import scales, seed_torch, seeds
-from tests.strategies.options import BOUNDS, MODES, clippings
+from tests.strategies.options import BOUNDS, MODES, accepted, clippings
 
 __all__ = [
     "BOUNDS",
@@ -23,6 +23,7 @@ __all__ = [
     "NO_EMPTY_BATCH",
     "Branches",
     "LayerCase",
+    "accepted",
     "architectures",
     "clippings",
     "hostile_batches",

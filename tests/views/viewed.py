@@ -13,6 +13,7 @@ from tests.joint.helpers import outputs_of
 from tests.neighbours import REDUCTIONS
 from tests.strategies import (
     NO_EMPTY_BATCH,
+    accepted,
     architectures,
     clippings,
     hostile_batches,
@@ -49,15 +50,16 @@ def viewed(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> tuple[Trainer
     """Return a trainer, views and targets of any scale, whose last row is the example."""
     case = draw(architectures())
     views = draw(st.integers(1, 4))
+    reduction = draw(REDUCTIONS)
     try:
         trainer = Viewed(
             case.layer.to(dtype),
             case.shape,
-            draw(clippings()),
+            accepted(draw(clippings()), dtype, reduction),
             views=views,
             max_grad_norm=draw(st.sampled_from([1e-3, 1.0, 1e3])),
             loss=draw(st.sampled_from([linear_loss, squared_loss])),
-            reduction=draw(REDUCTIONS),
+            reduction=reduction,
             dtype=dtype,
         )
     except CoverageError as error:
