@@ -25,7 +25,7 @@ from opacus_bpclip.ab.settings import (
     Settings,
 )
 from opacus_bpclip.ab.task import Task
-from opacus_bpclip.config import AdaptiveThreshold
+from opacus_bpclip.guard.precision import rounded_options
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def prepare(
         # A mean's division by the batch's size must not be rounded, and the terms of a user's own
         # loss are checked to be of one example each.
         exact = settings.precision == "float32" and settings.device == "cpu"
-        exact = exact and not isinstance(backprop and backprop.threshold, AdaptiveThreshold)
+        exact = exact and not (backprop and rounded_options(backprop, model.parameters()))
         if name == GHOST or (backprop is not None and (settings.loss or not exact)):
             options["criterion"] = criterion
         model, optimizer, *criteria, loader = engine.make_private(

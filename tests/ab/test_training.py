@@ -7,6 +7,7 @@ import torch
 from opacus.accountants import PRVAccountant
 from torch.utils.data import TensorDataset
 
+from opacus_bpclip import BackpropClipCriterion
 from opacus_bpclip.ab import job, training
 from opacus_bpclip.ab.batches import Batch
 from opacus_bpclip.ab.metrics import Accuracy, value_of
@@ -103,6 +104,13 @@ def test_bfloat16_trains_to_about_the_same_weights(digits, plan, name):
                 training.step(arm, Batch.of(batch, arm.device))
         ends.append(torch.cat([p.detach().flatten() for p in arm.model.parameters()]))
     assert 0 < (ends[0] - ends[1]).norm() <= 0.02 * ends[0].norm()
+
+
+@pytest.mark.parametrize("options", [{"threshold": {}}, {"propagate": "unclipped"}])
+def test_options_that_need_a_criterion_get_one(digits, plan, options):
+    settings = SETTINGS.replace(options=options)
+    arm = training.start("backprop-layerwise", 5, settings, plan, digits)
+    assert isinstance(arm.criterion, BackpropClipCriterion)
 
 
 def test_private_arms_draw_noise_of_the_same_scale(digits, plan):
