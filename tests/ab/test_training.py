@@ -15,6 +15,7 @@ from opacus_bpclip.ab.privacy import domain_warning_silenced
 from opacus_bpclip.ab.report import render
 from opacus_bpclip.ab.results import Plan
 from opacus_bpclip.ab.settings import ARMS, NON_PRIVATE, Settings
+from opacus_bpclip.ab.study.runs import RunSettings
 from opacus_bpclip.ab.task import task_of
 from opacus_bpclip.jobs.errors import ChildError, JobError
 from opacus_bpclip.jobs.memory import PeakMemory
@@ -24,7 +25,8 @@ from opacus_bpclip.jobs.settings import Output
 from opacus_bpclip.jobs.tables import TERMINAL
 from tests.ab.results import arm_result
 
-SETTINGS = Settings(epochs=1, epsilon=1.0, seeds=(0,), threads=1)
+SHORT = {"epochs": 1, "epsilon": 1.0, "seeds": (0,), "threads": 1}
+SETTINGS = Settings(**SHORT)
 
 
 def call_here(function, *args):
@@ -108,8 +110,9 @@ def test_bfloat16_trains_to_about_the_same_weights(digits, plan, name):
 
 @pytest.mark.parametrize("options", [{"threshold": {}}, {"propagate": "unclipped"}])
 def test_options_that_need_a_criterion_get_one(digits, plan, options):
-    settings = SETTINGS.replace(options=options)
-    arm = training.start("backprop-layerwise", 5, settings, plan, digits)
+    name = "backprop-layerwise"
+    settings = RunSettings(arms=(name,), options=options, **SHORT)
+    arm = training.start(name, 5, settings, plan, digits)
     assert isinstance(arm.criterion, BackpropClipCriterion)
 
 
