@@ -73,7 +73,7 @@ def factor_applied_twice(patch: pytest.MonkeyPatch) -> None:
 def first_use_taken_for_all(patch: pytest.MonkeyPatch) -> None:
     """Of a layer that is used twice only one use is measured, but both are added up."""
 
-    def first(uses: Sequence[Use], bound: Bound) -> Measured:
+    def first(uses: Sequence[Use], bound: Bound, *, mean: bool) -> Measured:
         return uses[0].measure()
 
     patch.setattr(scope, "merged", lambda uses: uses)
