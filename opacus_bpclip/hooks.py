@@ -58,7 +58,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
     Raises:
         CoverageError: no rule bounds some trainable parameter, or the model has hooks already. The
             model is left unchanged.
-        ValueError: examples would be counted by norms that a plain mean loss has rounded.
+        ValueError: an option needs more of the gradients than a plain mean loss in single precision
+            leaves; the message names it.
     """
 
     def __init__(

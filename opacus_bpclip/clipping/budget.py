@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip.clipping import problems
 from opacus_bpclip.clipping.ends import Ends
 from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.forward_passes import ForwardPasses
@@ -19,33 +20,6 @@ from opacus_bpclip.guard.forms import Forms
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import bound_of
-
-_NEEDS_ONE_GRAPH = (
-    'allocation="joint" measures all layers before it clips any, so a compiled model must be one '
-    "graph, but this model has graph breaks. torch.compile(model, fullgraph=True) shows where. Fix "
-    "them, or train without torch.compile, or with "
-    'BackpropClipping(allocation="dimension").'
-)
-
-_RECURRENT = (
-    "{} belongs to a recurrent network, a loop over time steps, which runs in eager mode under "
-    'torch.compile. So the model is not one graph, but allocation="joint" needs one graph to '
-    "measure all layers before it clips any. Train without torch.compile, or with "
-    'BackpropClipping(allocation="equal"), which compiles the layers around the network.'
-)
-
-_NO_FORWARD = (
-    "A compiled part of the model was called outside its model's forward pass, where nothing ties "
-    "its rows to the examples of the batch. Call the whole model, and have its forward return "
-    "whatever the loss needs."
-)
-
-_ANOTHER_FORWARD = (
-    "The model was called inside its own forward pass, with gradients. It cannot be known which "
-    "rows of the two calls belong to one example. Make the inner call under torch.no_grad(), or "
-    "write one forward that calls the layers as often as they are needed."
-)
-
 
 Counters = tuple[Tensor | None, ...]
 
@@ -156,18 +130,17 @@ class Budget:
         if not self.joint:
             return self._watched(self._new(target, self.present, at_once=at_once))
         if self._scope is None:
-            self._guard.fail(_ANOTHER_FORWARD)
+            self._guard.fail(problems.ANOTHER_FORWARD)
         assert self._scope is not None
         return self._scope
 
     def _new(self, target: Target, present: Tensor | None, *, at_once: bool) -> Scope:
-        mean = self._guard.undoes_mean
         return Scope(
             target,
             self.bound,
             at_once=at_once,
             propagate=self._propagate,
-            mean=mean,
+            mean=self._guard.undoes_mean,
             present=present,
         )
 
@@ -245,12 +218,11 @@ class Budget:
     def _inside(self, counters: Counters) -> Sequence[Tensor]:
         there = [counter for counter in counters if counter is not None]
         if len(there) < len(counters):
-            self._guard.fail(_NO_FORWARD)
+            self._guard.fail(problems.NO_FORWARD)
         return there
 
     def _fail_without_one_graph(self) -> None:
-        name = self.recurrent
-        self._guard.fail(_NEEDS_ONE_GRAPH if name is None else _RECURRENT.format(name))
+        self._guard.fail(problems.not_one_graph(self.recurrent))
 
     def traced_scope(
         self,
