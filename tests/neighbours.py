@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
 from tests.checks import Trainer, linear_loss, squared_loss
@@ -53,11 +53,26 @@ def neighbours(
         dtype=dtype,
         **drawn,
     )
-    alone = not any(isinstance(module, NO_EMPTY_BATCH) for module in trainer.plain.modules())
-    companions = draw(hostile_batches(case.shape, dtype, min_size=0 if alone else 1))
-    x = torch.cat([companions, draw(hostile_examples(case.shape, dtype))[None]])
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     outputs = outputs_of(trainer.plain, case.shape)
+    return trainer, *hostile_rows(draw, trainer.plain, case.shape, outputs, dtype)
+
+
+def hostile_rows(
+    draw: st.DrawFn, model: nn.Module, shape: tuple[int, ...], outputs: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of any scale, whose last row is the example.
+
+    Args:
+        draw: Hypothesis's.
+        model: what they are for.
+        shape: of an example.
+        outputs: the number of outputs for an example.
+        dtype: of both.
+    """
+    alone = not any(isinstance(module, NO_EMPTY_BATCH) for module in model.modules())
+    companions = draw(hostile_batches(shape, dtype, min_size=0 if alone else 1))
+    x = torch.cat([companions, draw(hostile_examples(shape, dtype))[None]])
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     target = torch.randn(len(x), outputs, generator=generator).to(dtype)
     rows = torch.tensor([draw(scales) for _ in range(len(x))], dtype=torch.float64).to(dtype)
-    return trainer, x, target * rows[:, None]
+    return x, target * rows[:, None]

@@ -17,13 +17,8 @@ from tests.budgets import layerwise
 from tests.checks import HUGE, check_independence, linear_loss, squared_loss
 from tests.helpers import mlp, one_layer
 from tests.joint.helpers import clipped_flat, outputs_of, own_gradients
-from tests.strategies import (
-    NO_EMPTY_BATCH,
-    architectures,
-    hostile_batches,
-    hostile_examples,
-    scales,
-)
+from tests.neighbours import hostile_rows
+from tests.strategies import architectures
 from tests.thresholds.helpers import (
     Pinned,
     SideBySide,
@@ -37,7 +32,6 @@ from tests.thresholds.helpers import (
 def neighbours(draw: st.DrawFn, dtype: torch.dtype) -> tuple[Pinned, Tensor, Tensor]:
     """A private model, and a hostile batch whose last example is the one to be added."""
     case = draw(architectures())
-    alone = not any(isinstance(module, NO_EMPTY_BATCH) for module in case.layer.modules())
     trainer = Pinned(
         case.layer.to(dtype),
         case.shape,
@@ -49,14 +43,8 @@ def neighbours(draw: st.DrawFn, dtype: torch.dtype) -> tuple[Pinned, Tensor, Ten
         dtype=dtype,
     )
     trainer.put(*(draw(st.sampled_from([1e-3, 0.1, 1.0, 30.0])) for _ in trainer.names))
-    companions = draw(hostile_batches(case.shape, dtype, min_size=0 if alone else 1))
-    x = torch.cat([companions, draw(hostile_examples(case.shape, dtype))[None]])
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-    target = torch.randn(
-        len(x), outputs_of(trainer.plain, case.shape), dtype=dtype, generator=generator
-    )
-    rows = torch.tensor([draw(scales) for _ in range(len(x))], dtype=dtype)
-    return trainer, x, target * rows[:, None]
+    outputs = outputs_of(trainer.plain, case.shape)
+    return trainer, *hostile_rows(draw, trainer.plain, case.shape, outputs, dtype)
 
 
 @settings(max_examples=40)

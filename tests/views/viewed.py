@@ -10,16 +10,8 @@ from torch import Tensor, nn
 from opacus_bpclip import BackpropClipping, CoverageError, FoldViews
 from tests.checks import Trainer, linear_loss, squared_loss
 from tests.joint.helpers import outputs_of
-from tests.neighbours import REDUCTIONS
-from tests.strategies import (
-    NO_EMPTY_BATCH,
-    accepted,
-    architectures,
-    clippings,
-    hostile_batches,
-    hostile_examples,
-    scales,
-)
+from tests.neighbours import REDUCTIONS, hostile_rows
+from tests.strategies import accepted, architectures, clippings
 
 
 class Viewed(Trainer):
@@ -66,12 +58,5 @@ def viewed(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> tuple[Trainer
         # Of layers whose functions are followed.
         assume("clips an input only if its first axis is the batch alone" not in str(error))
         raise
-    alone = not any(isinstance(module, NO_EMPTY_BATCH) for module in trainer.plain.modules())
-    shape = (views, *case.shape)
-    companions = draw(hostile_batches(shape, dtype, min_size=0 if alone else 1))
-    x = torch.cat([companions, draw(hostile_examples(shape, dtype))[None]])
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-    outputs = views * outputs_of(case.layer, case.shape)
-    target = torch.randn(len(x), outputs, generator=generator).to(dtype)
-    rows = torch.tensor([draw(scales) for _ in range(len(x))], dtype=torch.float64).to(dtype)
-    return trainer, x, target * rows[:, None]
+    shape, outputs = (views, *case.shape), views * outputs_of(case.layer, case.shape)
+    return trainer, *hostile_rows(draw, trainer.plain, shape, outputs, dtype)
