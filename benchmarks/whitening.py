@@ -2,15 +2,17 @@
 
     python benchmarks/whitening.py --dataset digits --arms none in+out --lrs 1 2 4 --seeds 1000 1001
     python benchmarks/whitening.py --dataset mnist --data-root data --arms none in+out --lrs 8
+    python benchmarks/whitening.py --dataset mnist --data-root data --arms none in0.25 --lrs 80 \
+        --max-grad-norm 0.1 --judge test --seeds 0 1 2 3 4
 
-Each line of the output is one training: its held-out accuracy, and how many examples were clipped.
+Each line of the output is one training: its accuracy, and how many examples were clipped.
 An experiment of its own, not the package: it computes each example's gradient of each layer.
 
 A layer's gradient of one example is the sum over positions of g u^T (u: input columns with a 1 for
 the bias, [P, D]; g: upstream gradients, [P, O]). Here it becomes the sum of g' u'^T, with
 u' = (A + lambda I)^-p u and g' = (G + lambda I)^-q g. A and G are the means of u u^T and g g^T on
 pink noise with random labels, divided by their mean eigenvalue. They see no data, so the clipped
-sum of what is whitened has the sensitivity MAX_GRAD_NORM, as without whitening.
+sum of what is whitened has the sensitivity --max-grad-norm, as without whitening.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from opacus_bpclip.ab.averaging import WeightAverage
 from opacus_bpclip.ab.privacy import noise_multiplier_for
 from opacus_bpclip.ab.settings import Settings
 
-MAX_GRAD_NORM, MAX_INPUT_NORM, LAMBDA = 1.0, 3.0, 1e-3
+MAX_INPUT_NORM, LAMBDA = 3.0, 1e-3
 PROBES, REFRESHED_EVERY, CHUNK = 512, 20, 64
 
 
@@ -141,7 +143,12 @@ def renewed(
 
 
 def clipped_sums(
-    model: nn.Sequential, x: Tensor, labels: Tensor, whitenings: list[Whitening], arm: Arm
+    model: nn.Sequential,
+    x: Tensor,
+    labels: Tensor,
+    whitenings: list[Whitening],
+    arm: Arm,
+    max_grad_norm: float,
 ) -> tuple[list[Tensor], Tensor]:
     """Return each layer's sum of whitened gradients, [O, D], and each example's norm before."""
     seen = run(model, x, whitenings, arm)
@@ -150,7 +157,7 @@ def clipped_sums(
         for own, layer, g in zip(whitenings, seen, upstream(seen, labels), strict=True)
     ]
     norms = torch.stack([own.flatten(1).norm(dim=1) for own in each]).norm(dim=0)
-    factors = (MAX_GRAD_NORM / norms).clamp(max=1)
+    factors = (max_grad_norm / norms).clamp(max=1)
     return [torch.einsum("b,bod->od", factors, own) for own in each], norms
 
 
@@ -169,11 +176,24 @@ def pink_noise(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
 multiplier = cache(noise_multiplier_for)
 
 
-def train(arm: Arm, lr: float, seed: int, settings: Settings, decay: float, held: float) -> dict:
-    """Train once, and judge the averaged weights by the held-out part of the training set."""
+Examples = tuple[Tensor, Tensor]
+
+
+def examples(settings: Settings, held: float | None) -> tuple[Examples, Examples]:
+    """Return those to train on and those to judge by: a part of the training set, or the test set."""
     sets = data.digits() if settings.dataset == "digits" else data.mnist(settings.data_root)
+    if held is None:
+        return sets[0][:], sets[1][:]
     parts = random_split(sets[0], [1 - held, held], generator=torch.Generator().manual_seed(0))
-    (x, labels), (x_held, labels_held) = (sets[0][list(part.indices)] for part in parts)
+    return tuple(sets[0][list(part.indices)] for part in parts)
+
+
+def train(
+    arm: Arm, lr: float, seed: int, settings: Settings, decay: float, held: float | None
+) -> dict:
+    """Train once, and judge the averaged weights."""
+    (x, labels), (x_judge, labels_judge) = examples(settings, held)
+    max_grad_norm = settings.max_grad_norm
     streams = np.random.SeedSequence(seed).generate_state(4).tolist()
     torch.manual_seed(streams[0])
     model = models.digits_cnn() if settings.dataset == "digits" else models.cnn26k()
@@ -194,12 +214,14 @@ def train(arm: Arm, lr: float, seed: int, settings: Settings, decay: float, held
         batch = (torch.rand(len(x), generator=draws) < rate).nonzero()[:, 0]
         sums = [torch.zeros(len(own.weight), own.weight[0].numel() + 1) for own in layers]
         for some in batch.split(CHUNK):
-            found, before = clipped_sums(model, x[some], labels[some], whitenings, arm)
+            found, before = clipped_sums(
+                    model, x[some], labels[some], whitenings, arm, max_grad_norm
+                )
             sums = [total + own for total, own in zip(sums, found, strict=True)]
             norms.append(before)
         with torch.no_grad():
             for layer, total, own in zip(layers, sums, whitenings, strict=True):
-                deviation = sigma * MAX_GRAD_NORM
+                deviation = sigma * max_grad_norm
                 released = total + deviation * torch.randn(total.shape, generator=noise)
                 if arm.natural:
                     released = times(times(released, own.columns).T, own.outputs).T
@@ -209,12 +231,12 @@ def train(arm: Arm, lr: float, seed: int, settings: Settings, decay: float, held
         average.update()
     seconds = time.process_time() - started
     with torch.no_grad(), average.in_place():
-        outputs = [run(model, own, whitenings, arm)[-1].output for own in x_held.split(1000)]
-    right = (torch.cat(outputs).argmax(1) == labels_held).float().mean().item()
+        outputs = [run(model, own, whitenings, arm)[-1].output for own in x_judge.split(1000)]
+    right = (torch.cat(outputs).argmax(1) == labels_judge).float().mean().item()
     all_norms = torch.cat(norms)
     return {
-        "held_out": round(100 * right, 2),
-        "clipped": round((all_norms > MAX_GRAD_NORM).float().mean().item(), 3),
+        "test" if held is None else "held_out": round(100 * right, 2),
+        "clipped": round((all_norms > max_grad_norm).float().mean().item(), 3),
         "median_norm": round(all_norms.median().item(), 2),
         "seconds": round(seconds, 1),
         "noise_multiplier": round(sigma, 4),
@@ -229,17 +251,25 @@ def main() -> None:
     parser.add_argument("--lrs", nargs="+", type=float, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1000])
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--max-grad-norm", type=float, default=1.0)
+    parser.add_argument("--judge", choices=["held-out", "test"], default="held-out")
     asked = parser.parse_args()
     digits = asked.dataset == "digits"
     given = {"epochs": asked.epochs} if asked.epochs else {}
-    settings = Settings(dataset=asked.dataset, data_root=asked.data_root, **given)
+    settings = Settings(
+        dataset=asked.dataset,
+        data_root=asked.data_root,
+        max_grad_norm=asked.max_grad_norm,
+        **given,
+    )
+    decay, held = (0.9, 0.2) if digits else (0.97, 0.1)
     for name in asked.arms:
         for lr in asked.lrs:
             for seed in asked.seeds:
                 told = {"dataset": asked.dataset, "epochs": settings.epochs, "arm": name}
-                found = train(
-                    ARMS[name], lr, seed, settings, *((0.9, 0.2) if digits else (0.97, 0.1))
-                )
+                told["max_grad_norm"] = asked.max_grad_norm
+                judge = held if asked.judge == "held-out" else None
+                found = train(ARMS[name], lr, seed, settings, decay, judge)
                 print(json.dumps(told | {"lr": lr, "seed": seed} | found), flush=True)
 
 

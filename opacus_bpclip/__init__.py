@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opacus_bpclip.ab.comparing import compare
-    from opacus_bpclip.config import AdaptiveThreshold, BackpropClipping, ThresholdSchedule
+    from opacus_bpclip.config import (
+        AdaptiveThreshold,
+        BackpropClipping,
+        InputWhitening,
+        PinkNoise,
+        ThresholdSchedule,
+    )
     from opacus_bpclip.engine.engine import PrivacyEngine
     from opacus_bpclip.engine.module import BackpropClipModule
     from opacus_bpclip.engine.registration import register, unregister
@@ -33,6 +39,8 @@ __all__ = [
     "CoverageError",
     "CrossEntropy",
     "FoldViews",
+    "InputWhitening",
+    "PinkNoise",
     "PrivacyEngine",
     "PrivacyViolationError",
     "SeveralOptimizers",
@@ -56,6 +64,8 @@ _HOMES = {
     "CoverageError": "errors",
     "CrossEntropy": "losses.losses",
     "FoldViews": "model.views",
+    "InputWhitening": "config",
+    "PinkNoise": "config",
     "PrivacyEngine": "engine.engine",
     "PrivacyViolationError": "errors",
     "SeveralOptimizers": "optimizer.several",

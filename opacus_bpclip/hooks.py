@@ -17,6 +17,7 @@ from opacus_bpclip.clipping.recurrent import RECURRENT_IS_EAGER
 from opacus_bpclip.clipping.sensitivities import Sensitivities
 from opacus_bpclip.clipping.shared import SharedMeasurement
 from opacus_bpclip.clipping.traced_form import note_form, traced_rows
+from opacus_bpclip.clipping.whitening import Whitening
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard.forms import form_of
@@ -59,7 +60,8 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         CoverageError: no rule bounds some trainable parameter, or the model has hooks already. The
             model is left unchanged.
         ValueError: an option needs more of the gradients than a plain mean loss in single precision
-            leaves; the message names it.
+            leaves, or the model fails on the public examples of `InputWhitening`; the message says
+            what to do.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             SharedMeasurement(),
             self._budget,
             Followed(),
+            whitening := Whitening(m, config, self._groups),
         )
         self._functions = Functions(layers, settings)
         for clip in layer_clips(layers.values(), settings):
@@ -155,6 +158,12 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._handles += softmax.attach()
         setattr(m, _ATTACHED, True)
         self._attached = True
+        self._whitening = whitening
+        try:
+            whitening.begin()
+        except ValueError:
+            self._undo()
+            raise
 
     @property
     def _max_grad_norm(self) -> float:

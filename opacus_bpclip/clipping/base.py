@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from opacus_bpclip.clipping.budget import Budget
 from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.shared import SharedMeasurement
+from opacus_bpclip.clipping.whitening import Whitening
 from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.model.functions import Followed
@@ -29,6 +30,7 @@ class Settings(NamedTuple):
         shared: measurements of inputs that several layers have in common.
         budget: opens the scopes in which uses share their factors.
         followed: the functions on parameters that are followed in this forward pass.
+        whitening: the matrices that whiten layer inputs.
     """
 
     config: BackpropClipping
@@ -39,6 +41,7 @@ class Settings(NamedTuple):
     shared: SharedMeasurement[Any]
     budget: Budget
     followed: Followed
+    whitening: Whitening
 
 
 class Clip(ABC):

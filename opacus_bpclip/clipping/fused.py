@@ -21,6 +21,7 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import FusedRule, Inputs
 from opacus_bpclip.rules.base import per_row, where_finite, zero_rows
 from opacus_bpclip.rules.precision import rounding_margin, wide
+from opacus_bpclip.rules.whitened import WhitenedRule
 
 
 class FusedClip(NodeClip):
@@ -32,6 +33,7 @@ class FusedClip(NodeClip):
         self.rule = layer.rule
         self.shared: SharedMeasurement[Measurement] = settings.shared
         self.changes_output = self.config.max_input_norm is not None
+        self.public = settings.whitening.tensors_of(layer)
 
     def call(self, module: nn.Module, args: Args, kwargs: Kwargs, y: Tensor) -> Call:
         """Scale the output as if the input had been clipped."""
@@ -52,7 +54,7 @@ class FusedClip(NodeClip):
             y = self.layer.arguments.as_passed(rows)
         weight = module._parameters["weight"]
         assert weight is not None
-        return Call(y, inputs, (x, weight.detach(), factor, columns, finite))
+        return Call(y, inputs, (x, weight.detach(), factor, columns, finite, *self.public))
 
     def _measured(self, x: Tensor) -> Measurement:
         # Measurements are shared only within a forward pass that the guard has counted.
@@ -77,11 +79,17 @@ class FusedClip(NodeClip):
         self, g: Tensor, graph: Any, saved: Inputs, target: Target, wants: tuple[bool, ...]
     ) -> Use:
         """Return the use for the upstream gradient that has arrived."""
-        x, weight, factor, columns, finite = saved
+        x, weight, factor, columns, finite, *public = saved
         assert x is not None
         assert weight is not None
+        rule = self.rule
+        if public:
+            assert columns is not None
+            rule = whitened = WhitenedRule.of(rule, *public)
+            columns = whitened.stretched(columns)
         return FusedUse(
             self.layer,
+            rule,
             self.bound,
             self.config.max_input_norm,
             target,

@@ -44,7 +44,8 @@ class FusedUse(Use):
     """A use of a linear layer or a convolution.
 
     Args:
-        layer: the layer; its rule is a `FusedRule`.
+        layer: the layer.
+        rule: the rule of its gradients.
         bound: the bound on an example's gradient.
         max_input_norm: the norm that the input's columns are clipped to; ``None`` for no clipping.
         target: the norm that gradients are scaled to.
@@ -61,6 +62,7 @@ class FusedUse(Use):
     def __init__(
         self,
         layer: Layer,
+        rule: FusedRule,
         bound: Bound,
         max_input_norm: float | None,
         target: Target,
@@ -71,8 +73,7 @@ class FusedUse(Use):
         measurement: Measurement,
         wants_input: bool,
     ) -> None:
-        assert isinstance(layer.rule, FusedRule)
-        self.layer, self.rule = layer, layer.rule
+        self.layer, self.rule = layer, rule
         self.bound, self.max_input_norm = bound, max_input_norm
         self.target, self.examples = target, examples
         self.g, self.x, self.weight = g, x, weight
@@ -240,6 +241,7 @@ class FusedUse(Use):
         measurement = Measurement(put(self.factor), put(self.columns), put(self.finite, fill=True))
         return FusedUse(
             self.layer,
+            self.rule,
             self.bound,
             self.max_input_norm,
             self.target,

@@ -64,6 +64,7 @@ class NodeClip(Clip):
         followed: whether a backward pass will go through the current call.
         passed_by: whether the current call is clipped by the functions that it calls, not by the
             layer's rule.
+        public: tensors that the rule needs and the call does not; a traced graph has its own.
     """
 
     def __init__(self, layer: Layer, settings: Settings) -> None:
@@ -78,6 +79,7 @@ class NodeClip(Clip):
         self.budget.clips.append(self)
         self.changes_output = False
         self.followed = False
+        self.public: tuple[Tensor, ...] = ()
         self._key = 0
 
     @abstractmethod
@@ -162,6 +164,7 @@ class NodeClip(Clip):
             self.budget.present,
             self.budget.counters_of(self.layer),
             self.budget.traced_token(),
+            self.public,
             len(sinks),
             *sinks,
             *own,
@@ -244,6 +247,7 @@ def _traced(
     present: Tensor | None,
     counters: Counters,
     token: Tensor | None,
+    public: tuple[Tensor, ...],
     count: int,
     *tensors: Tensor | None,
 ) -> Tensor:
@@ -257,6 +261,7 @@ def _traced(
         present: ``[B]`` bool, which rows are not padding; ``None`` for all.
         counters: the tensors to which the layer's scopes send a 1.
         token: the token of the forward pass, with a joint budget.
+        public: the trace's own `NodeClip.public`.
         count: the number of the layer's trainable parameters.
         tensors: the sinks of the trainable parameters' sums, all of the layer's parameters, and
             its inputs.
@@ -276,8 +281,12 @@ def _traced(
     target = clip.target._replace(norms=norms)
     sinks = cast("tuple[Tensor, ...]", tensors[:count])
     scope = budget.traced_scope(clip.layer, target, present, counters, token, sinks)
-    with parameters_replaced(module, dict(zip(names, own, strict=True))):
-        call = clip._call(module, tensors[count + len(names) :], {}, y)
+    before, clip.public = clip.public, public
+    try:
+        with parameters_replaced(module, dict(zip(names, own, strict=True))):
+            call = clip._call(module, tensors[count + len(names) :], {}, y)
+    finally:
+        clip.public = before
     out = clip.attached(call, scope)
     scope.close()
     return out

@@ -34,7 +34,8 @@ _APART = 2**19
 
 def merged(uses: Sequence[Use]) -> Sequence[Use]:
     """Merge all uses of one linear layer into one use; return other uses unchanged."""
-    linear = [use for use in uses if isinstance(use, FusedUse) and isinstance(use.rule, LinearRule)]
+    fused = [use for use in uses if isinstance(use, FusedUse)]
+    linear = [use for use in fused if isinstance(use.layer.rule, LinearRule)]
     if len(linear) < len(uses) or len({use.layer.name for use in uses}) > 1:
         return uses
     return [_positions_of_all(linear)]
@@ -67,6 +68,7 @@ def _positions_of_all(uses: Sequence[FusedUse]) -> FusedUse:
     )
     return FusedUse(
         first.layer,
+        first.rule,
         first.bound,
         first.max_input_norm,
         first.target,

@@ -9,13 +9,16 @@ from opacus_bpclip.config.clipping import (
     Propagate,
 )
 from opacus_bpclip.config.thresholds import AdaptiveThreshold, ThresholdSchedule
+from opacus_bpclip.config.whitening import InputWhitening, PinkNoise
 
 __all__ = [
     "AdaptiveThreshold",
     "Allocation",
     "BackpropClipping",
     "Bound",
+    "InputWhitening",
     "LayerNoise",
+    "PinkNoise",
     "Propagate",
     "ThresholdSchedule",
     "is_positive_number",

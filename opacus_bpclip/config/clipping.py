@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from opacus_bpclip.config.checks import Frozen, is_positive_number, require_choice
 from opacus_bpclip.config.thresholds import AdaptiveThreshold, ThresholdSchedule
+from opacus_bpclip.config.whitening import InputWhitening
 
 Bound = Literal["product", "weighted", "exact"]
 Allocation = Literal["joint", "equal", "dimension"]
@@ -58,6 +59,9 @@ class BackpropClipping:
             or a sum: ``make_private`` refuses it with a plain mean. With ``allocation="joint"`` no
             layer passes on a clipped gradient, nor do recurrent networks and functions on
             parameters, whatever the allocation is.
+        whitening: an `InputWhitening` makes the small directions of layer inputs larger before
+            gradients are clipped; it needs ``bound="exact"``. ``None`` leaves gradients as they
+            are.
         uses: the number of uses of a layer in one forward pass, by dotted name, for layers that
             clip by themselves; 1 for layers that are not named. Each of ``K`` uses is clipped to
             ``Delta_l / K``, so that together they stay within ``Delta_l``. More uses than declared
@@ -87,6 +91,7 @@ class BackpropClipping:
     threshold: AdaptiveThreshold | ThresholdSchedule | None = None
     layer_noise: LayerNoise | Mapping[str, float] = "equal"
     propagate: Propagate = "clipped"
+    whitening: InputWhitening | None = None
     uses: Literal["auto"] | Mapping[str, int] = "auto"
     probe: bool = True
 
@@ -111,6 +116,7 @@ class BackpropClipping:
                 "None."
             )
         require_choice("propagate", self.propagate, get_args(Propagate))
+        self._check_whitening()
         self._check_threshold_and_noise()
         if self.bound == "product" and self.max_input_norm is None:
             raise ValueError(
@@ -132,6 +138,19 @@ class BackpropClipping:
                     f"Expected uses[{name!r}]={count!r} to map a module's name to an integer >= 1."
                 )
         object.__setattr__(self, "uses", Frozen(self.uses))
+
+    def _check_whitening(self) -> None:
+        if self.whitening is None:
+            return
+        if not isinstance(self.whitening, InputWhitening):
+            raise ValueError(
+                f"Expected whitening={self.whitening!r} to be an InputWhitening or None."
+            )
+        if self.bound != "exact":
+            raise ValueError(
+                f"whitening needs the norms of the whitened gradients, and bound={self.bound!r} "
+                'would be far above them. Set bound="exact".'
+            )
 
     def _check_threshold_and_noise(self) -> None:
         if self.threshold is not None:

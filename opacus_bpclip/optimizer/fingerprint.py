@@ -36,6 +36,7 @@ def settings_of(
         "threshold": repr(config.threshold),
         "layer_noise": _plain(config.layer_noise),
         "propagate": config.propagate,
+        "whitening": _of_whitening(config),
         "uses": _plain(config.uses),
     }
 
@@ -65,3 +66,9 @@ def compare(saved: Settings | None, present: Settings) -> None:
 
 def _plain(value: object) -> object:
     return dict(value) if isinstance(value, Mapping) else value
+
+
+def _of_whitening(config: BackpropClipping) -> object:
+    """Return its numbers: a function that makes public examples has another address each time."""
+    own = config.whitening
+    return None if own is None else (own.power, own.damping, own.every, own.max_size)

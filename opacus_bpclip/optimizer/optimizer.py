@@ -201,6 +201,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
         self._is_last_step_skipped = False
         self._guard.finish()
         self._guard.passes.samples.close()
+        self._hooks._whitening.follow()
         return True
 
     def _collect(self, skip: bool) -> None:

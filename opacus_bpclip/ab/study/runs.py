@@ -72,16 +72,16 @@ class RunSettings(Settings):
 
 
 @cache
-def _kinds() -> dict[str, list[Any]]:
+def _kinds(options: type) -> dict[str, list[Any]]:
     """Return the classes of options that have options of their own, by the option."""
-    hints = get_type_hints(BackpropClipping)
+    hints = get_type_hints(options)
     return {name: [*filter(is_dataclass, get_args(hint))] for name, hint in hints.items()}
 
 
-def _made(name: str, value: Any) -> Any:
+def _made(name: str, value: Any, options: type = BackpropClipping) -> Any:
     if value == "none":
         return None
-    for kind in _kinds().get(name, []):
+    for kind in _kinds(options).get(name, []):
         if isinstance(value, dict) and set(value) <= {field.name for field in fields(kind)}:
-            return kind(**value)
+            return kind(**{inner: _made(inner, own, kind) for inner, own in value.items()})
     return value

@@ -1,0 +1,197 @@
+"""Learn the matrices that whiten layer inputs, from public examples and the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_bpclip.config import BackpropClipping, InputWhitening
+from opacus_bpclip.model.calls import Args, Kwargs
+from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.tying import Group
+from opacus_bpclip.rules import ConvRule, LinearRule
+from opacus_bpclip.rules.exact_norms import chunks, exact_chunk
+from opacus_bpclip.rules.fused import FusedRule
+from opacus_bpclip.rules.precision import full_precision, wide
+from opacus_bpclip.rules.views import ConvOverViews
+
+_WITH_COLUMNS = (LinearRule, ConvRule, ConvOverViews)
+
+
+class LayerWhitening:
+    """The matrix of one layer, the identity until it is learnt.
+
+    Args:
+        layer: a linear layer or a convolution.
+
+    Attributes:
+        rule: the layer's rule.
+        matrix: ``[R, D, D]`` for ``R`` groups of channels and ``D`` inputs of each.
+        stretch: the largest eigenvalue, a number.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        assert isinstance(layer.rule, FusedRule)
+        self.layer, self.rule = layer, layer.rule
+        like = wide(layer.named_parameters["weight"].detach())
+        groups = getattr(layer.module, "groups", 1)
+        one = torch.eye(self.rule.column_size(), dtype=like.dtype, device=like.device)
+        self.matrix = one.repeat(groups, 1, 1)
+        self.stretch = like.new_ones(())
+
+    def second_moments(self, x: Tensor, max_input_norm: float | None) -> Tensor:
+        """Return the sum of ``u u^T`` over the columns of an input. ``[R, D, D]`` in float64."""
+        (clipped,) = self.rule.prepare((wide(x),), max_input_norm).inputs
+        assert clipped is not None
+        total = torch.zeros_like(self.matrix, dtype=torch.float64)
+        positions = self.rule.columns(clipped[:1]).shape[3]
+        needed = self.matrix.shape[:2].numel() * positions * clipped.element_size()
+        for rows in chunks(len(clipped), exact_chunk(needed, clipped.device)):
+            columns = self.rule.columns(clipped[rows]).movedim(0, 2).flatten(2)
+            total += torch.matmul(columns, columns.transpose(1, 2))
+        return total
+
+    def learn(self, moments: Tensor, option: InputWhitening) -> None:
+        """Set the matrix to ``(A / a + damping * I) ** -power``, in place.
+
+        It stays as it is where the moments are all zero or not finite.
+
+        Args:
+            moments: ``[R, D, D]``, ``A`` times any number.
+            option: the public options.
+        """
+        mean = moments.diagonal(dim1=1, dim2=2).mean(dim=1)
+        if not bool((mean.isfinite() & (mean > 0)).all()):
+            return
+        values, vectors = torch.linalg.eigh(moments / mean.view(-1, 1, 1))
+        values = (values.clamp(min=0) + option.damping) ** -option.power
+        self.matrix.copy_((vectors * values.unsqueeze(1)) @ vectors.transpose(1, 2))
+        self.stretch.copy_(values.amax())
+
+
+class Whitening:
+    """The matrices of all layers of a model.
+
+    Args:
+        model: the model.
+        config: the public options.
+        groups: by name, the layers that share parameters.
+
+    Attributes:
+        steps: the number of steps that the model has taken.
+        layers: the matrices by the layer's name, of those that were asked for by `tensors_of`.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: BackpropClipping, groups: Mapping[str, Group]
+    ) -> None:
+        self.model, self.option = model, config.whitening
+        self.max_input_norm = config.max_input_norm
+        self.steps = 0
+        self.layers: dict[str, LayerWhitening] = {}
+        self._alone = {name for name, group in groups.items() if len(group.layers) == 1}
+
+    def tensors_of(self, layer: Layer) -> tuple[Tensor, ...]:
+        """Return what `WhitenedRule.of` needs for a layer; empty if it is not to be whitened."""
+        if self.option is None or layer.name not in self._alone:
+            return ()
+        if not _has_columns(layer, self.option.max_size):
+            return ()
+        own = self.layers[layer.name] = LayerWhitening(layer)
+        return own.matrix, own.stretch
+
+    def begin(self) -> None:
+        """Learn the first matrices.
+
+        Raises:
+            ValueError: no layer is of a kind that is whitened, or the model fails on the public
+                examples.
+        """
+        if self.option is None:
+            return
+        if not self.layers:
+            raise ValueError(
+                "InputWhitening finds no layer to whiten: a linear layer or a convolution with a "
+                "trainable weight of its own and at most "
+                f"max_size={self.option.max_size} inputs. Raise max_size, or leave out whitening."
+            )
+        try:
+            self._learn(self.option)
+        except Exception as error:  # whatever the model's and the user's own code raise
+            raise ValueError(
+                "The model failed on the public examples of InputWhitening: "
+                f"{type(error).__name__}: {error} Its probes must return what the model is called "
+                "with: a tensor, or a tuple of arguments."
+            ) from error
+
+    def follow(self) -> None:
+        """Count a step, and learn new matrices if it is time."""
+        self.steps += 1
+        if self.option is not None and self.steps % self.option.every == 0:
+            self._learn(self.option)
+
+    def _learn(self, option: InputWhitening) -> None:
+        made = option.probes(self.steps)
+        args = made if isinstance(made, tuple) else (made,)
+        like = next(iter(self.layers.values())).layer.parameters[0]
+        args = tuple(_as_weights(x, like) if isinstance(x, Tensor) else x for x in args)
+        moments: dict[str, Tensor] = {}
+        with _evaluating(self.model), ExitStack() as stack:
+            for own in self.layers.values():
+                note = partial(self._note, own, moments)
+                hook = own.layer.module.register_forward_hook(note, with_kwargs=True)
+                stack.callback(hook.remove)
+            self.model(*args)
+            for name, found in moments.items():
+                self.layers[name].learn(found, option)
+
+    def _note(
+        self,
+        own: LayerWhitening,
+        moments: dict[str, Tensor],
+        _: nn.Module,
+        args: Args,
+        kwargs: Kwargs,
+        __: Any,
+    ) -> None:
+        (x,) = own.layer.arguments.get(args, kwargs)
+        assert x is not None
+        found = own.second_moments(x, self.max_input_norm)
+        name = own.layer.name
+        moments[name] = moments[name] + found if name in moments else found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model without autograd, compilation, autocast and dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    kinds = ("cpu", *({"cuda"} if torch.cuda.is_available() else ()))
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(full_precision())
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        for module, training in modes:
+            stack.callback(setattr, module, "training", training)
+            module.training = False
+        yield
+
+
+def _as_weights(x: Tensor, weight: Tensor) -> Tensor:
+    """Move a tensor to a weight's device, and to its dtype if it is not one of integers."""
+    return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
+
+
+def _has_columns(layer: Layer, most: int) -> bool:
+    rule = layer.rule
+    # By the exact class: a subclass may describe another layer.
+    if type(rule) not in _WITH_COLUMNS or layer.recurrence is not None or not rule.weight:
+        return False
+    assert isinstance(rule, FusedRule)
+    return rule.column_size() <= most

@@ -1,0 +1,158 @@
+"""Linear layers and convolutions whose weight's gradient is whitened: ``sum_p g_p (M u_p)^T``.
+
+``M`` is a public matrix, symmetric and positive definite, one for each group. The bias's gradient
+is as without it. Proof: ``docs/guarantee.md``, "Whitened inputs".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from opacus_bpclip.rules import exact_norms, norms, precision
+from opacus_bpclip.rules.fused import FusedRule
+from opacus_bpclip.rules.matrix import Measured
+
+
+@dataclass(frozen=True, eq=False)
+class WhitenedRule(FusedRule):
+    """A layer's rule for the whitened gradient. Inputs are measured and clipped as without it.
+
+    Attributes:
+        one: the rule of the layer, with a weight's gradient of ``[R * C, D]``.
+        matrix: ``M``, ``[R, D, D]``.
+        stretch: at least the largest eigenvalue of ``M``, a number.
+    """
+
+    one: FusedRule
+    matrix: Tensor
+    stretch: Tensor
+
+    @classmethod
+    def of(cls, rule: FusedRule, matrix: Tensor, stretch: Tensor) -> Self:
+        """Make the rule from that of the layer."""
+        return cls(rule.weight, rule.bias, rule, matrix, stretch)
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> Self:
+        """Refuse: the matrix is not the module's.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("A whitened rule is made from another rule.")
+
+    def stretched(self, columns: Tensor) -> Tensor:
+        """Return upper bounds on the norms of whitened columns, given those before, from `with_one`.
+
+        They only serve as margins for rounding errors, and so have room for those of two products.
+        """
+        return columns * (2 * self.stretch).clamp(min=1).to(columns.dtype)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """Return the whitened columns, ``[B, R, D, P]``."""
+        columns = self.one.columns(x)
+        return torch.matmul(self.matrix.to(columns.dtype), columns)
+
+    def exact_bound(
+        self, upstream: Tensor, x: Tensor, columns: Tensor, factor: Tensor | None = None
+    ) -> Tensor:
+        """Return the exact bound; for one position, where it needs the columns' norms themselves.
+
+        Args:
+            upstream: the upstream gradient, ``[B, R, C, P]``.
+            x: the input, ``[B, ...]``.
+            columns: from `stretched`.
+            factor: the factors by which ``x`` is still to be scaled; ``None`` for 1.
+        """
+        if upstream.shape[3] > 1:
+            return super().exact_bound(upstream, x, columns, factor)
+        if factor is not None:
+            x = x * self.one.spread(factor.to(x.dtype), x)
+        # The sum over the batch is whitened after it is made; its rounding errors are relative to
+        # the columns before that.
+        slack = precision.rounding_margin(upstream.dtype, upstream.device)
+        whitened = self.columns(x)
+        before = torch.linalg.vector_norm(self.one.columns(x), dim=2, dtype=columns.dtype)
+        length = torch.linalg.vector_norm(whitened, dim=2, dtype=columns.dtype)
+        length = length + norms.underflow(self.column_size(), columns.dtype)
+        length = length + slack * self.stretch.to(columns.dtype) * before
+        bound = exact_norms.exact_bound(
+            upstream,
+            whitened,
+            self.one.with_one(length),
+            weight=self.weight,
+            bias=self.bias,
+            slack=slack,
+        )
+        return bound * norms.accumulation(1, columns.dtype)
+
+    def gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, *, multiplier: int, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Whiten the gradient of the weight; that of the input does not depend on ``x``."""
+        dx, dw = self.one.gradients(g, x, weight, multiplier=multiplier, wanted=wanted)
+        return dx, None if dw is None else self._whitened(dw, weight)
+
+    def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Whiten each example's gradient."""
+        return self._whitened(self.one.own_gradients(g, x, weight), weight)
+
+    def own_bytes(self, g: Tensor, weight: Tensor) -> int:
+        """Count the gradient before and after."""
+        return self.one.own_bytes(g, weight) + super().own_bytes(g, weight)
+
+    def _whitened(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """Multiply gradients of the weight, ``[*, *weight.shape]``, by the matrix of each group."""
+        groups, size, _ = self.matrix.shape
+        matrices = gradient.reshape(-1, groups, weight.shape[0] // groups, size)
+        return torch.matmul(matrices, self.matrix.to(gradient.dtype)).view(gradient.shape)
+
+    def least_exact(self, dtype: torch.dtype) -> float:
+        """Return 0: the size is computed in every case."""
+        return 0.0
+
+    # All else is that of the layer without whitening.
+
+    def expected_dims(self) -> tuple[int, int | None]:
+        """Return the layer's."""
+        return self.one.expected_dims()
+
+    def batch_axis(self, default: int) -> int:
+        """Return the layer's."""
+        return self.one.batch_axis(default)
+
+    def measure(self, x: Tensor) -> Measured:
+        """Measure the columns before they are whitened."""
+        return self.one.measure(x)
+
+    def clip_factor(self, norms: Tensor, max_norm: float, x: Tensor) -> Tensor:
+        """Clip the columns before they are whitened."""
+        return self.one.clip_factor(norms, max_norm, x)
+
+    def spread(self, factor: Tensor, x: Tensor) -> Tensor:
+        """View the columns' factors so that they broadcast over the input."""
+        return self.one.spread(factor, x)
+
+    def upstream(self, g: Tensor) -> Tensor:
+        """View the upstream gradient as ``[B, R, C, P]``."""
+        return self.one.upstream(g)
+
+    def column_size(self) -> int:
+        """Return the number of inputs per group."""
+        return self.one.column_size()
+
+    def over_output(self, factor: Tensor, y: Tensor) -> Tensor:
+        """View factors so that they broadcast over the output."""
+        return self.one.over_output(factor, y)
+
+    def with_bias(self, y: Tensor, by: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
+        """Return ``b + s (y - b)``."""
+        return self.one.with_bias(y, by, bias, out)
+
+    def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
+        """Return the sum of the examples' gradients of the bias."""
+        return self.one.bias_gradient(g, factor)
