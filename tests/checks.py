@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_bpclip import (
     BackpropClipOptimizer,
     BackpropClipping,
+    FoldViews,
     PrivacyEngine,
     PrivacyViolationError,
 )
 from tests.devices import device, generator_there, there
+from tests.strategies.options import of_the_trainer
 
 # What cancellation in S(D + z) - S(D) may add, relative to the sensitivity.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-5}
@@ -59,7 +61,7 @@ class Trainer:
         autocast: bool = False,
     ) -> None:
         # Searches make thousands of trainers of the same few architectures.
-        clipping = dataclasses.replace(clipping, probe=probe)
+        clipping = with_probes(dataclasses.replace(clipping, probe=probe), model, shape)
         self.plain = model.to(device=device(), dtype=dtype)
         self.reduction = reduction
         self.loss = loss
@@ -112,6 +114,33 @@ class Trainer:
             name: torch.cat([p.summed_grad.detach().flatten() for p in group.parameters]).cpu()
             for name, group in self.optimizer._hooks._groups.items()
         }
+
+
+def with_probes(
+    clipping: BackpropClipping, model: nn.Module, shape: tuple[int, ...]
+) -> BackpropClipping:
+    """Give a whitening that was drawn its public examples; leave it out where it finds no layer."""
+    if clipping.whitening is None or clipping.whitening.probes is not of_the_trainer:
+        return clipping
+    if not any(is_whitened(module) for module in model.modules()):
+        return dataclasses.replace(clipping, whitening=None)
+    # A model of views gets single rows in evaluation mode, in which public examples are run. They are
+    # the same in every step, so that neighbouring batches meet the same matrices.
+    shape = shape[1:] if isinstance(model, FoldViews) else shape
+    examples = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    whitening = dataclasses.replace(clipping.whitening, probes=lambda _: examples)
+    return dataclasses.replace(clipping, whitening=whitening)
+
+
+def is_whitened(module: nn.Module) -> bool:
+    """Return whether the weight's gradient is whitened, if it is not shared."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        ends = module._reversed_padding_repeated_twice
+        if module.padding_mode != "zeros" or ends[::2] != ends[1::2]:
+            return False
+    elif type(module) is not nn.Linear:
+        return False
+    return module.weight.requires_grad
 
 
 def joint(vectors: Mapping[str, Tensor]) -> Tensor:

@@ -7,7 +7,9 @@ and groups are PyTorch's own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,14 @@ def clip_input(layer: nn.Module, x: Tensor, max_norm: float | None) -> Tensor:
     return x * factor
 
 
+def whitened(gradient: Tensor, matrices: Tensor) -> Tensor:
+    """Multiply a weight's gradient by each group's matrix, row by row."""
+    rows = gradient.flatten(1)
+    of_group = len(rows) // len(matrices)
+    made = [matrices[i // of_group] @ row for i, row in enumerate(rows)]
+    return torch.stack(made).view(gradient.shape)
+
+
 def bound_of(
     layer: nn.Module, x: Tensor, g: Tensor, gradient: Tensor, kind: str, max_norm: float | None
 ) -> Tensor:
@@ -89,10 +99,12 @@ def contribution(
     max_norm: float | None,
     joint: float | None = None,
     propagate: str = "clipped",
+    matrices: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Seen]:
     """Return what each layer of a sequential model saw of one example, ``x`` of shape [1, ...].
 
-    The loss is ``sum(output * target)``. With a ``joint`` limit, one factor serves all layers.
+    The loss is ``sum(output * target)``. With a ``joint`` limit, one factor serves all layers. The
+    gradients of weights are multiplied by the ``matrices``, ``[R, D, D]`` by name.
     """
     steps: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     value = x
@@ -108,7 +120,9 @@ def contribution(
     g = target.reshape(value.shape)
     for name, module, leaf, y in reversed(steps):
         if hasattr(module, "weight"):
-            parts = torch.autograd.grad(y, list(module.parameters()), g, retain_graph=True)
+            parts = [*torch.autograd.grad(y, list(module.parameters()), g, retain_graph=True)]
+            if name in matrices:
+                parts[0] = whitened(parts[0], matrices[name])
             gradient = torch.cat([part.flatten() for part in parts])
             clipped = clip_input(module, leaf, max_norm)
             bound = bound_of(module, clipped, g, gradient, kind, max_norm)

@@ -48,6 +48,8 @@ def test_each_contribution_is_the_examples_own_gradient_times_its_factor(case, c
     released = trainer.released(x, target)
     alone = [trainer.released(x[i : i + 1], target[i : i + 1]) for i in range(3)]
     limits = dict(trainer.optimizer.layer_sensitivities)
+    learnt = trainer.optimizer._hooks._whitening.layers
+    matrices = {name: own.matrix.clone() for name, own in learnt.items()}
     plain = trainer.model.to_standard_module()
     from opacus_bpclip import unclip_inputs
 
@@ -64,6 +66,7 @@ def test_each_contribution_is_the_examples_own_gradient_times_its_factor(case, c
             clipping.max_input_norm,
             joint=0.7 if clipping.allocation == "joint" else None,
             propagate=clipping.propagate,
+            matrices=matrices,
         )
         for name, layer in seen.items():
             expected = layer.factor * layer.gradient

@@ -90,8 +90,8 @@ class InputWhitening:
 
     Args:
         probes: called with the number of the step; returns public examples: a tensor, or a tuple of
-            the model's arguments. The guarantee holds only if they do not depend on the private
-            data. `PinkNoise` makes some for pictures.
+            the arguments of the model in evaluation mode. The guarantee holds only if they do not
+            depend on the private data. `PinkNoise` makes some for pictures.
         power: how far directions are made equal, up to 1/2: above 0, at most 1.
         damping: what is added to the eigenvalues, in units of their mean.
         every: the number of steps from one matrix to the next.

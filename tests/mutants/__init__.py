@@ -19,6 +19,7 @@ from tests.mutants import (
     thresholds,
     trainers,
     views,
+    whitening,
 )
 from tests.mutants.registry import MUTANTS, Mutant, mutant
 
@@ -44,4 +45,5 @@ __all__ = [
     "thresholds",
     "trainers",
     "views",
+    "whitening",
 ]

@@ -13,7 +13,7 @@ from tests.strategies.layers import (
     single_layers,
 )
 from tests.strategies.numbers import scales, seed_torch, seeds
-from tests.strategies.options import BOUNDS, MODES, accepted, clippings
+from tests.strategies.options import BOUNDS, MODES, accepted, clippings, whitenings
 
 __all__ = [
     "BOUNDS",
@@ -36,4 +36,5 @@ __all__ = [
     "seeds",
     "sequences",
     "single_layers",
+    "whitenings",
 ]

@@ -8,11 +8,26 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from opacus_bpclip import BackpropClipping
+from opacus_bpclip import BackpropClipping, InputWhitening
 from tests.budgets import layerwise
 
 BOUNDS = ("product", "weighted", "exact")
 MODES = tuple(itertools.product(BOUNDS, (False, True)))
+
+
+def of_the_trainer(step: int) -> object:
+    """Stand for public examples that `tests.checks.Trainer` makes for its model."""
+    raise AssertionError("public examples were asked for before the trainer has made them")
+
+
+@st.composite
+def whitenings(draw: st.DrawFn) -> InputWhitening:
+    return InputWhitening(
+        of_the_trainer,
+        power=draw(st.sampled_from([0.25, 0.5, 1.0])),
+        damping=draw(st.sampled_from([1e-6, 1e-3, 1.0])),
+        every=draw(st.integers(1, 3)),
+    )
 
 
 @st.composite
@@ -25,6 +40,7 @@ def clippings(draw: st.DrawFn) -> BackpropClipping:
         allocation=draw(st.sampled_from(["joint", "equal", "dimension"])),
         normalize=draw(st.booleans()),
         propagate=draw(st.sampled_from(["clipped", "unclipped"])),
+        whitening=draw(st.none() | whitenings()) if bound == "exact" else None,
     )
 
 

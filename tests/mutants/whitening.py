@@ -1,0 +1,77 @@
+"""Whitening that measures something else than it sums, or that looks at the private batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from opacus_bpclip.clipping import at_once
+from opacus_bpclip.clipping.fused import FusedClip
+from opacus_bpclip.clipping.whitening import LayerWhitening
+from opacus_bpclip.config import InputWhitening
+from opacus_bpclip.rules.whitened import WhitenedRule
+from tests.mutants import whitening_killers as killers
+from tests.mutants.registry import MOVED, mutant
+
+
+@mutant(killed_by=killers.private_inputs_far_from_the_public_ones, says="together and alone differ")
+def learnt_from_the_private_batch(patch: pytest.MonkeyPatch) -> None:
+    """The matrices are learnt from the examples that are trained on: each example changes the
+    gradients of all others."""
+    call = FusedClip.call
+
+    def learning(self: FusedClip, module: Any, args: Any, kwargs: Any, y: Tensor) -> Any:
+        own = LayerWhitening(self.layer)
+        own.learn(own.second_moments(args[0].detach(), None), InputWhitening(lambda _: None))
+        self.public = own.matrix, own.stretch
+        return call(self, module, args, kwargs, y)
+
+    patch.setattr(FusedClip, "call", learning)
+
+
+@mutant(killed_by=killers.a_small_direction_at_one_position, says=MOVED)
+def measured_before_it_is_whitened(patch: pytest.MonkeyPatch) -> None:
+    """The norm is that of the gradient before it is whitened, which makes it larger."""
+    patch.setattr(WhitenedRule, "stretched", lambda self, columns: columns)
+    patch.setattr(WhitenedRule, "exact_bound", lambda self, *args: self.one.exact_bound(*args))
+
+
+@mutant(killed_by=killers.a_small_direction_at_many_positions, says=MOVED)
+def columns_measured_before_they_are_whitened(patch: pytest.MonkeyPatch) -> None:
+    """The products of many positions are of columns before they are whitened."""
+    patch.setattr(WhitenedRule, "columns", lambda self, x: self.one.columns(x))
+
+
+@mutant(killed_by=killers.a_small_direction_by_itself, says=MOVED)
+def own_gradients_whitened_when_they_are_summed(patch: pytest.MonkeyPatch) -> None:
+    """Per-example gradients are measured first, and their sum is whitened."""
+    patch.setattr(WhitenedRule, "own_gradients", lambda self, *args: self.one.own_gradients(*args))
+    clip_own = at_once._clip_own
+
+    def whitened_later(use: Any, factors_of: Any) -> Any:
+        clipped = clip_own(use, factors_of)
+        clipped.sums["weight"] = use.rule._whitened(clipped.sums["weight"], use.weight)
+        return clipped
+
+    patch.setattr(at_once, "_clip_own", whitened_later)
+
+
+@mutant(killed_by=killers.a_gradient_of_two_groups, says=MOVED)
+def groups_whitened_by_the_next(patch: pytest.MonkeyPatch) -> None:
+    """The sum of each group's gradients is multiplied by the next group's matrix."""
+    gradients = WhitenedRule.gradients
+
+    def next_one(self: WhitenedRule, *args: Any, **kwargs: Any) -> Any:
+        other = WhitenedRule.of(self.one, self.matrix.roll(1, 0), self.stretch)
+        return gradients(other, *args, **kwargs)
+
+    patch.setattr(WhitenedRule, "gradients", next_one)
+
+
+@mutant(killed_by=killers.a_large_direction_reaches_the_limit, says="reaches only")
+def measured_by_the_largest_eigenvalue(patch: pytest.MonkeyPatch) -> None:
+    """The norm of a gradient at one position is bounded by the largest eigenvalue, which wastes most
+    of the limit."""
+    patch.setattr(WhitenedRule, "exact_bound", lambda self, *args: self.one.exact_bound(*args))
