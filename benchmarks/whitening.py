@@ -180,7 +180,7 @@ Examples = tuple[Tensor, Tensor]
 
 
 def examples(settings: Settings, held: float | None) -> tuple[Examples, Examples]:
-    """Return those to train on and those to judge by: a part of the training set, or the test set."""
+    """Return those to train on, and the part of them or the test set to judge by."""
     sets = data.digits() if settings.dataset == "digits" else data.mnist(settings.data_root)
     if held is None:
         return sets[0][:], sets[1][:]
@@ -215,8 +215,8 @@ def train(
         sums = [torch.zeros(len(own.weight), own.weight[0].numel() + 1) for own in layers]
         for some in batch.split(CHUNK):
             found, before = clipped_sums(
-                    model, x[some], labels[some], whitenings, arm, max_grad_norm
-                )
+                model, x[some], labels[some], whitenings, arm, max_grad_norm
+            )
             sums = [total + own for total, own in zip(sums, found, strict=True)]
             norms.append(before)
         with torch.no_grad():

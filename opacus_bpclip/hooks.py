@@ -60,8 +60,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         CoverageError: no rule bounds some trainable parameter, or the model has hooks already. The
             model is left unchanged.
         ValueError: an option needs more of the gradients than a plain mean loss in single precision
-            leaves, or the model fails on the public examples of `InputWhitening`; the message says
-            what to do.
+            leaves, or the model fails on the public examples of `InputWhitening`.
     """
 
     def __init__(
@@ -138,16 +137,17 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         self._guard.undoes_mean = mean = loss_reduction == "mean" and criterion is None
         if loss_reduction == "mean":
             self._guard.loss = self._loss
+        self._whitening = Whitening(m, config, self._groups)
         settings = Settings(
             config,
             targets,
-            {layer.name: group.name for group in self._groups.values() for layer in group.layers},
+            {layer.name: name for name, group in self._groups.items() for layer in group.layers},
             self._guard,
             mean,
             SharedMeasurement(),
             self._budget,
             Followed(),
-            whitening := Whitening(m, config, self._groups),
+            self._whitening,
         )
         self._functions = Functions(layers, settings)
         for clip in layer_clips(layers.values(), settings):
@@ -158,12 +158,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._handles += softmax.attach()
         setattr(m, _ATTACHED, True)
         self._attached = True
-        self._whitening = whitening
-        try:
-            whitening.begin()
-        except ValueError:
-            self._undo()
-            raise
+        self._whitening.begin(self._undo)
 
     @property
     def _max_grad_norm(self) -> float:
@@ -211,8 +206,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
     def set_grad_sample_to_none(self) -> None:
         """Do nothing: no parameter has per-example gradients."""
 
-    def del_grad_sample(self) -> None:
-        """Do nothing: no parameter has per-example gradients."""
+    del_grad_sample = set_grad_sample_to_none
 
     def remove_hooks(self) -> None:
         """Remove all hooks, those of input clipping included."""
@@ -283,7 +277,6 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._guard.forms.note_eager(Batch(args, kwargs, self._guard.examples, self._axis))
 
     # Recurrent networks run in eager mode under torch.compile, so these hooks must, too.
-
     @torch.compiler.disable(reason=RECURRENT_IS_EAGER)
     def _enter_root_eagerly(self, *arguments: Any) -> None:
         self._enter_root(*arguments)

@@ -124,8 +124,8 @@ def with_probes(
         return clipping
     if not any(is_whitened(module) for module in model.modules()):
         return dataclasses.replace(clipping, whitening=None)
-    # A model of views gets single rows in evaluation mode, in which public examples are run. They are
-    # the same in every step, so that neighbouring batches meet the same matrices.
+    # A model of views gets single rows in evaluation mode, in which public examples are run. These
+    # are the same in every step, so that neighbouring batches meet the same matrices.
     shape = shape[1:] if isinstance(model, FoldViews) else shape
     examples = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
     whitening = dataclasses.replace(clipping.whitening, probes=lambda _: examples)

@@ -84,8 +84,11 @@ class FusedClip(NodeClip):
         assert weight is not None
         rule = self.rule
         if public:
+            matrix, stretch = public
+            assert matrix is not None
+            assert stretch is not None
             assert columns is not None
-            rule = whitened = WhitenedRule.of(rule, *public)
+            rule = whitened = WhitenedRule.of(rule, matrix, stretch)
             columns = whitened.stretched(columns)
         return FusedUse(
             self.layer,

@@ -74,11 +74,10 @@ class FusedUse(Use):
         wants_input: bool,
     ) -> None:
         self.layer, self.rule = layer, rule
-        self.bound, self.max_input_norm = bound, max_input_norm
-        self.target, self.examples = target, examples
+        self.bound, self.max_input_norm, self.target = bound, max_input_norm, target
         self.g, self.x, self.weight = g, x, weight
         self.factor, self.columns, self.finite = measurement
-        self.wants_input = wants_input
+        self.examples, self.wants_input = examples, wants_input
         # Memory that temporaries reuse: fresh memory is slow.
         self._scratch: Tensor | None = None
         self._cancellation: Tensor | None = None
@@ -94,14 +93,13 @@ class FusedUse(Use):
 
     def measure(self) -> Measured:
         """Return the bounds of the option ``bound``."""
-        rule = self.rule
         keeps = self.weight.numel() <= _OWN_KEPT * (self.x[:1].numel() + self.g[:1].numel())
         if not self._makes_own(keeps=keeps):
             return self.measure_by_bound()
         found: list[Measured] = []
         cancellations, gradients = [], []
         for rows in chunks(
-            self.g.shape[0], exact_chunk(rule.own_bytes(self.g, self.weight), self.g.device)
+            self.g.shape[0], exact_chunk(self.rule.own_bytes(self.g, self.weight), self.g.device)
         ):
             own, each, cancellation = self._own_of(rows)
             found.append(each)
@@ -111,8 +109,8 @@ class FusedUse(Use):
         self._cancellation = torch.cat(cancellations)
         if keeps:
             self._own = gradients
-            if rule.bias:
-                self._bias_sums = rule.upstream(wide(self.g)).sum(dim=3).flatten(1)
+            if self.rule.bias:
+                self._bias_sums = self.rule.upstream(wide(self.g)).sum(dim=3).flatten(1)
         return joined(found)
 
     def _makes_own(self, *, keeps: bool) -> bool:

@@ -13,11 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from opacus_bpclip.clipping.base import Settings
 from opacus_bpclip.clipping.factors import Target
 from opacus_bpclip.clipping.layer_use import Graph, LayerUse
-from opacus_bpclip.clipping.node import Call, NodeClip, parameters_replaced
+from opacus_bpclip.clipping.node import Call, NodeClip
 from opacus_bpclip.clipping.use import Use
 from opacus_bpclip.guard.call_checks import replaced_parameter, unknown_parameter, went_around
 from opacus_bpclip.guard.precision import low_in_a_graph
-from opacus_bpclip.model.calls import Args, Kwargs
+from opacus_bpclip.model.calls import Args, Kwargs, parameters_replaced
 from opacus_bpclip.model.graphs import low_precision_behind
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Inputs

@@ -8,8 +8,6 @@ token.)
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,7 +26,7 @@ from opacus_bpclip.guard.call_checks import (
     replaced_parameter,
     wrong_batch,
 )
-from opacus_bpclip.model.calls import Args, Kwargs
+from opacus_bpclip.model.calls import Args, Kwargs, parameters_replaced
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.saved_norms import SavedNorm
 from opacus_bpclip.rules import Inputs
@@ -290,14 +288,3 @@ def _traced(
     out = clip.attached(call, scope)
     scope.close()
     return out
-
-
-@contextmanager
-def parameters_replaced(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
-    """Replace some of a module's own parameters by other tensors inside this context."""
-    before = dict(module._parameters)
-    module._parameters.update(cast("Mapping[str, nn.Parameter | None]", tensors))
-    try:
-        yield
-    finally:
-        module._parameters.update(before)

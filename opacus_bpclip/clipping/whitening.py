@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -105,8 +105,11 @@ class Whitening:
         own = self.layers[layer.name] = LayerWhitening(layer)
         return own.matrix, own.stretch
 
-    def begin(self) -> None:
+    def begin(self, undo: Callable[[], object]) -> None:
         """Learn the first matrices.
+
+        Args:
+            undo: called before an error is raised.
 
         Raises:
             ValueError: no layer is of a kind that is whitened, or the model fails on the public
@@ -115,6 +118,7 @@ class Whitening:
         if self.option is None:
             return
         if not self.layers:
+            undo()
             raise ValueError(
                 "InputWhitening finds no layer to whiten: a linear layer or a convolution with a "
                 "trainable weight of its own and at most "
@@ -123,10 +127,11 @@ class Whitening:
         try:
             self._learn(self.option)
         except Exception as error:  # whatever the model's and the user's own code raise
+            undo()
             raise ValueError(
                 "The model failed on the public examples of InputWhitening: "
-                f"{type(error).__name__}: {error} Its probes must return what the model is called "
-                "with: a tensor, or a tuple of arguments."
+                f"{type(error).__name__}: {error}. Its probes must return what the model is called "
+                "with in evaluation mode: a tensor, or a tuple of arguments."
             ) from error
 
     def follow(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -104,3 +106,14 @@ class CallArguments:
         """Undo `rows`."""
         x = x if self.fold is None else x.flatten(0, 1)
         return x.movedim(0, self.batch_axis) if self.batch_axis else x
+
+
+@contextmanager
+def parameters_replaced(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Replace some of a module's own parameters by other tensors inside this context."""
+    before = dict(module._parameters)
+    module._parameters.update(cast("Mapping[str, nn.Parameter | None]", tensors))
+    try:
+        yield
+    finally:
+        module._parameters.update(before)

@@ -46,7 +46,7 @@ class WhitenedRule(FusedRule):
         raise TypeError("A whitened rule is made from another rule.")
 
     def stretched(self, columns: Tensor) -> Tensor:
-        """Return upper bounds on the norms of whitened columns, given those before, from `with_one`.
+        """Return upper bounds on the norms of whitened columns, given `with_one` of those before.
 
         They only serve as margins for rounding errors, and so have room for those of two products.
         """

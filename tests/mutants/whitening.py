@@ -72,6 +72,6 @@ def groups_whitened_by_the_next(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(killed_by=killers.a_large_direction_reaches_the_limit, says="reaches only")
 def measured_by_the_largest_eigenvalue(patch: pytest.MonkeyPatch) -> None:
-    """The norm of a gradient at one position is bounded by the largest eigenvalue, which wastes most
-    of the limit."""
+    """The norm of a gradient at one position is bounded by the largest eigenvalue, which wastes
+    most of the limit."""
     patch.setattr(WhitenedRule, "exact_bound", lambda self, *args: self.one.exact_bound(*args))

@@ -11,7 +11,7 @@ from tests.checks import HUGE, Trainer, check_independence, check_sensitivity, j
 
 def _trainer(model: nn.Module, public: Tensor, allocation: str = "joint") -> Trainer:
     """Return a trainer whose matrices are learnt from the given public inputs."""
-    whitening = InputWhitening(lambda _: public, power=1.0)
+    whitening = InputWhitening(lambda _: public, power=0.5)
     clipping = BackpropClipping(allocation=allocation, whitening=whitening)  # type: ignore[arg-type]
     return Trainer(model, tuple(public.shape[1:]), clipping, reduction="sum")
 
@@ -24,7 +24,9 @@ def _public(*shape: int) -> Tensor:
 
 
 def _check_ones(trainer: Trainer, *shape: int, outputs: int) -> None:
-    check_sensitivity(trainer, torch.ones(2, *shape).double(), HUGE * torch.ones(2, outputs).double())
+    check_sensitivity(
+        trainer, torch.ones(2, *shape).double(), HUGE * torch.ones(2, outputs).double()
+    )
 
 
 def private_inputs_far_from_the_public_ones() -> None:

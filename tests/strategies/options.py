@@ -24,8 +24,8 @@ def of_the_trainer(step: int) -> object:
 def whitenings(draw: st.DrawFn) -> InputWhitening:
     return InputWhitening(
         of_the_trainer,
-        power=draw(st.sampled_from([0.25, 0.5, 1.0])),
-        damping=draw(st.sampled_from([1e-6, 1e-3, 1.0])),
+        power=draw(st.sampled_from([0.25, 0.5])),
+        damping=draw(st.sampled_from([1e-3, 1.0])),
         every=draw(st.integers(1, 3)),
     )
 

@@ -1,0 +1,215 @@
+"""What the matrices are learnt from, when, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opacus_bpclip import BackpropClipHooks, BackpropClipping, InputWhitening, PinkNoise
+from tests.checks import Trainer
+from tests.whitening.test_guarantee import SHAPE, batch, clipping_of, matrices_of, network
+
+
+def power_of(columns: Tensor, option: InputWhitening) -> Tensor:
+    """Return ``(A / a + damping I) ** -power`` of columns, ``[N, D]``, by another way: the SVD."""
+    size = columns.shape[1]
+    second = columns.T @ columns
+    scaled = second / (second.trace() / size) + option.damping * torch.eye(size).double()
+    left, values, right = torch.linalg.svd(scaled)
+    return (left * values**-option.power) @ right
+
+
+@pytest.mark.parametrize("max_input_norm", [None, 0.5])
+def test_the_matrices_are_powers_of_the_second_moments(max_input_norm: float | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 2)
+    )
+    public = 2 * torch.randn(7, 2, 7, 7).double()
+    option = InputWhitening(lambda _: public, power=0.3, damping=0.01)
+    clipping = BackpropClipping(whitening=option, max_input_norm=max_input_norm)
+    found = matrices_of(Trainer(model, (2, 7, 7), clipping))
+
+    patches = F.unfold(public, 3, stride=2)  # [N, 2 * 9, P]
+    largest = patches.view(7, 2, 9, -1).norm(dim=2).amax((1, 2))
+    factor = (max_input_norm / largest).clamp(max=1) if max_input_norm else torch.ones(7).double()
+    patches = (patches * factor.view(-1, 1, 1)).view(7, 2, 9, -1)
+    for group in range(2):
+        columns = patches[:, group].transpose(1, 2).reshape(-1, 9)
+        torch.testing.assert_close(found["0"][group], power_of(columns, option))
+    with torch.no_grad():
+        hidden = model[:3](public * factor.view(-1, 1, 1, 1))
+    factor = (max_input_norm / hidden.norm(dim=1)).clamp(max=1) if max_input_norm else torch.ones(7)
+    torch.testing.assert_close(found["3"][0], power_of(hidden * factor[:, None], option))
+
+
+def test_they_are_learnt_every_few_steps_from_the_present_weights() -> None:
+    steps: list[int] = []
+    noise = PinkNoise(SHAPE, count=5)
+    option = InputWhitening(lambda step: steps.append(step) or noise(0), every=3)
+    trainer = Trainer(network(), SHAPE, BackpropClipping(whitening=option))
+    first = matrices_of(trainer)
+    for step in range(1, 8):
+        trainer.move(*batch(), lr=0.5)
+        assert steps == [0, 3, 6][: 1 + step // 3]
+        assert torch.equal(first["3"], matrices_of(trainer)["3"]) == (step < 3)
+        assert torch.equal(first["0"], matrices_of(trainer)["0"])  # of the model's own input
+
+
+def test_learning_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Sequential(nn.Linear(3, 2)))
+    model[2].eval()
+    state = torch.get_rng_state()
+    BackpropClipHooks(
+        model, config=BackpropClipping(whitening=InputWhitening(lambda _: torch.ones(3, 4)))
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == [True, True, True, False, False]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_layers_that_are_large_frozen_or_unlike_are_left_as_they_are() -> None:
+    model = network()
+    model[3].weight.requires_grad_(False)
+    option = InputWhitening(PinkNoise(SHAPE, count=5), max_size=9)
+    assert set(matrices_of(Trainer(model, SHAPE, BackpropClipping(whitening=option)))) == {"0", "6"}
+
+
+def test_without_moments_a_matrix_stays_as_it_is() -> None:
+    """A dead layer's inputs are zero, and a diverging model's are not finite."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].bias.fill_(-1e3)
+    public = torch.randn(5, 4)
+    clipping = BackpropClipping(whitening=InputWhitening(lambda _: public, every=1))
+    trainer = Trainer(model, (4,), clipping)
+    found = matrices_of(trainer)
+    assert torch.equal(found["2"][0], torch.eye(3).double())
+    public[0] = float("nan")
+    trainer.step(torch.randn(3, 4).double(), torch.randn(3, 2).double())
+    assert torch.equal(found["0"], matrices_of(trainer)["0"])
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.embedding(ids), x], dim=1))
+
+
+def test_probes_may_be_several_arguments_of_any_dtype() -> None:
+    option = InputWhitening(lambda _: (torch.tensor([0, 1, 4]), torch.randn(3, 1)))
+    hooks = BackpropClipHooks(TwoInputs().bfloat16(), config=BackpropClipping(whitening=option))
+    matrix = hooks._whitening.layers["head"].matrix
+    assert matrix.dtype == torch.float32
+    assert not torch.equal(matrix[0], torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("probes", "said"),
+    [
+        (
+            lambda _: torch.ones(3, 5),
+            r"on the public examples of InputWhitening: RuntimeError: mat1",
+        ),
+        (lambda _: 1 / 0, "ZeroDivisionError: division by zero Its probes must return what the"),
+    ],
+)
+def test_probes_that_do_not_fit_are_refused_and_the_model_is_left_unchanged(
+    probes: object, said: str
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    before = copy.deepcopy(vars(model[0])["_forward_hooks"])
+    clipping = BackpropClipping(whitening=InputWhitening(probes), max_input_norm=1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=said):
+        Trainer(model, (4,), clipping)
+    assert vars(model[0])["_forward_hooks"] == before
+    Trainer(model, (4,), BackpropClipping())
+
+
+def test_a_model_without_a_layer_to_whiten_is_refused() -> None:
+    clipping = BackpropClipping(whitening=InputWhitening(lambda _: torch.ones(3, 4)))
+    with pytest.raises(ValueError, match="finds no layer to whiten: .* or leave out whitening"):
+        BackpropClipHooks(nn.Sequential(nn.LayerNorm(4)), config=clipping)
+
+
+def test_a_checkpoint_under_another_whitening_is_told() -> None:
+    trainers = [
+        Trainer(network(), SHAPE, clipping)
+        for clipping in (clipping_of(), clipping_of(), clipping_of(power=0.25))
+    ]
+    state = trainers[0].optimizer.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainers[1].optimizer.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"whitening was \(0.5, .* and is \(0.25,"):
+        trainers[2].optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"probes": torch.ones(3)}, "Expected probes="),
+        ({"power": 0.6}, "Expected power=0.6 to be a number > 0 and at most 0.5"),
+        ({"power": 0}, "Expected power=0"),
+        ({"damping": 1e-4}, "Expected damping=0.0001 to be a finite number >= 0.001"),
+        ({"every": 0}, "Expected every=0 to be an integer >= 1"),
+        ({"max_size": 2.5}, "Expected max_size=2.5"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        InputWhitening(**{"probes": PinkNoise(SHAPE)} | options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"whitening": 0.25}, "Expected whitening=0.25 to be an InputWhitening or None"),
+        (
+            {"whitening": InputWhitening(PinkNoise(SHAPE)), "bound": "weighted"},
+            "bound='weighted' would be far above them. Set bound=\"exact\"",
+        ),
+    ],
+)
+def test_whitening_needs_the_exact_bound(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        BackpropClipping(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9), (2, 4, 5, 6)])
+def test_pink_noise_has_the_spectrum_of_pictures(shape: tuple[int, ...]) -> None:
+    x = PinkNoise(shape, count=300, mean=0.3, deviation=0.2)(7)
+    axes = tuple(range(2, x.dim()))
+    assert x.shape == (300, *shape)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x.mean(dim=axes), torch.full((300, shape[0]), 0.3))
+    torch.testing.assert_close(x.std(dim=axes, correction=0), torch.full((300, shape[0]), 0.2))
+    lines = (x - 0.3).mean(dim=axes[:-1]) if axes[1:] else x - 0.3
+    amplitudes = torch.fft.rfft(lines).abs().mean(dim=(0, 1))
+    assert amplitudes[1] > 1.3 * amplitudes[2]
+    assert torch.equal(x, PinkNoise(shape, count=300, mean=0.3, deviation=0.2)(7))
+    assert not torch.equal(x, PinkNoise(shape, count=300, mean=0.3, deviation=0.2, seed=1)(7))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"shape": (28,)}, r"Expected shape=\(28,\) to be the shape of one picture"),
+        ({"shape": (1, 0)}, "Expected shape="),
+        ({"count": 0}, "Expected count=0 to be an integer >= 1"),
+        ({"seed": -1}, "Expected seed=-1"),
+        ({"mean": float("nan")}, "Expected mean=nan"),
+        ({"deviation": 0.0}, "Expected deviation=0.0"),
+    ],
+)
+def test_pink_noise_out_of_range_is_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        PinkNoise(**{"shape": SHAPE} | options)  # type: ignore[arg-type]
