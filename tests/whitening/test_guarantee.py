@@ -188,7 +188,8 @@ def test_several_uses_are_whitened_alike_and_shared_weights_are_not() -> None:
     plain = copy.deepcopy(model)
     whitening = InputWhitening(lambda _: torch.randn(5, 4), power=0.5)
     trainer = Trainer(model, (4,), BackpropClipping(whitening=whitening), max_grad_norm=0.3)
-    assert set(matrices := matrices_of(trainer)) == {"layer"}
+    matrices = matrices_of(trainer)
+    assert set(matrices) == {"layer"}
     x, target = torch.randn(1, 4).double(), torch.ones(1, 4).double()
     found = trainer.released(x, target)
     own = torch.autograd.grad(linear_loss(plain(x), target, "sum"), [*plain.parameters()])

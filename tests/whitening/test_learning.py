@@ -119,7 +119,7 @@ def test_probes_may_be_several_arguments_of_any_dtype() -> None:
             lambda _: torch.ones(3, 5),
             r"on the public examples of InputWhitening: RuntimeError: mat1",
         ),
-        (lambda _: 1 / 0, "ZeroDivisionError: division by zero Its probes must return what the"),
+        (lambda _: 1 / 0, r"ZeroDivisionError: division by zero\. Its probes must return what the"),
     ],
 )
 def test_probes_that_do_not_fit_are_refused_and_the_model_is_left_unchanged(
@@ -136,7 +136,7 @@ def test_probes_that_do_not_fit_are_refused_and_the_model_is_left_unchanged(
 
 def test_a_model_without_a_layer_to_whiten_is_refused() -> None:
     clipping = BackpropClipping(whitening=InputWhitening(lambda _: torch.ones(3, 4)))
-    with pytest.raises(ValueError, match="finds no layer to whiten: .* or leave out whitening"):
+    with pytest.raises(ValueError, match=r"finds no layer to whiten: .* or leave out whitening"):
         BackpropClipHooks(nn.Sequential(nn.LayerNorm(4)), config=clipping)
 
 
