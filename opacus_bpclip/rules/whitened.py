@@ -54,8 +54,8 @@ class WhitenedRule(FusedRule):
 
     def columns(self, x: Tensor) -> Tensor:
         """Return the whitened columns, ``[B, R, D, P]``."""
-        columns = self.one.columns(x)
-        return torch.matmul(self.matrix.to(columns.dtype), columns)
+        columns = self.one.columns(x).transpose(2, 3)
+        return self._times_matrix(columns.movedim(1, 0)).movedim(0, 1).transpose(2, 3)
 
     def exact_bound(
         self, upstream: Tensor, x: Tensor, columns: Tensor, factor: Tensor | None = None
@@ -108,8 +108,16 @@ class WhitenedRule(FusedRule):
     def _whitened(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """Multiply gradients of the weight, ``[*, *weight.shape]``, by the matrix of each group."""
         groups, size, _ = self.matrix.shape
-        matrices = gradient.reshape(-1, groups, weight.shape[0] // groups, size)
-        return torch.matmul(matrices, self.matrix.to(gradient.dtype)).view(gradient.shape)
+        rows = gradient.reshape(-1, groups, weight.shape[0] // groups, size)
+        return self._times_matrix(rows.movedim(1, 0)).movedim(0, 1).reshape(gradient.shape)
+
+    def _times_matrix(self, rows: Tensor) -> Tensor:
+        """Multiply rows, ``[R, *, D]``, by the matrix of each group, which is symmetric.
+
+        One product for each group is many times faster than one for each example.
+        """
+        made = torch.bmm(rows.flatten(1, -2), self.matrix.to(rows.dtype))
+        return made.view(rows.shape)
 
     def least_exact(self, dtype: torch.dtype) -> float:
         """Return 0: the size is computed in every case."""
