@@ -126,8 +126,9 @@ class EngineTrainer(Trainer):
         self._optimizer.step()
 
     def restart(self) -> None:
-        """Put the parameters and the thresholds back to their first values."""
+        """Put the parameters, the thresholds and the whitening back to their first values."""
         super().restart()
+        self._optimizer._hooks._whitening.restart()
         self._optimizer._hooks._sensitivities.load_state_dict(self._thresholds)
 
     def release(self) -> Tensor | None:

@@ -140,6 +140,13 @@ class Whitening:
         if self.option is not None and self.steps % self.option.every == 0:
             self._learn(self.option)
 
+    def restart(self) -> None:
+        """Go back to the first step, with the present weights."""
+        moved = self.option is not None and self.steps >= self.option.every
+        self.steps = 0
+        if moved and self.option is not None:
+            self._learn(self.option)
+
     def _learn(self, option: InputWhitening) -> None:
         made = option.probes(self.steps)
         args = made if isinstance(made, tuple) else (made,)
