@@ -1,4 +1,4 @@
-"""The audit of whitened gradients: neighbours, replay, the noise's law and the empirical epsilon."""
+"""The audit of whitened gradients: neighbours, replay, noise and the empirical epsilon."""
 
 from __future__ import annotations
 
