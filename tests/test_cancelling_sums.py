@@ -10,8 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_bpclip import BackpropClipHooks, BackpropClipping
+from opacus_bpclip import BackpropClipHooks, BackpropClipping, PrivacyEngine
 from opacus_bpclip.clipping import together
 from opacus_bpclip.rules import precision
 from tests.checks import Trainer, joint
@@ -190,3 +191,30 @@ def test_the_margin_takes_little_where_uses_do_not_cancel(
     x[:, 0] = 3.0
     part = joint(trainer.released(x, target)).norm() / trainer.optimizer.max_grad_norm
     assert 0.94 < part <= 1
+
+
+MANY = TensorDataset(torch.zeros(10_000, 6), torch.zeros(10_000, dtype=torch.long))
+
+
+def test_no_mean_in_single_precision_sums_very_many_examples() -> None:
+    refused = pytest.raises(ValueError, match=r"is to sum 5,000 examples .*_size=4096 or less")
+    model = between_layers()
+    with refused:
+        make_private(model, data=MANY, batch_size=5000)
+    with refused:
+        make_private(model, data=MANY, batch_size=5000, physical_batch_size=4097)
+    # The remedies, and what there is no need to refuse. The model was left as it was.
+    make_private(model, data=MANY, batch_size=5000, physical_batch_size=4096)
+    make_private(between_layers(), data=MANY, batch_size=5000, loss_reduction="sum")
+    make_private(between_layers(), data=MANY, batch_size=2500)
+    double = TensorDataset(MANY.tensors[0].double(), MANY.tensors[1])
+    make_private(between_layers().double(), data=double, batch_size=5000)
+    PrivacyEngine().make_private(
+        module=(model := between_layers()),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=nn.CrossEntropyLoss(),
+        data_loader=DataLoader(MANY, batch_size=5000),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        clipping="backprop",
+    )

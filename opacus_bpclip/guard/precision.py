@@ -40,14 +40,40 @@ def rounded_options(config: BackpropClipping, parameters: Iterable[nn.Parameter]
         config: the options.
         parameters: the model's.
     """
-    single = any(p.requires_grad and p.dtype != torch.float64 for p in parameters)
-    if not single:
+    if not _any_single(parameters):
         return None
     if isinstance(config.threshold, AdaptiveThreshold):
         return _ROUNDED_COUNTS
     if config.propagate == "unclipped" and config.allocation != "joint":
         return _ROUNDED_BELOW
     return None
+
+
+# With more equal examples than this in one backward pass, the rounding of a plain mean's sums comes
+# near the claim. Measured in docs/guarantee.md, "What a plain mean leaves".
+_MOST_ROWS = 4096
+
+
+def rounded_sums(rows: float, parameters: Iterable[nn.Parameter]) -> str | None:
+    """Refuse a plain mean in single precision over very large batches.
+
+    Args:
+        rows: the expected number of examples in one backward pass, a public number.
+        parameters: the model's.
+    """
+    if rows <= _MOST_ROWS or not _any_single(parameters):
+        return None
+    return (
+        f"One backward pass is to sum {rows:,.0f} examples on average. {_ROUNDED}in so many equal "
+        "examples at once the rounding may add up to as much as one example may contribute. "
+        "Pass the criterion to make_private (criterion=nn.CrossEntropyLoss()) and compute the loss "
+        'with the one that is returned, or train with loss_reduction="sum", or split the batch '
+        f"with physical_batch_size={_MOST_ROWS} or less."
+    )
+
+
+def _any_single(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(p.requires_grad and p.dtype != torch.float64 for p in parameters)
 
 
 _ROUNDED = (
