@@ -197,7 +197,7 @@ MANY = TensorDataset(torch.zeros(10_000, 6), torch.zeros(10_000, dtype=torch.lon
 
 
 def test_no_mean_in_single_precision_sums_very_many_examples() -> None:
-    refused = pytest.raises(ValueError, match=r"is to sum 5,000 examples .*_size=4096 or less")
+    refused = pytest.raises(ValueError, match=r"is to sum [45],\d+ examples .*_size=4096 or less")
     model = between_layers()
     with refused:
         make_private(model, data=MANY, batch_size=5000)
