@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from opacus_bpclip.config import BackpropClipping, InputWhitening
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.model.sharding import gathered
 from opacus_bpclip.model.tying import Group
+from opacus_bpclip.probe.randomness import repeatable
 from opacus_bpclip.rules import ConvRule, LinearRule
 from opacus_bpclip.rules.exact_norms import chunks, exact_chunk
 from opacus_bpclip.rules.fused import FusedRule
@@ -21,6 +24,9 @@ from opacus_bpclip.rules.precision import full_precision, wide
 from opacus_bpclip.rules.views import ConvOverViews
 
 _WITH_COLUMNS = (LinearRule, ConvRule, ConvOverViews)
+
+# The largest ratio of two eigenvalues of a matrix.
+_LARGEST_RATIO = 100.0
 
 
 class LayerWhitening:
@@ -43,6 +49,7 @@ class LayerWhitening:
         one = torch.eye(self.rule.column_size(), dtype=like.dtype, device=like.device)
         self.matrix = one.repeat(groups, 1, 1)
         self.stretch = like.new_ones(())
+        self._stretches = like.new_ones(groups)
 
     def second_moments(self, x: Tensor, max_input_norm: float | None) -> Tensor:
         """Return the sum of ``u u^T`` over the columns of an input. ``[R, D, D]`` in float64."""
@@ -56,22 +63,31 @@ class LayerWhitening:
             total += torch.matmul(columns, columns.transpose(1, 2))
         return total
 
-    def learn(self, moments: Tensor, option: InputWhitening) -> None:
-        """Set the matrix to ``(A / a + damping * I) ** -power``, in place.
+    def learn(self, moments: Tensor, option: InputWhitening) -> bool:
+        """Set the matrices to ``(A / a + damping * I) ** -power``, in place.
 
-        It stays as it is where the moments are all zero or not finite.
+        The matrix of a group stays as it is where the moments are all zero or not finite.
 
         Args:
             moments: ``[R, D, D]``, ``A`` times any number.
             option: the public options.
+
+        Returns:
+            Whether any matrix was set.
         """
         mean = moments.diagonal(dim1=1, dim2=2).mean(dim=1)
-        if not bool((mean.isfinite() & (mean > 0)).all()):
-            return
-        values, vectors = torch.linalg.eigh(moments / mean.view(-1, 1, 1))
+        usable = mean.isfinite() & (mean > 0)
+        if not bool(usable.any()):
+            return False
+        values, vectors = torch.linalg.eigh(moments[usable] / mean[usable].view(-1, 1, 1))
         values = (values.clamp(min=0) + option.damping) ** -option.power
-        self.matrix.copy_((vectors * values.unsqueeze(1)) @ vectors.transpose(1, 2))
-        self.stretch.copy_(values.amax())
+        # A sum over the batch is whitened after it is made, which scales its rounding errors up.
+        values = values.clamp(min=values.amax(dim=1, keepdim=True) / _LARGEST_RATIO)
+        made = (vectors * values.unsqueeze(1)) @ vectors.transpose(1, 2)
+        self.matrix[usable] = made.to(self.matrix.dtype)
+        self._stretches[usable] = values.amax(dim=1).to(self.stretch.dtype)
+        self.stretch.copy_(self._stretches.amax())
+        return True
 
 
 class Whitening:
@@ -84,6 +100,7 @@ class Whitening:
 
     Attributes:
         steps: the number of steps that the model has taken.
+        stale: whether the weights are others than those of the latest steps.
         layers: the matrices by the layer's name, of those that were asked for by `tensors_of`.
     """
 
@@ -92,7 +109,7 @@ class Whitening:
     ) -> None:
         self.model, self.option = model, config.whitening
         self.max_input_norm = config.max_input_norm
-        self.steps = 0
+        self.steps, self.stale = 0, False
         self.layers: dict[str, LayerWhitening] = {}
         self._alone = {name for name, group in groups.items() if len(group.layers) == 1}
 
@@ -125,19 +142,27 @@ class Whitening:
                 f"max_size={self.option.max_size} inputs. Raise max_size, or leave out whitening."
             )
         try:
-            self._learn(self.option)
+            learnt = self._learn(self.option)
         except Exception as error:  # whatever the model's and the user's own code raise
             undo()
             raise ValueError(
                 "The model failed on the public examples of InputWhitening: "
                 f"{type(error).__name__}: {error}. Its probes must return what the model is called "
-                "with in evaluation mode: a tensor, or a tuple of arguments."
+                "with in evaluation mode: a tensor, a tuple of arguments, or a dict of keyword "
+                "arguments."
             ) from error
+        if not learnt:
+            undo()
+            raise ValueError(
+                "The public examples of InputWhitening tell nothing: the inputs of all layers are "
+                "zero or not finite, or the model does not call the layers in evaluation mode."
+            )
 
     def follow(self) -> None:
         """Count a step, and learn new matrices if it is time."""
         self.steps += 1
-        if self.option is not None and self.steps % self.option.every == 0:
+        if self.option is not None and (self.stale or self.steps % self.option.every == 0):
+            self.stale = False
             self._learn(self.option)
 
     def restart(self) -> None:
@@ -147,20 +172,23 @@ class Whitening:
         if moved and self.option is not None:
             self._learn(self.option)
 
-    def _learn(self, option: InputWhitening) -> None:
-        made = option.probes(self.steps)
-        args = made if isinstance(made, tuple) else (made,)
-        like = next(iter(self.layers.values())).layer.parameters[0]
-        args = tuple(_as_weights(x, like) if isinstance(x, Tensor) else x for x in args)
+    def _learn(self, option: InputWhitening) -> bool:
+        """Learn new matrices; return whether any was learnt."""
         moments: dict[str, Tensor] = {}
-        with _evaluating(self.model), ExitStack() as stack:
+        like = next(iter(self.layers.values())).layer.parameters[0]
+        # Random numbers of their own: the noise's generator goes on as if none had been drawn, and
+        # all ranks draw the same.
+        with repeatable(like.device, self.steps), _evaluating(self.model), ExitStack() as stack:
+            made = tree_map_only(Tensor, partial(_as_weights, like), option.probes(self.steps))
+            args = made if isinstance(made, tuple) else (made,)
+            args, kwargs = ((), made) if isinstance(made, dict) else (args, {})
             for own in self.layers.values():
                 note = partial(self._note, own, moments)
                 hook = own.layer.module.register_forward_hook(note, with_kwargs=True)
                 stack.callback(hook.remove)
-            self.model(*args)
-            for name, found in moments.items():
-                self.layers[name].learn(found, option)
+            self.model(*args, **kwargs)
+            learnt = [self.layers[name].learn(x, option) for name, x in moments.items()]
+            return any(learnt)
 
     def _note(
         self,
@@ -185,6 +213,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     kinds = ("cpu", *({"cuda"} if torch.cuda.is_available() else ()))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(gathered(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(full_precision())
         for kind in kinds:
@@ -195,9 +224,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _as_weights(x: Tensor, weight: Tensor) -> Tensor:
-    """Move a tensor to a weight's device, and to its dtype if it is not one of integers."""
-    return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
+def _as_weights(weight: Tensor, x: Tensor) -> Tensor:
+    """Copy a tensor to a weight's device, and to its dtype if it is not one of integers."""
+    return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype, copy=True)
 
 
 def _has_columns(layer: Layer, most: int) -> bool:

@@ -39,17 +39,17 @@ class PinkNoise:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        shape = tuple(self.shape)
+        shape = tuple(self.shape) if isinstance(self.shape, (tuple, list)) else ()
         if len(shape) < 2 or any(type(size) is not int or size < 1 for size in shape):
             raise ValueError(
                 f"Expected shape={self.shape!r} to be the shape of one picture: channels, then at "
                 "least one axis of space."
             )
         object.__setattr__(self, "shape", shape)
-        for name, least in (("count", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"Expected {name}={value!r} to be an integer >= {least}.")
+        if type(self.count) is not int or self.count < 1:
+            raise ValueError(f"Expected count={self.count!r} to be an integer >= 1.")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**31:
+            raise ValueError(f"Expected seed={self.seed!r} to be an integer >= 0, below 2 ** 31.")
         if not isinstance(self.mean, (int, float)) or not math.isfinite(self.mean):
             raise ValueError(f"Expected mean={self.mean!r} to be a finite number.")
         require_positive(self, ("deviation",))
@@ -81,19 +81,23 @@ class InputWhitening:
     An example's gradient of a layer is ``sum_p g_p u_p^T``, of upstream gradients ``g_p`` and input
     columns ``u_p`` (a vector, a token, a convolution's patch). It becomes ``sum_p g_p (M u_p)^T``
     with ``M = (A / a + damping * I) ** -power``, where ``A`` is the mean of ``u u^T`` over public
-    examples and ``a`` its mean eigenvalue. That is what is measured, clipped and summed, gets the
+    examples and ``a`` its mean eigenvalue; no eigenvalue of ``M`` is below a hundredth of the
+    largest. That is what is measured, clipped and summed, gets the
     noise, and is the step. Directions in which inputs are small become larger, so that the noise
     disturbs them less. What the model computes, and the gradient of its inputs, do not change.
 
-    The matrices are learnt before the first step and then every ``every`` steps, from the model's
-    weights and the public examples alone. So they cost no privacy.
+    The matrices are learnt in ``make_private`` and then every ``every`` steps, from the model's
+    weights and the public examples alone. So they cost no privacy. In single precision they need a
+    criterion or a sum: ``make_private`` refuses them with a plain mean.
 
     Args:
-        probes: called with the number of the step; returns public examples: a tensor, or a tuple of
-            the arguments of the model in evaluation mode. The guarantee holds only if they do not
-            depend on the private data. `PinkNoise` makes some for pictures.
+        probes: called with the number of steps since ``make_private``; returns public examples:
+            what the model is called with in evaluation mode, a tensor, a tuple of arguments, or a
+            dict of keyword arguments. The guarantee holds only if they do not depend on the private
+            data. `PinkNoise` makes some for pictures. Global random numbers are seeded by the
+            step's number for the call, and restored after it.
         power: how far directions are made equal; above 0, and at most 1/2, which makes them equal.
-        damping: what is added to the eigenvalues, in units of their mean; at least 0.001.
+        damping: what is added to the eigenvalues, in units of their mean.
         every: the number of steps from one matrix to the next.
         max_size: layers whose columns have more entries are left as they are: their matrices would
             cost more than they gain. So are layers that share their weight with others, recurrent
@@ -119,12 +123,9 @@ class InputWhitening:
                 f"Expected probes={self.probes!r} to be a function of the step's number that "
                 "returns public examples, such as PinkNoise((1, 28, 28))."
             )
-        # The rounding errors of a sum over the batch grow with the condition number of the matrix,
-        # which these limits keep below 1,100 for `max_size` inputs.
         if not is_positive_number(self.power) or self.power > 0.5:
             raise ValueError(f"Expected power={self.power!r} to be a number > 0 and at most 0.5.")
-        if not is_positive_number(self.damping) or self.damping < 1e-3:
-            raise ValueError(f"Expected damping={self.damping!r} to be a finite number >= 0.001.")
+        require_positive(self, ("damping",))
         for name in ("every", "max_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:

@@ -46,7 +46,7 @@ def rounded_options(config: BackpropClipping, parameters: Iterable[nn.Parameter]
         return _ROUNDED_COUNTS
     if config.propagate == "unclipped" and config.allocation != "joint":
         return _ROUNDED_BELOW
-    return None
+    return _ROUNDED_WHITENED if config.whitening is not None else None
 
 
 # With more equal examples than this in one backward pass, the rounding of a plain mean's sums comes
@@ -95,6 +95,13 @@ _ROUNDED_BELOW = (
     "on their way through a layer, what the rounding leaves may be as large as the limit of the "
     f'layer below, in many equal examples at once. {_REMEDY}propagate="clipped" or '
     'allocation="joint".'
+)
+
+
+_ROUNDED_WHITENED = (
+    f"whitening scales up what is small in the gradients' sum. {_ROUNDED}in many equal examples at "
+    f"once the rounding would be scaled up to more than one example may contribute. {_REMEDY}"
+    "whitening=None."
 )
 
 

@@ -201,7 +201,6 @@ class BackpropClipOptimizer(OptimizerWrapper):
         self._is_last_step_skipped = False
         self._guard.finish()
         self._guard.passes.samples.close()
-        self._hooks._whitening.follow()
         return True
 
     def _collect(self, skip: bool) -> None:
@@ -257,6 +256,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
                 loss = closure()
         if self.pre_step():
             self.original_optimizer.step()
+            self._hooks._whitening.follow()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

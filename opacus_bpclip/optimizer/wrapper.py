@@ -135,6 +135,7 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         fingerprint.compare(state.pop(fingerprint.KEY, None), self._settings())
         self.original_optimizer.load_state_dict(state)
         own.load_state_dict(thresholds)
+        self._hooks._whitening.stale = True
 
     def _settings(self) -> fingerprint.Settings:
         return fingerprint.settings_of(

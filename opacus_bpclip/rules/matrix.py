@@ -153,16 +153,22 @@ class MatrixRule(Rule):
             part = x[rows]
             if factor is not None:
                 part = part * self.spread(factor[rows].to(part.dtype), part)
-            return exact_norms.exact_bound(
-                upstream[rows],
-                self.columns(part),
-                columns[rows],
-                weight=self.weight,
-                bias=self.bias,
-                slack=precision.rounding_margin(upstream.dtype, upstream.device),
-            )
+            return self.exact_of_columns(upstream[rows], self.columns(part), columns[rows])
 
         return exact_norms.in_chunks(batch, chunk, of) * norms.accumulation(positions, dtype)
+
+    def exact_of_columns(self, upstream: Tensor, u: Tensor, norms: Tensor) -> Tensor:
+        """Return the exact bound without what `accumulation` covers. ``[B]``.
+
+        Args:
+            upstream: the upstream gradient, ``[B, R, C, P]``.
+            u: the scaled columns, ``[B, R, D, P]``.
+            norms: the norms of the scaled columns, from `with_one`.
+        """
+        slack = precision.rounding_margin(upstream.dtype, upstream.device)
+        return exact_norms.exact_bound(
+            upstream, u, norms, weight=self.weight, bias=self.bias, slack=slack
+        )
 
     def size(self, g: Tensor, input_norms: Tensor | None) -> Tensor:
         """Return the norm of ``g`` times that of the columns, taken as at least 1. ``[B]``."""

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from opacus_bpclip.rules import exact_norms, norms, precision
+from opacus_bpclip.rules import norms as bounds
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.matrix import Measured
+from opacus_bpclip.rules.precision import rounding_margin
+
+# The number of examples whose gradients are summed before the sum is whitened.
+_MOST_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,43 +61,34 @@ class WhitenedRule(FusedRule):
         columns = self.one.columns(x).transpose(2, 3)
         return self._times_matrix(columns.movedim(1, 0)).movedim(0, 1).transpose(2, 3)
 
-    def exact_bound(
-        self, upstream: Tensor, x: Tensor, columns: Tensor, factor: Tensor | None = None
-    ) -> Tensor:
-        """Return the exact bound; for one position, where it needs the columns' norms themselves.
+    def exact_of_columns(self, upstream: Tensor, u: Tensor, norms: Tensor) -> Tensor:
+        """Return the exact bound, by the norms of the whitened columns themselves.
 
-        Args:
-            upstream: the upstream gradient, ``[B, R, C, P]``.
-            x: the input, ``[B, ...]``.
-            columns: from `stretched`.
-            factor: the factors by which ``x`` is still to be scaled; ``None`` for 1.
+        The sum over the batch is whitened after it is made, so that its rounding errors are
+        relative to the columns before that. ``norms`` are those from `stretched`.
         """
-        if upstream.shape[3] > 1:
-            return super().exact_bound(upstream, x, columns, factor)
-        if factor is not None:
-            x = x * self.one.spread(factor.to(x.dtype), x)
-        # The sum over the batch is whitened after it is made; its rounding errors are relative to
-        # the columns before that.
-        slack = precision.rounding_margin(upstream.dtype, upstream.device)
-        whitened = self.columns(x)
-        before = torch.linalg.vector_norm(self.one.columns(x), dim=2, dtype=columns.dtype)
-        length = torch.linalg.vector_norm(whitened, dim=2, dtype=columns.dtype)
-        length = length + norms.underflow(self.column_size(), columns.dtype)
-        length = length + slack * self.stretch.to(columns.dtype) * before
-        bound = exact_norms.exact_bound(
-            upstream,
-            whitened,
-            self.one.with_one(length),
-            weight=self.weight,
-            bias=self.bias,
-            slack=slack,
-        )
-        return bound * norms.accumulation(1, columns.dtype)
+        length = torch.linalg.vector_norm(u, dim=2, dtype=norms.dtype)
+        length = length + bounds.underflow(self.column_size(), norms.dtype)
+        exact = super().exact_of_columns(upstream, u, self.one.with_one(length))
+        slack = rounding_margin(upstream.dtype, upstream.device)
+        return exact + slack * bounds.row_norms(upstream) * bounds.row_norms(norms)
 
     def gradients(
         self, g: Tensor, x: Tensor, weight: Tensor, *, multiplier: int, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Whiten the gradient of the weight; that of the input does not depend on ``x``."""
+        """Whiten the gradient of the weight; that of the input does not depend on ``x``.
+
+        The rounding errors of a sum grow with the number of its terms, and whitening scales them
+        up, so that it adds sums of a limited number.
+        """
+        rows = g.shape[0] if torch.compiler.is_compiling() else _MOST_ROWS
+        if g.shape[0] > rows and wanted[1]:
+            parts = [
+                self.gradients(*part, weight, multiplier=multiplier, wanted=wanted)
+                for part in zip(g.split(rows), x.split(rows), strict=True)
+            ]
+            dx = torch.cat([part for part, _ in parts if part is not None]) if wanted[0] else None
+            return dx, torch.stack([part for _, part in parts if part is not None]).sum(dim=0)
         dx, dw = self.one.gradients(g, x, weight, multiplier=multiplier, wanted=wanted)
         return dx, None if dw is None else self._whitened(dw, weight)
 

@@ -19,7 +19,7 @@ def test_whitened_gradients_pass(case: str, allocation: str) -> None:
         allocation=allocation,  # type: ignore[arg-type]
         whitening=InputWhitening(lambda _: public, power=0.5, every=2),
     )
-    target = CASES[case].target(case, clipping=clipping)
+    target = CASES[case].target(case, clipping=clipping, loss_reduction="sum")
     # In one of them with as many trials as a law of the noise and an attacker need at least.
     trials = 500 if (case, allocation) == ("branches", "joint") else 0
     verdict = audit(target, trials=trials, searches=20)

@@ -22,7 +22,6 @@ from tests.helpers import make_private
 from tests.neighbours import REDUCTIONS, neighbours
 from tests.reference import whitened
 from tests.strategies import clippings, whitenings
-from tests.test_cancelling_sums import cancelling, moved_by_one_more
 from tests.views.viewed import Viewed
 
 ALLOCATIONS = pytest.mark.parametrize("allocation", ["joint", "equal"])
@@ -148,25 +147,48 @@ def test_a_large_example_reaches_the_limit(
     assert 0.999 * 2.0 <= reached <= 2.0
 
 
-@pytest.mark.parametrize("positions", [1, 2, 3, 9])
+LONG: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "vectors": (lambda: nn.Linear(400, 5), (400,)),
+    "positions": (lambda: nn.Linear(60, 5), (3, 60)),
+    "kept gradients": (lambda: nn.Linear(40, 5), (50, 40)),
+    "convolution": (lambda: nn.Conv2d(16, 8, 5, stride=5), (16, 10, 10)),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
 @ALLOCATIONS
-def test_equal_examples_in_a_short_direction_leave_less_than_the_claim(
-    positions: int, allocation: str
+def test_equal_examples_in_a_long_direction_stay_within_the_claim(
+    kind: str, allocation: str
 ) -> None:
-    """Behind a plain mean in float32, where the public examples are long in another direction."""
+    """Their sum is rounded in the short directions, too, which are scaled up afterwards."""
     torch.manual_seed(0)
-    public = 1e-3 * torch.randn(8, positions, 6)
-    public[..., 0] += 1.0
+    make, shape = LONG[kind]
+    direction = torch.randn(shape[0] if kind == "convolution" else shape[-1])
+    one = torch.ones(shape) * (direction.view(-1, 1, 1) if kind == "convolution" else direction)
+    public = torch.randn(64, *(1,) * len(shape)) * one + 1e-4 * torch.randn(64, *shape)
     clipping = BackpropClipping(
         allocation=allocation,  # type: ignore[arg-type]
         whitening=InputWhitening(lambda _: public, power=0.5),
     )
-    long = torch.zeros(positions, 6)
-    long[:, 0] = 1.7
-    for one in (long, torch.randn(6).expand(positions, 6)):
-        model = nn.Sequential(nn.Linear(6, 5))
-        g = cancelling(positions, 5) if positions > 1 else torch.randn(1, 5)
-        assert moved_by_one_more(model, clipping, one, g) < 0.1
+    model, count = nn.Sequential(make(), nn.Flatten()), 3000
+    trainer = Trainer(model, shape, clipping, dtype=torch.float32, reduction="sum")
+    g = torch.randn(model(one[None]).numel())
+    x = torch.cat([one.expand(count, *shape), torch.randn(1, *shape)])
+    target = torch.cat([g.expand(count, -1), 100 * torch.randn(1, g.numel())])
+    trainer.optimizer.max_grad_norm = limit = 1e-3 * float(one.norm() * g.norm())
+    moved = joint(trainer.released(x, target)).double()
+    moved -= joint(trainer.released(x[:-1], target[:-1])).double()
+    assert moved.norm() <= 1.01 * limit
+    alone = joint(trainer.released(x[:1], target[:1])).norm()
+    assert alone >= 0.9 * limit
+
+
+def test_no_mean_in_single_precision_rounds_what_is_scaled_up() -> None:
+    clipping = BackpropClipping(whitening=InputWhitening(lambda _: torch.randn(5, 4)))
+    with pytest.raises(ValueError, match=r"whitening scales up what is .* or use whitening=None"):
+        make_private(nn.Linear(4, 3), backprop=clipping)
+    make_private(nn.Linear(4, 3), backprop=clipping, loss_reduction="sum")
+    assert Trainer(nn.Linear(4, 3), (4,), clipping).optimizer  # in double precision
 
 
 class Twice(nn.Module):
@@ -247,7 +269,8 @@ def test_checkpointed_layers_are_whitened_alike() -> None:
 def test_a_matrix_is_kept_for_all_parts_of_a_logical_batch() -> None:
     learnt: list[int] = []
     whitening = InputWhitening(lambda step: learnt.append(step) or torch.randn(5, 4), every=1)
-    private = make_private(nn.Linear(4, 3), backprop=BackpropClipping(whitening=whitening))
+    clipping = BackpropClipping(whitening=whitening)
+    private = make_private(nn.Linear(4, 3), backprop=clipping, loss_reduction="sum")
     assert learnt == [0]
     steps = 0
     with BatchMemoryManager(
@@ -255,7 +278,7 @@ def test_a_matrix_is_kept_for_all_parts_of_a_logical_batch() -> None:
     ) as parts:
         for x, y in parts:
             private.optimizer.zero_grad()
-            F.cross_entropy(private.model(x), y).backward()
+            F.cross_entropy(private.model(x), y, reduction="sum").backward()
             private.optimizer.step()
             steps += not private.optimizer._is_last_step_skipped
             assert learnt == [*range(steps + 1)]

@@ -61,16 +61,84 @@ def test_they_are_learnt_every_few_steps_from_the_present_weights() -> None:
         assert torch.equal(first["0"], matrices_of(trainer)["0"])  # of the model's own input
 
 
+class Noisy(nn.Module):
+    """Draws random numbers in evaluation mode, too, and writes to its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2) + torch.randn_like(x)
+
+
 def test_learning_leaves_no_trace() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Sequential(nn.Linear(3, 2)))
+    """Also where the public examples are drawn from a seed that would be the noise's."""
+    model = nn.Sequential(Noisy(), nn.Linear(4, 3), nn.Sequential(nn.Dropout(0.5)))
     model[2].eval()
+    public = torch.ones(3, 4)
+
+    def probes(step: int) -> Tensor:
+        torch.manual_seed(0)
+        return public
+
+    torch.manual_seed(5)
     state = torch.get_rng_state()
-    BackpropClipHooks(
-        model, config=BackpropClipping(whitening=InputWhitening(lambda _: torch.ones(3, 4)))
-    )
+    option = InputWhitening(probes, every=1)
+    config = BackpropClipping(whitening=option)
+    hooks = BackpropClipHooks(model, config=config, loss_reduction="sum")
+    hooks._whitening.follow()
     assert torch.equal(torch.get_rng_state(), state)
-    assert [module.training for module in model.modules()] == [True, True, True, False, False]
+    modes = [module.training for module in model.modules()]
+    assert modes == [True, True, True, False, False]
     assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(public, torch.ones(3, 4))
+
+
+def test_random_public_examples_are_others_in_each_step_and_the_same_in_each_run() -> None:
+    seen: list[Tensor] = []
+
+    def probes(step: int) -> Tensor:
+        seen.append(torch.randn(5, 4))
+        return seen[-1]
+
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = BackpropClipping(whitening=InputWhitening(probes, every=1))
+        hooks = BackpropClipHooks(nn.Linear(4, 3), config=config, loss_reduction="sum")
+        hooks._whitening.follow()
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_matrices_are_learnt_after_a_checkpoint_was_loaded() -> None:
+    option = InputWhitening(PinkNoise(SHAPE, count=5), every=100)
+    trainer = Trainer(network(), SHAPE, BackpropClipping(whitening=option))
+    first = matrices_of(trainer)["3"]
+    with torch.no_grad():
+        trainer.plain[0].weight.mul_(torch.tensor([1.0, 0.1, 3.0, 0.5]).view(-1, 1, 1, 1))
+    trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
+    for learnt in (True, False):
+        trainer.step(*batch())
+        assert torch.equal(first, matrices_of(trainer)["3"]) != learnt
+        first = matrices_of(trainer)["3"]
+
+
+def test_a_group_without_inputs_keeps_its_matrix_alone() -> None:
+    public = torch.randn(5, 2, 7)
+    public[:, 0] = 0
+    config = BackpropClipping(whitening=InputWhitening(lambda _: public))
+    trainer = Trainer(nn.Conv1d(2, 4, 3, groups=2), (2, 7), config)
+    one, other = matrices_of(trainer)["(root)"]
+    assert torch.equal(one, torch.eye(3).double())
+    assert not torch.equal(other, torch.eye(3).double())
+
+
+def test_no_direction_is_shorter_than_a_hundredth() -> None:
+    public = torch.randn(50, 6) * torch.logspace(0, -8, 6)
+    option = InputWhitening(lambda _: public, power=0.5, damping=1e-12)
+    trainer = Trainer(nn.Linear(6, 2), (6,), BackpropClipping(whitening=option))
+    layer = trainer.optimizer._hooks._whitening.layers["(root)"]
+    values = torch.linalg.eigvalsh(layer.matrix[0])
+    torch.testing.assert_close(values[-1] / values[0], torch.tensor(100.0).double())
+    torch.testing.assert_close(values[-1], layer.stretch)
 
 
 def test_layers_that_are_large_frozen_or_unlike_are_left_as_they_are() -> None:
@@ -105,11 +173,17 @@ class TwoInputs(nn.Module):
 
 
 def test_probes_may_be_several_arguments_of_any_dtype() -> None:
-    option = InputWhitening(lambda _: (torch.tensor([0, 1, 4]), torch.randn(3, 1)))
-    hooks = BackpropClipHooks(TwoInputs().bfloat16(), config=BackpropClipping(whitening=option))
-    matrix = hooks._whitening.layers["head"].matrix
-    assert matrix.dtype == torch.float32
-    assert not torch.equal(matrix[0], torch.eye(4))
+    found = []
+    ids, x = torch.tensor([0, 1, 4]), torch.randn(3, 1)
+    for made in ((ids, x), {"x": x, "ids": ids}):
+        torch.manual_seed(0)
+        config = BackpropClipping(whitening=InputWhitening(lambda _, made=made: made))
+        model = TwoInputs().bfloat16()
+        hooks = BackpropClipHooks(model, config=config, loss_reduction="sum")
+        found.append(hooks._whitening.layers["head"].matrix)
+    assert found[0].dtype == torch.float32
+    assert torch.equal(*found)
+    assert not torch.equal(found[0][0], torch.eye(4))
 
 
 @pytest.mark.parametrize(
@@ -134,10 +208,15 @@ def test_probes_that_do_not_fit_are_refused_and_the_model_is_left_unchanged(
     Trainer(model, (4,), BackpropClipping())
 
 
-def test_a_model_without_a_layer_to_whiten_is_refused() -> None:
-    clipping = BackpropClipping(whitening=InputWhitening(lambda _: torch.ones(3, 4)))
-    with pytest.raises(ValueError, match=r"finds no layer to whiten: .* or leave out whitening"):
-        BackpropClipHooks(nn.Sequential(nn.LayerNorm(4)), config=clipping)
+def test_whitening_that_does_nothing_is_refused() -> None:
+    for model, public, said in (
+        (nn.LayerNorm(4), torch.ones(3, 4), r"finds no layer to whiten: .* or leave out whitening"),
+        (nn.Linear(4, 2), torch.zeros(3, 4), "inputs of all layers are zero or not finite"),
+        (nn.Linear(4, 2), torch.ones(0, 4), "inputs of all layers are zero or not finite"),
+    ):
+        config = BackpropClipping(whitening=InputWhitening(lambda _, public=public: public))
+        with pytest.raises(ValueError, match=said):
+            BackpropClipHooks(model, config=config, loss_reduction="sum")
 
 
 def test_a_checkpoint_under_another_whitening_is_told() -> None:
@@ -159,7 +238,7 @@ def test_a_checkpoint_under_another_whitening_is_told() -> None:
         ({"probes": torch.ones(3)}, "Expected probes="),
         ({"power": 0.6}, "Expected power=0.6 to be a number > 0 and at most 0.5"),
         ({"power": 0}, "Expected power=0"),
-        ({"damping": 1e-4}, "Expected damping=0.0001 to be a finite number >= 0.001"),
+        ({"damping": 0.0}, "Expected damping=0.0 to be a finite number > 0"),
         ({"every": 0}, "Expected every=0 to be an integer >= 1"),
         ({"max_size": 2.5}, "Expected max_size=2.5"),
     ],
@@ -206,6 +285,8 @@ def test_pink_noise_has_the_spectrum_of_pictures(shape: tuple[int, ...]) -> None
         ({"shape": (1, 0)}, "Expected shape="),
         ({"count": 0}, "Expected count=0 to be an integer >= 1"),
         ({"seed": -1}, "Expected seed=-1"),
+        ({"seed": 2**31}, "to be an integer >= 0, below 2"),
+        ({"shape": 5}, "Expected shape=5"),
         ({"mean": float("nan")}, "Expected mean=nan"),
         ({"deviation": 0.0}, "Expected deviation=0.0"),
     ],
