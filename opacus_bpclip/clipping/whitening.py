@@ -210,14 +210,11 @@ class Whitening:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model without autograd, compilation, autocast and dropout."""
     modes = [(module, module.training) for module in model.modules()]
-    kinds = ("cpu", *({"cuda"} if torch.cuda.is_available() else ()))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(gathered(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(full_precision())
-        for kind in kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
         for module, training in modes:
             stack.callback(setattr, module, "training", training)
             module.training = False
