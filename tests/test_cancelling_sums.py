@@ -6,13 +6,20 @@ What remains is rounding, which follows the batch's size in the same way in all 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_bpclip import BackpropClipHooks, BackpropClipping, PrivacyEngine
+from opacus_bpclip import (
+    BackpropClipHooks,
+    BackpropClipping,
+    PrivacyEngine,
+    PrivacyViolationError,
+)
 from opacus_bpclip.clipping import together
 from opacus_bpclip.rules import precision
 from tests.checks import Trainer, joint
@@ -196,20 +203,32 @@ def test_the_margin_takes_little_where_uses_do_not_cancel(
 MANY = TensorDataset(torch.zeros(10_000, 6), torch.zeros(10_000, dtype=torch.long))
 
 
+def step_on(
+    rows: int, expected: int, *, dtype: torch.dtype = torch.float32, **options: Any
+) -> None:
+    """Step on so many examples at once where so many are expected in a step."""
+    data = TensorDataset(MANY.tensors[0].to(dtype), MANY.tensors[1])
+    model = between_layers().to(dtype)
+    private = make_private(model, data=data, batch_size=expected, **options)
+    reduction = options.get("loss_reduction", "mean")
+    x, y = data[:rows]
+    F.cross_entropy(private.model(x), y, reduction=reduction).backward()
+    private.optimizer.step()
+
+
 def test_no_mean_in_single_precision_sums_very_many_examples() -> None:
-    refused = pytest.raises(ValueError, match=r"is to sum [45],\d+ examples .*_size=4096 or less")
-    model = between_layers()
-    with refused:
-        make_private(model, data=MANY, batch_size=5000)
-    with refused:
-        make_private(model, data=MANY, batch_size=5000, physical_batch_size=4097)
-    # The remedies, and what there is no need to refuse. The model was left as it was.
-    make_private(model, data=MANY, batch_size=5000, physical_batch_size=4096)
-    make_private(between_layers(), data=MANY, batch_size=5000, loss_reduction="sum")
-    make_private(between_layers(), data=MANY, batch_size=2500)
-    double = TensorDataset(MANY.tensors[0].double(), MANY.tensors[1])
-    make_private(between_layers().double(), data=double, batch_size=5000)
-    PrivacyEngine().make_private(
+    refused = pytest.raises(
+        PrivacyViolationError, match=r"About 5,000 examples are .* into parts of at most 2,048\."
+    )
+    for rows in (5000, 2049):
+        with refused:
+            step_on(rows, 5000)
+    # What need not be refused, and the remedies.
+    step_on(4500, 2500)
+    step_on(2048, 5000)
+    step_on(5000, 5000, loss_reduction="sum")
+    step_on(5000, 5000, dtype=torch.float64)
+    private, optimizer, criterion, _ = PrivacyEngine().make_private(
         module=(model := between_layers()),
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         criterion=nn.CrossEntropyLoss(),
@@ -218,3 +237,7 @@ def test_no_mean_in_single_precision_sums_very_many_examples() -> None:
         max_grad_norm=1.0,
         clipping="backprop",
     )
+    optimizer._guard.passes.samples.attached = False
+    x, y = MANY[:5000]
+    criterion(private(x), y).backward()
+    optimizer.step()

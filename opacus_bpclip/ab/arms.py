@@ -25,7 +25,7 @@ from opacus_bpclip.ab.settings import (
     Settings,
 )
 from opacus_bpclip.ab.task import Task
-from opacus_bpclip.guard.precision import rounded_options
+from opacus_bpclip.guard.precision import rounded_options, rounded_sums
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ def prepare(
         # loss are checked to be of one example each.
         exact = settings.precision == "float32" and settings.device == "cpu"
         exact = exact and not (backprop and rounded_options(backprop, model.parameters()))
+        at_once = min(settings.batch_size, settings.physical_batch_size or settings.batch_size)
+        exact = exact and not rounded_sums(at_once, settings.batch_size, model.parameters())
         if name == GHOST or (backprop is not None and (settings.loss or not exact)):
             options["criterion"] = criterion
         model, optimizer, *criteria, loader = engine.make_private(

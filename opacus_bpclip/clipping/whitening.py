@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from opacus_bpclip.config import BackpropClipping, InputWhitening
+from opacus_bpclip.config import BackpropClipping, InputWhitening, public_seed
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.sharding import gathered
@@ -178,7 +178,8 @@ class Whitening:
         like = next(iter(self.layers.values())).layer.parameters[0]
         # Random numbers of their own: the noise's generator goes on as if none had been drawn, and
         # all ranks draw the same.
-        with repeatable(like.device, self.steps), _evaluating(self.model), ExitStack() as stack:
+        seed = public_seed(self.steps)
+        with repeatable(like.device, seed), _evaluating(self.model), ExitStack() as stack:
             made = tree_map_only(Tensor, partial(_as_weights, like), option.probes(self.steps))
             args = made if isinstance(made, tuple) else (made,)
             args, kwargs = ((), made) if isinstance(made, dict) else (args, {})

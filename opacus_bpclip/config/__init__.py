@@ -9,7 +9,7 @@ from opacus_bpclip.config.clipping import (
     Propagate,
 )
 from opacus_bpclip.config.thresholds import AdaptiveThreshold, ThresholdSchedule
-from opacus_bpclip.config.whitening import InputWhitening, PinkNoise
+from opacus_bpclip.config.whitening import InputWhitening, PinkNoise, public_seed
 
 __all__ = [
     "AdaptiveThreshold",
@@ -22,4 +22,5 @@ __all__ = [
     "Propagate",
     "ThresholdSchedule",
     "is_positive_number",
+    "public_seed",
 ]

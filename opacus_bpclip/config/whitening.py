@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from opacus_bpclip.config.checks import is_positive_number, require_positive
+
+
+def public_seed(*numbers: int) -> int:
+    """Return a seed below ``2 ** 32`` for public examples that nobody gives to the noise.
+
+    Noise and public examples from one seed would be the same random numbers.
+    """
+    return int.from_bytes(sha256(f"public examples {numbers}".encode()).digest()[:4], "big")
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class PinkNoise:
         import torch  # Here: options can be read without it.
 
         space = self.shape[1:]
-        generator = torch.Generator().manual_seed(2**31 * self.seed + step)
+        generator = torch.Generator().manual_seed(public_seed(self.seed, step))
         white = torch.randn(self.count, *self.shape, generator=generator)
         axes = tuple(range(2, 2 + len(space)))
         grids = torch.meshgrid(
@@ -94,8 +103,8 @@ class InputWhitening:
         probes: called with the number of steps since ``make_private``; returns public examples:
             what the model is called with in evaluation mode, a tensor, a tuple of arguments, or a
             dict of keyword arguments. The guarantee holds only if they do not depend on the private
-            data. `PinkNoise` makes some for pictures. Global random numbers are seeded by the
-            step's number for the call, and restored after it.
+            data. `PinkNoise` makes some for pictures. Global random numbers get a seed of their
+            own for each step, and are restored after the call.
         power: how far directions are made equal; above 0, and at most 1/2, which makes them equal.
         damping: what is added to the eigenvalues, in units of their mean.
         every: the number of steps from one matrix to the next.

@@ -26,7 +26,6 @@ from opacus_bpclip.engine.module import BackpropClipModule
 from opacus_bpclip.engine.parallel import inner
 from opacus_bpclip.engine.request import Request, checked, require_equal_ranks
 from opacus_bpclip.engine.validation import checked_options
-from opacus_bpclip.guard.precision import rounded_sums
 from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.guard.seeds import Purpose
 from opacus_bpclip.hooks import BackpropClipHooks
@@ -197,14 +196,9 @@ def prepare_optimizer(
     ranks = request.ranks
     # Opacus rounds down: a rate such as 1/49 may make the expected batch size 0 instead of 1.
     expected = max(kwargs["expected_batch_size"], 1 / ranks.size)
-    guard = request.hooks._guard
-    rows = min(expected, request.physical_batch_size or expected)
-    problem = rounded_sums(rows, request.hooks._module.parameters())
-    if problem and guard.undoes_mean:
-        raise ValueError(problem)
     generator = engine.secure_rng if engine.secure_mode else kwargs["noise_generator"]
     if ranks.sharded and ranks.size > 1 and not engine.secure_mode:
-        device = guard.parameters.device
+        device = request.hooks._guard.parameters.device
         assert device is not None
         generator = generator_of_rank(ranks, generator, device, Purpose.NOISE)
     return BackpropClipOptimizer(

@@ -49,26 +49,35 @@ def rounded_options(config: BackpropClipping, parameters: Iterable[nn.Parameter]
     return _ROUNDED_WHITENED if config.whitening is not None else None
 
 
-# With more equal examples than this in one backward pass, the rounding of a plain mean's sums comes
-# near the claim. Measured in docs/guarantee.md, "What a plain mean leaves".
+# With many more equal examples than this in one backward pass, the rounding of a plain mean's sums
+# comes near the claim. Measured in docs/guarantee.md, "What a plain mean leaves".
 _MOST_ROWS = 4096
 
 
-def rounded_sums(rows: float, parameters: Iterable[nn.Parameter]) -> str | None:
+def rounded_sums(
+    rows: int | None, expected: float | None, parameters: Iterable[nn.Parameter]
+) -> str | None:
     """Refuse a plain mean in single precision over very large batches.
 
+    Whether a batch is refused must not depend on its private size. It is refused if it has more
+    than half of the limit where more than the limit are expected: of all batches that are not
+    split, or of none.
+
     Args:
-        rows: the expected number of examples in one backward pass, a public number.
+        rows: the number of examples in one backward pass; ``None`` if it is not known.
+        expected: the expected number of examples of a step, a public number; ``None`` likewise.
         parameters: the model's.
     """
-    if rows <= _MOST_ROWS or not _any_single(parameters):
+    if rows is None or expected is None or expected <= _MOST_ROWS or rows <= _MOST_ROWS // 2:
+        return None
+    if not _any_single(parameters):
         return None
     return (
-        f"One backward pass is to sum {rows:,.0f} examples on average. {_ROUNDED}in so many equal "
-        "examples at once the rounding may add up to as much as one example may contribute. "
-        "Pass the criterion to make_private (criterion=nn.CrossEntropyLoss()) and compute the loss "
-        'with the one that is returned, or train with loss_reduction="sum", or split the batch '
-        f"with physical_batch_size={_MOST_ROWS} or less."
+        f"About {expected:,.0f} examples are summed at once. {_ROUNDED}in so many equal examples "
+        "the rounding may add up to as much as one example may contribute. Pass the criterion to "
+        "make_private (criterion=nn.CrossEntropyLoss()) and compute the loss with the one that is "
+        'returned, or train with loss_reduction="sum", or split the batch (BatchMemoryManager, '
+        f"physical_batch_size) into parts of at most {_MOST_ROWS // 2:,}."
     )
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.gradient_checks import mark_as_cleared
+from opacus_bpclip.guard.precision import rounded_sums
 from opacus_bpclip.guard.ranks import Place
 from opacus_bpclip.guard.rehearsal import check_graphs
 from opacus_bpclip.hooks import BackpropClipHooks
@@ -128,6 +129,9 @@ class BackpropClipOptimizer(OptimizerWrapper):
                     "gradient is not clipped. Add it to the model and the optimizer first, then "
                     "call make_private."
                 )
+        if guard.undoes_mean:
+            rows = guard.passes.rows
+            guard.require(rounded_sums(rows, self.expected_batch_size, self.params))
         guard.require(guard.passes.collect(any_gradient=guard.collected > 0))
         for p in self._summed:
             gradient = guard.take(p)

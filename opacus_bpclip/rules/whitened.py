@@ -90,7 +90,12 @@ class WhitenedRule(FusedRule):
             dx = torch.cat([part for part, _ in parts if part is not None]) if wanted[0] else None
             return dx, torch.stack([part for _, part in parts if part is not None]).sum(dim=0)
         dx, dw = self.one.gradients(g, x, weight, multiplier=multiplier, wanted=wanted)
-        return dx, None if dw is None else self._whitened(dw, weight)
+        if dw is None:
+            return dx, None
+        # An accelerator may round the factors of float32 products: here it would round the sum of
+        # all examples, and not each example's part.
+        exact = dw if dw.device.type == "mps" else dw.double()
+        return dx, self._whitened(exact, weight).to(dw.dtype)
 
     def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Whiten each example's gradient."""

@@ -17,6 +17,8 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from opacus_bpclip import BackpropClipping, InputWhitening, PinkNoise
+from opacus_bpclip.rules import precision
+from opacus_bpclip.rules.whitened import WhitenedRule
 from tests.checks import Trainer, check_independence, check_sensitivity, joint, linear_loss
 from tests.helpers import make_private
 from tests.neighbours import REDUCTIONS, neighbours
@@ -181,6 +183,38 @@ def test_equal_examples_in_a_long_direction_stay_within_the_claim(
     assert moved.norm() <= 1.01 * limit
     alone = joint(trainer.released(x[:1], target[:1])).norm()
     assert alone >= 0.9 * limit
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5])
+def test_rounded_products_are_not_scaled_up(power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFloat-32 rounds the factors of float32 products to 11 bits, here made on a CPU."""
+
+    def rounded(x: Tensor) -> Tensor:
+        bits = x.view(torch.int32) + 0x1000
+        return (bits & ~0x1FFF).view(torch.float32)
+
+    times = WhitenedRule._times_matrix
+
+    def tensor_float(self: WhitenedRule, rows: Tensor) -> Tensor:
+        if rows.dtype == torch.float64:
+            return times(self, rows)
+        rule = WhitenedRule.of(self.one, rounded(self.matrix), self.stretch)
+        return times(rule, rounded(rows.contiguous()))
+
+    monkeypatch.setattr(WhitenedRule, "_times_matrix", tensor_float)
+    monkeypatch.setattr(precision, "product_error", lambda _: 2.0**-11)
+    torch.manual_seed(0)
+    one, count = torch.randn(400), 1000
+    public = torch.randn(64, 1) * one + 1e-4 * torch.randn(64, 400)
+    clipping = BackpropClipping(whitening=InputWhitening(lambda _: public, power=power))
+    trainer = Trainer(nn.Linear(400, 5), (400,), clipping, dtype=torch.float32, reduction="sum")
+    g = torch.randn(5)
+    x = torch.cat([one.expand(count, -1), torch.randn(1, 400)])
+    target = torch.cat([g.expand(count, -1), 100 * torch.randn(1, 5)])
+    trainer.optimizer.max_grad_norm = limit = 1e-3 * float(one.norm() * g.norm())
+    moved = joint(trainer.released(x, target)).double()
+    moved -= joint(trainer.released(x[:-1], target[:-1])).double()
+    assert moved.norm() <= 1.02 * limit
 
 
 def test_no_mean_in_single_precision_rounds_what_is_scaled_up() -> None:

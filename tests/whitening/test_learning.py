@@ -263,6 +263,17 @@ def test_whitening_needs_the_exact_bound(options: dict[str, object], said: str) 
         BackpropClipping(**options)  # type: ignore[arg-type]
 
 
+def test_public_examples_are_no_noise_of_a_small_seed() -> None:
+    seen = []
+    config = BackpropClipping(
+        whitening=InputWhitening(lambda _: seen.append(torch.randn(5, 4)) or seen[-1])
+    )
+    BackpropClipHooks(nn.Linear(4, 3), config=config, loss_reduction="sum")
+    for seed in range(100):
+        drawn = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+        assert not torch.equal(seen[0], drawn)
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9), (2, 4, 5, 6)])
 def test_pink_noise_has_the_spectrum_of_pictures(shape: tuple[int, ...]) -> None:
     x = PinkNoise(shape, count=300, mean=0.3, deviation=0.2)(7)
