@@ -81,21 +81,33 @@ class WhitenedRule(FusedRule):
         The rounding errors of a sum grow with the number of its terms, and whitening scales them
         up, so that it adds sums of a limited number.
         """
-        rows = g.shape[0] if torch.compiler.is_compiling() else _MOST_ROWS
-        if g.shape[0] > rows and wanted[1]:
-            parts = [
-                self.gradients(*part, weight, multiplier=multiplier, wanted=wanted)
-                for part in zip(g.split(rows), x.split(rows), strict=True)
-            ]
-            dx = torch.cat([part for part, _ in parts if part is not None]) if wanted[0] else None
-            return dx, torch.stack([part for _, part in parts if part is not None]).sum(dim=0)
+        if wanted[1] and g.shape[0] > _MOST_ROWS:
+            return self._gradients_of_many(g, x, weight, multiplier, wanted[0])
         dx, dw = self.one.gradients(g, x, weight, multiplier=multiplier, wanted=wanted)
-        if dw is None:
-            return dx, None
+        return dx, None if dw is None else self._whitened_sum(dw, weight)
+
+    def _gradients_of_many(
+        self, g: Tensor, x: Tensor, weight: Tensor, multiplier: int, wants_input: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        both = (wants_input, True)
+        if not torch.compiler.is_compiling():
+            parts = [
+                self.gradients(*part, weight, multiplier=multiplier, wanted=both)
+                for part in zip(g.split(_MOST_ROWS), x.split(_MOST_ROWS), strict=True)
+            ]
+            dx = torch.cat([own for own, _ in parts if own is not None]) if wants_input else None
+            return dx, torch.stack([own for _, own in parts if own is not None]).sum(dim=0)
+        # A graph for batches of any size has no parts, so that its sum is one of double precision.
+        exact = (_exact(g), _exact(x), _exact(weight))
+        dx, _ = self.one.gradients(g, x, weight, multiplier=multiplier, wanted=(wants_input, False))
+        _, dw = self.one.gradients(*exact, multiplier=multiplier, wanted=(False, True))
+        assert dw is not None
+        return dx, self._whitened_sum(dw, weight).to(g.dtype)
+
+    def _whitened_sum(self, dw: Tensor, weight: Tensor) -> Tensor:
         # An accelerator may round the factors of float32 products: here it would round the sum of
         # all examples, and not each example's part.
-        exact = dw if dw.device.type == "mps" else dw.double()
-        return dx, self._whitened(exact, weight).to(dw.dtype)
+        return self._whitened(_exact(dw), weight).to(dw.dtype)
 
     def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Whiten each example's gradient."""
@@ -164,3 +176,8 @@ class WhitenedRule(FusedRule):
     def bias_gradient(self, g: Tensor, factor: Tensor) -> Tensor:
         """Return the sum of the examples' gradients of the bias."""
         return self.one.bias_gradient(g, factor)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Return a tensor in double precision, where the device has it."""
+    return x if x.device.type == "mps" else x.double()

@@ -157,10 +157,11 @@ LONG: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", LONG)
 @ALLOCATIONS
 def test_equal_examples_in_a_long_direction_stay_within_the_claim(
-    kind: str, allocation: str
+    kind: str, allocation: str, compiled: bool
 ) -> None:
     """Their sum is rounded in the short directions, too, which are scaled up afterwards."""
     torch.manual_seed(0)
@@ -174,6 +175,9 @@ def test_equal_examples_in_a_long_direction_stay_within_the_claim(
     )
     model, count = nn.Sequential(make(), nn.Flatten()), 3000
     trainer = Trainer(model, shape, clipping, dtype=torch.float32, reduction="sum")
+    if compiled:
+        torch._dynamo.reset()
+        trainer.model = torch.compile(trainer.model, backend="aot_eager", fullgraph=True)
     g = torch.randn(model(one[None]).numel())
     x = torch.cat([one.expand(count, *shape), torch.randn(1, *shape)])
     target = torch.cat([g.expand(count, -1), 100 * torch.randn(1, g.numel())])
@@ -270,6 +274,7 @@ def test_views_are_whitened_as_positions(allocation: str) -> None:
 
 @ALLOCATIONS
 def test_compiled_sums_follow_the_matrices(allocation: str) -> None:
+    torch._dynamo.reset()
     eager, compiled = (Trainer(network(), SHAPE, clipping_of(allocation)) for _ in range(2))
     compiled.model = torch.compile(compiled.model, backend="aot_eager", fullgraph=True)
     x, target = batch()
