@@ -113,8 +113,10 @@ def _tests() -> list[Any]:
                 if test.endswith(OTHER_MODES):
                     continue
                 reason = REASONS.get(f"{name}.{test}") or REASONS.get(test)
-                # The list above holds the reason; a test that begins to pass must leave it.
-                marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
+                marks = []
+                if reason:
+                    # Reason: `REASONS` has one for each. A test that begins to pass must leave it.
+                    marks = [pytest.mark.xfail(strict=True, reason=reason)]
                 found.append(pytest.param(kind, test, id=f"{name}.{test}", marks=marks))
     return found
 
@@ -130,7 +132,8 @@ def test_passes(kind: type[unittest.TestCase], test: str, monkeypatch: pytest.Mo
     result = unittest.TestResult()
     kind(test).run(result)
     if result.skipped:
-        # Opacus skips it by itself (no GPU, no torchcsprng), and says why.
-        pytest.skip(result.skipped[0][1])
+        # Reason: the one that Opacus itself gives where it skips (no GPU, no torchcsprng).
+        opacus_says = result.skipped[0][1]
+        pytest.skip(reason=opacus_says)
     for _, trace in result.failures + result.errors:
         raise AssertionError(trace)

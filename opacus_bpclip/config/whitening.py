@@ -90,10 +90,10 @@ class InputWhitening:
     An example's gradient of a layer is ``sum_p g_p u_p^T``, of upstream gradients ``g_p`` and input
     columns ``u_p`` (a vector, a token, a convolution's patch). It becomes ``sum_p g_p (M u_p)^T``
     with ``M = (A / a + damping * I) ** -power``, where ``A`` is the mean of ``u u^T`` over public
-    examples and ``a`` its mean eigenvalue; no eigenvalue of ``M`` is below a hundredth of the
-    largest. That is what is measured, clipped and summed, gets the
-    noise, and is the step. Directions in which inputs are small become larger, so that the noise
-    disturbs them less. What the model computes, and the gradient of its inputs, do not change.
+    examples and ``a`` its mean eigenvalue. No eigenvalue of ``M`` is below a hundredth of the
+    largest. The whitened gradient is what is measured, clipped and summed, gets the noise, and is
+    the step. Directions in which inputs are small become larger, so that the noise disturbs them
+    less. What the model computes, and the gradient of its inputs, do not change.
 
     The matrices are learnt in ``make_private`` and then every ``every`` steps, from the model's
     weights and the public examples alone. So they cost no privacy. In single precision they need a

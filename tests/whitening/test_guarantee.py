@@ -16,17 +16,14 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from opacus_bpclip import BackpropClipping, InputWhitening, PinkNoise
-from opacus_bpclip.rules import precision
-from opacus_bpclip.rules.whitened import WhitenedRule
+from opacus_bpclip import BackpropClipping, InputWhitening
 from tests.checks import Trainer, check_independence, check_sensitivity, joint, linear_loss
 from tests.helpers import make_private
 from tests.neighbours import REDUCTIONS, neighbours
 from tests.reference import whitened
 from tests.strategies import clippings, whitenings
 from tests.views.viewed import Viewed
-
-ALLOCATIONS = pytest.mark.parametrize("allocation", ["joint", "equal"])
+from tests.whitening.helpers import ALLOCATIONS, SHAPE, batch, clipping_of, matrices_of, network
 
 
 @st.composite
@@ -55,44 +52,6 @@ def test_a_batch_sums_what_its_examples_contribute_alone(
     case: tuple[Trainer, Tensor, Tensor],
 ) -> None:
     check_independence(*case)
-
-
-def network() -> nn.Sequential:
-    """Layers of every kind that is whitened, and layers that are left as they are."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, groups=2),
-        nn.GroupNorm(2, 4),
-        nn.Tanh(),
-        nn.Conv2d(4, 3, 2, stride=2, bias=False),
-        nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"),
-        nn.Flatten(2),
-        nn.Linear(4, 5),
-        nn.LayerNorm(5),
-        nn.Flatten(),
-        nn.Linear(15, 3),
-    ).double()
-
-
-SHAPE = (2, 7, 7)
-
-
-def clipping_of(
-    allocation: str = "joint", *, power: float = 0.5, every: int = 1
-) -> BackpropClipping:
-    whitening = InputWhitening(PinkNoise(SHAPE, count=9), power=power, every=every)
-    return BackpropClipping(allocation=allocation, whitening=whitening)  # type: ignore[arg-type]
-
-
-def batch(size: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    make = {"dtype": torch.float64, "generator": generator}
-    return torch.randn(size, *SHAPE, **make), torch.randn(size, 3, **make)  # type: ignore[call-overload]
-
-
-def matrices_of(trainer: Trainer) -> dict[str, Tensor]:
-    layers = trainer.optimizer._hooks._whitening.layers
-    return {name: own.matrix.clone() for name, own in layers.items()}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -147,86 +106,6 @@ def test_a_large_example_reaches_the_limit(
     x = torch.randn(1, *shape).double()
     reached = joint(trainer.released(x, 1e4 * torch.ones(1, model(x).numel()).double())).norm()
     assert 0.999 * 2.0 <= reached <= 2.0
-
-
-LONG: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "vectors": (lambda: nn.Linear(400, 5), (400,)),
-    "positions": (lambda: nn.Linear(60, 5), (3, 60)),
-    "kept gradients": (lambda: nn.Linear(40, 5), (50, 40)),
-    "convolution": (lambda: nn.Conv2d(16, 8, 5, stride=5), (16, 10, 10)),
-}
-
-
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("kind", LONG)
-@ALLOCATIONS
-def test_equal_examples_in_a_long_direction_stay_within_the_claim(
-    kind: str, allocation: str, compiled: bool
-) -> None:
-    """Their sum is rounded in the short directions, too, which are scaled up afterwards."""
-    torch.manual_seed(0)
-    make, shape = LONG[kind]
-    direction = torch.randn(shape[0] if kind == "convolution" else shape[-1])
-    one = torch.ones(shape) * (direction.view(-1, 1, 1) if kind == "convolution" else direction)
-    public = torch.randn(64, *(1,) * len(shape)) * one + 1e-4 * torch.randn(64, *shape)
-    clipping = BackpropClipping(
-        allocation=allocation,  # type: ignore[arg-type]
-        whitening=InputWhitening(lambda _: public, power=0.5),
-    )
-    model, count = nn.Sequential(make(), nn.Flatten()), 3000
-    trainer = Trainer(model, shape, clipping, dtype=torch.float32, reduction="sum")
-    if compiled:
-        torch._dynamo.reset()
-        trainer.model = torch.compile(trainer.model, backend="aot_eager", fullgraph=True)
-    g = torch.randn(model(one[None]).numel())
-    x = torch.cat([one.expand(count, *shape), torch.randn(1, *shape)])
-    target = torch.cat([g.expand(count, -1), 100 * torch.randn(1, g.numel())])
-    trainer.optimizer.max_grad_norm = limit = 1e-3 * float(one.norm() * g.norm())
-    moved = joint(trainer.released(x, target)).double()
-    moved -= joint(trainer.released(x[:-1], target[:-1])).double()
-    assert moved.norm() <= 1.01 * limit
-    alone = joint(trainer.released(x[:1], target[:1])).norm()
-    assert alone >= 0.9 * limit
-
-
-@pytest.mark.parametrize("power", [0.25, 0.5])
-def test_rounded_products_are_not_scaled_up(power: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorFloat-32 rounds the factors of float32 products to 11 bits, here made on a CPU."""
-
-    def rounded(x: Tensor) -> Tensor:
-        bits = x.view(torch.int32) + 0x1000
-        return (bits & ~0x1FFF).view(torch.float32)
-
-    times = WhitenedRule._times_matrix
-
-    def tensor_float(self: WhitenedRule, rows: Tensor) -> Tensor:
-        if rows.dtype == torch.float64:
-            return times(self, rows)
-        rule = WhitenedRule.of(self.one, rounded(self.matrix), self.stretch)
-        return times(rule, rounded(rows.contiguous()))
-
-    monkeypatch.setattr(WhitenedRule, "_times_matrix", tensor_float)
-    monkeypatch.setattr(precision, "product_error", lambda _: 2.0**-11)
-    torch.manual_seed(0)
-    one, count = torch.randn(400), 1000
-    public = torch.randn(64, 1) * one + 1e-4 * torch.randn(64, 400)
-    clipping = BackpropClipping(whitening=InputWhitening(lambda _: public, power=power))
-    trainer = Trainer(nn.Linear(400, 5), (400,), clipping, dtype=torch.float32, reduction="sum")
-    g = torch.randn(5)
-    x = torch.cat([one.expand(count, -1), torch.randn(1, 400)])
-    target = torch.cat([g.expand(count, -1), 100 * torch.randn(1, 5)])
-    trainer.optimizer.max_grad_norm = limit = 1e-3 * float(one.norm() * g.norm())
-    moved = joint(trainer.released(x, target)).double()
-    moved -= joint(trainer.released(x[:-1], target[:-1])).double()
-    assert moved.norm() <= 1.02 * limit
-
-
-def test_no_mean_in_single_precision_rounds_what_is_scaled_up() -> None:
-    clipping = BackpropClipping(whitening=InputWhitening(lambda _: torch.randn(5, 4)))
-    with pytest.raises(ValueError, match=r"whitening scales up what is .* or use whitening=None"):
-        make_private(nn.Linear(4, 3), backprop=clipping)
-    make_private(nn.Linear(4, 3), backprop=clipping, loss_reduction="sum")
-    assert Trainer(nn.Linear(4, 3), (4,), clipping).optimizer  # in double precision
 
 
 class Twice(nn.Module):
