@@ -76,20 +76,8 @@ REASONS: dict[str, str] = {
     "test_custom_linear_hooks": LAYER_IN_FORWARD,
     "test_extra_param_hooks_requires_grad": LAYER_IN_FORWARD,
     **dict.fromkeys(
-        [
-            f"PrivacyEngineCustomLayer{kind}.test_{test}"
-            for kind in ("Test", "HooksTest")
-            for test in (
-                "basic",
-                "checkpoints",
-                "compare_to_vanilla",
-                "deterministic_run",
-                "make_private_with_epsilon",
-                "noise_changes_every_time",
-                "noise_level",
-            )
-        ],
-        LAYER_IN_FORWARD,
+        [f"PrivacyEngineCustomLayer{kind}.test_noise_level" for kind in ("Test", "HooksTest")],
+        "squares 160 numbers drawn from one seed: 15 % off is 1.3 standard errors",
     ),
     **dict.fromkeys(
         [
