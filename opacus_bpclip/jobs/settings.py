@@ -25,7 +25,9 @@ class Options(BaseModel):
 
     def replace(self, **changes: object) -> Self:
         """Return the same options with some changed, and checked again."""
-        return type(self)(**{**dict(self), **changes})
+        # Not dict(self), which holds what cached properties have found as well.
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**own, **changes})
 
 
 @WHERE_TO_WRITE

@@ -210,6 +210,7 @@ def test_a_study_end_to_end(here, tmp_path, capsys):
     path = tmp_path / "tiny.toml"
     path.write_text(
         "seeds = [0]\nbaseline = 'flat'\n[settings]\nepochs = 1\nepsilon = 8.0\nbatch_size = 512\n"
+        "physical_batch_size = 256\n"
         "[cells.digits]\n[arms.flat]\n[arms.non-private]\n[arms.backprop]\n"
     )
     assert main(["ab", "--study", str(path), "--no-progress"]) == 0
