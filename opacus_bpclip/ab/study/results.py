@@ -65,8 +65,8 @@ class StudyRecord(Record[Study, RunResult]):
     """A study as far as it has come; its file is one line for each run, which says all of it."""
 
     command: ClassVar = "ab --study"
-    # Each run's own settings tell it from the others.
-    free: ClassVar = frozenset({*Study.model_fields, "commit", "hardware"})
+    # Each run's own settings tell it from the others, and each line says where it was measured.
+    free: ClassVar = frozenset({*Study.model_fields, "commit", "platform", "hardware"})
 
     def write(self, path: Path) -> None:
         """Write all lines, or none."""
@@ -79,13 +79,13 @@ class StudyRecord(Record[Study, RunResult]):
             return cls.new(Study())
         first = results[0]
         for each in results:
-            if (each.platform, each.versions) != (first.platform, first.versions):
-                raise ValueError("its runs are of several platforms or versions")
+            if each.versions != first.versions:
+                raise ValueError("its runs are of several versions")
         return cls(
             settings=Study(),
             commit=", ".join(dict.fromkeys(each.commit or UNKNOWN_COMMIT for each in results)),
-            platform=first.platform,
-            hardware=first.hardware,
+            platform=", ".join(dict.fromkeys(each.platform for each in results)),
+            hardware=", ".join(dict.fromkeys(each.hardware for each in results)),
             versions=first.versions,
             results=results,
         )

@@ -187,8 +187,9 @@ def test_files_that_are_no_study(text, told, path):
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda own: own.stem)
 def test_the_studies_of_the_repository_are_in_order(path):
     study = read_study(path)
-    assert study.tuning
-    assert study.baseline == "flat"
+    assert study.baseline in study.arms
+    # One that tunes nothing says where its settings come from.
+    assert study.tuning or "# Learning rates of" in path.read_text()
 
 
 def test_the_study_of_the_documentation_is_one(path):

@@ -145,11 +145,25 @@ def test_runs_of_other_versions_are_not_continued(trained, path):
     with pytest.raises(UsageError, match=r"^cannot resume from .*: torch 0\.2.* there, 2"):
         run_study(UNTUNED, path)
     path.write_text(whole.replace('"torch":"', '"torch":"0.', 1))
-    with pytest.raises(UsageError, match="its runs are of several platforms or versions"):
+    with pytest.raises(UsageError, match="its runs are of several versions"):
         run_study(UNTUNED, path)
     path.write_text("{}\n")
     with pytest.raises(UsageError, match=r"is not a results file of opacus-bpclip ab --study"):
         run_study(UNTUNED, path)
+
+
+def test_a_study_goes_on_on_another_machine(trained, path):
+    run_study(UNTUNED, path)
+    there = path.read_text().replace('"platform":"', '"platform":"elsewhere ', 1)
+    path.write_text(there.replace("a machine", "another machine", 1))
+    again = run_study(UNTUNED.replace(seeds=[0, 1, 2, 3]), path)
+    assert len(again.asked) == 16
+    assert len(trained.runs) == 16
+    platforms = {each.platform for each in again.results}
+    assert len(platforms) == 2
+    held = StudyRecord.read(path)
+    assert held.hardware == "another machine, a machine"
+    assert set(held.platform.split(", ")) == platforms
 
 
 def test_an_arm_that_cannot_train_is_noted_and_tried_again(trained, path, monkeypatch):
