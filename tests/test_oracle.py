@@ -10,6 +10,7 @@ from tests import reference
 from tests.budgets import layerwise
 from tests.checks import Trainer, joint, squared_loss
 from tests.strategies import BOUNDS, LayerCase, architectures, clippings, product_cases
+from tests.whitening.helpers import matrices_of
 
 
 @given(architectures(), st.sampled_from(BOUNDS[1:]), st.sampled_from(["mean", "sum"]))
@@ -48,8 +49,7 @@ def test_each_contribution_is_the_examples_own_gradient_times_its_factor(case, c
     released = trainer.released(x, target)
     alone = [trainer.released(x[i : i + 1], target[i : i + 1]) for i in range(3)]
     limits = dict(trainer.optimizer.layer_sensitivities)
-    learnt = trainer.optimizer._hooks._whitening.layers
-    matrices = {name: own.matrix.clone() for name, own in learnt.items()}
+    matrices = matrices_of(trainer)
     plain = trainer.model.to_standard_module()
     from opacus_bpclip import unclip_inputs
 

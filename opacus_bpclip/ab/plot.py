@@ -19,8 +19,10 @@ from opacus_bpclip.ab.settings import (
     NON_PRIVATE,
     PAPER,
     PER_LAYER,
+    WHITENED,
 )
 from opacus_bpclip.jobs.figures import (
+    BLACK,
     BLUE,
     GREEN,
     GREY,
@@ -40,6 +42,7 @@ _STYLES = {
     FLAT: (BLUE, "s", "-", 4.0, 2.1),
     FLAT_INPUT_CLIPPING: (ORANGE, "^", "-", 2.6, 2.2),
     LAYERWISE: (PURPLE, "D", (0, (4, 2)), 1.8, 2.3),
+    WHITENED: (BLACK, "h", "-", 1.8, 2.35),
     BACKPROP: (GREEN, "o", (0, (2, 4)), 1.8, 2.4),
     PAPER: (RED, "v", ":", 1.8, 2.5),
     FUNCTORCH: (SKY, "1", "-", 3.6, 2.11),

@@ -84,8 +84,10 @@ def _options(settings: Settings, arm: str) -> str:
     inputs = f"max_input_norm {'none' if norm is None else format(norm, 'g')}"
     if own is None:
         return inputs if norm else ""
-    scaling = ", normalize" if own.normalize else ""
-    return f"allocation {own.allocation}, bound {own.bound}, {inputs}{scaling}"
+    more = ", normalize" if own.normalize else ""
+    if own.whitening is not None:
+        more += ", inputs whitened by pink noise"
+    return f"allocation {own.allocation}, bound {own.bound}, {inputs}{more}"
 
 
 def _row(record: ComparisonRecord, result: ArmResult) -> list[str]:

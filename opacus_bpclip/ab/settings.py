@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from opacus_bpclip.config import BackpropClipping, Bound
+from opacus_bpclip.config import BackpropClipping, Bound, InputWhitening, PinkNoise
 from opacus_bpclip.jobs.settings import Options, Output
 from opacus_bpclip.jobs.values import (
     HOW_TO_RUN,
@@ -27,13 +27,19 @@ from opacus_bpclip.jobs.values import (
 
 # The arms of a built-in data set, and those that another data set or model is tried by as well.
 BuiltIn = Literal[
-    "non-private", "flat", "flat+input-clipping", "backprop", "backprop-layerwise", "paper"
+    "non-private",
+    "flat",
+    "flat+input-clipping",
+    "backprop",
+    "backprop-layerwise",
+    "backprop-whitened",
+    "paper",
 ]
 # Opacus's own names. The first three compute what flat clipping does, at other costs.
 Mode = Literal["functorch", "ew", "ghost", "per_layer", "adaptive"]
 Arm = Literal[BuiltIn, Mode]
 ARMS: tuple[Arm, ...] = get_args(BuiltIn)
-NON_PRIVATE, FLAT, FLAT_INPUT_CLIPPING, BACKPROP, LAYERWISE, PAPER = ARMS
+NON_PRIVATE, FLAT, FLAT_INPUT_CLIPPING, BACKPROP, LAYERWISE, WHITENED, PAPER = ARMS
 FUNCTORCH, EXPANDED_WEIGHTS, GHOST, PER_LAYER, ADAPTIVE = MODES = get_args(Mode)
 OWN_ARMS: tuple[Arm, ...] = (*ARMS[:3], GHOST, PER_LAYER, ADAPTIVE, *ARMS[3:])
 
@@ -56,13 +62,18 @@ class Defaults:
     batch_size: int
     lr: float
     threads: int | None = None
+    # Of the values of its pixels, roughly, after the constants that normalise them.
+    mean: float = 0.0
+    deviation: float = 1.0
 
 
 Dataset = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
 _MODELS, _DATA = "opacus_bpclip.ab.models:", "opacus_bpclip.ab.data:"
 _CNN26K = f"{_MODELS}cnn26k"
 DATASETS: dict[Dataset | None, Defaults] = {
-    "digits": Defaults("digits", f"{_MODELS}digits_cnn", f"{_DATA}digits", 3.0, 20, 128, 0.1, 1),
+    "digits": Defaults(
+        "digits", f"{_MODELS}digits_cnn", f"{_DATA}digits", 3.0, 20, 128, 0.1, 1, 0.3, 0.35
+    ),
     "mnist": Defaults("MNIST", _CNN26K, f"{_DATA}mnist", 1.0, 10, 1024, 0.5),
     "fashion-mnist": Defaults(
         "Fashion-MNIST", _CNN26K, f"{_DATA}fashion_mnist", 1.0, 10, 1024, 0.5
@@ -131,11 +142,11 @@ class Settings(Options):
         threads: torch's intra-op threads in the training process
         max_grad_norm: joint L2 sensitivity of the summed gradient
         max_input_norm: largest norm of a column of a layer's input in the arms backprop,
-            backprop-layerwise and flat+input-clipping, or none: the first two then leave inputs as
-            they are, and the third, which cannot do without, takes the paper's
+            backprop-layerwise, backprop-whitened and flat+input-clipping, or none: the first three
+            then leave inputs as they are, and the last, which cannot do without, takes the paper's
         bound: how backprop and backprop-layerwise bound an example's gradients
         allocation: how backprop-layerwise splits --max-grad-norm over the layers
-        normalize: backprop and backprop-layerwise scale gradients up, too
+        normalize: the arms of this package but paper scale gradients up, too
     """
 
     model: Annotated[str | None, Parameter(show_default="the data set's")] = None
@@ -223,11 +234,14 @@ class Settings(Options):
         """Return an arm's options of backpropagation clipping; None where it clips otherwise."""
         if arm == PAPER:
             return _PAPER
-        if arm not in (BACKPROP, LAYERWISE):
+        if arm not in (BACKPROP, LAYERWISE, WHITENED):
             return None
+        own = DATASETS[self.dataset]
+        noise = PinkNoise(mean=own.mean, deviation=own.deviation)
         return BackpropClipping(
+            whitening=InputWhitening(noise) if arm == WHITENED else None,
             allocation=self.allocation if arm == LAYERWISE else _LIBRARY.allocation,
-            bound=self.bound,
+            bound="exact" if arm == WHITENED else self.bound,
             max_input_norm=self.max_input_norm,
             normalize=self.normalize,
         )

@@ -21,7 +21,7 @@ from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import FusedRule, Inputs
 from opacus_bpclip.rules.base import per_row, where_finite, zero_rows
 from opacus_bpclip.rules.precision import rounding_margin, wide
-from opacus_bpclip.rules.whitened import WhitenedRule
+from opacus_bpclip.rules.whitened import PublicMatrix, WhitenedRule
 
 
 class FusedClip(NodeClip):
@@ -84,11 +84,13 @@ class FusedClip(NodeClip):
         assert weight is not None
         rule = self.rule
         if public:
-            matrix, stretch = public
-            assert matrix is not None
-            assert stretch is not None
+            scale, directions, shrinkage = public
+            assert scale is not None
+            assert directions is not None
+            assert shrinkage is not None
             assert columns is not None
-            rule = whitened = WhitenedRule.of(rule, matrix, stretch)
+            matrix = PublicMatrix(scale, directions, shrinkage)
+            rule = whitened = WhitenedRule.of(rule, matrix)
             columns = whitened.stretched(columns)
         return FusedUse(
             self.layer,

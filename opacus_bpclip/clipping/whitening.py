@@ -22,6 +22,7 @@ from opacus_bpclip.rules.exact_norms import chunks, exact_chunk
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.precision import full_precision, wide
 from opacus_bpclip.rules.views import ConvOverViews
+from opacus_bpclip.rules.whitened import PublicMatrix
 
 _WITH_COLUMNS = (LinearRule, ConvRule, ConvOverViews)
 
@@ -34,43 +35,46 @@ class LayerWhitening:
 
     Args:
         layer: a linear layer or a convolution.
+        option: the public options.
 
     Attributes:
         rule: the layer's rule.
-        matrix: ``[R, D, D]`` for ``R`` groups of channels and ``D`` inputs of each.
-        stretch: the largest eigenvalue, a number.
+        matrix: of ``R`` groups of channels and ``D`` inputs of each.
     """
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, option: InputWhitening) -> None:
         assert isinstance(layer.rule, FusedRule)
-        self.layer, self.rule = layer, layer.rule
+        self.layer, self.rule, self._option = layer, layer.rule, option
         like = wide(layer.named_parameters["weight"].detach())
-        groups = getattr(layer.module, "groups", 1)
-        one = torch.eye(self.rule.column_size(), dtype=like.dtype, device=like.device)
-        self.matrix = one.repeat(groups, 1, 1)
-        self.stretch = like.new_ones(())
-        self._stretches = like.new_ones(groups)
+        groups, size = getattr(layer.module, "groups", 1), self.rule.column_size()
+        rank = min(option.rank, size)
+        self.matrix = PublicMatrix(
+            like.new_ones(groups),
+            like.new_zeros(groups, size, rank),
+            like.new_zeros(groups, rank),
+        )
 
     def second_moments(self, x: Tensor, max_input_norm: float | None) -> Tensor:
         """Return the sum of ``u u^T`` over the columns of an input. ``[R, D, D]`` in float64."""
         (clipped,) = self.rule.prepare((wide(x),), max_input_norm).inputs
         assert clipped is not None
-        total = torch.zeros_like(self.matrix, dtype=torch.float64)
+        groups, size, _ = self.matrix.directions.shape
+        total = clipped.new_zeros(groups, size, size, dtype=torch.float64)
         positions = self.rule.columns(clipped[:1]).shape[3]
-        needed = self.matrix.shape[:2].numel() * positions * clipped.element_size()
+        needed = groups * size * positions * clipped.element_size()
         for rows in chunks(len(clipped), exact_chunk(needed, clipped.device)):
             columns = self.rule.columns(clipped[rows]).movedim(0, 2).flatten(2)
             total += torch.matmul(columns, columns.transpose(1, 2))
         return total
 
-    def learn(self, moments: Tensor, option: InputWhitening) -> bool:
+    def learn(self, moments: Tensor) -> bool:
         """Set the matrices to ``(A / a + damping * I) ** -power``, in place.
 
-        The matrix of a group stays as it is where the moments are all zero or not finite.
+        All eigenvalues of ``A`` but the largest ones are replaced by their mean. The matrix of a
+        group stays as it is where the moments are all zero or not finite.
 
         Args:
             moments: ``[R, D, D]``, ``A`` times any number.
-            option: the public options.
 
         Returns:
             Whether any matrix was set.
@@ -80,13 +84,19 @@ class LayerWhitening:
         if not bool(usable.any()):
             return False
         values, vectors = torch.linalg.eigh(moments[usable] / mean[usable].view(-1, 1, 1))
-        values = (values.clamp(min=0) + option.damping) ** -option.power
+        scale, directions, shrinkage = self.matrix
+        rank = shrinkage.shape[1]
+        # In ascending order, and one for all that are not told apart.
+        alike = values[:, : max(values.shape[1] - rank, 1)].mean(dim=1, keepdim=True)
+        largest, own = (
+            (found.clamp(min=0) + self._option.damping) ** -self._option.power
+            for found in (alike, values[:, -rank:])
+        )
         # A sum over the batch is whitened after it is made, which scales its rounding errors up.
-        values = values.clamp(min=values.amax(dim=1, keepdim=True) / _LARGEST_RATIO)
-        made = (vectors * values.unsqueeze(1)) @ vectors.transpose(1, 2)
-        self.matrix[usable] = made.to(self.matrix.dtype)
-        self._stretches[usable] = values.amax(dim=1).to(self.stretch.dtype)
-        self.stretch.copy_(self._stretches.amax())
+        own = own.clamp(min=largest / _LARGEST_RATIO)
+        scale[usable] = largest.squeeze(1).to(scale.dtype)
+        directions[usable] = vectors[:, :, -rank:].to(scale.dtype)
+        shrinkage[usable] = (1 - own / largest).clamp(min=0).to(scale.dtype)
         return True
 
 
@@ -119,8 +129,8 @@ class Whitening:
             return ()
         if not _has_columns(layer, self.option.max_size):
             return ()
-        own = self.layers[layer.name] = LayerWhitening(layer)
-        return own.matrix, own.stretch
+        own = self.layers[layer.name] = LayerWhitening(layer, self.option)
+        return own.matrix
 
     def begin(self, undo: Callable[[], object]) -> None:
         """Learn the first matrices.
@@ -188,7 +198,7 @@ class Whitening:
                 hook = own.layer.module.register_forward_hook(note, with_kwargs=True)
                 stack.callback(hook.remove)
             self.model(*args, **kwargs)
-            learnt = [self.layers[name].learn(x, option) for name, x in moments.items()]
+            learnt = [self.layers[name].learn(x) for name, x in moments.items()]
             return any(learnt)
 
     def _note(

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from opacus_bpclip.config.checks import Frozen, is_positive_number, require_choice
 from opacus_bpclip.config.thresholds import AdaptiveThreshold, ThresholdSchedule
-from opacus_bpclip.config.whitening import InputWhitening
+from opacus_bpclip.config.whitening import InputWhitening, PinkNoise
 
 Bound = Literal["product", "weighted", "exact"]
 Allocation = Literal["joint", "equal", "dimension"]
@@ -103,6 +103,19 @@ class BackpropClipping:
         bound is proved in ``docs/guarantee.md``.
         """
         return cls(allocation="dimension", bound="product", max_input_norm=3.0)
+
+    @classmethod
+    def for_images(cls, shape: tuple[int, ...] | None = None) -> Self:
+        """Return what is best in the studies for networks of images that are trained from scratch.
+
+        Inputs of layers are clipped to norm 3 and whitened by pink noise, one factor for each
+        example scales all gradients. The ratio of ``max_grad_norm`` and learning rate, the batch
+        size and the averaging of weights matter as much: ``docs/study-results.md``.
+
+        Args:
+            shape: of an image, channels first; ``None`` for that of the data loader's first input.
+        """
+        return cls(max_input_norm=3.0, whitening=InputWhitening(PinkNoise(shape)))
 
     def __post_init__(self) -> None:
         require_choice("bound", self.bound, get_args(Bound))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.config import BackpropClipping, PinkNoise
 from opacus_bpclip.engine.parallel import inner
 from opacus_bpclip.errors import CoverageError
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers, unclipped_inputs
 from opacus_bpclip.model.plan import Plan
 from opacus_bpclip.model.sharding import unsharded
+from opacus_bpclip.model.views import FoldViews
 from opacus_bpclip.probe import Prober, with_uses
+from opacus_bpclip.probe.forms import made_up_batches
 
 
 def require_compatible(
@@ -84,3 +87,43 @@ def try_out(
     plan = next(iter(prober.passed.values()), None)
     config = with_uses(config, module, data_loader, batch_first=batch_first, plan=plan)
     return config, prober.passed
+
+
+def with_image_shape(
+    config: BackpropClipping,
+    *,
+    module: nn.Module,
+    data_loader: object,
+    batch_first: bool = True,
+    **_: Any,
+) -> BackpropClipping:
+    """Give `PinkNoise` without a shape that of the data loader's first input.
+
+    Args:
+        config: the options of the clipping.
+        module: the model.
+        data_loader: gives the shape, which is public as all shapes of inputs are.
+        batch_first: whether the batch is the first axis of the model's inputs.
+
+    Raises:
+        ValueError: the model's input is no image, or it is unknown what it is.
+    """
+    whitening = config.whitening
+    if whitening is None or not isinstance(whitening.probes, PinkNoise) or whitening.probes.shape:
+        return config
+    # In evaluation, in which the public images are seen, each view is a row of its own.
+    axes = 2 if isinstance(module, FoldViews) else 1
+    for batch in made_up_batches(data_loader, module) if batch_first else ():
+        first, *others = (*batch.args, *batch.kwargs.values())
+        if isinstance(first, Tensor) and first.is_floating_point() and not others:
+            if first.dim() < axes + 2:
+                break
+            probes = replace(whitening.probes, shape=tuple(first.shape[axes:]))
+            return replace(config, whitening=replace(whitening, probes=probes))
+    raise ValueError(
+        "InputWhitening learns from pink noise in the shape of the model's inputs, and these are "
+        "not known to be images [channels, height, width]: the data loader has no first item, or "
+        "its items are not one tensor of such a shape for the model. Pass "
+        "InputWhitening(PinkNoise(shape)), or InputWhitening(probes) with a function of the step's "
+        "number that returns public examples of what the model is called with."
+    )

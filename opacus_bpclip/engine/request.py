@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from opacus_bpclip.config import BackpropClipping
-from opacus_bpclip.engine.compatibility import try_out
+from opacus_bpclip.engine.compatibility import try_out, with_image_shape
 from opacus_bpclip.engine.parallel import inner, ranks_of
 from opacus_bpclip.engine.validation import checked_loader, checked_options
 from opacus_bpclip.guard.ranks import Ranks
@@ -85,11 +85,12 @@ def checked(
                 raise ValueError(problem)
         criterion = _private_criterion(kwargs)
         inside = kwargs | {"module": module}
-        tried = try_out(config, loss_outside=criterion is not None, **inside)
+        config, passed = try_out(config, loss_outside=criterion is not None, **inside)
+        config = with_image_shape(config, **inside)
     ranks.require_equal_values(
         {name: p for name, p in module.named_parameters() if not isinstance(p, DTensor)}
     )
-    return Request(*tried, ranks, criterion, physical_batch_size)
+    return Request(config, passed, ranks, criterion, physical_batch_size)
 
 
 def require_equal_ranks(

@@ -8,7 +8,7 @@ from typing import Any
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 GREEN, BLUE, RED = "#009E73", "#0072B2", "#D55E00"
 ORANGE, PURPLE, SKY = "#E69F00", "#CC79A7", "#56B4E9"
-GREY = "#444444"
+GREY, BLACK = "#444444", "#000000"
 # For curves without a colour of their own.
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY)
 

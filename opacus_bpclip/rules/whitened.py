@@ -1,12 +1,13 @@
 """Linear layers and convolutions whose weight's gradient is whitened: ``sum_p g_p (M u_p)^T``.
 
-``M`` is a public matrix, symmetric and positive definite, one for each group. The bias's gradient
-is as without it. Proof: ``docs/guarantee.md``, "Whitened inputs".
+``M`` is a public matrix for each group. The bias's gradient is as without it. Proof:
+``docs/guarantee.md``, "Whitened inputs".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +22,50 @@ from opacus_bpclip.rules.precision import rounding_margin
 _MOST_ROWS = 1024
 
 
+class PublicMatrix(NamedTuple):
+    """``M = s (I - V diag(e) V^T)`` of each group: symmetric, with ``s`` the largest eigenvalue.
+
+    Attributes:
+        scale: ``s``, ``[R]``.
+        directions: ``V``, ``[R, D, K]``, its columns orthonormal or zero.
+        shrinkage: ``e``, ``[R, K]``, at least 0 and below 1.
+    """
+
+    scale: Tensor
+    directions: Tensor
+    shrinkage: Tensor
+
+    def times(self, rows: Tensor) -> Tensor:
+        """Multiply rows, ``[R, *, D]``, by the matrix of each group.
+
+        One product for each group is many times faster than one for each example.
+        """
+        # A difference of two products: not in half precision.
+        dtype = torch.promote_types(rows.dtype, self.scale.dtype)
+        scale, directions, shrinkage = (own.to(dtype) for own in self)
+        scale, flat = scale.view(-1, 1, 1), rows.flatten(1, -2).to(dtype)
+        along = torch.bmm(flat, directions) * (scale * shrinkage.unsqueeze(1))
+        made = flat * scale
+        made.baddbmm_(along, directions.transpose(1, 2), alpha=-1)
+        return made.view(rows.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class WhitenedRule(FusedRule):
     """A layer's rule for the whitened gradient. Inputs are measured and clipped as without it.
 
     Attributes:
         one: the rule of the layer, with a weight's gradient of ``[R * C, D]``.
-        matrix: ``M``, ``[R, D, D]``.
-        stretch: at least the largest eigenvalue of ``M``, a number.
+        matrix: ``M``.
     """
 
     one: FusedRule
-    matrix: Tensor
-    stretch: Tensor
+    matrix: PublicMatrix
 
     @classmethod
-    def of(cls, rule: FusedRule, matrix: Tensor, stretch: Tensor) -> Self:
+    def of(cls, rule: FusedRule, matrix: PublicMatrix) -> Self:
         """Make the rule from that of the layer."""
-        return cls(rule.weight, rule.bias, rule, matrix, stretch)
+        return cls(rule.weight, rule.bias, rule, matrix)
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Self:
@@ -52,14 +79,15 @@ class WhitenedRule(FusedRule):
     def stretched(self, columns: Tensor) -> Tensor:
         """Return upper bounds on the norms of whitened columns, given `with_one` of those before.
 
-        They only serve as margins for rounding errors, and so have room for those of two products.
+        They only serve as margins for rounding errors, and so have room for those of the gradient
+        and of two products with the matrix.
         """
-        return columns * (2 * self.stretch).clamp(min=1).to(columns.dtype)
+        return columns * (2 * self.matrix.scale.amax()).clamp(min=1).to(columns.dtype)
 
     def columns(self, x: Tensor) -> Tensor:
         """Return the whitened columns, ``[B, R, D, P]``."""
         columns = self.one.columns(x).transpose(2, 3)
-        return self._times_matrix(columns.movedim(1, 0)).movedim(0, 1).transpose(2, 3)
+        return self.matrix.times(columns.movedim(1, 0)).movedim(0, 1).transpose(2, 3)
 
     def exact_of_columns(self, upstream: Tensor, u: Tensor, norms: Tensor) -> Tensor:
         """Return the exact bound, by the norms of the whitened columns themselves.
@@ -119,17 +147,9 @@ class WhitenedRule(FusedRule):
 
     def _whitened(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """Multiply gradients of the weight, ``[*, *weight.shape]``, by the matrix of each group."""
-        groups, size, _ = self.matrix.shape
-        rows = gradient.reshape(-1, groups, weight.shape[0] // groups, size)
-        return self._times_matrix(rows.movedim(1, 0)).movedim(0, 1).reshape(gradient.shape)
-
-    def _times_matrix(self, rows: Tensor) -> Tensor:
-        """Multiply rows, ``[R, *, D]``, by the matrix of each group, which is symmetric.
-
-        One product for each group is many times faster than one for each example.
-        """
-        made = torch.bmm(rows.flatten(1, -2), self.matrix.to(rows.dtype))
-        return made.view(rows.shape)
+        groups = len(self.matrix.scale)
+        rows = gradient.reshape(-1, groups, weight.shape[0] // groups, self.column_size())
+        return self.matrix.times(rows.movedim(1, 0)).movedim(0, 1).reshape(gradient.shape)
 
     def least_exact(self, dtype: torch.dtype) -> float:
         """Return 0: the size is computed in every case."""

@@ -60,7 +60,9 @@ def test_an_epoch_ends_at_the_weights_of_flat_clipping(flat, norm, max_grad_norm
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("other", ["flat+input-clipping", "backprop-layerwise", "paper"])
+@pytest.mark.parametrize(
+    "other", ["flat+input-clipping", "backprop-layerwise", "backprop-whitened", "paper"]
+)
 def test_other_arms_end_elsewhere(other, train):
     before, flat, _ = train("flat")
     _, found, _ = train(other)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from opacus_bpclip import BackpropClipping
+from opacus_bpclip import BackpropClipping, InputWhitening, PinkNoise
 from opacus_bpclip.ab.plot import draw
 from opacus_bpclip.ab.report import heading, render
 from opacus_bpclip.ab.settings import ARMS, NON_PRIVATE, Settings
@@ -35,12 +35,18 @@ def test_options_are_those_of_the_arms_that_have_them():
     assert settings.backprop("backprop") == BackpropClipping(**given)
     layerwise = BackpropClipping(allocation="equal", **given)
     assert settings.backprop("backprop-layerwise") == layerwise
+    noise = PinkNoise(mean=0.3, deviation=0.35)  # the digits' own
+    whitened = {**given, "bound": "exact", "whitening": InputWhitening(noise)}
+    assert settings.backprop("backprop-whitened") == BackpropClipping(**whitened)
+    own = Settings(dataset="mnist").backprop("backprop-whitened")
+    assert own == BackpropClipping(whitening=InputWhitening())
     for either in (plain, settings):
         assert either.backprop("paper") == BackpropClipping.paper()
 
 
 @pytest.mark.parametrize(
-    ("given", "norms"), [(None, [None, None, 3, None, None, 3]), (4, [None, None, 4, 4, 4, 3])]
+    ("given", "norms"),
+    [(None, [None, None, 3, None, None, None, 3]), (4, [None, None, 4, 4, 4, 4, 3])],
 )
 def test_input_norm_of_each_arm(given, norms):
     settings = Settings(max_input_norm=given)
@@ -50,7 +56,7 @@ def test_input_norm_of_each_arm(given, norms):
 def test_table():
     rows = [f"{arm:<19}    88.75%  87.50..90.00    2.998  1e-05             2.017" for arm in ARMS]
     rows[0] = f"{NON_PRIVATE:<19}    88.75%  87.50..90.00        -      -                 -"
-    assert render(finished(), TERMINAL).splitlines()[:15] == [
+    assert render(finished(), TERMINAL).splitlines()[:17] == [
         "digits: 1437 training and 360 test examples, model of 9,258 parameters",
         "epochs: 2, each of 12 Poisson batches, 120 examples expected, SGD with lr 0.1 and "
         "momentum 0.9, seeds 0 1",
@@ -58,6 +64,8 @@ def test_table():
         "flat+input-clipping: max_input_norm 3",
         "backprop: allocation joint, bound exact, max_input_norm none",
         "backprop-layerwise: allocation dimension, bound exact, max_input_norm none",
+        "backprop-whitened: allocation joint, bound exact, max_input_norm none, inputs whitened by "
+        "pink noise",
         "paper: allocation dimension, bound product, max_input_norm 3",
         "",
         "arm                  accuracy         range  epsilon  delta  noise multiplier  "

@@ -11,7 +11,7 @@ from opacus_bpclip.clipping import at_once
 from opacus_bpclip.clipping.fused import FusedClip
 from opacus_bpclip.clipping.whitening import LayerWhitening
 from opacus_bpclip.config import InputWhitening
-from opacus_bpclip.rules.whitened import WhitenedRule
+from opacus_bpclip.rules.whitened import PublicMatrix, WhitenedRule
 from tests.mutants import whitening_killers as killers
 from tests.mutants.registry import MOVED, mutant
 
@@ -23,9 +23,9 @@ def learnt_from_the_private_batch(patch: pytest.MonkeyPatch) -> None:
     call = FusedClip.call
 
     def learning(self: FusedClip, module: Any, args: Any, kwargs: Any, y: Tensor) -> Any:
-        own = LayerWhitening(self.layer)
-        own.learn(own.second_moments(args[0].detach(), None), InputWhitening(lambda _: None))
-        self.public = own.matrix, own.stretch
+        own = LayerWhitening(self.layer, InputWhitening(lambda _: None))
+        own.learn(own.second_moments(args[0].detach(), None))
+        self.public = own.matrix
         return call(self, module, args, kwargs, y)
 
     patch.setattr(FusedClip, "call", learning)
@@ -64,7 +64,7 @@ def groups_whitened_by_the_next(patch: pytest.MonkeyPatch) -> None:
     gradients = WhitenedRule.gradients
 
     def next_one(self: WhitenedRule, *args: Any, **kwargs: Any) -> Any:
-        other = WhitenedRule.of(self.one, self.matrix.roll(1, 0), self.stretch)
+        other = WhitenedRule.of(self.one, PublicMatrix(*(own.roll(1, 0) for own in self.matrix)))
         return gradients(other, *args, **kwargs)
 
     patch.setattr(WhitenedRule, "gradients", next_one)

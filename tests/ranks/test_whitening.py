@@ -9,6 +9,7 @@ from torch import Tensor
 from opacus_bpclip import InputWhitening
 from tests.ranks.models import LENGTH, WORDS, WRAPPERS, examples, make_private, share
 from tests.ranks.pair import pair
+from tests.whitening.helpers import dense
 
 SIZES = (7, 5)
 
@@ -33,7 +34,7 @@ def trained(rank: int | None, wrapper: str, allocation: str) -> tuple[Tensor, Te
         private.step(x, y, scale=len(x))
     with torch.no_grad():
         outputs = private.model(examples(12)[0])
-    matrix = private.optimizer._hooks._whitening.layers["head"].matrix
+    matrix = dense(private.optimizer._hooks._whitening.layers["head"].matrix)
     return matrix, private.values(), outputs
 
 

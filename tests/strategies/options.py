@@ -26,6 +26,7 @@ def whitenings(draw: st.DrawFn) -> InputWhitening:
         of_the_trainer,
         power=draw(st.sampled_from([0.25, 0.5])),
         damping=draw(st.sampled_from([1e-6, 1e-3, 1.0])),
+        rank=draw(st.integers(1, 4) | st.just(32)),
         every=draw(st.integers(1, 3)),
     )
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping, InputWhitening, PinkNoise
+from opacus_bpclip.rules.whitened import PublicMatrix
 from tests.checks import Trainer
 
 ALLOCATIONS = pytest.mark.parametrize("allocation", ["joint", "equal"])
@@ -32,10 +33,16 @@ def network() -> nn.Sequential:
 SHAPE = (2, 7, 7)
 
 
+def dense(matrix: PublicMatrix) -> Tensor:
+    """Return ``M``, ``[R, D, D]``."""
+    groups, size, _ = matrix.directions.shape
+    return matrix.times(torch.eye(size, dtype=matrix.scale.dtype).repeat(groups, 1, 1))
+
+
 def clipping_of(
-    allocation: str = "joint", *, power: float = 0.5, every: int = 1
+    allocation: str = "joint", *, power: float = 0.5, every: int = 1, rank: int = 32
 ) -> BackpropClipping:
-    whitening = InputWhitening(PinkNoise(SHAPE, count=9), power=power, every=every)
+    whitening = InputWhitening(PinkNoise(SHAPE, count=9), power=power, every=every, rank=rank)
     return BackpropClipping(allocation=allocation, whitening=whitening)  # type: ignore[arg-type]
 
 
@@ -47,4 +54,4 @@ def batch(size: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 def matrices_of(trainer: Trainer) -> dict[str, Tensor]:
     layers = trainer.optimizer._hooks._whitening.layers
-    return {name: own.matrix.clone() for name, own in layers.items()}
+    return {name: dense(own.matrix) for name, own in layers.items()}

@@ -53,6 +53,7 @@ def test_whitening_that_does_nothing_is_refused() -> None:
         ({"power": 0.6}, "Expected power=0.6 to be a number > 0 and at most 0.5"),
         ({"power": 0}, "Expected power=0"),
         ({"damping": 0.0}, "Expected damping=0.0 to be a finite number > 0"),
+        ({"rank": 0}, "Expected rank=0 to be an integer >= 1"),
         ({"every": 0}, "Expected every=0 to be an integer >= 1"),
         ({"max_size": 2.5}, "Expected max_size=2.5"),
     ],

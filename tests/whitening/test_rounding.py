@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping, InputWhitening
 from opacus_bpclip.rules import precision
-from opacus_bpclip.rules.whitened import WhitenedRule
+from opacus_bpclip.rules.whitened import PublicMatrix
 from tests.checks import Trainer, joint
 from tests.helpers import make_private
 from tests.whitening.helpers import ALLOCATIONS
@@ -63,15 +63,16 @@ def test_rounded_products_are_not_scaled_up(power: float, monkeypatch: pytest.Mo
         bits = x.view(torch.int32) + 0x1000
         return (bits & ~0x1FFF).view(torch.float32)
 
-    times = WhitenedRule._times_matrix
+    times = PublicMatrix.times
 
-    def tensor_float(self: WhitenedRule, rows: Tensor) -> Tensor:
+    def tensor_float(self: PublicMatrix, rows: Tensor) -> Tensor:
         if rows.dtype == torch.float64:
             return times(self, rows)
-        rule = WhitenedRule.of(self.one, rounded(self.matrix), self.stretch)
-        return times(rule, rounded(rows.contiguous()))
+        along = rounded(rows.contiguous()) @ rounded(self.directions)
+        back = rounded(along * self.shrinkage) @ rounded(self.directions.mT.contiguous())
+        return self.scale * (rows - back)
 
-    monkeypatch.setattr(WhitenedRule, "_times_matrix", tensor_float)
+    monkeypatch.setattr(PublicMatrix, "times", tensor_float)
     monkeypatch.setattr(precision, "product_error", lambda _: 2.0**-11)
     torch.manual_seed(0)
     one, count = torch.randn(400), 1000
