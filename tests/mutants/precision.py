@@ -9,6 +9,7 @@ from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import Sums, Use
 from opacus_bpclip.guard import guard
 from opacus_bpclip.guard.precision import Roundings
+from opacus_bpclip.optimizer import optimizer
 from tests.mutants import precision_killers as killers
 from tests.mutants.registry import mutant
 
@@ -33,6 +34,12 @@ def rounded_mean_let_through(patch: pytest.MonkeyPatch) -> None:
     """A mean's gradients are rounded to bfloat16 after the division by a private number."""
     patch.setattr(guard, "unfit", lambda name, dtype, mean: None)
     patch.setattr(Roundings, "of_model", lambda *args: None)
+
+
+@mutant(killed_by=killers.mean_of_very_many, says=RELEASED)
+def mean_of_many_let_through(patch: pytest.MonkeyPatch) -> None:
+    """A plain mean in float32 sums so many examples at once that its rounding adds up to one."""
+    patch.setattr(optimizer, "rounded_sums", lambda *args: None)
 
 
 @mutant(killed_by=killers.mean_of_rounded_products, says=RELEASED)

@@ -77,6 +77,13 @@ def mean_of_rounded_products() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+def mean_of_very_many() -> None:
+    """A mean loss over 2,049 examples of 5,000 that are expected."""
+    trainer = _two_layers()
+    trainer.optimizer.expected_batch_size = 5000
+    check_refused(trainer, torch.ones(2049, 2), lambda y, _: y.mean())
+
+
 def mean_rounded_between_layers() -> None:
     """A mean loss whose gradient is rounded between layers in float32."""
 

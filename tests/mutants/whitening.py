@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from opacus_bpclip.clipping import at_once
+from opacus_bpclip import hooks
+from opacus_bpclip.clipping import at_once, whitening
 from opacus_bpclip.clipping.fused import FusedClip
 from opacus_bpclip.clipping.whitening import LayerWhitening
 from opacus_bpclip.config import InputWhitening
+from opacus_bpclip.engine import validation
 from opacus_bpclip.rules.whitened import PublicMatrix, WhitenedRule
 from tests.mutants import whitening_killers as killers
 from tests.mutants.registry import MOVED, mutant
@@ -68,6 +71,20 @@ def groups_whitened_by_the_next(patch: pytest.MonkeyPatch) -> None:
         return gradients(other, *args, **kwargs)
 
     patch.setattr(WhitenedRule, "gradients", next_one)
+
+
+@mutant(killed_by=killers.a_mean_in_single_precision, says="a plain mean was accepted")
+def rounded_mean_whitened(patch: pytest.MonkeyPatch) -> None:
+    """A plain mean's rounding, which depends on the private size of the batch, is scaled up."""
+    patch.setattr(hooks, "rounded_options", lambda *args: None)
+    patch.setattr(validation, "rounded_options", lambda *args: None)
+
+
+@mutant(killed_by=killers.random_public_examples, says="have moved the noise")
+def public_examples_of_the_noises_generator(patch: pytest.MonkeyPatch) -> None:
+    """Random public examples come from the generator of the noise, and go on with it: a probe that
+    seeds it makes all noise known."""
+    patch.setattr(whitening, "repeatable", lambda *args: nullcontext())
 
 
 @mutant(killed_by=killers.a_large_direction_reaches_the_limit, says="reaches only")

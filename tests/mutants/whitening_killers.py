@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip import BackpropClipping, InputWhitening
+from opacus_bpclip import BackpropClipHooks, BackpropClipping, InputWhitening
 from tests.checks import HUGE, Trainer, check_independence, check_sensitivity, joint
 
 
@@ -73,3 +73,29 @@ def a_large_direction_reaches_the_limit() -> None:
     x = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).double()
     reached = joint(trainer.released(x, HUGE * torch.ones(1, 2).double())).norm()
     assert reached > 0.999, f"a large example reaches only {reached} of the limit"
+
+
+def a_mean_in_single_precision() -> None:
+    """Whitening behind a plain mean in float32 is refused."""
+    clipping = BackpropClipping(whitening=InputWhitening(lambda _: torch.ones(3, 4)))
+    try:
+        Trainer(nn.Linear(4, 2), (4,), clipping, dtype=torch.float32)
+    except ValueError:
+        return
+    raise AssertionError("a plain mean was accepted")
+
+
+def random_public_examples() -> None:
+    """Public examples that are drawn, and seeded, leave the global generator as it was."""
+
+    def probes(step: int) -> Tensor:
+        torch.manual_seed(step)
+        return torch.randn(3, 4)
+
+    model = nn.Linear(4, 2)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    clipping = BackpropClipping(whitening=InputWhitening(probes))
+    BackpropClipHooks(model, config=clipping, loss_reduction="sum")
+    moved = not torch.equal(torch.get_rng_state(), state)
+    assert not moved, "the public examples have moved the noise's generator"
