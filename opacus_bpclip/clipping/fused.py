@@ -84,12 +84,8 @@ class FusedClip(NodeClip):
         assert weight is not None
         rule = self.rule
         if public:
-            scale, directions, shrinkage = public
-            assert scale is not None
-            assert directions is not None
-            assert shrinkage is not None
             assert columns is not None
-            matrix = PublicMatrix(scale, directions, shrinkage)
+            matrix = PublicMatrix(*(own for own in public if own is not None))
             rule = whitened = WhitenedRule.of(rule, matrix)
             columns = whitened.stretched(columns)
         return FusedUse(
