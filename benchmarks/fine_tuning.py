@@ -54,11 +54,12 @@ ARMS: dict[str, dict[str, Any] | None] = {
 Size = tuple[int, int]  # tokens of a sentence, sentences of a batch
 
 
-def make_step(what: str, arm: str) -> Callable[[Size], None]:
+def make_step(what: str, arm: str, width: int = sst2.WIDTH) -> Callable[[Size], None]:
     """Return a whole step: forward, loss, backward, clipping, noise, Adam, zero_grad."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = getattr(sst2, what)().train()
+    model = sst2.full(width) if what == "full" else getattr(sst2, what)()
+    model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(trained, lr=1e-4)
     criterion: Any = nn.CrossEntropyLoss()
@@ -92,12 +93,12 @@ def _batch(size: Size) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def step_seconds(
-    what: str, arms: Sequence[str], sizes: Sequence[Size], rounds: int
+    what: str, width: int, arms: Sequence[str], sizes: Sequence[Size], rounds: int
 ) -> list[dict[str, tuple[float, ...]]]:
     """Return of each size the seconds of each round's step by arm."""
     found = []
     with known_warnings_silenced():
-        makers = {arm: make_step(what, arm) for arm in arms}
+        makers = {arm: make_step(what, arm, width) for arm in arms}
         for size in sizes:
             steps = {arm: partial(step, size) for arm, step in makers.items()}
             for step in steps.values():
@@ -106,11 +107,11 @@ def step_seconds(
     return found
 
 
-def peak_bytes(what: str, arm: str, sizes: Sequence[Size]) -> list[int]:
+def peak_bytes(what: str, width: int, arm: str, sizes: Sequence[Size]) -> list[int]:
     """Return of each size what a step needs: weights, gradients, Adam's state, and the rest."""
     found = []
     with known_warnings_silenced():
-        step = make_step(what, arm)
+        step = make_step(what, arm, width)
         for size in sizes:
             step(size)
             peaks = peaks_of(partial(step, size), torch.device("cpu"), steps=1)
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--batch", nargs="+", type=int, default=[32])
     parser.add_argument("--length", nargs="+", type=int, default=[32], help="tokens of a sentence")
+    parser.add_argument("--width", nargs="+", type=int, default=[sst2.WIDTH], help="of full alone")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--limit", type=float, help="GiB; search the largest batch instead")
     parser.add_argument("--json", type=Path, required=True, help="lines are added to this file")
@@ -179,14 +181,18 @@ def main() -> None:
             )
         return
     sizes = list(itertools.product(args.length, args.batch))
-    for what in args.what:
+    for what, width in itertools.product(args.what, args.width):
+        of: list[dict[str, Any]]
         of = [{"what": what, "length": length, "batch": batch} for length, batch in sizes]
+        if width != sst2.WIDTH:
+            of = [own | {"width": width} for own in of]
         for arm in args.arms:
             results.add(
                 [{"measured": "peak", "arm": arm} | own for own in of],
-                lambda missing, what=what, arm=arm: call_in_child(
+                lambda missing, what=what, width=width, arm=arm: call_in_child(
                     peak_bytes,
                     what,
+                    width,
                     arm,
                     [sizes[index] for index in missing],
                     environment=MEMORY_ENVIRONMENT,
@@ -194,9 +200,10 @@ def main() -> None:
             )
         results.add(
             [{"measured": "seconds", "arms": args.arms} | own for own in of],
-            lambda missing, what=what: call_in_child(
+            lambda missing, what=what, width=width: call_in_child(
                 step_seconds,
                 what,
+                width,
                 args.arms,
                 [sizes[index] for index in missing],
                 args.rounds,

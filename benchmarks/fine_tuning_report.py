@@ -33,8 +33,12 @@ CURVES = {
     "backprop joint": (BLUE, "D"),
     "backprop layerwise": (ORANGE, "^"),
 }
-SIZE = {"length": 32, "batch": 32}  # of the table, and where the curves cross
-TITLES = {"length": "tokens of a sentence", "batch": "sentences of a batch"}
+SIZE = {"length": 32, "batch": 32, "width": 384}  # of the table, and where the curves cross
+TITLES = {
+    "length": "tokens of a sentence",
+    "batch": "sentences of a batch",
+    "width": "width of the encoder",
+}
 MIB = 2**20
 
 
@@ -47,6 +51,8 @@ class Costs:
 
     def __init__(self, lines: Sequence[str]) -> None:
         self._lines = [json.loads(line) for line in lines if line]
+        for line in self._lines:
+            line["of"].setdefault("width", SIZE["width"])
 
     def find(self, **of: Any) -> list[Any]:
         """Return the results of the measurements that depend on this, the latest last."""
@@ -119,10 +125,11 @@ def _ratio(value: float | None) -> str:
 
 def draw(costs: Costs, path: Path) -> None:
     """Write the curves of full fine-tuning: time on the left, peak memory on the right."""
-    figure = new_figure(9, 7.2, dpi=130)
-    grid = figure.subplots(2, 2)
+    axes_of = [axis for axis in TITLES if len(costs.sizes(axis)) > 1]
+    figure = new_figure(9, 3.6 * len(axes_of), dpi=130)
+    grid = figure.subplots(len(axes_of), 2, squeeze=False)
     handles: dict[str, Any] = {}
-    for axis, (left, right) in zip(TITLES, grid, strict=True):
+    for axis, (left, right) in zip(axes_of, grid, strict=True):
         sizes = costs.sizes(axis)
         for arm, (colour, marker) in CURVES.items():
             style = {"colour": colour, "marker": marker}

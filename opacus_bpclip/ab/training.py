@@ -119,10 +119,9 @@ def start(
     streams = np.random.SeedSequence(seed).generate_state(3).tolist()
     for seed_all in (random.seed, np.random.seed, torch.manual_seed):
         seed_all(streams[0])
-    # Opacus refuses a model in evaluation mode, as pretrained ones are.
-    model = task.new_model().to(settings.device)
-    if not model.training:
-        model.train()
+    # Opacus refuses a model in evaluation mode, as pretrained ones are, and sees no layer of one
+    # inside of a model in training mode.
+    model = task.new_model().to(settings.device).train()
     draws = torch.Generator().manual_seed(streams[1])
     loader = task.loader(batch_size or settings.batch_size, generator=draws)
     noise = torch.Generator(settings.device).manual_seed(streams[2])

@@ -211,9 +211,11 @@ def test_ignored_targets_do_not_count_and_probabilities_are_compared_by_their_la
     assert accuracy.compute() == 0.8
 
 
-def test_a_model_in_evaluation_mode_is_trained():
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "a part"])
+def test_a_model_in_evaluation_mode_is_trained(whole):
     data = TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)).eval()
-    table = compare(model, (data, data), arms=["flat", "backprop"], **SHORT)
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), nn.Linear(4, 2))
+    (model if whole else model[0]).eval()
+    table = compare(model, (data, data), arms=["flat", "ghost", "backprop"], **SHORT)
     assert notes(table) == {}
-    assert not model.training
+    assert not model[0].training
