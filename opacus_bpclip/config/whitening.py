@@ -92,6 +92,10 @@ class PinkNoise:
         return pink / spread * self.deviation + self.mean
 
 
+# With less, the powers of eigenvalues may be too large for float32.
+_LEAST_DAMPING = 1e-12
+
+
 @dataclass(frozen=True)
 class InputWhitening:
     """Whitening of the inputs of linear layers and convolutions, before gradients are clipped.
@@ -117,7 +121,7 @@ class InputWhitening:
             data. `PinkNoise`, the default, makes some for models of pictures. Global random numbers
             get a seed of their own for each step, and are restored after the call.
         power: how far directions are made equal; above 0, and at most 1/2, which makes them equal.
-        damping: what is added to the eigenvalues, in units of their mean.
+        damping: what is added to the eigenvalues, in units of their mean; at least 1e-12.
         rank: the number of directions whose eigenvalues are told apart.
         every: the number of steps from one matrix to the next.
         max_size: layers whose columns have more entries are left as they are: their matrices would
@@ -149,7 +153,8 @@ class InputWhitening:
             )
         if not is_positive_number(self.power) or self.power > 0.5:
             raise ValueError(f"Expected power={self.power!r} to be a number > 0 and at most 0.5.")
-        require_positive(self, ("damping",))
+        if not is_positive_number(self.damping) or self.damping < _LEAST_DAMPING:
+            raise ValueError(f"Expected damping={self.damping!r} to be a number >= 1e-12.")
         for name in ("rank", "every", "max_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:

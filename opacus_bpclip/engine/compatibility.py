@@ -15,7 +15,7 @@ from opacus_bpclip.model.plan import Plan
 from opacus_bpclip.model.sharding import unsharded
 from opacus_bpclip.model.views import FoldViews
 from opacus_bpclip.probe import Prober, with_uses
-from opacus_bpclip.probe.forms import made_up_batches
+from opacus_bpclip.probe.forms import argument_name, made_up_batches
 
 
 def require_compatible(
@@ -38,6 +38,7 @@ def require_compatible(
         trainable_layers(module, declared_uses(config))
         if data_loader is not None:
             try_out(config, module=module, data_loader=data_loader)
+            with_image_shape(config, module=module, data_loader=data_loader)
 
 
 def try_out(
@@ -112,18 +113,21 @@ def with_image_shape(
     if whitening is None or not isinstance(whitening.probes, PinkNoise) or whitening.probes.shape:
         return config
     # In evaluation, in which the public images are seen, each view is a row of its own.
-    axes = 2 if isinstance(module, FoldViews) else 1
+    axes = 2 if any(isinstance(each, FoldViews) for each in module.modules()) else 1
     for batch in made_up_batches(data_loader, module) if batch_first else ():
+        if batch.kwargs.keys() - {argument_name(module, 0)}:
+            continue  # The noise is the model's first argument.
         first, *others = (*batch.args, *batch.kwargs.values())
         if isinstance(first, Tensor) and first.is_floating_point() and not others:
-            if first.dim() < axes + 2:
+            if first.dim() < axes + 3:
                 break
             probes = replace(whitening.probes, shape=tuple(first.shape[axes:]))
             return replace(config, whitening=replace(whitening, probes=probes))
     raise ValueError(
-        "InputWhitening learns from pink noise in the shape of the model's inputs, and these are "
-        "not known to be images [channels, height, width]: the data loader has no first item, or "
-        "its items are not one tensor of such a shape for the model. Pass "
-        "InputWhitening(PinkNoise(shape)), or InputWhitening(probes) with a function of the step's "
-        "number that returns public examples of what the model is called with."
+        "InputWhitening learns from pink noise in the shape of the model's inputs, and from the "
+        "data loader's first item these are not known to be images: one tensor of floats "
+        "[channels, height, width], the model's first argument. If they are, give their shape: "
+        "BackpropClipping.for_images(shape) or PinkNoise(shape). If not, give "
+        "InputWhitening(probes) a function of the step's number that returns public examples of "
+        "what the model is called with."
     )

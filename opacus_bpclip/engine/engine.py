@@ -247,6 +247,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             CoverageError: with ``clipping="backprop"``, no rule bounds some trainable parameter,
                 or examples are coupled.
             UnsupportedModuleError: Opacus refuses the model.
+            ValueError: the options do not fit the data.
         """
         if clipping == "backprop":
             require_compatible(module, backprop, data_loader)
@@ -258,7 +259,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """Return whether `validate` with the same arguments raises no error."""
         try:
             self.validate(**kwargs)
-        except (CoverageError, UnsupportedModuleError):
+        except (CoverageError, UnsupportedModuleError, ValueError):
             return False
         return True
 

@@ -71,4 +71,6 @@ def _plain(value: object) -> object:
 def _of_whitening(config: BackpropClipping) -> object:
     """Return its numbers: a function that makes public examples has another address each time."""
     own = config.whitening
-    return None if own is None else (own.power, own.damping, own.every, own.max_size)
+    if own is None:
+        return None
+    return (own.power, own.damping, own.rank, own.every, own.max_size)

@@ -118,6 +118,10 @@ class FusedRule(MatrixRule):
         if not bound.is_norm or not self.weight or not g.shape[0]:
             return False
         channels, positions = self.upstream(g).shape[2:]
+        return self.makes_own(positions, channels)
+
+    def makes_own(self, positions: int, channels: int) -> bool:
+        """Return whether per-example gradients cost less to build than columns to multiply."""
         # One position's gradient is an outer product, whose norm is known without it.
         return positions > 1 and own_is_cheaper(positions, channels, self.column_size())
 

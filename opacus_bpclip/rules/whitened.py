@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from opacus_bpclip.rules import norms as bounds
+from opacus_bpclip.rules.exact_norms import chunks, exact_chunk
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.matrix import Measured
 from opacus_bpclip.rules.precision import rounding_margin
-
-# The number of examples whose gradients are summed before the sum is whitened.
-_MOST_ROWS = 1024
 
 
 class PublicMatrix(NamedTuple):
@@ -92,8 +90,8 @@ class WhitenedRule(FusedRule):
     def exact_of_columns(self, upstream: Tensor, u: Tensor, norms: Tensor) -> Tensor:
         """Return the exact bound, by the norms of the whitened columns themselves.
 
-        The sum over the batch is whitened after it is made, so that its rounding errors are
-        relative to the columns before that. ``norms`` are those from `stretched`.
+        Kept gradients are whitened after they are made, so that their rounding errors are relative
+        to the columns before that. ``norms`` are those from `stretched`.
         """
         length = torch.linalg.vector_norm(u, dim=2, dtype=norms.dtype)
         length = length + bounds.underflow(self.column_size(), norms.dtype)
@@ -104,38 +102,39 @@ class WhitenedRule(FusedRule):
     def gradients(
         self, g: Tensor, x: Tensor, weight: Tensor, *, multiplier: int, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Whiten the gradient of the weight; that of the input does not depend on ``x``.
+        """Whiten what is summed, columns or per-example gradients, for a few examples at a time.
 
-        The rounding errors of a sum grow with the number of its terms, and whitening scales them
-        up, so that it adds sums of a limited number.
+        A sum that is whitened after it is made has its rounding errors scaled up, and in many
+        examples that adds up. The gradient of the input does not depend on ``x``, and is not
+        whitened.
         """
-        if wanted[1] and g.shape[0] > _MOST_ROWS:
-            return self._gradients_of_many(g, x, weight, multiplier, wanted[0])
-        dx, dw = self.one.gradients(g, x, weight, multiplier=multiplier, wanted=wanted)
-        return dx, None if dw is None else self._whitened_sum(dw, weight)
+        dx, dw = None, None
+        if wanted[0]:
+            alone = (True, False)
+            dx, _ = self.one.gradients(g, x, weight, multiplier=multiplier, wanted=alone)
+        if wanted[1]:
+            dw = self._sum(g, x, weight).reshape(weight.shape) * multiplier
+        return dx, dw
 
-    def _gradients_of_many(
-        self, g: Tensor, x: Tensor, weight: Tensor, multiplier: int, wants_input: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        both = (wants_input, True)
-        if not torch.compiler.is_compiling():
-            parts = [
-                self.gradients(*part, weight, multiplier=multiplier, wanted=both)
-                for part in zip(g.split(_MOST_ROWS), x.split(_MOST_ROWS), strict=True)
-            ]
-            dx = torch.cat([own for own, _ in parts if own is not None]) if wants_input else None
-            return dx, torch.stack([own for _, own in parts if own is not None]).sum(dim=0)
-        # A graph for batches of any size has no parts, so that its sum is one of double precision.
-        exact = (_exact(g), _exact(x), _exact(weight))
-        dx, _ = self.one.gradients(g, x, weight, multiplier=multiplier, wanted=(wants_input, False))
-        _, dw = self.one.gradients(*exact, multiplier=multiplier, wanted=(False, True))
-        assert dw is not None
-        return dx, self._whitened_sum(dw, weight).to(g.dtype)
-
-    def _whitened_sum(self, dw: Tensor, weight: Tensor) -> Tensor:
-        # An accelerator may round the factors of float32 products: here it would round the sum of
-        # all examples, and not each example's part.
-        return self._whitened(_exact(dw), weight).to(dw.dtype)
+    def _sum(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        upstream = self.upstream(g)
+        batch, groups, channels, positions = upstream.shape
+        makes_own = self.makes_own(positions, channels)
+        needed = 8 * groups * positions * (channels + 3 * self.column_size())
+        if makes_own:
+            needed = self.own_bytes(g, weight)
+        total: Tensor | None = None
+        for rows in chunks(batch, exact_chunk(needed, g.device)):
+            if makes_own:
+                part = self.own_gradients(g[rows], x[rows], weight).sum(dim=0)
+            else:
+                # The product with the matrix is one of double precision, so that the sum is
+                # rounded as without whitening, relative to what is measured.
+                u = self.columns(_exact(x[rows])).to(g.dtype)
+                part = torch.einsum("brcp,brdp->rcd", upstream[rows], u)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
     def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Whiten each example's gradient."""

@@ -41,10 +41,14 @@ def measured_before_it_is_whitened(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WhitenedRule, "exact_bound", lambda self, *args: self.one.exact_bound(*args))
 
 
-@mutant(killed_by=killers.a_small_direction_at_many_positions, says=MOVED)
-def columns_measured_before_they_are_whitened(patch: pytest.MonkeyPatch) -> None:
-    """The products of many positions are of columns before they are whitened."""
-    patch.setattr(WhitenedRule, "columns", lambda self, x: self.one.columns(x))
+@mutant(killed_by=killers.a_large_direction_at_many_positions, says=MOVED)
+def summed_without_being_whitened(patch: pytest.MonkeyPatch) -> None:
+    """The whitened columns of many positions are measured, and the plain ones are summed."""
+
+    def plain(self: WhitenedRule, *args: Any, **kwargs: Any) -> Any:
+        return self.one.gradients(*args, **kwargs)
+
+    patch.setattr(WhitenedRule, "gradients", plain)
 
 
 @mutant(killed_by=killers.a_small_direction_by_itself, says=MOVED)

@@ -42,10 +42,14 @@ def a_small_direction_at_one_position() -> None:
     _check_ones(_trainer(nn.Linear(4, 2), _public(4)), 4, outputs=2)
 
 
-def a_small_direction_at_many_positions() -> None:
-    """The same at three positions of a layer with many outputs, measured by products."""
+def a_large_direction_at_many_positions() -> None:
+    """An example that is large where the public ones are, at three positions of a layer with many
+    outputs, measured by products."""
     torch.manual_seed(0)
-    _check_ones(_trainer(nn.Linear(8, 64), _public(3, 8)), 3, 8, outputs=192)
+    trainer = _trainer(nn.Linear(8, 64, bias=False), _public(3, 8))
+    x = torch.zeros(2, 3, 8).double()
+    x[..., 0] = 1.0
+    check_sensitivity(trainer, x, HUGE * torch.ones(2, 192).double())
 
 
 def a_small_direction_by_itself() -> None:

@@ -53,6 +53,22 @@ class OfNames(nn.Module):
         return output
 
 
+class MaskFirst(OfNames):
+    def forward(  # type: ignore[override]
+        self, mask: Tensor | None = None, pixel_values: Tensor | None = None
+    ) -> Tensor:
+        assert pixel_values is not None
+        return super().forward(pixel_values)
+
+
+class OfViews(OfNames):
+    """Holds `FoldViews` inside of a model of the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = FoldViews(network(), views=3)  # type: ignore[assignment]
+
+
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3))
@@ -96,8 +112,9 @@ OF_EPSILON = {"target_epsilon": 3.0, "target_delta": 1e-5, "epochs": 4}
             AugmentedViews(PAIRS, lambda x: x + torch.randn_like(x), views=3),
             {},
         ),
+        (OfViews, AugmentedViews(PAIRS, lambda x: x + torch.randn_like(x), views=3), {}),
     ],
-    ids=["pairs", "not sampled", "epsilon", "names", "views"],
+    ids=["pairs", "not sampled", "epsilon", "names", "views", "views inside"],
 )
 def test_the_shape_is_that_of_the_loaders_images(make: Any, data: Any, options: Any) -> None:
     found = matrices(make_private(make(), data, BackpropClipping.for_images(), **options))
@@ -115,20 +132,30 @@ def test_the_shape_is_that_of_the_loaders_images(make: Any, data: Any, options: 
     [
         (nn.Linear(4, 3), TensorDataset(torch.randn(20, 4), LABELS)),
         (
+            nn.Sequential(nn.Linear(4, 3), nn.Flatten(), nn.Linear(9, 3)),
+            TensorDataset(torch.randn(20, 3, 4), LABELS),
+        ),
+        (MaskFirst(), Named()),
+        (
             nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(24, 3)),
             TensorDataset(torch.randint(9, (20, 2, 3)), LABELS),
         ),
         (nn.Bilinear(5, 5, 3), TensorDataset(IMAGES, IMAGES, LABELS)),
         (network(), Endless()),
     ],
-    ids=["vectors", "words", "two inputs", "a stream"],
+    ids=["vectors", "sequences", "second argument", "words", "two inputs", "a stream"],
 )
 def test_other_inputs_are_refused_with_the_remedy(model: nn.Module, data: Any) -> None:
     clipping = BackpropClipping(whitening=InputWhitening())
     sampling = {"poisson_sampling": False} if isinstance(data, Endless) else {}
-    with pytest.raises(ValueError, match=r"not known to be images .*PinkNoise\(shape\)"):
+    with pytest.raises(ValueError, match=r"not known to be images.*for_images\(shape\) or Pink"):
         make_private(model, data, clipping, **sampling)
     assert not any(module._forward_hooks for module in model.modules())
+    options = {"data_loader": DataLoader(data), "clipping": "backprop", "backprop": clipping}
+    if not sampling:
+        with pytest.raises(ValueError, match="not known to be images"):
+            PrivacyEngine().validate(module=model, **options)
+        assert not PrivacyEngine().is_compatible(module=model, **options)
 
 
 def test_the_remedy_for_a_stream_is_the_shape() -> None:

@@ -195,14 +195,18 @@ def test_probes_may_be_several_arguments_of_any_dtype() -> None:
 def test_a_checkpoint_under_another_whitening_is_told() -> None:
     trainers = [
         Trainer(network(), SHAPE, clipping)
-        for clipping in (clipping_of(), clipping_of(), clipping_of(power=0.25))
+        for clipping in (clipping_of(), clipping_of(), clipping_of(power=0.25), clipping_of(rank=3))
     ]
     state = trainers[0].optimizer.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainers[1].optimizer.load_state_dict(state)
-    with pytest.warns(UserWarning, match=r"whitening was \(0.5, .* and is \(0.25,"):
-        trainers[2].optimizer.load_state_dict(state)
+    for other, told in (
+        (trainers[2], r"was \(0.5, .* and is \(0.25,"),
+        (trainers[3], r"was .* 32, 1, .* and is .* 3, 1,"),
+    ):
+        with pytest.warns(UserWarning, match=f"whitening {told}"):
+            other.optimizer.load_state_dict(state)
 
 
 def test_public_examples_are_no_noise_of_a_small_seed() -> None:
