@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from opacus.accountants.utils import get_noise_multiplier
@@ -58,6 +60,19 @@ class PrivacyArguments:
         if self.target_epsilon is not None and not is_positive_number(self.target_epsilon):
             raise ValueError(
                 f"Expected target_epsilon={self.target_epsilon!r} to be a finite number > 0."
+            )
+
+    def warn_of_delta(self, dataset: Any) -> None:
+        """Warn if delta is so large that it allows to publish an example.
+
+        Args:
+            dataset: the training set, which has a length.
+        """
+        if self.target_delta * len(dataset) >= 1:
+            warnings.warn(
+                f"target_delta={self.target_delta:g} is not below 1 / {len(dataset)}, one over the "
+                "number of examples: publishing one of them at random would be as private.",
+                stacklevel=2,
             )
 
     def noise_for(self, sample_rate: float, steps: int) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 
 def refuse(trainer: Any) -> None:
     """Refuse arguments that do not go with private training.
@@ -26,12 +28,34 @@ def refuse(trainer: Any) -> None:
         ),
         ("FSDP", trainer.is_fsdp_enabled or bool(args.fsdp), _SHARDED),
         ("DeepSpeed", trainer.is_deepspeed_enabled, _SHARDED),
+        (
+            f"compute_loss_func={trainer.compute_loss_func!r}",
+            trainer.compute_loss_func is not None
+            and not hasattr(trainer.compute_loss_func, "reduction"),
+            _LOSS,
+        ),
+        ("train_dataset", isinstance(trainer.train_dataset, IterableDataset), _STREAM),
         (f"One process for {args.n_gpu} GPUs", args.n_gpu > 1, _ONE_PROCESS),
     ):
         if is_set:
             raise ValueError(f"{name} {text}")
 
 
+_LOSS = (
+    "has no attribute `reduction`. Private training needs the loss of each example: pass a module "
+    "that is called with (outputs, labels) and has a `reduction`, 'mean', which is set to 'none' "
+    "for one loss per example, such as opacus_bpclip.CrossEntropy. docs/hugging-face.md has one."
+)
+_STREAM = (
+    "is a stream, and a Poisson sample holds each item with the same probability, whichever these "
+    "are. Pass a data set with a length and access by index, for example "
+    "datasets.Dataset.from_generator."
+)
+OVERRIDDEN_LOSS = (
+    "{}.compute_loss does not call that of PrivateTrainer, so nothing bounds what an example "
+    "contributes to its loss. Leave compute_loss as it is, and pass compute_loss_func to the "
+    "trainer: a module with one loss for each example, as in docs/hugging-face.md."
+)
 GRAD_SCALER = (
     "needs a GradScaler, which multiplies the loss by a number that depends on the data, so the "
     "clipped gradients would have another scale than the noise."

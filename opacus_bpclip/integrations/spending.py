@@ -13,7 +13,11 @@ from typing import Any
 
 from opacus.accountants import IAccountant, create_accountant
 
+from opacus_bpclip.integrations.arguments import PrivacyArguments
 from opacus_bpclip.integrations.segments import Segments, Steps, count, history, total, union
+
+# With more than so many times the noise of the latest steps, what is left is not spread out.
+_MORE_NOISE = 2.0
 
 
 class Spending:
@@ -46,6 +50,38 @@ class Spending:
     def steps(self) -> int:
         """Return the number of steps that were taken."""
         return sum(steps for _, _, steps in self.accountant.history)
+
+    def noise_for(self, privacy: PrivacyArguments, sample_rate: float, steps: int) -> float:
+        """Return the noise multiplier: the given one, or that with which steps fit what is left.
+
+        It is that of the latest steps if it fits and a slightly smaller one does not, and also if
+        more than twice as much would be needed: the run then ends where its epsilon ends.
+
+        Args:
+            privacy: the privacy of the run.
+            sample_rate: of the next steps.
+            steps: the number of steps that are still planned.
+        """
+        taken = self.accountant.history
+        if privacy.noise_multiplier is not None or not taken:
+            return privacy.noise_for(sample_rate, steps)
+        latest = float(taken[-1][0])
+
+        def fits(noise: float) -> bool:
+            assert self.target is not None
+            return self._epsilon_of([*taken, (noise, sample_rate, steps)]) <= self.target
+
+        if steps <= 0 or (fits(latest) and not fits(0.98 * latest)):
+            return latest
+        low, high = latest, latest * _MORE_NOISE
+        if not fits(high):
+            return latest
+        while fits(low):
+            low, high = low / 2, low
+        while high - low > 1e-3 * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high
 
     def is_spent(self, noise_multiplier: float, sample_rate: float, planned: int) -> bool:
         """Return whether one more step would spend more than the target.

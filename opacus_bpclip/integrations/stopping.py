@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.utils import logging
+
+_logger = logging.get_logger(__name__)
 
 
 class StopAtTarget(TrainerCallback):
@@ -23,11 +26,24 @@ class StopAtTarget(TrainerCallback):
         rate = private.optimizer.step_hook.sample_rate
         return private.optimizer.noise_multiplier, rate, private.steps
 
-    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
-        """Raise if no step is left."""
-        self.trainer._spending.require_left(*self._next_steps())
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise if no step is left of what was planned, and some were not taken."""
+        if state.global_step < state.max_steps:
+            self.trainer._spending.require_left(*self._next_steps())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop after the last step that fits the target."""
-        if self.trainer._spending.is_spent(*self._next_steps()):
-            control.should_training_stop = True
+        """Stop after the last step that fits the target: say so, evaluate, and save."""
+        if not self.trainer._spending.is_spent(*self._next_steps()):
+            return
+        control.should_training_stop = True
+        if state.global_step < state.max_steps:
+            control.should_save |= args.save_strategy != "no"
+            control.should_evaluate |= args.eval_strategy != "no"
+            _logger.warning(
+                "Training stops at step %d of %d: it has spent an epsilon of %.4g, and one more "
+                "step would exceed target_epsilon=%s.",
+                state.global_step,
+                state.max_steps,
+                self.trainer.epsilon,
+                self.trainer.privacy.target_epsilon,
+            )

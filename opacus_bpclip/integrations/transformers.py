@@ -18,15 +18,17 @@ from accelerate.utils import broadcast_object_list
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from opacus_bpclip.engine.engine import PrivacyEngine
+from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.integrations.arguments import PrivacyArguments
 from opacus_bpclip.integrations.ledger import FILE, Ledger, read
 from opacus_bpclip.integrations.losses import loss_of
-from opacus_bpclip.integrations.refusals import refuse
+from opacus_bpclip.integrations.refusals import OVERRIDDEN_LOSS, refuse
 from opacus_bpclip.integrations.spending import Spending
 from opacus_bpclip.integrations.stopping import StopAtTarget
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
@@ -93,6 +95,8 @@ class PrivateTrainer(Trainer):
         )
         self._ledger = Ledger(self._spending)
         self._private: _Private | None = None
+        self._taken = 0  # of the planned steps
+        self._has_loss = False
         self._batches: Iterator[Any] = iter(())
         self._generators = privacy.generators(self.args.device)
         self._logical_batch = (
@@ -130,10 +134,13 @@ class PrivateTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         self._spending.begin()
+        self._taken = 0
         self._ledger.include(self.args.output_dir)
         if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             self._ledger.restore(read(resume_from_checkpoint), resume_from_checkpoint)
+            state = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+            self._taken = TrainerState.load_from_json(str(state)).global_step
         self._spending.agree(lambda spent: broadcast_object_list([spent])[0])
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -195,7 +202,13 @@ class PrivateTrainer(Trainer):
         rows = len(inputs["labels"])
         if not rows:
             return torch.zeros((), device=self.args.device), 0
-        return super().training_step(model, inputs) * rows, rows
+        self._has_loss = False
+        try:
+            return super().training_step(model, inputs) * rows, rows
+        except PrivacyViolationError as error:
+            if self._has_loss:
+                raise
+            raise ValueError(OVERRIDDEN_LOSS.format(type(self).__name__)) from error
 
     def compute_loss(
         self,
@@ -210,6 +223,7 @@ class PrivateTrainer(Trainer):
         """
         if self._private is None or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._has_loss = True
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         shifted = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
@@ -231,6 +245,7 @@ class PrivateTrainer(Trainer):
 
     def _make_private(self) -> _Private:
         loader = self._plain_loader()
+        self.privacy.warn_of_delta(loader.dataset)
         planned = self.args.max_steps
         if planned <= 0:
             planned = math.ceil(self.args.num_train_epochs * len(loader))
@@ -245,7 +260,9 @@ class PrivateTrainer(Trainer):
             optimizer=self.create_optimizer(),
             criterion=criterion,
             data_loader=loader,
-            noise_multiplier=self.privacy.noise_for(1 / len(loader), planned),
+            noise_multiplier=self._spending.noise_for(
+                self.privacy, 1 / len(loader), planned - self._taken
+            ),
             max_grad_norm=self.args.max_grad_norm,
             clipping="backprop",
             backprop=self.privacy.backprop,

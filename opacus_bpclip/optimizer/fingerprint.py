@@ -59,7 +59,7 @@ def compare(saved: Settings | None, present: Settings) -> None:
         warnings.warn(
             f"The checkpoint was saved under other settings: {'; '.join(changed)}. The accountant "
             "keeps the steps under the old settings and adds new steps under the new ones. If that "
-            "is not what you want, call make_private with the old settings, and load again.",
+            "is not what you want, train with the old settings, and load again.",
             stacklevel=3,
         )
 

@@ -97,6 +97,18 @@ def test_steps_before_an_error_count(tmp_path: Path) -> None:
     assert counted(fit(tmp_path, saved.best_model_path)) == 6 + 4
 
 
+def test_steps_that_are_left_of_a_fit_get_the_noise_with_which_they_fit(tmp_path: Path) -> None:
+    saved = ModelCheckpoint(tmp_path)
+    privacy = {"noise_multiplier": None, "target_epsilon": 6.0}
+    with pytest.raises(RuntimeError, match="the sixth"):
+        fit(tmp_path, net=Failing(), callbacks=[saved], enable_checkpointing=True, privacy=privacy)
+    run = fit(tmp_path, saved.best_model_path, privacy=privacy)
+    (noise, rate, taken), (louder, same, left) = run.engine.accountant.history
+    assert (taken, left, rate) == (6, 4, same)
+    assert noise < louder < 2 * noise
+    assert 5.9 < run.epsilon <= 6.0
+
+
 def test_steps_before_an_error_of_hugging_faces_trainer_count(tmp_path: Path) -> None:
     class Fails(hf.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

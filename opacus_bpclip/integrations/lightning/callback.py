@@ -46,10 +46,11 @@ class PrivateFit(Callback):
         self.trainer = trainer
         self._private: _Private | None = None
         self._restored = False
+        self._taken = 0  # of the planned steps
 
     def begin(self) -> None:
         """Expect a fit."""
-        self._restored = False
+        self._restored, self._taken = False, 0
         self.trainer._spending.begin()
 
     def end(self) -> None:
@@ -121,6 +122,10 @@ class PrivateFit(Callback):
         state: dict[str, Any] = self.trainer._spending.state()
         return state
 
+    def on_load_checkpoint(self, trainer: Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
+        """Note how many of the planned steps have been taken."""
+        self._taken = checkpoint["global_step"]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what was spent, the steps of the run's other branches included."""
         if self.trainer.state.fn != TrainerFn.FITTING:
@@ -143,6 +148,7 @@ class PrivateFit(Callback):
         loader, planned = _loader_of(trainer), _planned(trainer)
         criterion = self.trainer.criterion and getattr(module, self.trainer.criterion)
         private = self.trainer.privacy
+        private.warn_of_delta(loader.dataset)
         theirs = loader.generator
         loader.generator, noise = private.generators(module.device)
         try:
@@ -151,7 +157,9 @@ class PrivateFit(Callback):
                 optimizer=_only(trainer.optimizers),
                 criterion=criterion,
                 data_loader=loader,
-                noise_multiplier=private.noise_for(1 / len(loader), planned),
+                noise_multiplier=self.trainer._spending.noise_for(
+                    private, 1 / len(loader), planned - self._taken
+                ),
                 max_grad_norm=self.trainer.max_grad_norm,
                 clipping="backprop",
                 backprop=private.backprop,
