@@ -102,6 +102,16 @@ def loss_of(model: nn.Module, *, label_smoothing: float = 0.0) -> nn.Module:
     )
 
 
+def without_labels(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Return the inputs from which a model computes no loss of its own, and the labels."""
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")
+    shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shifted is not None and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = shifted(labels=labels)
+    return inputs, labels
+
+
 def _kind(logits: Tensor, labels: Tensor) -> str:
     if logits.shape[1] == 1:
         return "regression"

@@ -18,6 +18,8 @@ from opacus_bpclip.integrations.segments import Segments, Steps, count, history,
 
 # With more than so many times the noise of the latest steps, what is left is not spread out.
 _MORE_NOISE = 2.0
+# With less, epsilon takes long to compute.
+_LESS_NOISE = 1 / 4
 
 
 class Spending:
@@ -77,6 +79,8 @@ class Spending:
         if not fits(high):
             return latest
         while fits(low):
+            if low < _LESS_NOISE * latest:
+                return low
             low, high = low / 2, low
         while high - low > 1e-3 * high:
             middle = (low + high) / 2

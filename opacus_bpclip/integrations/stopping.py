@@ -27,9 +27,12 @@ class StopAtTarget(TrainerCallback):
         return private.optimizer.noise_multiplier, rate, private.steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise if no step is left of what was planned, and some were not taken."""
-        if state.global_step < state.max_steps:
-            self.trainer._spending.require_left(*self._next_steps())
+        """Raise if no step is left."""
+        self.require_left()
+
+    def require_left(self) -> None:
+        """Raise if one more step would spend more than the target."""
+        self.trainer._spending.require_left(*self._next_steps())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop after the last step that fits the target: say so, evaluate, and save."""

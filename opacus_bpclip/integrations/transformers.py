@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from opacus_bpclip.engine.engine import PrivacyEngine
 from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.integrations.arguments import PrivacyArguments
 from opacus_bpclip.integrations.ledger import FILE, Ledger, read
-from opacus_bpclip.integrations.losses import loss_of
+from opacus_bpclip.integrations.losses import loss_of, without_labels
 from opacus_bpclip.integrations.refusals import OVERRIDDEN_LOSS, refuse
 from opacus_bpclip.integrations.spending import Spending
 from opacus_bpclip.integrations.stopping import StopAtTarget
@@ -95,7 +95,7 @@ class PrivateTrainer(Trainer):
         )
         self._ledger = Ledger(self._spending)
         self._private: _Private | None = None
-        self._taken = 0  # of the planned steps
+        self._resumed: TrainerState | None = None
         self._has_loss = False
         self._batches: Iterator[Any] = iter(())
         self._generators = privacy.generators(self.args.device)
@@ -109,7 +109,8 @@ class PrivateTrainer(Trainer):
         self.args = copy.copy(self.args)
         self.args.gradient_accumulation_steps = 1
         self.args.ignore_data_skip = True
-        self.add_callback(StopAtTarget(self))
+        self._stopping = StopAtTarget(self)
+        self.add_callback(self._stopping)
 
     @property
     def epsilon(self) -> float:
@@ -134,13 +135,13 @@ class PrivateTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         self._spending.begin()
-        self._taken = 0
+        self._resumed = None
         self._ledger.include(self.args.output_dir)
         if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             self._ledger.restore(read(resume_from_checkpoint), resume_from_checkpoint)
             state = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
-            self._taken = TrainerState.load_from_json(str(state)).global_step
+            self._resumed = TrainerState.load_from_json(str(state))
         self._spending.agree(lambda spent: broadcast_object_list([spent])[0])
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -185,6 +186,7 @@ class PrivateTrainer(Trainer):
     ) -> Tensor:
         """Run the forward and backward passes of a logical batch; return its mean loss."""
         assert self._private is not None
+        self._stopping.require_left()
         optimizer = self._private.optimizer
         total, rows = self._pass(model, inputs)
         while optimizer._check_skip_next_step(pop_next=False):
@@ -224,17 +226,21 @@ class PrivateTrainer(Trainer):
         if self._private is None or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._has_loss = True
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        shifted = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-        if shifted is not None and "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = shifted(labels=labels)
+        inputs, labels = without_labels(self.model, inputs)
         outputs = model(**inputs)
         loss = self._private.criterion(outputs, labels)
         return (loss, outputs) if return_outputs else loss
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._private = self._make_private()
+        loader = self._plain_loader()
+        planned = self.args.max_steps
+        if planned <= 0:
+            planned = math.ceil(self.args.num_train_epochs * len(loader))
+        if self._resumed is not None and self._resumed.global_step >= planned:
+            # The library's loop would begin the epoch in which a plan ends, and take a step.
+            self.state = self._resumed
+            return TrainOutput(self.state.global_step, 0.0, {})
+        self._private = self._make_private(loader, planned)
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
@@ -243,12 +249,9 @@ class PrivateTrainer(Trainer):
             self.optimizer = self._private.optimizer.original_optimizer
             self._private = None
 
-    def _make_private(self) -> _Private:
-        loader = self._plain_loader()
+    def _make_private(self, loader: DataLoader[Any], planned: int) -> _Private:
         self.privacy.warn_of_delta(loader.dataset)
-        planned = self.args.max_steps
-        if planned <= 0:
-            planned = math.ceil(self.args.num_train_epochs * len(loader))
+        taken = self._resumed.global_step if self._resumed else 0
         wrapped = self.model.train()  # as each of the library's steps does
         if self.args.world_size > 1:
             wrapped = DifferentiallyPrivateDistributedDataParallel(self.model)
@@ -261,7 +264,7 @@ class PrivateTrainer(Trainer):
             criterion=criterion,
             data_loader=loader,
             noise_multiplier=self._spending.noise_for(
-                self.privacy, 1 / len(loader), planned - self._taken
+                self.privacy, 1 / len(loader), planned - taken
             ),
             max_grad_norm=self.args.max_grad_norm,
             clipping="backprop",

@@ -19,6 +19,9 @@ from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.matrix import Measured
 from opacus_bpclip.rules.precision import rounding_margin
 
+# The number of terms that one product in single precision sums, of examples times positions.
+_MOST_TERMS = 4096
+
 
 class PublicMatrix(NamedTuple):
     """``M = s (I - V diag(e) V^T)`` of each group: symmetric, with ``s`` the largest eigenvalue.
@@ -124,17 +127,21 @@ class WhitenedRule(FusedRule):
         if makes_own:
             needed = self.own_bytes(g, weight)
         total: Tensor | None = None
-        for rows in chunks(batch, exact_chunk(needed, g.device)):
+        # A product of many terms rounds them in an order that depends on their number. Where it
+        # takes all examples at once, it is one of double precision.
+        most = max(1, _MOST_TERMS // positions)
+        dtype = _exact(g[:0]).dtype if torch.compiler.is_compiling() else g.dtype
+        for rows in chunks(batch, min(most, exact_chunk(needed, g.device))):
             if makes_own:
-                part = self.own_gradients(g[rows], x[rows], weight).sum(dim=0)
+                part = self.own_gradients(g[rows], x[rows], weight).sum(dim=0, dtype=dtype)
             else:
                 # The product with the matrix is one of double precision, so that the sum is
                 # rounded as without whitening, relative to what is measured.
-                u = self.columns(_exact(x[rows])).to(g.dtype)
-                part = torch.einsum("brcp,brdp->rcd", upstream[rows], u)
+                u = self.columns(_exact(x[rows])).to(dtype)
+                part = torch.einsum("brcp,brdp->rcd", upstream[rows].to(dtype), u)
             total = part if total is None else total + part
         assert total is not None
-        return total
+        return total.to(g.dtype)
 
     def own_gradients(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Whiten each example's gradient."""

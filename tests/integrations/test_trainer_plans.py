@@ -80,12 +80,33 @@ def test_the_steps_that_are_left_get_the_noise_with_which_they_fit(
     assert target - 0.1 < run.epsilon <= target
 
 
-def test_a_run_that_is_finished_has_nothing_left_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("plan", "again", "count"),
+    [
+        ({}, {}, 8),
+        ({"max_steps": 12}, {"max_steps": 12}, 12),
+        ({"num_train_epochs": 1.5}, {"num_train_epochs": 1.5}, 12),
+        ({"max_steps": 6}, {"max_steps": 5}, 6),
+    ],
+)
+def test_a_run_that_is_finished_takes_no_step_more(
+    tmp_path: Path, plan: dict[str, Any], again: dict[str, Any], count: int
+) -> None:
+    """However often it is resumed, also in the middle of an epoch."""
+    planned(tmp_path, **plan).train()
+    for _ in range(2):
+        run = planned(tmp_path, **again)
+        weights = torch.nn.utils.parameters_to_vector(run.model.parameters())
+        assert run.train(resume_from_checkpoint=True).global_step == count
+        ((_, _, steps),) = run.engine.accountant.history
+        assert (steps, run.state.global_step) == (count, count)
+        assert run.epsilon <= 6.0
+        loaded = torch.nn.utils.parameters_to_vector(run.model.parameters())
+        assert not torch.equal(loaded, weights)
+
+
+def test_a_finished_run_with_more_steps_to_take_has_none_left(tmp_path: Path) -> None:
     planned(tmp_path).train()
-    run = planned(tmp_path)
-    run.train(resume_from_checkpoint=True)
-    ((_, _, steps),) = run.engine.accountant.history
-    assert (steps, run.state.global_step) == (8, 8)
     with pytest.raises(ValueError, match="one more step would exceed target_epsilon"):
         planned(tmp_path, num_train_epochs=2).train(resume_from_checkpoint=True)
 

@@ -106,7 +106,8 @@ class PrivateFit(Callback):
         self.trainer._spending.agree(trainer.strategy.broadcast)
         self._private = self._make_private(trainer, pl_module)
         before_each_step(self._private.optimizer, self._require_left)
-        self._require_left()
+        if self._taken < self._private.steps:
+            self._require_left()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop after the last step that fits the target."""
