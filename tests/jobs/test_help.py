@@ -38,11 +38,17 @@ def test_help_shows_every_option_with_its_default_in_groups(command, texts, caps
 
 @pytest.mark.parametrize(
     ("command", "takers"),
-    [("ab", []), ("audit", ["--plot"]), ("bench", ["--plot"]), ("inspect", ["--max-input-norm"])],
+    [
+        ("ab", ["--max-input-norm"]),
+        ("audit", ["--plot"]),
+        ("bench", ["--plot"]),
+        ("inspect", ["--max-input-norm"]),
+    ],
 )
 def test_help_says_none_only_where_an_option_takes_the_word(command, takers, capsys):
     assert main([command, "--help"]) == 0
-    assert capsys.readouterr().out.count("[default: none]") == len(takers)
+    words = capsys.readouterr().out.replace("│", " ").split()  # a line may end inside of it
+    assert " ".join(words).count("[default: none]") == len(takers)
     before = ["a:b"] if command == "inspect" else []
     for option in takers:
         name = option.removeprefix("--").replace("-", "_")

@@ -44,8 +44,8 @@ def steps_counted_elsewhere(patch: pytest.MonkeyPatch) -> None:
     """The steps go to an accountant of one call of `train`, and the trainer's own stays empty."""
     make_private = PrivateTrainer._make_private
 
-    def forgetful(self: PrivateTrainer) -> Any:
-        private = make_private(self)
+    def forgetful(self: PrivateTrainer, *args: Any) -> Any:
+        private = make_private(self, *args)
         rate = private.optimizer.step_hook.sample_rate
         private.optimizer.attach_step_hook(AccountStep(create_accountant("rdp"), rate))
         return private
