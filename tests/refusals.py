@@ -133,6 +133,11 @@ REFUSALS = {
         "backprop={} was given with clipping='per_layer', but needs clipping=\"backprop\".",
         {"clipping": "per_layer", "backprop": {}},
     ),
+    "options as clipping": Refusal(
+        'Expected clipping to be a name. Pass clipping="backprop" and the options as '
+        f"backprop={layerwise()!r}.",
+        {"clipping": layerwise()},
+    ),
     "allocation": Refusal(
         "allocation does not match the model's trainable layers; no such layer: head; no share "
         "for: 2. Give a share to each of: 0, 2.",

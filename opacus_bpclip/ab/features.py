@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from opacus_bpclip.ab import data
 from opacus_bpclip.ab.data import Sets
+from opacus_bpclip.config import PinkNoise
 
 CELL, BLOCK, ORIENTATIONS = 4, 2, 8
 # Images at a time: the histograms of all pixels of all images would not fit into memory.
@@ -58,6 +59,14 @@ def fashion_mnist(root: Path) -> Sets:
 def cifar10(root: Path) -> Sets:
     """Return the features of CIFAR-10, ``[N, 1568]``."""
     return featured(data.cifar10(root))
+
+
+def of_pink_noise(step: int) -> Tensor:
+    """Return the features of public pictures of 28 by 28 pixels, ``[512, 1152]``.
+
+    As ``probes`` of `InputWhitening` they tell which features are large, at no cost in privacy.
+    """
+    return hog(PinkNoise((1, 28, 28))(step))
 
 
 def featured(sets: Sets) -> Sets:

@@ -235,12 +235,17 @@ def _requested(engine: opacus.PrivacyEngine, request: Request) -> Iterator[Reque
             setattr(engine, _REQUEST, before)
 
 
-def refuse_options(clipping: str, backprop: object, physical_batch_size: object = None) -> None:
-    """Refuse the options of ``clipping="backprop"`` with any other clipping.
+def refuse_options(clipping: object, backprop: object, physical_batch_size: object = None) -> None:
+    """Refuse the options of ``clipping="backprop"`` with any other clipping, and in its place.
 
     Raises:
-        ValueError: one of them is set.
+        ValueError: one of them is set, or ``clipping`` is one.
     """
+    if isinstance(clipping, BackpropClipping):
+        raise ValueError(
+            'Expected clipping to be a name. Pass clipping="backprop" and the options as backprop='
+            f"{clipping!r}."
+        )
     given = {"backprop": backprop, "physical_batch_size": physical_batch_size}
     for name, value in given.items():
         if value is not None:

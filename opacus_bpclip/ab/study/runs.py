@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from opacus_bpclip.ab.settings import Settings
 from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.jobs.errors import UsageError
+from opacus_bpclip.jobs.loading import load_object
 from opacus_bpclip.jobs.values import Count
 
 
@@ -22,7 +25,7 @@ class RunSettings(Settings):
     Args:
         options: of `BackpropClipping`, by name, in place of what the arm has. ``"none"`` stands
             for None, a table for an object that has options of its own: the first class that they
-            fit.
+            fit. ``"module:name"`` stands for a function where one may be given.
         held_out: part of the training set that is left out of training and judged by, in place of
             the test set; 0 for a run that is judged by the test set.
         threads: torch's intra-op threads.
@@ -44,6 +47,8 @@ class RunSettings(Settings):
             raise ValueError(f"options: the arm {self.arm} has none of BackpropClipping")
         try:
             self.backprop(self.arm)
+        except UsageError as error:
+            raise ValueError(f"options: {error}") from None
         except TypeError as error:
             unknown = str(error).rpartition("argument ")[2].strip("'")
             raise ValueError(f"options: BackpropClipping has no {unknown}") from None
@@ -72,16 +77,19 @@ class RunSettings(Settings):
 
 
 @cache
-def _kinds(options: type) -> dict[str, list[Any]]:
-    """Return the classes of options that have options of their own, by the option."""
-    hints = get_type_hints(options)
-    return {name: [*filter(is_dataclass, get_args(hint))] for name, hint in hints.items()}
+def _kinds(options: type) -> dict[str, tuple[Any, ...]]:
+    """Return what an option may be, by the option."""
+    return {name: get_args(hint) for name, hint in get_type_hints(options).items()}
 
 
 def _made(name: str, value: Any, options: type = BackpropClipping) -> Any:
     if value == "none":
         return None
-    for kind in _kinds(options).get(name, []):
-        if isinstance(value, dict) and set(value) <= {field.name for field in fields(kind)}:
-            return kind(**{inner: _made(inner, own, kind) for inner, own in value.items()})
+    kinds = _kinds(options).get(name, ())
+    if isinstance(value, str) and any(get_origin(kind) is Callable for kind in kinds):
+        return load_object(value)
+    for kind in kinds if isinstance(value, dict) else ():
+        if isinstance(kind, type) and is_dataclass(kind):
+            if set(value) <= {field.name for field in fields(kind)}:
+                return kind(**{inner: _made(inner, own, kind) for inner, own in value.items()})
     return value

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from opacus_bpclip import AdaptiveThreshold, BackpropClipping, ThresholdSchedule
+from opacus_bpclip import AdaptiveThreshold, BackpropClipping, InputWhitening, ThresholdSchedule
 from opacus_bpclip.__main__ import main
+from opacus_bpclip.ab.features import of_pink_noise
 from opacus_bpclip.ab.study.file import read_study
 from opacus_bpclip.ab.study.settings import Study
 from opacus_bpclip.jobs.errors import UsageError
@@ -85,6 +86,14 @@ def test_a_table_is_an_option_with_options_of_its_own(table, made):
     assert run.backprop("backprop") == BackpropClipping(threshold=made)
 
 
+def test_a_name_is_a_function_where_one_may_be_given():
+    whitening = {"rank": 4, "probes": "opacus_bpclip.ab.features:of_pink_noise"}
+    study = Study(cells={"a": {}}, arms={"backprop": {"options": {"whitening": whitening}}})
+    (run, *_) = study.published("a", "backprop", {})
+    made = run.backprop("backprop").whitening
+    assert made == InputWhitening(of_pink_noise, rank=4)
+
+
 def test_a_mapping_of_names_stays_one():
     shares = {"0": 1.0, "3": 2.0}
     study = Study(cells={"a": {}}, arms={"paper": {"options": {"allocation": shares}}})
@@ -140,6 +149,9 @@ MISTAKES = {
     ),
     ("{ max_input_norm = 3.0 }", "{ threshold = { inital = 3.0 } }"): (
         "cell low, arm ours: Expected threshold={'inital': 3.0} to be an AdaptiveThreshold, a "
+    ),
+    ("{ max_input_norm = 3.0 }", "{ whitening = { probes = 'opacus_bpclip:no' } }"): (
+        "cell low, arm ours: options: cannot load opacus_bpclip:no: module 'opacus_bpclip' has no"
     ),
     ('arm = "backprop"', ""): "cell low, arm ours: arms.0: must be 'non-private', 'flat', 'flat+i",
     ("[0.25, 0.5]", "[0.25]"): (
