@@ -88,8 +88,11 @@ def _made(name: str, value: Any, options: type = BackpropClipping) -> Any:
     kinds = _kinds(options).get(name, ())
     if isinstance(value, str) and any(get_origin(kind) is Callable for kind in kinds):
         return load_object(value)
-    for kind in kinds if isinstance(value, dict) else ():
-        if isinstance(kind, type) and is_dataclass(kind):
-            if set(value) <= {field.name for field in fields(kind)}:
-                return kind(**{inner: _made(inner, own, kind) for inner, own in value.items()})
+    for kind in filter(_has_fields, kinds):
+        if isinstance(value, dict) and set(value) <= {field.name for field in fields(kind)}:
+            return kind(**{inner: _made(inner, own, kind) for inner, own in value.items()})
     return value
+
+
+def _has_fields(kind: Any) -> bool:
+    return isinstance(kind, type) and is_dataclass(kind)
