@@ -7,6 +7,7 @@ cost no privacy, and are made once for a process.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from torch.utils.data import TensorDataset
 
 from opacus_bpclip.ab import data
 from opacus_bpclip.ab.data import Sets
-from opacus_bpclip.config import PinkNoise
 
 CELL, BLOCK, ORIENTATIONS = 4, 2, 8
 # Images at a time: the histograms of all pixels of all images would not fit into memory.
@@ -61,17 +61,9 @@ def cifar10(root: Path) -> Sets:
     return featured(data.cifar10(root))
 
 
-def of_pink_noise(step: int) -> Tensor:
-    """Return the features of public pictures of 28 by 28 pixels, ``[512, 1152]``.
-
-    As ``probes`` of `InputWhitening` they tell which features are large, at no cost in privacy.
-    """
-    return hog(PinkNoise((1, 28, 28))(step))
-
-
-def featured(sets: Sets) -> Sets:
+def featured(sets: Sets, features: Callable[[Tensor], Tensor] = hog) -> Sets:
     """Return the features of a training and a test set of images, with their labels."""
-    made = [TensorDataset(hog(own.tensors[0]), own.tensors[1]) for own in sets]
+    made = [TensorDataset(features(own.tensors[0]), own.tensors[1]) for own in sets]
     return made[0], made[1]
 
 

@@ -51,6 +51,16 @@ def linear_on_cifar10_hog() -> nn.Linear:
     return nn.Linear(1568, 10)
 
 
+def linear_on_scattering() -> nn.Linear:
+    """Return a linear model of 28 by 28 images' scattering: 39,700 parameters, [N, 3969]."""
+    return nn.Linear(3969, 10)
+
+
+def linear_on_cifar10_scattering() -> nn.Linear:
+    """Return the same for 32 by 32 images in colour: 155,530 parameters, input [N, 15552]."""
+    return nn.Linear(15552, 10)
+
+
 def _two_convolutions(first: nn.Conv2d, second: nn.Conv2d, positions: int) -> nn.Sequential:
     return nn.Sequential(
         *(first, nn.Tanh(), nn.MaxPool2d(2, 1)),

@@ -29,6 +29,10 @@ _WITH_COLUMNS = (LinearRule, ConvRule, ConvOverViews)
 # The largest ratio of two eigenvalues of a matrix.
 _LARGEST_RATIO = 100.0
 
+# Of the randomised search for the largest eigenvalues (Halko, Martinsson and Tropp, 2011): how many
+# more directions than are asked for it follows, and how often it multiplies them by the matrix.
+_MORE_DIRECTIONS, _ITERATIONS = 8, 4
+
 
 class LayerWhitening:
     """The matrix of one layer, the identity until it is learnt.
@@ -83,19 +87,25 @@ class LayerWhitening:
         usable = mean.isfinite() & (mean > 0)
         if not bool(usable.any()):
             return False
-        values, vectors = torch.linalg.eigh(moments[usable] / mean[usable].view(-1, 1, 1))
         scale, directions, shrinkage = self.matrix
-        rank = shrinkage.shape[1]
-        # In ascending order, and one for all that are not told apart.
-        alike = values[:, : max(values.shape[1] - rank, 1)].mean(dim=1, keepdim=True)
+        size, rank = directions.shape[1:]
+        _, values, vectors = torch.svd_lowrank(
+            moments[usable] / mean[usable].view(-1, 1, 1),
+            q=min(rank + _MORE_DIRECTIONS, size),
+            niter=_ITERATIONS,
+        )
+        values, vectors = values[:, :rank], vectors[:, :, :rank]
+        # One for all that are not told apart. The eigenvalues' sum is the size.
+        others = size - rank
+        alike = (size - values.sum(dim=1, keepdim=True)) / others if others else values[:, -1:]
         largest, own = (
             (found.clamp(min=0) + self._option.damping) ** -self._option.power
-            for found in (alike, values[:, -rank:])
+            for found in (alike, values)
         )
         # A sum over the batch is whitened after it is made, which scales its rounding errors up.
         own = own.clamp(min=largest / _LARGEST_RATIO)
         scale[usable] = largest.squeeze(1).to(scale.dtype)
-        directions[usable] = vectors[:, :, -rank:].to(scale.dtype)
+        directions[usable] = vectors.to(scale.dtype)
         shrinkage[usable] = (1 - own / largest).clamp(min=0).to(scale.dtype)
         return True
 

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
-from opacus_bpclip import BackpropClipping, InputWhitening, PrivacyEngine
 from opacus_bpclip.ab import features, models
 
 
@@ -67,21 +66,3 @@ def test_the_linear_models_take_them(make, shape):
     train, test = features.featured(2 * (TensorDataset(torch.rand(2, *shape), labels),))
     assert make()(train.tensors[0]).shape == (2, 10)
     assert torch.equal(test.tensors[1], labels)
-
-
-def test_public_features_whiten_a_linear_model():
-    whitening = InputWhitening(features.of_pink_noise, max_size=1152)
-    model = models.linear_on_hog()
-    data = TensorDataset(torch.rand(4, 1152), torch.arange(4))
-    _, optimizer, *_ = PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=torch.nn.CrossEntropyLoss(),
-        data_loader=DataLoader(data, batch_size=2),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        clipping="backprop",
-        backprop=BackpropClipping(whitening=whitening),
-    )
-    (own,) = optimizer._hooks._whitening.layers.values()
-    assert bool((own.matrix.shrinkage[:, -1] > 0.5).all())

@@ -87,7 +87,7 @@ def test_a_table_is_an_option_with_options_of_its_own(table, made):
 
 
 def test_a_name_is_a_function_where_one_may_be_given():
-    whitening = {"rank": 4, "probes": "opacus_bpclip.ab.features:of_pink_noise"}
+    whitening = {"rank": 4, "probes": "tests.whitening.helpers:pictures"}
     study = Study(cells={"a": {}}, arms={"backprop": {"options": {"whitening": whitening}}})
     (run, *_) = study.published("a", "backprop", {})
     made = run.backprop("backprop").whitening
