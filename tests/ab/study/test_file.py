@@ -7,11 +7,11 @@ import pytest
 
 from opacus_bpclip import AdaptiveThreshold, BackpropClipping, InputWhitening, ThresholdSchedule
 from opacus_bpclip.__main__ import main
-from opacus_bpclip.ab.features import of_pink_noise
 from opacus_bpclip.ab.study.file import read_study
 from opacus_bpclip.ab.study.settings import Study
 from opacus_bpclip.jobs.errors import UsageError
 from tests.ab.study.studies import STUDY
+from tests.whitening.helpers import batch
 
 ROOT = Path(__file__).parents[3]
 STUDIES, PAGE = ROOT / "benchmarks/studies", ROOT / "docs/study.md"
@@ -87,11 +87,11 @@ def test_a_table_is_an_option_with_options_of_its_own(table, made):
 
 
 def test_a_name_is_a_function_where_one_may_be_given():
-    whitening = {"rank": 4, "probes": "tests.whitening.helpers:pictures"}
+    whitening = {"rank": 4, "probes": "tests.whitening.helpers:batch"}
     study = Study(cells={"a": {}}, arms={"backprop": {"options": {"whitening": whitening}}})
     (run, *_) = study.published("a", "backprop", {})
     made = run.backprop("backprop").whitening
-    assert made == InputWhitening(of_pink_noise, rank=4)
+    assert made == InputWhitening(batch, rank=4)
 
 
 def test_a_mapping_of_names_stays_one():
