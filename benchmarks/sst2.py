@@ -29,6 +29,7 @@ WIDTH = 384  # of the encoder
 LONGEST = 64  # tokens; SST-2's longest sentence has 66
 
 HEAD_RATE = 0.03
+HEAD_RATE_AMONG_ALL = 0.005
 
 # All arms then compute the same function.
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -97,9 +98,21 @@ def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
     The head is new, and in so few steps it cannot be learnt by steps that suit the encoder. Its
     rate is the one that suits it alone.
     """
+    return _with_head_at(HEAD_RATE, parameters, lr)
+
+
+def adam_for_all(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
+    """Return the same for training all weights: of the clipped gradient little is the head's.
+
+    Adam makes steps of that little and its noise as long as any, so the head's rate is lower.
+    """
+    return _with_head_at(HEAD_RATE_AMONG_ALL, parameters, lr)
+
+
+def _with_head_at(rate: float, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
     of_head = [p for p in parameters if p.shape[0] == 2]
     of_encoder = [p for p in parameters if p.shape[0] != 2]
-    return torch.optim.Adam([{"params": of_encoder}, {"params": of_head, "lr": HEAD_RATE}], lr=lr)
+    return torch.optim.Adam([{"params": of_encoder}, {"params": of_head, "lr": rate}], lr=lr)
 
 
 def _encoder() -> BertModel:

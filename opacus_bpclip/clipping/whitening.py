@@ -74,8 +74,9 @@ class LayerWhitening:
     def learn(self, moments: Tensor) -> bool:
         """Set the matrices to ``(A / a + damping * I) ** -power``, in place.
 
-        All eigenvalues of ``A`` but the largest ones are replaced by their mean. The matrix of a
-        group stays as it is where the moments are all zero or not finite.
+        All eigenvalues of ``A`` but the largest ones are replaced by their mean. The largest ones
+        are known to a few digits. The matrix of a group stays as it is where the moments are all
+        zero or not finite.
 
         Args:
             moments: ``[R, D, D]``, ``A`` times any number.
