@@ -22,7 +22,7 @@ from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
 from opacus_bpclip.guard.forms import form_of
 from opacus_bpclip.guard.guard import GradientGuard
-from opacus_bpclip.guard.precision import rounded_options
+from opacus_bpclip.guard.precision import rounded_option, rounded_options
 from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
@@ -105,10 +105,9 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         loss_reduction, uses = self.loss_reduction, declared_uses(config)
         self._layers = layers = trainable_layers(m, uses, batch_first=self.batch_first)
         self._groups = tied_groups(layers)
-        joint = config.allocation == "joint"
         self._sensitivities = Sensitivities(config, self._groups)
         self._guard = GradientGuard(m, layers.values(), whole, ranks)
-        self._guard.joint = joint
+        self._guard.joint = joint = config.allocation == "joint"
         self._guard.parameters.watch_counts(self._sensitivities.counts)
         targets = self._sensitivities.targets
         self._budget = Budget(config, layers.values(), self._guard, targets)
@@ -135,6 +134,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         ]
         self._loss = None if criterion is None else criterion.watch
         self._guard.undoes_mean = mean = loss_reduction == "mean" and criterion is None
+        self._guard.roundings.option = rounded_option(config) if mean else None
         if loss_reduction == "mean":
             self._guard.loss = self._loss
         self._whitening = Whitening(m, config, self._groups)

@@ -114,6 +114,16 @@ def test_a_copy_trains_and_so_does_the_original(
     original.handle.cleanup()
 
 
+def test_what_is_frozen_in_a_copy_is_watched_once_it_trains_again() -> None:
+    original = setup()
+    original.model.one.requires_grad_(False)
+    copied = copy.deepcopy(original.model)
+    copied.one.requires_grad_(True)
+    x, _ = dataset().tensors
+    with pytest.raises(PrivacyViolationError, match="weight"):
+        (copied(x).sum() + copied.one.weight.sum()).backward()
+
+
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 

@@ -13,12 +13,14 @@ from torch.utils.data import TensorDataset
 from opacus_bpclip import PrivacyViolationError
 from tests.helpers import (
     Private,
+    backward,
     dataset,
     loss_of,
     make_private,
     mlp,
     seeded,
     step_on,
+    summed,
     train_step,
     values,
 )
@@ -52,6 +54,35 @@ def test_physical_batches_add_up_to_the_logical_batch(size: int, clear: str) -> 
     # The same draws of noise: one for each logical batch.
     torch.testing.assert_close(values(parts), values(whole))
     assert parts.engine.accountant.history == whole.engine.accountant.history == [(1.3, 0.25, 4)]
+
+
+@pytest.mark.parametrize("ends", ["step", "zero_grad", "refused"])
+def test_what_is_frozen_within_a_logical_batch_is_in_no_later_one(ends: str) -> None:
+    private = make_private(mlp(), lr=0.0)
+    frozen = private.handle._module[0]
+    private.optimizer.signal_skip_step(do_skip=True)
+    train_step(private)
+    assert all(p.summed_grad.any() for p in frozen.parameters())
+    frozen.requires_grad_(False)
+    private.optimizer.signal_skip_step(do_skip=False)
+    private.optimizer.zero_grad()
+    backward(private)
+    if ends == "refused":
+        private.parameters[-1].register_hook(lambda _: None)
+        with pytest.raises(PrivacyViolationError):
+            private.parameters[-1].sum().backward()
+        private.optimizer.zero_grad()
+    else:
+        private.optimizer.step()
+    if ends == "zero_grad":
+        private.optimizer.zero_grad()
+    assert all(p.summed_grad is None for p in frozen.parameters())
+    frozen.requires_grad_(True)
+    train_step(private)
+    fresh = make_private(mlp(), lr=0.0)
+    fresh.handle.load_state_dict(private.handle.state_dict())
+    train_step(fresh)
+    assert torch.equal(summed(private), summed(fresh))
 
 
 def test_poisson_batches_may_be_split_too_and_empty_ones_still_step() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from opacus.layers import DPRNN
@@ -75,6 +77,17 @@ def test_a_step_needs_no_accountant() -> None:
     train_step(private)
     assert private.steps == 0
     assert not torch.equal(private.parameters[0], before)
+
+
+def test_a_hook_of_ones_own_does_not_replace_the_accountants() -> None:
+    private = make_private(one_layer(), backprop=layerwise())
+    seen: list[int] = []
+    for _ in range(2):
+        private.optimizer.attach_step_hook(lambda own: seen.append(private.steps))
+        train_step(private)
+    assert seen == [1, 2]
+    copied = copy.deepcopy(private.optimizer)
+    assert copied.step_hook.then is private.optimizer.step_hook.then
 
 
 @pytest.mark.parametrize("value", ["text", torch.tensor(1.0)], ids=["text", "scalar"])

@@ -16,9 +16,11 @@ from torch.nn.utils import prune, weight_norm
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrizations import weight_norm as parametrized_weight_norm
 
-from opacus_bpclip import PrivacyViolationError
+from opacus_bpclip import BackpropClipping, PrivacyViolationError
+from tests.budgets import layerwise
 from tests.followed import check_followed
 from tests.helpers import (
+    CLASSES,
     FEATURES,
     Switchable,
     assert_refused_until_zero_grad,
@@ -149,6 +151,47 @@ def test_a_parameter_without_a_rule_is_bounded_by_the_functions_that_meet_it(
     make: Callable[[], nn.Module],
 ) -> None:
     check_followed(lambda: nn.Sequential(make(), *mlp()))
+
+
+def replace_the_head(model: Switchable) -> None:
+    model.head = nn.Linear(model.head.in_features, model.head.out_features)
+
+
+def wrap_the_head(model: Switchable) -> None:
+    model.head = nn.Sequential(nn.Linear(model.head.in_features, 3), nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("backprop", [BackpropClipping(), layerwise()], ids=["joint", "layerwise"])
+@pytest.mark.parametrize(
+    ("change", "name"), [(replace_the_head, "head.weight"), (wrap_the_head, "head.0.weight")]
+)
+def test_a_layer_that_is_new(
+    change: Callable[[Switchable], None], name: str, backprop: BackpropClipping
+) -> None:
+    model = Switchable()
+    private = make_private(model, backprop=backprop)
+    head = model.head
+    train_step(private)
+    private.optimizer.zero_grad()
+    change(model)
+    with pytest.raises(PrivacyViolationError) as refusal:
+        backward(private)
+    assert str(refusal.value) == (
+        f"{name} was not a parameter of the model when make_private was called, so its gradient "
+        "is not clipped. Call cleanup() on the private model, add it, then call make_private "
+        "again; or freeze it."
+    )
+    model.head = head
+    assert_refused_until_zero_grad(private)
+
+
+def test_a_layer_that_is_new_and_frozen() -> None:
+    model = Switchable()
+    private = make_private(model)
+    model.add_module("extra", nn.Linear(CLASSES, CLASSES).requires_grad_(False))
+    model.trick = lambda own, x: own.extra(own.head(torch.relu(own.body(x))))
+    train_step(private)
+    assert private.steps == 1
 
 
 def test_unfrozen_later() -> None:

@@ -31,7 +31,7 @@ from opacus_bpclip.guard.forms import Form, Forms
 from opacus_bpclip.guard.gradient_checks import unclipped_gradient, unusable_gradient
 from opacus_bpclip.guard.parameters import GuardedParameters
 from opacus_bpclip.guard.passes import MIXED, BackwardPasses
-from opacus_bpclip.guard.precision import Roundings, backward_under_autocast, unfit
+from opacus_bpclip.guard.precision import Roundings, backward_under_autocast
 from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.losses.criterion import LossWatch
@@ -61,6 +61,7 @@ class GradientGuard:
         accumulated: how many backward passes the last step's gradients added up.
         passes: the backward passes that the current gradients came from.
         undoes_mean: whether the loss is a mean, whose division by the batch size layers undo.
+        roundings: finds where a mean loss's gradients are rounded.
         loss: the watch of the criterion that every backward pass must come through, if any.
         forget: called when the current gradients are discarded.
         joint: whether all layers share one budget. A layer may then have any number of uses.
@@ -89,8 +90,7 @@ class GradientGuard:
         self.forget: Callable[[], None] = _nothing
         self.by_functions: set[nn.Parameter] = set()
         self.forms = Forms()
-        self.ran_compiled = self.rehearsing = False
-        self._in_forward = False
+        self.ran_compiled = self.rehearsing = self._in_forward = False
         self._batch_size = 0
         self._rows: int | Tensor = 0
         self._forward = 0  # the number of the latest forward pass
@@ -98,7 +98,7 @@ class GradientGuard:
         self.parameters = GuardedParameters(
             model, layers, whole or {}, self._refuse_unclipped, self._check_arrival
         )
-        self._roundings = Roundings(self.parameters.trained)
+        self.roundings = Roundings(self.parameters.trained)
 
     def remove(self) -> None:
         """Stop watching."""
@@ -134,8 +134,8 @@ class GradientGuard:
         """Begin a forward pass of the root; ``present`` is ``[B]``, the rows without padding."""
         self.require(self.ranks.problem())
         if self.undoes_mean:
-            self.require(self._roundings.of_products(self.parameters.device))
-        self.require(self.parameters.unfrozen())
+            self.require(self.roundings.of_parameters())
+        self.require(self.parameters.unexamined())
         # Search again in each pass: a module may have been replaced.
         for name, norm in batch_normalizations(self._model).items():
             if mixes_examples(norm):
@@ -189,13 +189,13 @@ class GradientGuard:
 
     def check_precision(self, name: str, dtype: torch.dtype) -> None:
         """Check that a part of the model may have gradients of this dtype."""
-        self.require(unfit(name, dtype, mean=self.undoes_mean))
+        self.require(self.roundings.of_part(name, dtype, mean=self.undoes_mean))
 
     def check_rounding(self, output: object) -> None:
         """Check that a mean loss's gradients are not rounded to low precision in the model."""
         if self.undoes_mean:
-            self.require(self._roundings.of_model(output))
-            self._roundings.watch(output, self._batch_size, self.fail)
+            self.require(self.roundings.of_model(output))
+            self.roundings.watch(output, self._batch_size, self.fail)
 
     # Backward
 
@@ -276,7 +276,7 @@ class GradientGuard:
         if under_autocast():
             self.fail(backward_under_autocast(compiled=True))
         if self.undoes_mean:
-            self.require(self._roundings.of_products(self.parameters.device))
+            self.require(self.roundings.of_parameters())
         self.require(self.ranks.graphs_problem)
         self.require(unusable_gradient(watched, gradient))
         self.require(self.passes.note_traced())

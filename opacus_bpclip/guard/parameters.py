@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.guard.watched import Check, WatchedParameter
-from opacus_bpclip.model.coverage import edited_problem, unfrozen_problem
+from opacus_bpclip.model.coverage import added_problem, edited_problem, unfrozen_problem
 from opacus_bpclip.model.layer import Layer
 
 
@@ -31,7 +31,7 @@ class GuardedParameters:
         refuse: Check,
         check: Check,
     ) -> None:
-        self._whole = dict(whole)
+        self._model, self._whole = model, dict(whole)
         self._refuse, self._check = refuse, check
         self._watched: dict[Tensor, WatchedParameter] = {}
         for layer in layers:
@@ -73,6 +73,11 @@ class GuardedParameters:
         return tuple(self._watched)
 
     @property
+    def held(self) -> Iterable[Tensor]:
+        """Return all that may hold a sum of physical batches, also what is frozen now."""
+        return (*self._watched, *self._whole)
+
+    @property
     def device(self) -> torch.device | None:
         """Return the device of the whole trainable parameters; ``None`` without any."""
         return next((parameter.device for parameter in self._watched), None)
@@ -90,8 +95,7 @@ class GuardedParameters:
     @property
     def wait(self) -> bool:
         """Return whether sums of physical batches wait for their noise."""
-        held = (*self._watched, *self._whole)
-        sums = (getattr(parameter, "summed_grad", None) for parameter in held)
+        sums = (getattr(parameter, "summed_grad", None) for parameter in self.held)
         return any(s is not None and not hasattr(s, "_processed") for s in sums)
 
     def remove(self) -> None:
@@ -104,11 +108,12 @@ class GuardedParameters:
         for watched in (*self._watched.values(), *self._shards):
             watched.clear()
 
-    def unfrozen(self) -> str | None:
-        """Check that no parameter was unfrozen after make_private, which examined none of them."""
-        for name, parameter in self._frozen.items():
-            if parameter.requires_grad:
-                return unfrozen_problem(name)
+    def unexamined(self) -> str | None:
+        """Check that make_private has examined all parameters that train now."""
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and parameter not in self:
+                was_there = self._frozen.get(name) is parameter
+                return unfrozen_problem(name) if was_there else added_problem(name)
         return None
 
     def begin_forward(self) -> None:

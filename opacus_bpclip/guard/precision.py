@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -40,8 +40,11 @@ def rounded_options(config: BackpropClipping, parameters: Iterable[nn.Parameter]
         config: the options.
         parameters: the model's.
     """
-    if not _any_single(parameters):
-        return None
+    return rounded_option(config) if _any_single(parameters) else None
+
+
+def rounded_option(config: BackpropClipping) -> str | None:
+    """Return the message for options that a plain mean needs double precision for, if any."""
     if isinstance(config.threshold, AdaptiveThreshold):
         return _ROUNDED_COUNTS
     if config.propagate == "unclipped" and config.allocation != "joint":
@@ -81,8 +84,12 @@ def rounded_sums(
     )
 
 
-def _any_single(parameters: Iterable[nn.Parameter]) -> bool:
-    return any(p.requires_grad and p.dtype != torch.float64 for p in parameters)
+def _any_single(parameters: Iterable[Tensor]) -> bool:
+    return any(p.requires_grad and _is_single(p.dtype) for p in parameters)
+
+
+def _is_single(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype != torch.float64
 
 
 _ROUNDED = (
@@ -189,19 +196,31 @@ class Roundings:
 
     Args:
         parameters: the trainable parameters.
+
+    Attributes:
+        option: why an option needs double precision, see `rounded_option`; ``None`` if none does.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.option: str | None = None
         self._looks = 0  # how many gradients were read, which stalls an accelerator
+        self._parameters = parameters
         self._kinds = kinds_of_products(parameters)
 
-    def of_products(self, device: torch.device | None) -> str | None:
-        """Check the model's products, as `rounded_products` does.
+    def of_parameters(self) -> str | None:
+        """Check the model's products, as `rounded_products` does, and its parameters' dtype.
 
-        Args:
-            device: the model's device; ``None`` if no parameter trains.
+        Both may have been changed since make_private.
         """
-        return None if device is None else rounded_products(device, self._kinds)
+        if not self._parameters:
+            return None
+        if self.option is not None and _any_single(self._parameters):
+            return self.option
+        return rounded_products(self._parameters[0].device, self._kinds)
+
+    def of_part(self, name: str, dtype: torch.dtype, *, mean: bool) -> str | None:
+        """Check the dtype that a part of the model computes in; see `unfit`."""
+        return unfit(name, dtype, mean=mean) or (self.option if _is_single(dtype) else None)
 
     def of_model(self, output: object) -> str | None:
         """Check the graph behind a model's output, as `rounded_mean` does.
@@ -209,8 +228,11 @@ class Roundings:
         Args:
             output: the model's output, a tensor or any structure of tensors.
         """
-        tensors = _tensors_of(output)
-        dtype = low_precision_behind(x.grad_fn for x in tensors)
+        nodes = [x.grad_fn for x in _tensors_of(output)]
+        # The scopes' counts of uses are single numbers, which no example has.
+        if self.option and low_precision_behind(nodes, is_low=_is_single, scalars=False):
+            return self.option
+        dtype = low_precision_behind(nodes)
         return rounded_mean("A part of the model", dtype) if dtype else None
 
     def watch(self, output: object, rows: int, fail: Callable[[str], object]) -> None:
@@ -230,6 +252,10 @@ class Roundings:
     def _look(self, fail: Callable[[str], object], gradient: Tensor) -> None:
         self._looks += 1
         few = gradient.detach().flatten()[:_ENTRIES]
+        # Quotients in double precision with 29 zero bits at their end were rounded to float32.
+        double = self.option is not None and gradient.dtype == torch.float64
+        if double and bool((few.float() == few).all()) and bool(few.any()):
+            fail(self.option or "")
         # Many different float32 numbers that all end in 16 zero bits were rounded to bfloat16.
         # A few may end so by nature: signs, counts, or the rest where others cancel.
         if bool((few.bfloat16() == few).all()) and len(few.unique()) >= _DIFFERENT:

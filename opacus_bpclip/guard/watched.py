@@ -52,9 +52,12 @@ class WatchedParameter:
         # Otherwise a compiler may make a size symbolic, and equal to a batch size of that value.
         torch._dynamo.mark_static(self.sink)
         self.sink.register_post_accumulate_grad_hook(weakly(self._collect))
+        # Torch registers no hook on a parameter that is frozen at present.
+        trains, p.requires_grad = p.requires_grad, True
         # A pass may go on after a refusal: an unclipped gradient must not stay in p.grad then.
         drop = p.register_post_accumulate_grad_hook(_drop)
         self._handles = [p.register_hook(self._arrive), drop]
+        p.requires_grad = trains
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which starts without gradients."""

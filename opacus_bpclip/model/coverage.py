@@ -216,6 +216,15 @@ def unfrozen_problem(name: str) -> str:
     )
 
 
+def added_problem(name: str) -> str:
+    """Return the message for a parameter that the model got after the examination."""
+    return (
+        f"{name} was not a parameter of the model when make_private was called, so its gradient "
+        "is not clipped. Call cleanup() on the private model, add it, then call make_private "
+        "again; or freeze it."
+    )
+
+
 def edited_problem(name: str) -> str:
     """Return the message for a parameter that a forward pass changes."""
     return (

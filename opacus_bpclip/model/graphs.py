@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -34,13 +34,19 @@ def leaves_of(y: Tensor, stop: Collection[Node | None] = ()) -> Iterator[Tensor]
 
 
 def low_precision_behind(
-    nodes: Iterable[Node | None], stop: Collection[Node | None] = ()
+    nodes: Iterable[Node | None],
+    stop: Collection[Node | None] = (),
+    is_low: Callable[[torch.dtype], bool] = is_low,
+    *,
+    scalars: bool = True,
 ) -> torch.dtype | None:
     """Return a low-precision dtype that gradients pass on their way from some nodes, if any.
 
     Args:
         nodes: the nodes where the gradients start.
         stop: nodes at which the search stops.
+        is_low: says of a dtype whether it is one.
+        scalars: whether gradients that are one number count, too.
     """
     waiting, seen = list(nodes), {None, *stop}
     while waiting:
@@ -49,7 +55,7 @@ def low_precision_behind(
             continue
         seen.add(node)
         for made in node._input_metadata:
-            if is_low(made.dtype):
+            if is_low(made.dtype) and (scalars or made.shape):
                 dtype: torch.dtype = made.dtype
                 return dtype
         waiting += [before for before, _ in node.next_functions]

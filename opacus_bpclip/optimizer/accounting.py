@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from opacus.accountants import IAccountant
 from opacus.optimizers import DPOptimizer
+
+Hook = Callable[[DPOptimizer], None]
 
 
 class AccountStep:
@@ -14,11 +17,15 @@ class AccountStep:
     Args:
         accountant: the engine's accountant.
         sample_rate: the probability that an item is in a batch.
+        then: called afterwards, with the optimizer.
     """
 
-    def __init__(self, accountant: IAccountant, sample_rate: float) -> None:
+    def __init__(
+        self, accountant: IAccountant, sample_rate: float, then: Hook | None = None
+    ) -> None:
         self.accountant = accountant
         self.sample_rate = sample_rate
+        self.then = then
 
     def __call__(self, optimizer: DPOptimizer) -> None:
         """Add the step that the optimizer has taken."""
@@ -26,7 +33,9 @@ class AccountStep:
             noise_multiplier=optimizer.noise_multiplier,
             sample_rate=self.sample_rate * optimizer.accumulated_iterations,
         )
+        if self.then is not None:
+            self.then(optimizer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AccountStep:
         """Return a hook for the same accountant: an optimizer's copy spends the same budget."""
-        return AccountStep(self.accountant, self.sample_rate)
+        return AccountStep(self.accountant, self.sample_rate, self.then)

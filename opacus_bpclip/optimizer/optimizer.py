@@ -88,7 +88,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
             loss_reduction=loss_reduction,
             **options,
         )
-        self._drop_counts()
+        self._drop_sums()
 
     @property
     def accumulated_iterations(self) -> int:
@@ -163,11 +163,9 @@ class BackpropClipOptimizer(OptimizerWrapper):
         for p, gradient in zip(self.params, noised, strict=False):
             # After the noise, rounding to the parameter's dtype is post-processing.
             p.grad = gradient.to(p.dtype)
-        for p in held:
-            if self.keep_summed_grad:
-                _mark_as_processed(p.summed_grad)
-            else:
-                p.summed_grad = None
+        self._drop_sums(kept=held if self.keep_summed_grad else ())
+        for p in held if self.keep_summed_grad else ():
+            _mark_as_processed(p.summed_grad)
 
     def scale_grad(self) -> None:
         """Divide ``p.grad`` by the expected batch size, where the loss is a mean."""
@@ -275,7 +273,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
             self._end_refused_batch(self._check_skip_next_step())
         super().zero_grad(set_to_none)
         if not self._is_last_step_skipped:
-            self._drop_counts()
+            self._drop_sums()
         for p in self.params:
             if p.grad is not None:
                 mark_as_cleared(p.grad)
@@ -290,7 +288,6 @@ class BackpropClipOptimizer(OptimizerWrapper):
         if not skip:
             self._guard.ranks.begin_batch()
         if not skip or samples.mixed:
-            for p in self._summed:
-                p.summed_grad = None
+            self._drop_sums()
             self._is_last_step_skipped = False
             samples.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
@@ -13,6 +13,7 @@ from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer import fingerprint
+from opacus_bpclip.optimizer.accounting import AccountStep, Hook
 
 _THRESHOLDS = "thresholds"
 
@@ -21,6 +22,7 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
     """Opacus's optimizer for gradients that arrive summed; subclasses add the step."""
 
     _hooks: BackpropClipHooks
+    step_hook: Hook | None
 
     @property
     def _guard(self) -> GradientGuard:
@@ -55,12 +57,17 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
 
     @property
     def _summed(self) -> list[Any]:
-        """Return all that a step adds up: the parameters, and the counts of examples."""
+        """Return all that a step releases: the parameters, and the counts of examples."""
         return [*self.params, *self._hooks._sensitivities.counts.values()]
 
-    def _drop_counts(self) -> None:
-        for count in self._hooks._sensitivities.counts.values():
-            count.summed_grad = None  # type: ignore[attr-defined]
+    def _drop_sums(self, kept: Collection[Any] = ()) -> None:
+        """Discard all sums but some, also those of parameters that were frozen since they began.
+
+        What a later step would find of them is of another sample, and has no noise.
+        """
+        kept = set(kept)
+        for held in {*self._guard.parameters.held, *self._summed} - kept:
+            held.summed_grad = None
 
     @property
     def _expected_examples(self) -> float:
@@ -99,6 +106,20 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
     @grad_scale.deleter
     def grad_scale(self) -> None:
         pass
+
+    def attach_step_hook(self, fn: Hook | None) -> None:
+        """Call a function in each step, before the wrapped optimizer's; it replaces an earlier one.
+
+        The accountant counts the step first, unless ``None`` has taken it away.
+
+        Args:
+            fn: called with the optimizer. ``None`` leaves nothing: no step is counted then.
+        """
+        replaces = fn is None or isinstance(fn, AccountStep)
+        if isinstance(self.step_hook, AccountStep) and not replaces:
+            self.step_hook.then = fn
+        else:
+            self.step_hook = fn
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Announce the next physical batch; `BatchMemoryManager` calls this for each.

@@ -16,6 +16,7 @@ from opacus_bpclip.clipping.fused_use import FusedUse
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import Use
 from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.guard.parameters import GuardedParameters
 from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.rules import ConvRule, GroupNormRule, LinearRule, base
 from tests.mutants import bound_killers, coupling_killers, guard_killers
@@ -174,6 +175,12 @@ def sources_not_asked_for(patch: pytest.MonkeyPatch) -> None:
             self.add(gradient)
 
     patch.setattr(WatchedParameter, "_arrive", collect)
+
+
+@mutant(killed_by=guard_killers.layer_added_later, says="nothing bounds was released")
+def new_parameters_not_looked_for(patch: pytest.MonkeyPatch) -> None:
+    """A layer that the model gets after `make_private` trains with raw gradients."""
+    patch.setattr(GuardedParameters, "unexamined", lambda _: None)
 
 
 @mutant(killed_by=guard_killers.gradient_there_before, says="nothing bounds was released")

@@ -37,6 +37,27 @@ def model_in_lower_precision() -> None:
     check_refused(trainer, x.bfloat16(), lambda y, _: y.sum())
 
 
+def frozen_within_a_logical_batch() -> None:
+    """A layer that is frozen in the second part of a logical batch, and trains in the next one."""
+    trainer, x = _two_layers()
+    target = torch.ones(3, 2).double()
+    expected = trainer.released(x, target)
+    for skip, trains in ((True, True), (False, False)):
+        trainer.plain[0].requires_grad_(trains)
+        trainer.optimizer.signal_skip_step(skip)
+        trainer.step(x, target)
+    trainer.plain[0].requires_grad_(True)
+    for name, found in trainer.released(x, target).items():
+        assert torch.equal(found, expected[name]), f"{name}: more than the sum of its own sample"
+
+
+def layer_added_later() -> None:
+    """A layer that is put into the model after `make_private`, and trained by a plain optimizer."""
+    trainer, x = _two_layers()
+    trainer.plain.append(nn.Linear(2, 2).double())
+    check_refused(trainer, x, lambda y, _: y.sum())
+
+
 def gradient_there_before() -> None:
     """A gradient in ``p.grad`` from before, to which the batch's would be added."""
     trainer, x = _two_layers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from opacus_bpclip import hooks
 from opacus_bpclip.clipping import functions, layers
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import Sums, Use
@@ -45,7 +46,15 @@ def mean_of_many_let_through(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.mean_of_rounded_products, says=RELEASED)
 def rounded_products_let_through(patch: pytest.MonkeyPatch) -> None:
     """It is not checked whether products of float32 numbers are rounded to fewer bits."""
-    patch.setattr(Roundings, "of_products", lambda *args: None)
+    patch.setattr(Roundings, "of_parameters", lambda *args: None)
+
+
+@mutant(killed_by=killers.option_of_a_model_cast_later, says=RELEASED)
+@mutant(killed_by=killers.option_behind_a_rounded_loss, says=RELEASED)
+def options_in_single_precision_let_through(patch: pytest.MonkeyPatch) -> None:
+    """Whether options have the precision that they need behind a plain mean is asked in
+    `make_private` only."""
+    patch.setattr(hooks, "rounded_option", lambda *args: None)
 
 
 @mutant(killed_by=killers.own_layer_that_rounds, says=APART)

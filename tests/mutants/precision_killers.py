@@ -77,6 +77,24 @@ def mean_of_rounded_products() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+def _with_unclipped_gradients() -> Trainer:
+    clipping = BackpropClipping(allocation="equal", propagate="unclipped")
+    return Trainer(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), (2,), clipping)
+
+
+def option_of_a_model_cast_later() -> None:
+    """A mean loss and gradients that are passed on unclipped, in single precision since a cast."""
+    trainer = _with_unclipped_gradients()
+    trainer.plain.float()
+    check_refused(trainer, torch.ones(3, 2), lambda y, _: y.mean())
+
+
+def option_behind_a_rounded_loss() -> None:
+    """The same in double precision, with a loss in single precision."""
+    trainer = _with_unclipped_gradients()
+    check_refused(trainer, torch.ones(3, 2).double(), lambda y, _: y.float().square().mean())
+
+
 def mean_of_very_many() -> None:
     """A mean loss over 2,049 examples of 5,000 that are expected."""
     trainer = _two_layers()

@@ -66,6 +66,18 @@ def private_divisor(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BackpropClipOptimizer, "scale_grad", scale_grad)
 
 
+@mutant(killed_by=guard_killers.frozen_within_a_logical_batch, says="more than the sum of its own")
+def sums_of_what_is_frozen_kept(patch: pytest.MonkeyPatch) -> None:
+    """The sum of a parameter that is frozen within a logical batch waits for a later sample, whose
+    noise it gets, too."""
+
+    def of_what_trains(self: BackpropClipOptimizer, kept: object = ()) -> None:
+        for p in () if kept else self._summed:
+            p.summed_grad = None
+
+    patch.setattr(BackpropClipOptimizer, "_drop_sums", of_what_trains)
+
+
 @mutant(killed_by=guard_killers.gradient_set_by_hand, says="was put into a sum")
 def gradients_taken_at_the_step(patch: pytest.MonkeyPatch) -> None:
     """The gradient in `p.grad` at the step is released as the sum, wherever it came from."""

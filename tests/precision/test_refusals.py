@@ -5,7 +5,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_bpclip import BackpropClipping, PrivacyEngine, PrivacyViolationError
+from opacus_bpclip import (
+    AdaptiveThreshold,
+    BackpropClipping,
+    InputWhitening,
+    PrivacyEngine,
+    PrivacyViolationError,
+)
 from tests.checks import Trainer, check_independence, joint
 
 LOW = torch.bfloat16
@@ -131,3 +137,42 @@ def test_half_precision_is_refused():
         "GradScaler, and its scale depends on the data. Use torch.bfloat16, by autocast or for "
         "the whole model, or torch.float32."
     )
+
+
+def float_between() -> nn.Module:
+    class Cast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float().double()
+
+    return nn.Sequential(nn.Linear(4, 4), Cast(), nn.Linear(4, 3))
+
+
+OPTIONS = {
+    "unclipped": BackpropClipping(allocation="equal", propagate="unclipped"),
+    "threshold": BackpropClipping(threshold=AdaptiveThreshold()),
+    "whitening": BackpropClipping(whitening=InputWhitening(lambda _: torch.randn(5, 4).double())),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("rounded", ["nowhere", "the model later", "a part", "the loss"])
+def test_options_that_need_double_precision_behind_a_mean(option: str, rounded: str) -> None:
+    made = plain() if rounded != "a part" else float_between()
+    model, optimizer, _ = private(made.double(), backprop=OPTIONS[option])
+    x = X.double()
+    if rounded == "the model later":
+        model.float()
+        x = x.float()
+    elif rounded == "nowhere":
+        nn.functional.cross_entropy(model(x), Y).backward()
+        optimizer.step()
+        return
+
+    def train() -> None:
+        out = model(x)
+        nn.functional.cross_entropy(out.float() if rounded == "the loss" else out, Y).backward()
+
+    with pytest.raises(PrivacyViolationError, match="every example's gradient is rounded by the "):
+        train()
+    with pytest.raises(PrivacyViolationError, match="not covered by the guarantee"):
+        optimizer.step()
