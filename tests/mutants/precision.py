@@ -8,7 +8,7 @@ from opacus_bpclip import hooks
 from opacus_bpclip.clipping import functions, layers
 from opacus_bpclip.clipping.scope import Scope
 from opacus_bpclip.clipping.use import Sums, Use
-from opacus_bpclip.guard import guard
+from opacus_bpclip.guard import precision
 from opacus_bpclip.guard.precision import Roundings
 from opacus_bpclip.optimizer import optimizer
 from tests.mutants import precision_killers as killers
@@ -33,7 +33,7 @@ def sums_in_low_precision(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.mean_under_autocast, says=RELEASED)
 def rounded_mean_let_through(patch: pytest.MonkeyPatch) -> None:
     """A mean's gradients are rounded to bfloat16 after the division by a private number."""
-    patch.setattr(guard, "unfit", lambda name, dtype, mean: None)
+    patch.setattr(precision, "unfit", lambda name, dtype, mean: None)
     patch.setattr(Roundings, "of_model", lambda *args: None)
 
 
