@@ -6,6 +6,7 @@ set's own files, which the command's ``cifar10`` reads. Run the command in this 
 
 from __future__ import annotations
 
+import tempfile
 from functools import cache
 from pathlib import Path
 from zipfile import ZipFile
@@ -17,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 from opacus_bpclip.ab.data import Sets
 from opacus_bpclip.ab.features import featured
+from opacus_bpclip.ab.scattering import scattering as scattering_of
 
 FILE = "cifar10-jpeg.zip"
 # The customary constants of each channel, for pixels in [0, 1].
@@ -34,6 +36,20 @@ def images(root: Path) -> Sets:
 def hog(root: Path) -> Sets:
     """Return the same as features ``[N, 1568]``."""
     return featured(images(root))
+
+
+@cache
+def scattering(root: Path) -> Sets:
+    """Return the same as features ``[N, 15552]``.
+
+    Later calls read what the first one has left in the temporary folder, 4 GB.
+    """
+    file = Path(tempfile.gettempdir()) / "cifar10-jpeg-scattering.pt"
+    if not file.exists():
+        made = featured(images(root), scattering_of)
+        torch.save([own.tensors for own in made], file)
+    train, test = torch.load(file, mmap=True)
+    return TensorDataset(*train), TensorDataset(*test)
 
 
 def _part(copies: ZipFile, part: str) -> TensorDataset:
