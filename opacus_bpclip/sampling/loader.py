@@ -76,7 +76,10 @@ class CollateWithEmpty:
     """
 
     def __init__(self, collate: Collate, dataset: Dataset[Any]) -> None:
-        self.collate = collate
+        # A private loader is made private again with a padding of its own, or none.
+        self.collate: Collate = (
+            collate.collate if isinstance(collate, CollateWithEmpty) else collate
+        )
         self.dataset = dataset
         self.rows: int | None = None
         self._form: tuple[Any, Any] | None = None

@@ -213,3 +213,28 @@ def test_nothing_is_masked_without_the_option(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.Tensor, "any", None)
     backward(private)
     assert private.handle._budget.present is None
+
+
+@pytest.mark.parametrize(("before", "rows"), [(8, None), (8, 6), (6, 8), (None, 8)])
+def test_a_loader_that_is_made_private_again_has_its_own_padding(
+    before: int | None, rows: int | None
+) -> None:
+    first = make_private(mlp(), counted=True, physical_batch_size=before)
+    first.handle.cleanup()
+    engine = first.engine
+    model = first.handle._module
+    _, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=first.loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        clipping="backprop",
+        physical_batch_size=rows,
+    )
+    for x, y in loader:
+        assert rows is None or len(x) == rows
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
+        optimizer.step()
+    assert first.steps == 4
