@@ -14,7 +14,8 @@ from opacus.optimizers.optimizer import _generate_noise
 from scipy import stats
 from torch import Tensor, nn
 
-from opacus_bpclip.optimizer import noise, streams
+from opacus_bpclip.guard import streams
+from opacus_bpclip.optimizer import noise
 from opacus_bpclip.optimizer.noise import add_noise_
 from tests.helpers import make_private
 from tests.helpers import noise as noise_of

@@ -140,6 +140,8 @@ def test_registering_is_idempotent_and_is_undone_to_the_last_attribute(times: in
         "_prepare_data_loader",
         "_prepare_model",
         "_prepare_optimizer",
+        "save_checkpoint",
+        "load_checkpoint",
     }
     assert during.keys() == before.keys()
     for name in changed:

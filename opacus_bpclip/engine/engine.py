@@ -13,11 +13,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from opacus_bpclip.config import BackpropClipping
-from opacus_bpclip.engine import extensions
+from opacus_bpclip.engine import checkpoints, extensions
 from opacus_bpclip.engine.compatibility import require_compatible
 from opacus_bpclip.errors import CoverageError
-from opacus_bpclip.optimizer import fingerprint
-from opacus_bpclip.optimizer.wrapper import OptimizerWrapper
 from opacus_bpclip.replacements import compatible_copy
 
 
@@ -102,7 +100,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             CoverageError: no rule bounds some trainable parameter, or examples are coupled.
             ValueError: another argument is wrong. In both cases model and optimizer are unchanged.
         """
-        made = extensions.make_private(
+        return extensions.make_private(
             super().make_private,
             self,
             module=module,
@@ -123,8 +121,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
             **({} if criterion is None else {"criterion": criterion}),
             **kwargs,
         )
-        self._optimizer = made[1]
-        return made
 
     def make_private_with_epsilon(
         self,
@@ -196,33 +192,31 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def save_checkpoint(
         self, *, checkpoint_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Save what Opacus saves, and the settings that decide the privacy spent.
+        """Save what Opacus saves, the settings that decide the privacy spent, and whose steps.
 
         Args:
             checkpoint_dict: further entries to save.
             **kwargs: the arguments of ``opacus.PrivacyEngine.save_checkpoint``.
         """
-        settings = {} if self._settings is None else {fingerprint.KEY: self._settings}
-        super().save_checkpoint(checkpoint_dict={**(checkpoint_dict or {}), **settings}, **kwargs)
+        checkpoints.save_checkpoint(
+            super().save_checkpoint, self, checkpoint_dict=checkpoint_dict, **kwargs
+        )
 
     def load_checkpoint(self, *, optimizer: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Load what Opacus loads; warn if the saved settings differ from the present ones.
+
+        Steps that the accountant has counted and the checkpoint lacks stay counted, with a
+        warning, so epsilon never falls. From then on the operating system seeds the noise and the
+        samples of all that this engine makes private: training goes on with other random numbers
+        than before, also with the same seeds.
 
         Args:
             optimizer: the private optimizer, if its state is to be loaded.
             **kwargs: the arguments of ``opacus.PrivacyEngine.load_checkpoint``.
         """
-        checkpoint: dict[str, Any] = super().load_checkpoint(optimizer=optimizer, **kwargs)
-        # If an optimizer is loaded, it has compared the settings already.
-        if optimizer is None and self._settings is not None:
-            fingerprint.compare(checkpoint.get(fingerprint.KEY), self._settings)
-        return checkpoint
-
-    @property
-    def _settings(self) -> fingerprint.Settings | None:
-        """Return the settings of the latest call with ``clipping="backprop"``, or ``None``."""
-        optimizer = getattr(self, "_optimizer", None)
-        return optimizer._settings() if isinstance(optimizer, OptimizerWrapper) else None
+        return checkpoints.load_checkpoint(
+            super().load_checkpoint, self, optimizer=optimizer, **kwargs
+        )
 
     def validate(
         self,

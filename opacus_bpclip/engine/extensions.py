@@ -25,6 +25,7 @@ from opacus_bpclip.config import BackpropClipping
 from opacus_bpclip.engine.module import BackpropClipModule
 from opacus_bpclip.engine.parallel import inner
 from opacus_bpclip.engine.request import Request, checked, require_equal_ranks
+from opacus_bpclip.engine.sources import sources_of
 from opacus_bpclip.engine.validation import checked_options
 from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.guard.seeds import Purpose
@@ -83,7 +84,10 @@ def make_private(
         try:
             module, optimizer, data_loader = original(clipping=clipping, **kwargs)
             optimizer.attach_step_hook(AccountStep(engine.accountant, 1 / len(data_loader)))
+            if isinstance(data_loader, PrivateDataLoader):
+                optimizer._sampler = data_loader.batch_sampler
             require_equal_ranks(request, optimizer, data_loader)
+            sources_of(engine).add(optimizer)
         except BaseException:
             if request.hooks is not None:
                 request.hooks._undo()
@@ -197,10 +201,11 @@ def prepare_optimizer(
     # Opacus rounds down: a rate such as 1/49 may make the expected batch size 0 instead of 1.
     expected = max(kwargs["expected_batch_size"], 1 / ranks.size)
     generator = engine.secure_rng if engine.secure_mode else kwargs["noise_generator"]
-    if ranks.sharded and ranks.size > 1 and not engine.secure_mode:
-        device = request.hooks._guard.parameters.device
-        assert device is not None
-        generator = generator_of_rank(ranks, generator, device, Purpose.NOISE)
+    device = request.hooks._guard.parameters.device
+    if device is not None and not engine.secure_mode:
+        if ranks.sharded and ranks.size > 1:
+            generator = generator_of_rank(ranks, generator, device, Purpose.NOISE)
+        generator = sources_of(engine).own(generator, device, Purpose.NOISE)
     return BackpropClipOptimizer(
         optimizer,
         hooks=request.hooks,
@@ -217,9 +222,12 @@ def _sampling_generator(
     engine: opacus.PrivacyEngine, loader: DataLoader[Any], ranks: Ranks
 ) -> torch.Generator | None:
     """Return the generator from which a rank samples its examples."""
-    if ranks.size == 1 or engine.secure_mode:
+    if engine.secure_mode:
         return engine.secure_rng
-    return generator_of_rank(ranks, loader.generator, torch.device("cpu"), Purpose.SAMPLING)
+    cpu, generator = torch.device("cpu"), loader.generator
+    if ranks.size > 1:
+        generator = generator_of_rank(ranks, generator, cpu, Purpose.SAMPLING)
+    return sources_of(engine).own(generator, cpu, Purpose.SAMPLING)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import opacus
 
-from opacus_bpclip.engine import extensions
+from opacus_bpclip.engine import checkpoints, extensions
 
 _EXTENSIONS: dict[str, Callable[..., Any]] = {
     "make_private": extensions.make_private,
@@ -16,6 +16,8 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
     "_prepare_model": extensions.prepare_model,
     "_prepare_data_loader": extensions.prepare_data_loader,
     "_prepare_optimizer": extensions.prepare_optimizer,
+    "save_checkpoint": checkpoints.save_checkpoint,
+    "load_checkpoint": checkpoints.load_checkpoint,
 }
 
 _originals: dict[str, Callable[..., Any]] = {}
@@ -25,7 +27,8 @@ def register() -> None:
     """Make every ``opacus.PrivacyEngine`` accept ``clipping="backprop"``, also existing ones.
 
     It is for engines that other libraries create, and extends subclasses, too. Other values of
-    ``clipping`` behave as before. A second call does nothing.
+    ``clipping`` behave as before, except that ``load_checkpoint`` never makes the accountant forget
+    steps. A second call does nothing.
 
     Examples:
         >>> register()

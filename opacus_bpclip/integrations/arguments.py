@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from opacus.accountants.utils import get_noise_multiplier
 
 from opacus_bpclip.config import BackpropClipping, is_positive_number
+from opacus_bpclip.guard.generators import fresh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +101,6 @@ class PrivacyArguments:
             device: the model's.
         """
         return (
-            self.sampling_generator or _secret(torch.device("cpu")),
-            self.noise_generator or _secret(device),
+            self.sampling_generator or fresh(torch.device("cpu")),
+            self.noise_generator or fresh(device),
         )
-
-
-def _secret(device: torch.device) -> torch.Generator:
-    """Return a generator that the operating system has seeded."""
-    return torch.Generator(device).manual_seed(secrets.randbits(63))

@@ -13,8 +13,9 @@ from typing import Any
 
 from opacus.accountants import IAccountant, create_accountant
 
+from opacus_bpclip.engine.account import Account
+from opacus_bpclip.engine.segments import Steps, count, union
 from opacus_bpclip.integrations.arguments import PrivacyArguments
-from opacus_bpclip.integrations.segments import Segments, Steps, count, history, total, union
 
 # With more than so many times the noise of the latest steps, what is left is not spread out.
 _MORE_NOISE = 2.0
@@ -32,16 +33,20 @@ class Spending:
 
     Attributes:
         run: the identifier of the run.
-        segment: the identifier of the steps that are being taken.
     """
 
     def __init__(self, accountant: IAccountant, delta: float, target: float | None) -> None:
         self.accountant = accountant
         self.delta = delta
         self.target = target
-        self.run, self.segment = uuid.uuid4().hex, uuid.uuid4().hex
-        self._earlier: Segments = {}
+        self.run = uuid.uuid4().hex
+        self._account = Account(accountant)
         self._end: tuple[float, float, int] | None = None
+
+    @property
+    def segment(self) -> str:
+        """Return the identifier of the steps that are being taken."""
+        return self._account.segment
 
     @property
     def epsilon(self) -> float:
@@ -104,7 +109,7 @@ class Spending:
 
     def begin(self) -> None:
         """Begin a segment. How many steps are left is found anew: other ones are planned."""
-        self._earlier, self.segment = self._segments(), uuid.uuid4().hex
+        self._account.begin()
         self._end = None
 
     def require_left(self, noise_multiplier: float, sample_rate: float, planned: int) -> None:
@@ -134,7 +139,7 @@ class Spending:
             "run": self.run,
             "mechanism": self.accountant.mechanism(),
             "history": list(self.accountant.history),
-            "segments": {name: history(steps) for name, steps in self._segments().items()},
+            "segments": self._account.state(),
             "delta": self.delta,
             "epsilon": self.epsilon,
         }
@@ -157,7 +162,8 @@ class Spending:
             for state in (saved, *branches)
         ]
         self.run = saved["run"]
-        self._adopt(union([self._segments(), *reports]))
+        self._account.adopt(union([self._account.segments(), *reports]))
+        self._end = None
 
     def agree(self, first: Callable[[Any], Any]) -> None:
         """Count what the first process counts: identifiers are random, and files change.
@@ -167,17 +173,9 @@ class Spending:
         Args:
             first: returns, on each process, the first one's argument.
         """
-        self.run, self.segment, segments = first((self.run, self.segment, self._segments()))
-        self._adopt(segments)
-
-    def _segments(self) -> Segments:
-        """Return all steps; those that are in no earlier segment are the present one's."""
-        present = count(self.accountant.history) - total(self._earlier)
-        return {**self._earlier, self.segment: present} if present else dict(self._earlier)
-
-    def _adopt(self, segments: Segments) -> None:
-        self.accountant.history = history(total(segments))
-        self._earlier = {name: steps for name, steps in segments.items() if name != self.segment}
+        account = self._account
+        self.run, account.segment, segments = first((self.run, account.segment, account.segments()))
+        account.adopt(segments)
         self._end = None
 
     def _require_same_mechanism(self, saved: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ import torch
 from opacus.optimizers.optimizer import _generate_noise
 from torch import Tensor
 
-from opacus_bpclip.optimizer.streams import streams
+from opacus_bpclip.guard.streams import streams
 
 _Draws = Sequence[Sequence[Tensor]]
 _ToDo = deque[tuple[_Draws, torch.Generator | None]]

@@ -149,6 +149,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
         divides over layers and counts. It is computed only here. With several ranks, ``p.grad`` is
         the sum over all ranks, with noise drawn once.
         """
+        self._place = None
         held = self._summed
         sums = [p.summed_grad for p in held]
         for summed in sums:

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import copy
+import uuid
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
 from typing_extensions import Self
 
 from opacus_bpclip.errors import PrivacyViolationError
+from opacus_bpclip.guard.generators import renewed
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer import fingerprint
 from opacus_bpclip.optimizer.accounting import AccountStep, Hook
+from opacus_bpclip.sampling.sampler import CountedSampler
 
 _THRESHOLDS = "thresholds"
+_PLACE = "noise_place"
 
 
 class OptimizerWrapper(DPOptimizerFastGradientClipping):
     """Opacus's optimizer for gradients that arrive summed; subclasses add the step."""
 
+    generator: torch.Generator | None
     _hooks: BackpropClipHooks
     step_hook: Hook | None
+    # The sampler of the private loader; ``None`` without Poisson sampling.
+    _sampler: CountedSampler | None = None
+    # Names the place in the stream of noise where a state was saved, until noise is drawn there.
+    _place: str | None = None
 
     @property
     def _guard(self) -> GradientGuard:
@@ -134,18 +144,29 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state and the privacy settings."""
-        state = {**self.original_optimizer.state_dict(), fingerprint.KEY: self._settings()}
+        self._place = self._place or uuid.uuid4().hex
+        state = {
+            **self.original_optimizer.state_dict(),
+            fingerprint.KEY: self._settings(),
+            _PLACE: self._place,
+        }
         moving = self._hooks._sensitivities.state_dict()
         return state if moving is None else {**state, _THRESHOLDS: moving}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the wrapped optimizer's state; warn if it was saved under other settings.
 
+        From then on the operating system seeds the noise and the samples, unless this optimizer
+        has saved the state and added no noise since. A script that is started again with the same
+        seed would otherwise draw again what it has drawn before the checkpoint. Only
+        ``secure_mode`` goes on as it is: it has no seed.
+
         Raises:
             PrivacyViolationError: thresholds move, and clipped gradients wait for their noise.
             ValueError: the thresholds are of other layers, or out of range.
         """
         state, own = dict(state_dict), self._hooks._sensitivities
+        place = state.pop(_PLACE, None)
         if own.policy is not None and self._guard.pending:
             raise PrivacyViolationError(
                 "A checkpoint was loaded in the middle of a logical batch. Gradients clipped with "
@@ -157,6 +178,16 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         self.original_optimizer.load_state_dict(state)
         own.load_state_dict(thresholds)
         self._hooks._whitening.stale = True
+        if place is None or place != self._place:
+            self._renew()
+
+    def _renew(self) -> None:
+        """Draw noise and samples from now on from numbers of the operating system."""
+        if self.secure_mode:
+            return
+        self.generator = renewed(self.generator, self.params[0].device)
+        if self._sampler is not None:
+            self._sampler.renew()
 
     def _settings(self) -> fingerprint.Settings:
         return fingerprint.settings_of(
@@ -179,6 +210,11 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         return {name: value for name, value in vars(self).items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # What was pickled may be loaded twice, and the original goes on.
+        self._restore(state)
+        self._renew()
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for p in self._summed:
             # Torch does not copy a parameter's attributes.
@@ -193,7 +229,7 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         memo[id(self.generator)] = self.generator
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied._restore(copy.deepcopy(self.__getstate__(), memo))
         for p, own in zip(self._summed, copied._summed, strict=True):
             own.summed_grad = copy.deepcopy(p.summed_grad, memo)
         return copied

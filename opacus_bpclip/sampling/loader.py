@@ -9,55 +9,18 @@ import torch
 import torch.distributed as dist
 from opacus.data_loader import DPDataLoader
 from opacus.utils.batch_memory_manager import wrap_data_loader
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self
 
 from opacus_bpclip.probe.leaves import batch_leaves
 from opacus_bpclip.probe.randomness import repeatable
 from opacus_bpclip.sampling.log import SampleLog
 from opacus_bpclip.sampling.padding import with_rows
 from opacus_bpclip.sampling.records import Pass
+from opacus_bpclip.sampling.sampler import CountedSampler, sharing
 
 Collate = Callable[[list[Any]], Any]
-
-
-class CountedSampler(UniformWithReplacementSampler):
-    """Opacus's Poisson sampler, with a log of the batches that it draws.
-
-    Every loader that is made from the private one (by ``BatchMemoryManager``, Lightning or
-    accelerate) keeps its batch sampler, so all of them write to the same log.
-
-    Args:
-        num_samples: the number of items in the data set.
-        part: the indices that this sampler draws from; ``None`` for all.
-        **options: further arguments of Opacus's sampler.
-
-    Raises:
-        ValueError: there are no items to draw from.
-
-    Attributes:
-        samples: the log; it records the number of items in each batch.
-    """
-
-    def __init__(self, *, num_samples: int, part: range | None = None, **options: Any) -> None:
-        self.part = range(num_samples) if part is None else part
-        super().__init__(num_samples=len(self.part), **options)
-        self.samples = SampleLog()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: a rank keeps its items in all epochs, unlike with Opacus's sampler."""
-
-    def __iter__(self) -> Iterator[list[int]]:
-        samples, begun = self.samples, self.samples.begin()
-        left = True
-        try:
-            for indices in super().__iter__():
-                samples.draw(len(indices), begun)
-                yield [self.part[index] for index in indices]
-            left = False
-        finally:
-            samples.end(begun, left=left)
 
 
 class CollateWithEmpty:
@@ -155,6 +118,10 @@ class PrivateDataLoader(DPDataLoader):
             generator=generator,
             **options,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy that shares the generator: a copied one would draw the same samples."""
+        return sharing(self, self.batch_sampler.generator, memo)
 
     @property
     def samples(self) -> SampleLog:

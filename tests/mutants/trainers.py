@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from opacus.accountants import create_accountant
 
+from opacus_bpclip.engine.segments import Segments, total
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.integrations import spending
 from opacus_bpclip.integrations.lightning.parts import Samples
-from opacus_bpclip.integrations.segments import Segments, total
 from opacus_bpclip.integrations.spending import Spending
 from opacus_bpclip.integrations.transformers import PrivateTrainer
 from opacus_bpclip.optimizer.accounting import AccountStep

@@ -35,8 +35,26 @@ def streams(generator: torch.Generator, count: int) -> list[torch.Generator]:
     return [generator, *(_numbered(key.numpy().tobytes(), i) for i in range(1, count))]
 
 
+def keyed(key: bytes, device: torch.device) -> torch.Generator:
+    """Return a generator whose state is a hash of a key.
+
+    Args:
+        key: at least 256 bits that are used once. Only 64 bits of their hash are kept where a
+            generator has no larger state, or one of unknown form.
+        device: the generator's.
+    """
+    if device.type == "cpu" and _state_is_known():
+        return _hashed(key)
+    seed = hashlib.shake_256(key).digest(8)
+    return torch.Generator(device).manual_seed(int.from_bytes(seed, "little"))
+
+
 def _numbered(key: bytes, number: int) -> torch.Generator:
-    state = hashlib.shake_256(key + number.to_bytes(8, "little")).digest(4 * _STATE_WORDS)
+    return _hashed(key + number.to_bytes(8, "little"))
+
+
+def _hashed(key: bytes) -> torch.Generator:
+    state = hashlib.shake_256(key).digest(4 * _STATE_WORDS)
     return _with_words(np.frombuffer(state, np.dtype("<u4")))
 
 

@@ -1,0 +1,71 @@
+"""Opacus's checkpoints, extended: the settings, all steps once, and no number drawn twice.
+
+As in `opacus_bpclip.engine.extensions`, each public function extends the engine's method of the
+same name, and gets the bound original as its first argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import opacus
+
+from opacus_bpclip.engine import account
+from opacus_bpclip.engine.account import Account
+from opacus_bpclip.engine.sources import sources_of
+from opacus_bpclip.optimizer import fingerprint
+
+Original = Callable[..., Any]
+
+_ACCOUNT = "_backprop_account"
+
+
+def save_checkpoint(
+    original: Original,
+    engine: opacus.PrivacyEngine,
+    *,
+    checkpoint_dict: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Extend ``save_checkpoint``; see `PrivacyEngine.save_checkpoint`."""
+    own: dict[str, Any] = {account.KEY: _account_of(engine).state()}
+    settings = _settings(engine)
+    if settings is not None:
+        own[fingerprint.KEY] = settings
+    original(checkpoint_dict={**(checkpoint_dict or {}), **own}, **kwargs)
+
+
+def load_checkpoint(
+    original: Original, engine: opacus.PrivacyEngine, *, optimizer: Any = None, **kwargs: Any
+) -> dict[str, Any]:
+    """Extend ``load_checkpoint``; see `PrivacyEngine.load_checkpoint`."""
+    own, present = _account_of(engine), engine.accountant.history
+    before = own.segments()
+    checkpoint: dict[str, Any] = {}
+    try:
+        checkpoint = original(optimizer=optimizer, **kwargs)
+    finally:
+        # Opacus loads the accountant before the optimizer, which may refuse its state.
+        if engine.accountant.history is not present:
+            own.keep(before, checkpoint.pop(account.KEY, {}))
+        sources_of(engine).resume()
+    settings = _settings(engine)
+    # If an optimizer is loaded, it has compared the settings already.
+    if optimizer is None and settings is not None:
+        fingerprint.compare(checkpoint.get(fingerprint.KEY), settings)
+    return checkpoint
+
+
+def _account_of(engine: opacus.PrivacyEngine) -> Account:
+    own: Account | None = getattr(engine, _ACCOUNT, None)
+    if own is None or own.accountant is not engine.accountant:
+        own = Account(engine.accountant)
+        setattr(engine, _ACCOUNT, own)
+    return own
+
+
+def _settings(engine: opacus.PrivacyEngine) -> fingerprint.Settings | None:
+    """Return the settings of the latest call with ``clipping="backprop"``, or ``None``."""
+    latest = sources_of(engine).latest
+    return None if latest is None else latest._settings()
