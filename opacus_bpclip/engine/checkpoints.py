@@ -29,7 +29,7 @@ def save_checkpoint(
     **kwargs: Any,
 ) -> None:
     """Extend ``save_checkpoint``; see `PrivacyEngine.save_checkpoint`."""
-    own: dict[str, Any] = {account.KEY: _account_of(engine).state()}
+    own: dict[str, Any] = {account.KEY: account_of(engine).state()}
     settings = _settings(engine)
     if settings is not None:
         own[fingerprint.KEY] = settings
@@ -40,7 +40,7 @@ def load_checkpoint(
     original: Original, engine: opacus.PrivacyEngine, *, optimizer: Any = None, **kwargs: Any
 ) -> dict[str, Any]:
     """Extend ``load_checkpoint``; see `PrivacyEngine.load_checkpoint`."""
-    own, present = _account_of(engine), engine.accountant.history
+    own, present = account_of(engine), engine.accountant.history
     before = own.segments()
     checkpoint: dict[str, Any] = {}
     try:
@@ -57,7 +57,8 @@ def load_checkpoint(
     return checkpoint
 
 
-def _account_of(engine: opacus.PrivacyEngine) -> Account:
+def account_of(engine: opacus.PrivacyEngine) -> Account:
+    """Return the account of an engine's present accountant."""
     own: Account | None = getattr(engine, _ACCOUNT, None)
     if own is None or own.accountant is not engine.accountant:
         own = Account(engine.accountant)

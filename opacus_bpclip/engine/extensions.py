@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from opacus_bpclip.config import BackpropClipping
+from opacus_bpclip.engine.checkpoints import account_of
 from opacus_bpclip.engine.module import BackpropClipModule
 from opacus_bpclip.engine.parallel import inner
 from opacus_bpclip.engine.request import Request, checked, require_equal_ranks
@@ -87,6 +88,9 @@ def make_private(
             if isinstance(data_loader, PrivateDataLoader):
                 optimizer._sampler = data_loader.batch_sampler
             require_equal_ranks(request, optimizer, data_loader)
+            # The ranks' accountants count the same steps, of which one rank may save.
+            account = account_of(engine)
+            account.segment = request.ranks.first(account.segment)
             sources_of(engine).add(optimizer)
         except BaseException:
             if request.hooks is not None:

@@ -275,6 +275,13 @@ class Ranks:
             sums = {n: x.detach().double().nan_to_num().flatten() for n, x in tensors.items()}
             self.require_equal({n: (float(x.sum()), float(x.abs().sum())) for n, x in sums.items()})
 
+    def first(self, value: Any) -> Any:
+        """Return rank 0's value. All ranks must call this."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self._group)
+        return values[0]
+
     def seed_of_rank(self, generator: torch.Generator | None, purpose: Purpose) -> int:
         """Return a seed that no other rank has, drawn from rank 0's ``generator``."""
         device = "cpu" if generator is None else generator.device

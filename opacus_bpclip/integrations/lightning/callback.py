@@ -47,10 +47,12 @@ class PrivateFit(Callback):
         self._private: _Private | None = None
         self._restored = False
         self._taken = 0  # of the planned steps
+        # What the private optimizer's state has beside the plain one's, after the fit.
+        self._beside: dict[str, Any] = {}
 
     def begin(self) -> None:
         """Expect a fit."""
-        self._restored, self._taken = False, 0
+        self._restored, self._taken, self._beside = False, 0, {}
         self.trainer._spending.begin()
 
     def end(self) -> None:
@@ -61,7 +63,11 @@ class PrivateFit(Callback):
         module = self._private.module
         if self._private.criterion is not None:
             setattr(module, self.trainer.criterion, self._private.criterion)
-        self.trainer.optimizers = [self._private.optimizer.original_optimizer]
+        optimizer = self._private.optimizer
+        plain = optimizer.original_optimizer
+        state = optimizer.state_dict()
+        self._beside = {name: state[name] for name in state.keys() - plain.state_dict().keys()}
+        self.trainer.optimizers = [plain]
         self._private = None
 
     def private_step(self, step: TrainingStep) -> TrainingStep:
@@ -122,6 +128,11 @@ class PrivateFit(Callback):
         """Return what was spent; Lightning puts it into each checkpoint."""
         state: dict[str, Any] = self.trainer._spending.state()
         return state
+
+    def on_save_checkpoint(self, trainer: Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
+        """Save thresholds and settings after the fit, too, when the plain optimizer is back."""
+        for state in checkpoint["optimizer_states"]:
+            state.update(self._beside)
 
     def on_load_checkpoint(self, trainer: Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
         """Note how many of the planned steps have been taken."""
