@@ -1,0 +1,102 @@
+"""Killers of mutants of what begins again: checkpoints, copies, and loaders seeded alike."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+from opacus_bpclip import PrivacyEngine
+from tests.resuming import Script, check_no_noise_twice, check_no_sample_twice
+
+
+def _checkpoint(script: Script) -> io.BytesIO:
+    file = io.BytesIO()
+    script.engine.save_checkpoint(path=file, **script.parts)
+    file.seek(0)
+    return file
+
+
+def _resumed(*, own: bool) -> tuple[Script, ...]:
+    """Return a script that was started three times, the later times from the first one's end."""
+    before = Script(own=own).train()
+    runs = [Script(own=own) for _ in range(2)]
+    for run in runs:
+        run.engine.load_checkpoint(path=_checkpoint(before), **run.parts)
+    return before, *(run.train() for run in runs)
+
+
+def noise_of_a_resumed_script() -> None:
+    """The noise of a script with fixed seeds that is started, and twice resumed from a
+    checkpoint."""
+    check_no_noise_twice(*_resumed(own=False))
+    check_no_noise_twice(*_resumed(own=True))
+
+
+def samples_of_a_resumed_script() -> None:
+    """The samples of a script with fixed seeds that is started, and twice resumed from a
+    checkpoint."""
+    check_no_sample_twice(*_resumed(own=False))
+    check_no_sample_twice(*_resumed(own=True))
+
+
+def noise_of_two_resumes_by_hand() -> None:
+    """The noise of two scripts that load the state of one optimizer by hand."""
+    before = Script(own=True).train()
+    runs = [Script(own=True) for _ in range(2)]
+    for run in runs:
+        run.optimizer.load_state_dict(before.optimizer.state_dict())
+    check_no_noise_twice(before, *(run.train() for run in runs))
+
+
+def samples_of_copies() -> None:
+    """The samples of a loader, of its deep copy, and of what was pickled."""
+    script = Script(own=True)
+    for make in (copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))):
+        other = Script(own=True)
+        other.model, other.optimizer, other.loader = make(
+            (script.model, script.optimizer, script.loader)
+        )
+        check_no_sample_twice(script.train(), other.train())
+
+
+def _of_one_engine() -> list[Script]:
+    engine = PrivacyEngine(accountant="rdp")
+    return [Script(engine, own=True).train() for _ in range(3)]
+
+
+def samples_of_loaders_of_one_engine() -> None:
+    """The samples of three models that one engine makes private, with generators of equal
+    seeds."""
+    check_no_sample_twice(*_of_one_engine())
+
+
+def noise_of_optimizers_of_one_engine() -> None:
+    """The noise of three models that one engine makes private, with generators of equal seeds."""
+    check_no_noise_twice(*_of_one_engine())
+
+
+def steps_after_the_best_checkpoint() -> None:
+    """Two steps, a checkpoint, two more steps, and the checkpoint loaded again."""
+    script = Script().train()
+    file = _checkpoint(script)
+    script.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script.engine.load_checkpoint(path=file, **script.parts)
+    assert script.steps == 4, f"the accountant has {script.steps} of 4 steps"
+
+
+def steps_of_two_branches() -> None:
+    """Two steps, and two branches from there with two steps each, of which one loads the other."""
+    start = Script().train()
+    branches = [Script() for _ in range(2)]
+    for branch in branches:
+        branch.engine.load_checkpoint(path=_checkpoint(start), **branch.parts)
+        branch.train()
+    one, other = branches
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one.engine.load_checkpoint(path=_checkpoint(other), **one.parts)
+    assert one.steps == 6, f"the accountant has {one.steps} of 6 steps"
