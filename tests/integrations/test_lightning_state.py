@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from opacus_bpclip import BackpropClipping, clip_inputs
+from opacus_bpclip import AdaptiveThreshold, BackpropClipping, clip_inputs
 from tests.integrations.plain import flat
 from tests.integrations.tiny_lightning import Net, data, trainer
 
@@ -134,3 +134,36 @@ def test_the_test_of_a_checkpoint_spends_nothing(tmp_path: Path) -> None:
     run.test(net, data(8, batch_size=8), ckpt_path=tmp_path / "other.ckpt", verbose=False)
     assert run.engine.accountant.history == [(1.0, 0.25, 4)]
     assert not torch.equal(flat(net), before)  # the other run's weights
+
+
+ADAPTIVE = {"backprop": BackpropClipping(probe=False, threshold=AdaptiveThreshold(initial=0.3))}
+
+
+def test_thresholds_are_saved_after_the_fit_too(tmp_path: Path) -> None:
+    first: list[dict[str, float]] = []
+
+    class Noted(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            first.append(dict(trainer.optimizers[0].thresholds))
+
+    def run(epochs: int, **options: Any) -> Any:
+        return trainer(
+            tmp_path,
+            privacy=ADAPTIVE,
+            criterion="criterion",
+            max_epochs=epochs,
+            callbacks=[Noted()],
+            **options,
+        )
+
+    ended = run(1)
+    ended.fit(Net(), data(32, batch_size=8))
+    ended.save_checkpoint(tmp_path / "ended.ckpt")
+    state = torch.load(tmp_path / "ended.ckpt", weights_only=False)["optimizer_states"][0]
+    run(2).fit(Net(), data(32, batch_size=8), ckpt_path=tmp_path / "ended.ckpt")
+    assert first[0] == {"(model)": 0.3} != first[1] == state["thresholds"]["thresholds"]
+    assert state["privacy_settings"]["noise_multiplier"] == 1.0
+    ended.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    ended.fit_loop.max_epochs = 2
+    ended.fit(Net(), data(32, batch_size=8))
+    assert first[2] == {"(model)": 0.3}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from opacus_bpclip import PrivacyEngine
 from tests.ranks.checks import check_sampling, drawn
 from tests.ranks.models import Net, examples, make_private, wrapped
 from tests.ranks.pair import RANKS, pair
@@ -132,3 +133,53 @@ def test_a_checkpoint_of_one_process_fits_two(tmp_path: Path) -> None:
     torch.save(private.model.state_dict(), tmp_path / "single.pt")
     for values in pair().run(single, str(tmp_path)):
         assert torch.equal(values, private.values())
+
+
+def back_to_the_best(rank: int, folder: str) -> list[Any]:
+    path = Path(folder) / "best.pt"
+    private = make_private("DPDDP", lr=0.1, noise_multiplier=1.0)
+    private.step(*examples(6))
+    if rank == 0:
+        private.engine.save_checkpoint(path=path, module=private.model, optimizer=private.optimizer)
+    torch.distributed.barrier()
+    private.step(*examples(6))
+    with pytest.warns(UserWarning, match="lacks 1 steps"):
+        private.engine.load_checkpoint(path=path, module=private.model, optimizer=private.optimizer)
+    return private.engine.accountant.history
+
+
+def test_each_rank_counts_the_steps_after_the_best_checkpoint(tmp_path: Path) -> None:
+    assert pair().run(back_to_the_best, str(tmp_path)) == [[(1.0, 0.25, 2)]] * RANKS
+
+
+def drawn_by_one_engine(rank: int, wrapper: str) -> list[list[float]]:
+    engine, draws, data = PrivacyEngine(), [], TensorDataset(*examples(40))
+    for _ in range(2):
+        torch.manual_seed(1)
+        model = wrapped(Net(), wrapper)
+        _, optimizer, loader = engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(data, batch_size=5),
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            clipping="backprop",
+        )
+        for _ in range(2):
+            used = [loader.batch_sampler.generator]
+            # Without shards, rank 0 alone draws noise.
+            if wrapper == "FSDP2" or (rank == 0 and optimizer.generator is not None):
+                used.append(optimizer.generator)
+            draws += [torch.rand(4, generator=generator).tolist() for generator in used]
+            optimizer._renew()
+    return draws
+
+
+@pytest.mark.parametrize(("wrapper", "generators"), [("DPDDP", 7 + 4), ("FSDP2", 2 * 8)])
+def test_no_two_generators_of_an_engine_on_two_ranks_draw_the_same(
+    wrapper: str, generators: int
+) -> None:
+    """Also after both were loaded."""
+    of_ranks = pair().run(drawn_by_one_engine, wrapper)
+    draws = [tuple(numbers) for drawn in of_ranks for numbers in drawn]
+    assert len(set(draws)) == len(draws) == generators
