@@ -210,8 +210,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
         Steps that the accountant has counted and the checkpoint lacks stay counted, with a
         warning, so epsilon never falls. From then on the operating system seeds the noise and the
-        samples of all that this engine makes private: training goes on with other random numbers
-        than before, also with the same seeds.
+        samples of all that this engine makes private with ``clipping="backprop"``: training goes on
+        with other random numbers than before, also with the same seeds.
 
         Args:
             optimizer: the private optimizer, if its state is to be loaded.

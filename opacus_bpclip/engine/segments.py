@@ -1,6 +1,6 @@
-"""The steps of a run, in segments: one for each call of ``fit`` or ``train``.
+"""The steps of a run, in segments: one for each engine, or each call of ``fit`` or ``train``.
 
-A run may branch, and branches may train at the same time. A segment is taken by one call alone, so
+A run may branch, and branches may train at the same time. A segment is taken by one alone, so
 its steps only grow: of two reports of it, the larger one is right. Steps of different segments
 were all taken, and add up.
 """

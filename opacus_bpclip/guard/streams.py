@@ -1,7 +1,7 @@
 """Independent streams of pseudo-random numbers from one generator, for several threads.
 
-The streams are seeded at every step with numbers drawn from the generator, so a checkpoint needs
-only the generator's state. Torch seeds a CPU generator with 32 bits, so two streams of a training
+The streams are seeded at every step with numbers drawn from the generator, whose state alone
+reproduces them. Torch seeds a CPU generator with 32 bits, so two streams of a training
 run would soon have the same seed. A stream therefore gets a whole state of the Mersenne twister,
 19,968 bits: a hash of a 256-bit key, drawn anew at each step, and of the stream's number.
 """
