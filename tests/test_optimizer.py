@@ -206,6 +206,7 @@ def test_the_wrapped_optimizer_does_the_step(make: Callable[..., torch.optim.Opt
     assert torch.equal(values(private), flat(reference.parameters()))
     state = private.optimizer.state_dict()
     assert state.pop(fingerprint.KEY)
+    assert state.pop("noise_place")
     assert state == inner.state_dict()
 
 
