@@ -62,9 +62,13 @@ class Substitutes:
             self._put_values_back(own)
         self._put_generators_back()
 
-    def begin_run(self) -> None:
-        """Restore the values of buffers, and the model's own random number generators."""
-        for holder, content in self._buffers:
+    def begin_run(self, *, carry: bool = False) -> None:
+        """Restore the model's own random number generators, and the values of buffers.
+
+        Args:
+            carry: leave the buffers as they are.
+        """
+        for holder, content in self._buffers if not carry else ():
             for name, buffer in content.items():
                 holder[name] = None if buffer is None else self._renewed(buffer)
         self._put_generators_back()
