@@ -140,7 +140,8 @@ class Copy:
             mode.note_arguments(batch.without_examples, batch.with_examples)
         recording = Recording(copied=self._copied)
         with (
-            unclipped(self.model) if plain else torch.no_grad(),
+            torch.set_grad_enabled(plain),
+            unclipped(self.model) if plain else nullcontext(),
             repeatable(self.device, seed),
             recorded(self.model, recording, inputs=inputs, inside=inside),
             steady or nullcontext(),
