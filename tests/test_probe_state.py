@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from tests.joint.helpers import joint
 from tests.probing import found, made_up
 from tests.stateful import (
     Attribute,
+    AttributeWithGradients,
     Bank,
     Cache,
     Counter,
@@ -89,6 +91,33 @@ def test_no_way_of_keeping_it_hides_it(make: Callable[[], Remembering]) -> None:
 
 def test_an_attribute_that_only_later_passes_use_is_found() -> None:
     assert found(LateAttribute()) == CARRIED.format("an attribute of its modules")
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        pytest.param(lambda self, mean: setattr(self, "last", mean), id="a new tensor"),
+        pytest.param(lambda self, mean: self.last.copy_(mean), id="in place"),
+        pytest.param(lambda self, mean: self.last.data.copy_(mean), id="in place unnoticed"),
+    ],
+)
+def test_an_attribute_that_is_written_only_where_gradients_are_made_is_found(hold: Any) -> None:
+    assert found(AttributeWithGradients(hold)) == CARRIED.format("an attribute of its modules")
+
+
+def test_a_counter_of_passes_with_gradients_is_not_called_an_example() -> None:
+    def count(model: Any, _: Tensor) -> None:
+        model.last = model.last + 1
+
+    text = found(AttributeWithGradients(count)) or ""
+    assert text.startswith("The model returned other numbers when it was run on the same batch")
+
+
+def test_an_array_that_is_written_only_where_gradients_are_made_is_found() -> None:
+    model = AttributeWithGradients(lambda self, mean: np.copyto(self.array, mean.numpy()))
+    model.array = np.zeros(FEATURES)
+    model.layer.register_forward_pre_hook(lambda _, args: args[0] + torch.from_numpy(model.array))
+    assert found(model) == CARRIED.format("an attribute of its modules")
 
 
 def test_all_buffers_that_hold_examples_are_named_and_their_module() -> None:
@@ -164,7 +193,7 @@ def test_the_first_batch_shows_it_where_the_loader_does_not(backprop: BackpropCl
 @pytest.mark.parametrize(
     ("make", "runs"), [(lambda: nn.Linear(FEATURES, CLASSES), 1), (Counter, 25)]
 )
-def test_only_models_that_change_a_buffer_are_run_many_times(
+def test_only_models_that_change_something_are_run_many_times(
     make: Callable[[], nn.Module], runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[bool] = []

@@ -21,7 +21,7 @@ def buffers_of(model: nn.Module, *, copied: bool = False) -> Buffers:
         copied: return copies, which later runs do not change.
     """
     return {
-        name: [x.clone() if copied else x for x in _numbers(buffer.detach())]
+        name: [x.clone() if copied else x for x in numbers(buffer)]
         for name, buffer in model.named_buffers()
     }
 
@@ -41,13 +41,14 @@ def differing(ours: Buffers, theirs: Buffers, tolerance: float = 0.0) -> list[st
     ]
 
 
-def _numbers(buffer: Tensor) -> list[Tensor]:
-    """Return dense tensors of real numbers that say all about a buffer."""
-    if buffer.layout is torch.sparse_coo:
-        buffer = buffer.coalesce()
-        return [buffer.indices(), *_numbers(buffer.values())]
-    if buffer.layout is not torch.strided:
-        return _numbers(buffer.to_sparse_coo())
-    if buffer.is_quantized:
-        return [buffer.dequantize()]
-    return [torch.view_as_real(buffer) if buffer.is_complex() else buffer]
+def numbers(tensor: Tensor) -> list[Tensor]:
+    """Return dense tensors of real numbers that say all about a tensor."""
+    tensor = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), *numbers(tensor.values())]
+    if tensor.layout is not torch.strided:
+        return numbers(tensor.to_sparse_coo())
+    if tensor.is_quantized:
+        return [tensor.dequantize()]
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor]

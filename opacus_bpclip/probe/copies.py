@@ -41,9 +41,6 @@ class Copy:
         double: compute in float64, so that rounding errors are far below any real difference.
         copied: record copies of the modules' outputs, see `Recording`.
 
-    Attributes:
-        writes: whether any run has changed a buffer.
-
     Raises:
         UntriedError: a parameter has no shape yet.
     """
@@ -62,7 +59,7 @@ class Copy:
         self._versions = {id(p): _version(p) for p in self._parameters.values()}
         self._substitutes = Substitutes(model, self._substitute_of)
         self._buffers: Buffers = {}
-        self.writes = False
+        self._writes = False
 
     def __enter__(self) -> Copy:
         self._substitutes.__enter__()
@@ -88,6 +85,10 @@ class Copy:
         finally:
             for tensor in own:
                 tensor.data.div_(_SPREAD)
+
+    def writes(self) -> bool:
+        """Return whether any run has changed a buffer, an attribute or what an attribute holds."""
+        return self._writes or self._substitutes.attributes_changed()
 
     def edited(self) -> list[str]:
         """Return the names of the parameters that runs have changed in place."""
@@ -150,7 +151,7 @@ class Copy:
             output = self.model(*batch.args, **batch.kwargs)
             if gradients:
                 recording.gradients = gradients_of(output, map(self.of, self._trained()))
-        self.writes = self.writes or bool(differing(self._buffers, buffers_of(self.model)))
+        self._writes = self._writes or bool(differing(self._buffers, buffers_of(self.model)))
         return recording
 
     def _trained(self) -> list[nn.Parameter]:

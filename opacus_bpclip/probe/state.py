@@ -36,11 +36,15 @@ class _Trace(NamedTuple):
     left: Buffers
     made: list[list[Tensor]]
 
+    def makes_the_same(self, other: _Trace, tolerance: float) -> bool:
+        """Return whether all outputs and gradients are equal."""
+        return all(equal(*pair, tolerance) for pair in zip(self.made, other.made, strict=True))
+
 
 def problem_of_state(copy: Copy, batch: Batch) -> Problem | None:
     """Return which state holds examples and reaches later passes or the ``state_dict``, if any.
 
-    A model that changes no buffer is run once.
+    A model that changes no buffer and no attribute is run once.
 
     Args:
         copy: a copy of the model, inside its ``with`` statement.
@@ -52,7 +56,7 @@ def problem_of_state(copy: Copy, batch: Batch) -> Problem | None:
     steady = Steady()
     # With gradients, since some models keep nothing without.
     copy.run(batch, steady, inside=False, plain=True)
-    if not copy.writes:
+    if not copy.writes():
         return None
     tolerance = tolerated(steady, copy.device)
     for mode, others in _other_first_batches(batch, steady):
@@ -62,7 +66,9 @@ def problem_of_state(copy: Copy, batch: Batch) -> Problem | None:
             # Batches of two sizes may differ by rounding errors.
             among = tolerance if first.size < batch.size else 0.0
             names = differing(base.left, trace.left, among)
-            if not all(equal(*pair, tolerance) for pair in zip(base.made, trace.made, strict=True)):
+            if not trace.makes_the_same(base, tolerance):
+                if not _trace(copy, batch, batch, mode).makes_the_same(base, tolerance):
+                    return Problem("(root)", problems.NOT_REPEATABLE)
                 at = problems.owner(names[0]) if names else "(root)"
                 return Problem(at, problems.carried(names))
             for name in names:
