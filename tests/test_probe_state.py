@@ -165,6 +165,17 @@ def test_a_module_that_does_not_update_its_state_is_accepted(make: Callable[[], 
     assert found(model) is None
 
 
+def test_a_module_that_is_put_in_training_mode_later_is_tried_then() -> None:
+    model = nn.Sequential(nn.Linear(FEATURES, FEATURES), Lagged())
+    model[1].eval()
+    private = make_private(model)
+    train_step(private)
+    private.model.train()
+    with pytest.raises(PrivacyViolationError) as refusal:
+        train_step(private)
+    assert str(refusal.value) == CARRIED.format("the buffer 1.kept")
+
+
 def test_state_that_begins_anew_in_each_forward_pass_is_accepted() -> None:
     class Anew(Lagged):
         def forward(self, x: Tensor) -> Tensor:
