@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping, CoverageError, PrivacyViolationError
 from opacus_bpclip.probe import state
+from opacus_bpclip.probe.buffers import buffers_of, differing
 from opacus_bpclip.probe.copies import Copy
 from tests.budgets import layerwise
 from tests.helpers import CLASSES, FEATURES, batch, make_private, model_of, train_step
@@ -217,3 +218,46 @@ def test_only_models_that_change_something_are_run_many_times(
     monkeypatch.setattr(Copy, "run", counted)
     assert found(make(), made_up(torch.zeros(2, FEATURES))) is None
     assert sum(made) == runs == 1 + (runs > 1) * 2 * state.PASSES * 4
+
+
+class Fixed(nn.Module):
+    """Has no parameter, keeps the mean of its batch, and reads it in the next pass or does not."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("kept", torch.zeros(FEATURES), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, self.kept = self.kept, x.detach().mean(dim=0)
+        return x - before * (self.kind == "read")
+
+
+@pytest.mark.parametrize("kind", ["read", "not read"])
+def test_a_model_without_gradients_is_judged_by_its_outputs(kind: str) -> None:
+    text = CARRIED.format("the buffer kept") if kind == "read" else None
+    assert found(Fixed(kind)) == text
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(lambda x: x.to_sparse(), id="sparse"),
+        pytest.param(lambda x: x.to_sparse_csr(), id="compressed"),
+        pytest.param(lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), id="quantized"),
+        pytest.param(lambda x: torch.complex(x, -x), id="complex"),
+        pytest.param(lambda x: x.long(), id="integers"),
+        pytest.param(lambda x: x.bool(), id="flags"),
+        pytest.param(lambda x: x[:0], id="empty"),
+    ],
+)
+def test_buffers_of_every_kind_are_compared(kind: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Module()
+    model.register_buffer("kept", kind(torch.eye(3)))
+    one = buffers_of(model, copied=True)
+    assert differing(one, buffers_of(model)) == []
+    model.kept = kind(torch.diag(torch.tensor([1.0, 0.0, 1.0])))
+    assert differing(one, buffers_of(model)) == ["kept"] * bool(len(kind(torch.eye(3))))
+    model.kept = None
+    assert differing(one, buffers_of(model)) == ["kept"]
