@@ -8,7 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.model.coverage import edited_problem
+from opacus_bpclip.model.coverage import (
+    batch_normalization_problem,
+    batch_normalizations,
+    edited_problem,
+)
 from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.comparison import (
@@ -277,7 +281,10 @@ class Search:
             ),
             "(root)",
         )
-        return Problem(name, problems.coupled(name, type(self._module(name)).__name__, cause))
+        module = self._module(name)
+        if name in batch_normalizations(self.copy.model):
+            return Problem(name, batch_normalization_problem(name, module))
+        return Problem(name, problems.coupled(name, type(module).__name__, cause))
 
 
 def same(one: Recording, other: Recording, tolerance: float = 0.0) -> bool:
