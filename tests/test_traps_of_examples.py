@@ -232,8 +232,8 @@ def test_buffer_that_takes_up_the_batch() -> None:
         Around(Codebook()),
         "The buffer middle.average stores values computed from the batch, without noise: the "
         "trained model would contain private data. Keep its module from updating it (evaluation "
-        "mode, frozen statistics), or register it with persistent=False if it never influences an "
-        "output.",
+        "mode, frozen statistics). Later outputs and gradients did not depend on it: if you only "
+        "watch it, register it with persistent=False, and keep it out of all that you publish.",
     )
 
 

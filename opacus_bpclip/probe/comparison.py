@@ -146,6 +146,15 @@ def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
     return bool(distance(one, other).max() <= tolerance)
 
 
+def equal(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 0.0) -> bool:
+    """Return whether tensors are equal one by one, each up to the tolerance."""
+    return len(ours) == len(theirs) and all(
+        (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+        and (not x.numel() or bool(distance(x[None], y[None]).max() <= tolerance))
+        for x, y in zip(ours, theirs, strict=True)
+    )
+
+
 def _largest(x: Tensor) -> float:
     smallest, largest = torch.aminmax(x)
     return max(-float(smallest), float(largest))  # nan if there is any

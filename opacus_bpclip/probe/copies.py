@@ -12,10 +12,11 @@ from torch.nn.utils import parametrize
 
 from opacus_bpclip.model.functions import ParameterFunctions
 from opacus_bpclip.probe.batches import Batch
+from opacus_bpclip.probe.buffers import Buffers, buffers_of, differing
 from opacus_bpclip.probe.problems import UntriedError
 from opacus_bpclip.probe.progress import note_run
 from opacus_bpclip.probe.randomness import Steady, repeatable
-from opacus_bpclip.probe.recording import Recording, alike, recorded
+from opacus_bpclip.probe.recording import Recording, alike, gradients_of, recorded
 from opacus_bpclip.probe.substitutes import Substitutes, lazy_parameter
 
 # A model with more parameters is not copied in double precision, which would need much memory.
@@ -32,8 +33,8 @@ class Copy:
     """A model with copies of its tensors, for trial runs inside a ``with`` statement.
 
     After the statement the model is restored (`Substitutes`). Each run starts with the model's own
-    buffers. Changes that a run makes to plain attributes last until the statement ends, as they
-    would last in training.
+    buffers, unless it goes on from those of the run before. Changes that a run makes to plain
+    attributes last until the statement ends, as they would last in training.
 
     Args:
         model: the model.
@@ -57,9 +58,12 @@ class Copy:
         self._seeds = {id(p): seed for seed, p in enumerate(self._parameters.values())}
         self._versions = {id(p): _version(p) for p in self._parameters.values()}
         self._substitutes = Substitutes(model, self._substitute_of)
+        self._buffers: Buffers = {}
+        self._writes = False
 
     def __enter__(self) -> Copy:
         self._substitutes.__enter__()
+        self._buffers = buffers_of(self.model, copied=True)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -73,8 +77,7 @@ class Copy:
         classes, so a mean with wrong weights is close to the right one. Larger logits spread the
         losses.
         """
-        trained = (p for p in self._parameters.values() if p.requires_grad)
-        own = [x for p in trained if (x := self._substitutes.of(p)) is not p]
+        own = [x for p in self._trained() if (x := self._substitutes.of(p)) is not p]
         try:
             for tensor in own:
                 tensor.data.mul_(_SPREAD)
@@ -82,6 +85,10 @@ class Copy:
         finally:
             for tensor in own:
                 tensor.data.div_(_SPREAD)
+
+    def writes(self) -> bool:
+        """Return whether any run has changed a buffer, an attribute or what an attribute holds."""
+        return self._writes or self._substitutes.attributes_changed()
 
     def edited(self) -> list[str]:
         """Return the names of the parameters that runs have changed in place."""
@@ -109,6 +116,8 @@ class Copy:
         mode: AbstractContextManager[object] | None = None,
         plain: bool = False,
         seed: int = 0,
+        carry: bool = False,
+        gradients: bool = False,
     ) -> Recording:
         """Run the model.
 
@@ -121,22 +130,32 @@ class Copy:
             mode: a context that the run is in.
             plain: run the model with gradients, and without the hooks that clip them.
             seed: the seed of the random number generators.
+            carry: go on from the buffers that the run before has left, as in training.
+            gradients: record the parameters' gradients for made-up gradients of the outputs; the
+                run must be plain.
         """
         note_run()
         batch = batch.to(self.device, self.dtype)
-        self._substitutes.begin_run()
+        self._substitutes.begin_run(carry=carry)
         if isinstance(mode, ParameterFunctions):
             mode.note_arguments(batch.without_examples, batch.with_examples)
         recording = Recording(copied=self._copied)
         with (
-            unclipped(self.model) if plain else torch.no_grad(),
+            torch.set_grad_enabled(plain),
+            unclipped(self.model) if plain else nullcontext(),
             repeatable(self.device, seed),
             recorded(self.model, recording, inputs=inputs, inside=inside),
             steady or nullcontext(),
             mode or nullcontext(),
         ):
-            self.model(*batch.args, **batch.kwargs)
+            output = self.model(*batch.args, **batch.kwargs)
+            if gradients:
+                recording.gradients = gradients_of(output, map(self.of, self._trained()))
+        self._writes = self._writes or bool(differing(self._buffers, buffers_of(self.model)))
         return recording
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self._parameters.values() if p.requires_grad]
 
     def _substitute_of(self, tensor: Tensor) -> Tensor:
         """Make a tensor's substitute: a copy, or small values for a trainable tensor of zeros."""

@@ -25,6 +25,7 @@ from opacus_bpclip.probe.problems import Problem, RefusedError, UntriedError, fi
 from opacus_bpclip.probe.randomness import Steady
 from opacus_bpclip.probe.recording import ChangedLaterError, Recording
 from opacus_bpclip.probe.search import Search, same
+from opacus_bpclip.probe.state import problem_of_state
 
 
 def find_coupling(
@@ -121,6 +122,7 @@ def _searched(
             with Copy(model, double=double, copied=copied) as copy:
                 return (
                     Search(copy, batch, loss_reduction, rows).problem()
+                    or problem_of_state(copy, batch)
                     or _problem_when_ragged(copy, batch, loss_reduction, rows)
                     or _problem_when_sorted(copy, batch, rows)
                 )

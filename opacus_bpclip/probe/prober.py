@@ -153,7 +153,8 @@ class Prober:
         return self.passed.get((self._key(batch), batch.shapes))
 
     def _key(self, batch: Batch) -> object:
-        return self.model.training, batch.signature
+        # What a part of the model keeps in training mode does not show in evaluation mode.
+        return tuple(module.training for module in self.model.modules()), batch.signature
 
 
 def count_uses(model: nn.Module, batch: Batch, plan: Plan | None = None) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -19,6 +20,11 @@ class Problem(NamedTuple):
     module: str
     text: str
     of_loss: bool = False
+
+
+def owner(name: str) -> str:
+    """Return the module that has a parameter or buffer of this name."""
+    return name.rpartition(".")[0] or "(root)"
 
 
 class UntriedError(Exception):
@@ -116,9 +122,11 @@ def _maybe_shared(shape: tuple[int, ...]) -> str:
 
 NOT_REPEATABLE = (
     "The model returned other numbers when it was run on the same batch again, with the same "
-    "state of the random number generators, so coupled examples cannot be detected. Keep state "
-    "that changes from call to call in buffers, and draw from torch's own generator. If you are "
-    "certain that no example's output depends on another's, set BackpropClipping(probe=False)."
+    "state of the random number generators, so coupled examples cannot be detected. If it keeps "
+    "something of its examples for later batches (statistics, a memory, hidden states), these "
+    "examples change the contributions of later ones: leave that out. Keep other state, such as a "
+    "counter of steps, in a buffer (register_buffer), and draw from torch's own generator. If you "
+    "are certain that no example's output depends on another's, set BackpropClipping(probe=False)."
 )
 
 
@@ -127,7 +135,26 @@ def buffered(name: str) -> str:
     return (
         f"The buffer {name} stores values computed from the batch, without noise: the trained "
         "model would contain private data. Keep its module from updating it (evaluation mode, "
-        "frozen statistics), or register it with persistent=False if it never influences an output."
+        "frozen statistics). Later outputs and gradients did not depend on it: if you only watch "
+        "it, register it with persistent=False, and keep it out of all that you publish."
+    )
+
+
+def carried(names: Sequence[str]) -> str:
+    """Return the message for state by which one batch influences later ones.
+
+    Args:
+        names: the buffers that differ after other batches; none if the state is elsewhere.
+    """
+    where = f"the buffer {', '.join(names)}" if names else "an attribute of its modules"
+    return (
+        f"The model keeps something of its examples in {where}, and later forward passes depend on "
+        "it: on made-up examples their outputs or gradients changed with the examples of an "
+        "earlier batch. An example would change the contributions of batches in which it is not, "
+        "and the noise is not made for that. Statistics of earlier batches, memory banks and "
+        "hidden states that go on must stay out: begin each forward pass without them (zeros, a "
+        "trained parameter, numbers from public data), or keep their module from updating them "
+        "(evaluation mode). A counter of steps may stay in a buffer, but no count of examples."
     )
 
 

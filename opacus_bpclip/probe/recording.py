@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,12 +38,12 @@ class Recording:
         copied: whether the inputs and outputs of the modules inside the model are copied. This
             costs as much as the run itself, and is needed only if they are changed in place later.
         calls: the modules' calls in the order in which they returned; the model's is the last.
-        state: the model's persistent buffers after the run, by name.
+        gradients: the gradients of the trained parameters, if they were asked for.
     """
 
     copied: bool = True
     calls: list[CallRecord] = field(default_factory=list)
-    state: dict[str, Tensor] = field(default_factory=dict)
+    gradients: list[Tensor] = field(default_factory=list)
     _versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def keep(self, value: Any, *, copied: bool) -> list[Tensor]:
@@ -99,6 +99,24 @@ def floats(value: Any) -> list[Tensor]:
     return found
 
 
+def gradients_of(output: Any, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters' gradients for made-up gradients of the tensors in an output.
+
+    A parameter that has none gets an empty tensor.
+    """
+    leaves = (leaf.data if is_packed(leaf) else leaf for leaf in batch_leaves(output))
+    outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    own = list(parameters)
+    if not outputs or not own:
+        return []
+    generator = torch.Generator().manual_seed(6)
+    upstream = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs
+    ]
+    found = torch.autograd.grad(outputs, own, upstream, allow_unused=True)
+    return [torch.zeros(0) if x is None else x for x in found]
+
+
 @contextmanager
 def recorded(
     model: nn.Module, recording: Recording, *, inputs: bool, inside: bool
@@ -126,10 +144,6 @@ def recorded(
             made = recording.keep(output, copied=copied)
             recording.calls.append(CallRecord(name, counts[name], entered.pop(), made))
             counts[name] += 1
-            if module is model:
-                recording.state = {
-                    key: value.detach().clone() for key, value in _state(model).items()
-                }
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave))
@@ -141,9 +155,3 @@ def recorded(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    buffers = {id(buffer) for buffer in model.buffers()}
-    kept = model.state_dict(keep_vars=True)
-    return {name: value for name, value in kept.items() if id(value) in buffers}

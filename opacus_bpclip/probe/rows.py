@@ -31,11 +31,12 @@ def rows_are_coupled(
     if size < 2:
         return False
     try:
-        with torch.no_grad(), repeatable(torch.device("cpu")):
-            whole = criterion(*args, **kwargs)
+        # With gradients, since some criteria keep something for the next batch only then.
+        with torch.enable_grad(), repeatable(torch.device("cpu")):
+            whole = criterion(*args, **kwargs).detach()
             for rows in next(partitions(size)):
                 half = batch.select(rows)
-                own = criterion(*half.args, **half.kwargs)
+                own = criterion(*half.args, **half.kwargs).detach()
                 gap = distance(whole[rows].flatten(), own.flatten())
                 if float(gap.max()) > _UNITS * torch.finfo(whole.dtype).eps:
                     return True

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opacus_bpclip.model.coverage import edited_problem
+from opacus_bpclip.model.coverage import (
+    batch_normalization_problem,
+    batch_normalizations,
+    edited_problem,
+)
 from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.comparison import (
@@ -16,6 +20,7 @@ from opacus_bpclip.probe.comparison import (
     Layout,
     differ,
     distance,
+    equal,
     fitting,
     layouts,
     partitions,
@@ -25,7 +30,7 @@ from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.order import Rows, constant_layers, disturbed, out_of_order
 from opacus_bpclip.probe.problems import Problem, UntriedError
 from opacus_bpclip.probe.randomness import SEEDS, Steady, tolerated
-from opacus_bpclip.probe.recording import CallRecord, Recording, alike
+from opacus_bpclip.probe.recording import CallRecord, Recording
 
 _SIDES = ("inputs", "outputs")
 
@@ -68,7 +73,7 @@ class Search:
         """
         base = self._first_run()
         for name in self.copy.edited():
-            return Problem(_owner(name), edited_problem(name))
+            return Problem(problems.owner(name), edited_problem(name))
         pairs = list(partitions(self.batch.size))
         runs = self._runs_of_parts(base, pairs)
         return (
@@ -146,8 +151,6 @@ class Search:
             run = self.copy.run(trial.other, None, seed=seed)
             if self._coupled(seeded, run, among):
                 return self._located(trial, "the values of the other examples in the batch")
-            for name in _taken_up(self.copy.model, seeded, run):
-                return Problem(_owner(name), problems.buffered(name))
             runs.append((trial, run))
         return self._problem_of_order(seeded, runs)
 
@@ -278,23 +281,12 @@ class Search:
             ),
             "(root)",
         )
-        return Problem(name, problems.coupled(name, type(self._module(name)).__name__, cause))
+        module = self._module(name)
+        if name in batch_normalizations(self.copy.model):
+            return Problem(name, batch_normalization_problem(name, module))
+        return Problem(name, problems.coupled(name, type(module).__name__, cause))
 
 
 def same(one: Recording, other: Recording, tolerance: float = 0.0) -> bool:
     """Return whether the model's outputs in two runs are equal, up to a tolerance."""
-    return len(one.outputs) == len(other.outputs) and all(
-        x.shape == y.shape and bool(distance(x[None], y[None]).max() <= tolerance)
-        for x, y in zip(one.outputs, other.outputs, strict=True)
-    )
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0] or "(root)"
-
-
-def _taken_up(model: nn.Module, one: Recording, other: Recording) -> Iterator[str]:
-    """Yield the names of the buffers that differ after two runs on different batches."""
-    for name, _ in model.named_buffers():
-        if name in one.state and not alike(one.state[name], other.state[name]):
-            yield name
+    return equal(one.outputs, other.outputs, tolerance)

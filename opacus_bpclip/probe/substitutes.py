@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip.probe.buffers import numbers
+from opacus_bpclip.probe.comparison import equal
 from opacus_bpclip.probe.leaves import parts_of
 
 Make = Callable[[Tensor], Tensor]
@@ -62,12 +64,38 @@ class Substitutes:
             self._put_values_back(own)
         self._put_generators_back()
 
-    def begin_run(self) -> None:
-        """Restore the values of buffers, and the model's own random number generators."""
-        for holder, content in self._buffers:
+    def begin_run(self, *, carry: bool = False) -> None:
+        """Restore the model's own random number generators, and the values of buffers.
+
+        Args:
+            carry: leave the buffers as they are.
+        """
+        for holder, content in self._buffers if not carry else ():
             for name, buffer in content.items():
                 holder[name] = None if buffer is None else self._renewed(buffer)
         self._put_generators_back()
+
+    def attributes_changed(self) -> bool:
+        """Return whether runs have changed anything but parameters, buffers and generators."""
+        buffers = {id(buffer) for _, content in self._buffers for buffer in content.values()}
+        return (
+            any(
+                not _holds(holder, self._replaced(content))
+                for holder, content in self._holders
+                if not any(holder is own for own, _ in self._buffers)
+            )
+            or any(
+                not equal(numbers(own), numbers(self._make(tensor)))
+                for tensor, own in self._made.values()
+                if not (own is tensor or isinstance(own, nn.Parameter) or id(tensor) in buffers)
+            )
+            or any(
+                not np.array_equal(own, copy)
+                if isinstance(own, np.ndarray)
+                else own._version != version
+                for own, copy, version in self._copies.values()
+            )
+        )
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return the substitute of a tensor of the model."""

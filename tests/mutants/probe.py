@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_bpclip.probe import copies, ragged, values
+from opacus_bpclip.probe import copies, ragged, state, values
+from opacus_bpclip.probe.batches import Batch
+from opacus_bpclip.probe.randomness import Steady
 from tests.mutants import probe_killers
 from tests.mutants.registry import mutant
 
@@ -51,3 +53,36 @@ def substitutes_stay(patch: pytest.MonkeyPatch) -> None:
     """The model keeps the copies of the trial runs, in double precision, and trains those, which
     are not watched."""
     patch.setattr(copies.Substitutes, "__exit__", lambda self, *error: None)
+
+
+@mutant(killed_by=probe_killers.mean_of_the_batch_before, says="was not found")
+def buffers_put_back_before_each_pass(patch: pytest.MonkeyPatch) -> None:
+    """Every trial run starts with the model's own buffers: what a buffer carries from one batch to
+    the next, persistent or not, is never seen."""
+    begin = copies.Substitutes.begin_run
+
+    def put_back(self: copies.Substitutes, *, carry: bool = False) -> None:
+        begin(self, carry=False)
+
+    patch.setattr(copies.Substitutes, "begin_run", put_back)
+
+
+@mutant(killed_by=probe_killers.memory_in_the_gradient, says="was not found")
+def gradients_of_later_passes_not_compared(patch: pytest.MonkeyPatch) -> None:
+    """Of the passes after other batches only the outputs are compared, and not the gradients."""
+    patch.setattr(copies, "gradients_of", lambda output, parameters: [])
+
+
+@mutant(killed_by=probe_killers.number_of_the_batch_before, says="was not found")
+def earlier_batches_equally_large(patch: pytest.MonkeyPatch) -> None:
+    """The batches before have other values and never another number of examples, which is private,
+    too."""
+    others = state._other_first_batches
+
+    def equally_large(batch: Batch, steady: Steady) -> list[tuple[Steady | None, list[Batch]]]:
+        return [
+            (mode, [first for first in firsts if first.size == batch.size])
+            for mode, firsts in others(batch, steady)
+        ]
+
+    patch.setattr(state, "_other_first_batches", equally_large)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.probing import found, made_up
+from tests.stateful import GradientOnly, Lagged, Seen
 
 
 class _Losing(nn.Module):
@@ -31,6 +32,21 @@ def mean_weighted_by_class() -> None:
     """A model that returns a mean loss weighted by class."""
     batch = made_up(torch.zeros(4, 4), torch.zeros(4, dtype=torch.long))
     assert found(_Losing([1.0, 5.0, 1.0]), batch), "the private sum of weights was not found"
+
+
+def mean_of_the_batch_before() -> None:
+    """A model that subtracts the mean of the batch before, from a buffer that is not persistent."""
+    assert found(Lagged()), "the mean of the batch before was not found"
+
+
+def memory_in_the_gradient() -> None:
+    """A model whose gradient, and not its output, depends on the batch before."""
+    assert found(GradientOnly()), "the batch before was not found in the gradient"
+
+
+def number_of_the_batch_before() -> None:
+    """A model that divides by the number of examples that it has seen."""
+    assert found(Seen(read=True)), "the number of examples was not found"
 
 
 def module_under_two_names() -> None:
