@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opacus_bpclip.model.changed import replaced_problem
 from opacus_bpclip.model.graphs import leaves_of
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.rules import Inputs
@@ -118,13 +119,7 @@ def replaced_parameter(layer: Layer) -> str | None:
     A parameter in the place of a watched one may be, for instance, a multiple of it.
     """
     name = layer.replaced_parameter()
-    if name is None:
-        return None
-    return (
-        f"{layer.name}.{name} is not the parameter that make_private saw: it was replaced, "
-        "it is computed from another (functional_call, spectral_norm), or the module's "
-        "forward calls the module. Change the model first, then call make_private."
-    )
+    return None if name is None else replaced_problem(f"{layer.name}.{name}")
 
 
 def earlier_hook(layer: Layer, key: int) -> str | None:

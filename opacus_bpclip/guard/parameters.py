@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.guard.watched import Check, WatchedParameter
-from opacus_bpclip.model.coverage import added_problem, edited_problem, unfrozen_problem
+from opacus_bpclip.model.changed import (
+    added_problem,
+    edited_problem,
+    replaced_problem,
+    unfrozen_problem,
+)
 from opacus_bpclip.model.layer import Layer
 
 
@@ -111,9 +116,11 @@ class GuardedParameters:
     def unexamined(self) -> str | None:
         """Check that make_private has examined all parameters that train now."""
         for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad and parameter not in self:
-                was_there = self._frozen.get(name) is parameter
-                return unfrozen_problem(name) if was_there else added_problem(name)
+            if not parameter.requires_grad or parameter in self:
+                continue
+            if self._frozen.get(name) is parameter:
+                return unfrozen_problem(name)
+            return replaced_problem(name) if name in self._all else added_problem(name)
         return None
 
     def begin_forward(self) -> None:

@@ -208,32 +208,6 @@ def _replacement(module: nn.Module) -> str:
     return f"{method} does not replace it: it {obstacle}." if obstacle else f"{method} replaces it."
 
 
-def unfrozen_problem(name: str) -> str:
-    """Return the message for a parameter that was unfrozen after the examination."""
-    return (
-        f"{name} was frozen when make_private was called and has been unfrozen since, so its "
-        "gradient is not clipped. Unfreeze it first, then call make_private again."
-    )
-
-
-def added_problem(name: str) -> str:
-    """Return the message for a parameter that the model got after the examination."""
-    return (
-        f"{name} was not a parameter of the model when make_private was called, so its gradient "
-        "is not clipped. Call cleanup() on the private model, add it, then call make_private "
-        "again; or freeze it."
-    )
-
-
-def edited_problem(name: str) -> str:
-    """Return the message for a parameter that a forward pass changes."""
-    return (
-        f"{name} was changed by the model's own forward pass. What the parameter learns about a "
-        "batch in this way is neither bounded nor noised. Compute with a changed copy of it, in a "
-        "module with a rule, or change it between steps, from public values."
-    )
-
-
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if _own_trainable(module):

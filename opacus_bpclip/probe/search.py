@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from opacus_bpclip.model.changed import edited_problem
 from opacus_bpclip.model.coverage import (
     batch_normalization_problem,
     batch_normalizations,
-    edited_problem,
 )
 from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import Batch
