@@ -74,11 +74,19 @@ def test_fresh_numbers_are_uniform() -> None:
     assert stats.kstest(drawn.numpy(), "uniform").pvalue > 1e-4
 
 
-def test_generators_are_alike_in_one_state_unless_they_are_one() -> None:
+def test_generators_of_one_seed_are_alike_unless_they_are_one() -> None:
+    torch.manual_seed(4)
     one, other = seeded(), seeded()
     assert are_alike(one, other)
     assert not are_alike(one, one)
+    assert not are_alike(None, None)
     assert not are_alike(one, None)
     assert not are_alike(one, seeded(4))
     numbers(other)
-    assert not are_alike(one, other)
+    assert are_alike(one, other)  # one will draw what the other has drawn
+    torch.manual_seed(3)
+    torch.rand(5)
+    assert are_alike(one, None)
+    assert not are_alike(fresh(CPU), fresh(CPU))
+    one.set_state(seeded(5).get_state())
+    assert are_alike(one, seeded(5))

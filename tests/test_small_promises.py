@@ -90,6 +90,14 @@ def test_a_hook_of_ones_own_does_not_replace_the_accountants() -> None:
     assert copied.step_hook.then is private.optimizer.step_hook.then
 
 
+def test_the_accountants_own_hook_counts_each_step_once() -> None:
+    private = make_private(one_layer(), backprop=layerwise())
+    hook = private.engine.accountant.get_optimizer_hook_fn(sample_rate=0.5)
+    private.optimizer.attach_step_hook(hook)
+    train_step(private)
+    assert private.engine.accountant.history[0][1:] == (0.5, 1)
+
+
 @pytest.mark.parametrize("value", ["text", torch.tensor(1.0)], ids=["text", "scalar"])
 def test_a_batch_of_unknown_size_is_refused(value: object) -> None:
     private = make_private(one_layer())

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import opacus
+import torch
 
 from opacus_bpclip.engine import account
 from opacus_bpclip.engine.account import Account
@@ -42,19 +43,36 @@ def load_checkpoint(
     """Extend ``load_checkpoint``; see `PrivacyEngine.load_checkpoint`."""
     own, present = account_of(engine), engine.accountant.history
     before = own.segments()
-    checkpoint: dict[str, Any] = {}
+    saved: dict[str, Any] = {}
     try:
-        checkpoint = original(optimizer=optimizer, **kwargs)
+        checkpoint: dict[str, Any] = original(optimizer=optimizer, **kwargs)
+        saved = checkpoint.pop(account.KEY, {})
+    except Exception:
+        saved = _segments_in(**kwargs)
+        raise
     finally:
         # Opacus loads the accountant before the optimizer, which may refuse its state.
         if engine.accountant.history is not present:
-            own.keep(before, checkpoint.pop(account.KEY, {}))
-        sources_of(engine).resume()
+            own.keep(before, saved)
+            sources_of(engine).resume()
     settings = _settings(engine)
     # If an optimizer is loaded, it has compared the settings already.
     if optimizer is None and settings is not None:
         fingerprint.compare(checkpoint.get(fingerprint.KEY), settings)
     return checkpoint
+
+
+def _segments_in(
+    *, path: Any = None, torch_load_kwargs: dict[str, Any] | None = None, **_: Any
+) -> dict[str, Any]:
+    """Return the segments of a checkpoint that could not be loaded as a whole, if any."""
+    if hasattr(path, "seek"):
+        path.seek(0)
+    try:
+        found: dict[str, Any] = torch.load(path, **(torch_load_kwargs or {})).get(account.KEY, {})
+    except Exception:  # whatever was wrong with the file, the caller is told
+        return {}
+    return found
 
 
 def account_of(engine: opacus.PrivacyEngine) -> Account:

@@ -58,12 +58,13 @@ class Sources:
 
     def add(self, optimizer: OptimizerWrapper) -> None:
         """Note what a call of ``make_private`` has returned."""
-        sampler = optimizer._sampler
-        if sampler is not None and are_alike(sampler.generator, optimizer.generator):
+        sampler, noise = optimizer._sampler, optimizer.generator
+        # Torch's default generator of an accelerator is none of those that sample.
+        on_cpu = noise is not None or optimizer._device.type == "cpu"
+        secure = optimizer.secure_mode
+        if sampler and on_cpu and not secure and are_alike(sampler.generator, noise):
             # Noise would reveal which examples were sampled.
-            optimizer.generator = apart(
-                optimizer.generator, torch.device("cpu"), Purpose.NOISE, self._made
-            )
+            optimizer.generator = apart(noise, optimizer._device, Purpose.NOISE, self._made)
         self._made += 1
         self.latest = optimizer
         self._optimizers.add(optimizer)

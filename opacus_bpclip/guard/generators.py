@@ -63,7 +63,16 @@ def apart(
 
 
 def are_alike(one: torch.Generator | None, other: torch.Generator | None) -> bool:
-    """Return whether two generators, which are not one, will draw the same numbers."""
-    if one is None or other is None or one is other or one.device != other.device:
+    """Return whether two generators, which are not one, draw numbers of one stream.
+
+    One may be ahead of the other: what it has drawn, the other will draw.
+
+    Args:
+        one: a generator; ``None`` for torch's default one on the CPU.
+        other: the same.
+    """
+    one, other = (torch.default_generator if own is None else own for own in (one, other))
+    if one is other or one.device != other.device:
         return False
-    return torch.equal(one.get_state(), other.get_state())
+    alike = one.initial_seed() == other.initial_seed()
+    return alike or torch.equal(one.get_state(), other.get_state())

@@ -64,7 +64,9 @@ def _with_words(words: np.ndarray[tuple[int], np.dtype[np.uint32]]) -> torch.Gen
     state = generator.get_state()
     # Torch's layout: the seed (8 bytes), the count of numbers left before the next twist and a flag
     # for the seed (4 each), the index of the next number (8), and the state words (8 each). A new
-    # generator begins with a twist, and holds no second number of a Gaussian pair.
+    # generator begins with a twist, and holds no second number of a Gaussian pair. As a seed it
+    # names two of the words: seeds tell generators apart.
+    state[:8] = torch.from_numpy(words[:2].copy()).view(torch.uint8)
     state[24 : 24 + 8 * _STATE_WORDS] = torch.from_numpy(words.astype(np.int64)).view(torch.uint8)
     generator.set_state(state)
     return generator

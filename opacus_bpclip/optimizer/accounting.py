@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,12 @@ class AccountStep:
         )
         if self.then is not None:
             self.then(optimizer)
+
+    def is_replaced_by(self, fn: Hook) -> bool:
+        """Return whether a function counts steps for the same accountant, as Opacus's hooks do."""
+        closure = inspect.getclosurevars(fn).nonlocals if inspect.isfunction(fn) else {}
+        own = any(value is self.accountant for value in closure.values())
+        return own or isinstance(fn, AccountStep)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AccountStep:
         """Return a hook for the same accountant: an optimizer's copy spends the same budget."""

@@ -39,6 +39,11 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         return self._hooks._guard
 
     @property
+    def _device(self) -> torch.device:
+        """Return the device of the parameters that train, or have trained."""
+        return self._guard.parameters.device or torch.device("cpu")
+
+    @property
     def max_grad_norm(self) -> float:
         """Joint L2 sensitivity of the summed gradient; setting it rescales every layer's.
 
@@ -120,14 +125,14 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
     def attach_step_hook(self, fn: Hook | None) -> None:
         """Call a function in each step, before the wrapped optimizer's; it replaces an earlier one.
 
-        The accountant counts the step first, unless ``None`` has taken it away.
+        The accountant counts the step first, unless ``None`` or its own hook has replaced that.
 
         Args:
             fn: called with the optimizer. ``None`` leaves nothing: no step is counted then.
         """
-        replaces = fn is None or isinstance(fn, AccountStep)
-        if isinstance(self.step_hook, AccountStep) and not replaces:
-            self.step_hook.then = fn
+        counts = self.step_hook
+        if isinstance(counts, AccountStep) and fn is not None and not counts.is_replaced_by(fn):
+            counts.then = fn
         else:
             self.step_hook = fn
 
@@ -185,7 +190,7 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         """Draw noise and samples from now on from numbers of the operating system."""
         if self.secure_mode:
             return
-        self.generator = renewed(self.generator, self.params[0].device)
+        self.generator = renewed(self.generator, self._device)
         if self._sampler is not None:
             self._sampler.renew()
 
