@@ -102,6 +102,12 @@ def later_loaders_not_numbered(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sources, "apart", lambda *args: apart(*args[:-1], 1))
 
 
+@mutant(killed_by=killers.noise_with_the_seed_of_the_samples, says="are of one stream")
+def noise_in_the_stream_of_samples(patch: pytest.MonkeyPatch) -> None:
+    """The noise is made of the numbers that have chosen the sample, and tells who is in it."""
+    patch.setattr(sources, "are_alike", lambda one, other: False)
+
+
 @mutant(killed_by=killers.steps_after_the_best_checkpoint, says="the accountant has 2 of 4 steps")
 def history_replaced_by_a_checkpoint(patch: pytest.MonkeyPatch) -> None:
     """Loading an earlier state of the model makes the accountant forget the steps after it, which

@@ -7,6 +7,8 @@ import io
 import pickle
 import warnings
 
+import torch
+
 from opacus_bpclip import PrivacyEngine
 from tests.resuming import Script, check_no_noise_twice, check_no_sample_twice
 
@@ -75,6 +77,14 @@ def samples_of_loaders_of_one_engine() -> None:
 def noise_of_optimizers_of_one_engine() -> None:
     """The noise of three models that one engine makes private, with generators of equal seeds."""
     check_no_noise_twice(*_of_one_engine())
+
+
+def noise_with_the_seed_of_the_samples() -> None:
+    """Noise from torch's default generator, and samples from one with its seed."""
+    script = Script(generators=[None, torch.Generator().manual_seed(0)])
+    noise = script.optimizer.generator or torch.default_generator
+    told_apart = noise.initial_seed() != script.loader.generator.initial_seed()
+    assert told_apart, "noise and samples are of one stream"
 
 
 def steps_after_the_best_checkpoint() -> None:
