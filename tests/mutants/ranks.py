@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opacus_bpclip.engine import sources
 from opacus_bpclip.guard.ranks import Place, Ranks
 from opacus_bpclip.guard.seeds import Purpose
 from opacus_bpclip.optimizer import optimizer
@@ -50,6 +51,8 @@ def purposes_seeded_alike(patch: pytest.MonkeyPatch) -> None:
         return seed_of_rank(self, generator, Purpose.SAMPLING)
 
     patch.setattr(Ranks, "seed_of_rank", seed)
+    # An engine would find it, too.
+    patch.setattr(sources, "are_alike", lambda one, other: False)
 
 
 @mutant(killed_by=killers.sum_of_two_ranks, says="the sum of two ranks is off by")
