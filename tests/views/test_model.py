@@ -88,7 +88,9 @@ def test_arguments_by_keyword_are_folded_and_others_passed_on() -> None:
 def test_a_copy_trains_as_the_original() -> None:
     model, optimizer, loader = private(FoldViews(cnn(), VIEWS), data())
     made = [(model, optimizer, loader), copy.deepcopy((model, optimizer, loader))]
+    begin = loader.generator.get_state()
     for own, step, batches in made:
+        loader.generator.set_state(begin)  # which the copy shares
         for x, y in batches:
             step.zero_grad()
             nn.CrossEntropyLoss()(own(x), y).backward()
