@@ -21,6 +21,8 @@ from tests.probing import found, made_up
 from tests.stateful import (
     Attribute,
     AttributeWithGradients,
+    Backward,
+    BackwardHook,
     Bank,
     Cache,
     Counter,
@@ -81,6 +83,7 @@ def test_physical_batches_are_refused_as_whole_ones(backprop: BackpropClipping) 
         pytest.param(Late, id="written from the second pass on"),
         pytest.param(GradientOnly, id="only the gradient changes"),
         pytest.param(WithGradients, id="written only where gradients are made"),
+        pytest.param(Backward, id="written in the backward pass"),
         pytest.param(Rare, id="written by chance"),
         pytest.param(Fading, id="hardly any of it is kept"),
         pytest.param(lambda: Seen(read=True), id="the number of examples"),
@@ -104,6 +107,10 @@ def test_an_attribute_that_only_later_passes_use_is_found() -> None:
 )
 def test_an_attribute_that_is_written_only_where_gradients_are_made_is_found(hold: Any) -> None:
     assert found(AttributeWithGradients(hold)) == CARRIED.format("an attribute of its modules")
+
+
+def test_an_attribute_that_is_written_by_a_hook_on_a_gradient_is_found() -> None:
+    assert found(BackwardHook()) == CARRIED.format("an attribute of its modules")
 
 
 def test_a_counter_of_passes_with_gradients_is_not_called_an_example() -> None:

@@ -42,13 +42,24 @@ def differing(ours: Buffers, theirs: Buffers, tolerance: float = 0.0) -> list[st
 
 
 def numbers(tensor: Tensor) -> list[Tensor]:
-    """Return dense tensors of real numbers that say all about a tensor."""
-    tensor = tensor.detach()
+    """Return dense tensors of real numbers that say all about a tensor.
+
+    There are none for a kind of tensor that has no such form: two of that kind are not told apart.
+    """
+    try:
+        return _numbers(tensor.detach())
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return []
+
+
+def _numbers(tensor: Tensor) -> list[Tensor]:
+    if tensor.is_nested:
+        return [part for row in tensor.unbind() for part in _numbers(row)]
     if tensor.layout is torch.sparse_coo:
         tensor = tensor.coalesce()
-        return [tensor.indices(), *numbers(tensor.values())]
+        return [tensor.indices(), *_numbers(tensor.values())]
     if tensor.layout is not torch.strided:
-        return numbers(tensor.to_sparse_coo())
+        return _numbers(tensor.to_sparse_coo())
     if tensor.is_quantized:
         return [tensor.dequantize()]
     return [torch.view_as_real(tensor) if tensor.is_complex() else tensor]

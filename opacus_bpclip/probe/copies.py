@@ -63,7 +63,11 @@ class Copy:
 
     def __enter__(self) -> Copy:
         self._substitutes.__enter__()
-        self._buffers = buffers_of(self.model, copied=True)
+        try:
+            self._buffers = buffers_of(self.model, copied=True)
+        except BaseException:
+            self._substitutes.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

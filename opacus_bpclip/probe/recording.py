@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_packed_sequence
@@ -102,19 +103,46 @@ def floats(value: Any) -> list[Tensor]:
 def gradients_of(output: Any, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return the parameters' gradients for made-up gradients of the tensors in an output.
 
-    A parameter that has none gets an empty tensor.
+    A parameter that has none gets an empty tensor. No tensor's ``grad`` is changed.
     """
-    leaves = (leaf.data if is_packed(leaf) else leaf for leaf in batch_leaves(output))
-    outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    found = (leaf.data if is_packed(leaf) else leaf for leaf in batch_leaves(output))
+    outputs = [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.requires_grad]
     own = list(parameters)
     if not outputs or not own:
         return []
-    generator = torch.Generator().manual_seed(6)
-    upstream = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs
-    ]
-    found = torch.autograd.grad(outputs, own, upstream, allow_unused=True)
-    return [torch.zeros(0) if x is None else x for x in found]
+    # Not torch's random numbers: `Steady` would make them equal, and take the model to be random.
+    generator = np.random.default_rng(6)
+    upstream = [_upstream(x.detach(), generator) for x in outputs]
+    # Not `torch.autograd.grad`, since reentrant checkpoints run only in a whole backward pass.
+    leaves = {id(leaf): leaf for leaf in (*own, *_leaves_of(outputs))}.values()
+    before = [(leaf, leaf.grad) for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        torch.autograd.backward(outputs, upstream)
+        return [torch.zeros(0) if x.grad is None else x.grad for x in own]
+    finally:
+        for leaf, gradient in before:
+            leaf.grad = gradient
+
+
+def _upstream(output: Tensor, generator: np.random.Generator) -> Tensor:
+    """Return a gradient that depends on the output's values, as that of a loss does."""
+    drawn = torch.from_numpy(generator.standard_normal(output.shape)).to(output)
+    return drawn * (1 + (output / (1 + output.abs())).nan_to_num())
+
+
+def _leaves_of(outputs: list[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors whose ``grad`` a backward pass would change."""
+    waiting, seen = [x.grad_fn for x in outputs if x.grad_fn is not None], set()
+    yield from (x for x in outputs if x.grad_fn is None)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            if isinstance(leaf := getattr(node, "variable", None), Tensor):
+                yield leaf
+            waiting += [above for above, _ in node.next_functions if above is not None]
 
 
 @contextmanager

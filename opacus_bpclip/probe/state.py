@@ -54,8 +54,8 @@ def problem_of_state(copy: Copy, batch: Batch) -> Problem | None:
         Exception: whatever the model's own code raises.
     """
     steady = Steady()
-    # With gradients, since some models keep nothing without.
-    copy.run(batch, steady, inside=False, plain=True)
+    # With gradients, since some models keep something only there, or only in the backward pass.
+    copy.run(batch, steady, inside=False, plain=True, gradients=True)
     if not copy.writes():
         return None
     tolerance = tolerated(steady, copy.device)
@@ -91,12 +91,12 @@ def _other_first_batches(batch: Batch, steady: Steady) -> list[tuple[Steady | No
 
 
 def _trace(copy: Copy, first: Batch, second: Batch, mode: Steady | None) -> _Trace:
-    run = partial(copy.run, steady=mode, inside=False, plain=True)
+    run = partial(copy.run, steady=mode, inside=False, plain=True, gradients=True)
     for number in range(PASSES):
         run(first, seed=number, carry=number > 0)
     left = buffers_of(copy.model, copied=True)
     made = []
     for number in range(PASSES):
-        later = run(second, seed=PASSES + number, carry=True, gradients=True)
+        later = run(second, seed=PASSES + number, carry=True)
         made.append([*later.outputs, *later.gradients])
     return _Trace(left, made)
