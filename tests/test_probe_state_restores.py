@@ -73,3 +73,21 @@ def test_the_search_leaves_gradients_as_they_were() -> None:
     assert outside.grad is before
     assert before.eq(3).all()
     assert model.layer.weight.grad is None
+
+
+def test_an_output_whose_gradient_fails_does_not_stop_the_search() -> None:
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            raise NotImplementedError
+
+    class Model(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y, Failing.apply(y)
+
+    assert found(Model(FEATURES, CLASSES)) is None

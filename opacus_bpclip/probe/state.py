@@ -54,8 +54,13 @@ def problem_of_state(copy: Copy, batch: Batch) -> Problem | None:
         Exception: whatever the model's own code raises.
     """
     steady = Steady()
-    # With gradients, since some models keep something only there, or only in the backward pass.
-    copy.run(batch, steady, inside=False, plain=True, gradients=True)
+    run = partial(copy.run, batch, steady, inside=False, plain=True)
+    try:
+        # Some models keep something only with gradients, or only in the backward pass.
+        run(gradients=True)
+    except Exception:  # whatever the model's own code raises
+        # It may have no gradient of an output that no loss uses.
+        run(carry=True)
     if not copy.writes():
         return None
     tolerance = tolerated(steady, copy.device)
