@@ -59,7 +59,7 @@ class Copy:
         self._versions = {id(p): _version(p) for p in self._parameters.values()}
         self._substitutes = Substitutes(model, self._substitute_of)
         self._buffers: Buffers = {}
-        self._writes = False
+        self._written: set[str] = set()
 
     def __enter__(self) -> Copy:
         self._substitutes.__enter__()
@@ -92,7 +92,11 @@ class Copy:
 
     def writes(self) -> bool:
         """Return whether any run has changed a buffer, an attribute or what an attribute holds."""
-        return self._writes or self._substitutes.attributes_changed()
+        return bool(self._written) or self._substitutes.attributes_changed()
+
+    def written(self) -> set[str]:
+        """Return the names of the buffers that any run has changed."""
+        return set(self._written)
 
     def edited(self) -> list[str]:
         """Return the names of the parameters that runs have changed in place."""
@@ -155,7 +159,7 @@ class Copy:
             output = self.model(*batch.args, **batch.kwargs)
             if gradients:
                 recording.gradients = gradients_of(output, map(self.of, self._trained()))
-        self._writes = self._writes or bool(differing(self._buffers, buffers_of(self.model)))
+        self._written.update(differing(self._buffers, buffers_of(self.model)))
         return recording
 
     def _trained(self) -> list[nn.Parameter]:

@@ -44,6 +44,7 @@ class Substitutes:
         self._copies: dict[int, tuple[Any, Any, int]] = {}  # of arrays that have no substitute
         self._generators: list[tuple[Any, Any]] = []  # each with its state
         self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tuples: dict[int, tuple[Any, Any]] = {}  # each with its substitute
         self._buffers: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
         self._seen: dict[int, Any] = {}
         self._look_into(model, objects=1)
@@ -180,10 +181,16 @@ class Substitutes:
         if isinstance(value, Tensor):
             return self.of(value)
         if type(value) is tuple or hasattr(value, "_make"):
-            made = [self._swapped(part) for part in value]
-            if any(a is not b for a, b in zip(value, made, strict=True)):
-                return value._make(made) if hasattr(value, "_make") else tuple(made)
+            if id(value) not in self._tuples:
+                self._tuples[id(value)] = value, self._swapped_tuple(value)
+            return self._tuples[id(value)][1]
         return value
+
+    def _swapped_tuple(self, value: Any) -> Any:
+        made = [self._swapped(part) for part in value]
+        if all(a is b for a, b in zip(value, made, strict=True)):
+            return value
+        return value._make(made) if hasattr(value, "_make") else tuple(made)
 
 
 def _refill(holder: Any, content: Any) -> None:
