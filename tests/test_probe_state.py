@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping, CoverageError, PrivacyViolationError
-from opacus_bpclip.probe import state
 from opacus_bpclip.probe.buffers import buffers_of, differing
-from opacus_bpclip.probe.copies import Copy
 from tests.budgets import layerwise
-from tests.helpers import CLASSES, FEATURES, batch, make_private, model_of, train_step
+from tests.helpers import FEATURES, batch, make_private, model_of, train_step
 from tests.joint.helpers import joint
-from tests.probing import found, made_up
+from tests.probing import found
 from tests.stateful import (
     Attribute,
     AttributeWithGradients,
@@ -207,24 +205,6 @@ def test_the_first_batch_shows_it_where_the_loader_does_not(backprop: BackpropCl
         private.model(batch()[0], weight=torch.ones(6))
     assert str(refusal.value) == CARRIED.format("the buffer kept")
     assert not model_of(private).kept.any()
-
-
-@pytest.mark.parametrize(
-    ("make", "runs"), [(lambda: nn.Linear(FEATURES, CLASSES), 1), (Counter, 25)]
-)
-def test_only_models_that_change_something_are_run_many_times(
-    make: Callable[[], nn.Module], runs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[bool] = []
-    run = Copy.run
-
-    def counted(self: Copy, *args: Any, **options: Any) -> Any:
-        made.append(options.get("plain", False))
-        return run(self, *args, **options)
-
-    monkeypatch.setattr(Copy, "run", counted)
-    assert found(make(), made_up(torch.zeros(2, FEATURES))) is None
-    assert sum(made) == runs == 1 + (runs > 1) * 2 * state.PASSES * 4
 
 
 class Fixed(nn.Module):

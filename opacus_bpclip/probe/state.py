@@ -28,11 +28,28 @@ from opacus_bpclip.probe.comparison import equal, partitions
 from opacus_bpclip.probe.copies import Copy
 from opacus_bpclip.probe.problems import Problem
 from opacus_bpclip.probe.randomness import Steady, tolerated
+from opacus_bpclip.probe.recording import Recording
 from opacus_bpclip.probe.snapshots import Snapshot, alike, snapshot
 
 # The passes over each of the two batches: a model may write only from its second pass on, and read
 # only what the pass before the last has left.
 PASSES = 3
+
+
+class _Pass(NamedTuple):
+    """What one pass has made, and all that the model holds after it."""
+
+    made: list[Tensor]
+    left: Snapshot
+
+    @classmethod
+    def of(cls, copy: Copy, run: Recording) -> _Pass:
+        """Return the copy's last run."""
+        return cls([*run.outputs, *run.gradients], snapshot(copy.model))
+
+    def is_as(self, other: _Pass, tolerance: float) -> bool:
+        """Return whether all outputs and gradients, and all that was left, are equal."""
+        return equal(self.made, other.made, tolerance) and alike(self.left, other.left)
 
 
 class _Trace(NamedTuple):
@@ -50,7 +67,7 @@ def problem_of_state(copy: Copy, batch: Batch) -> Problem | None:
     """Return which state holds examples and reaches later passes or the ``state_dict``, if any.
 
     A model that changes no buffer and no attribute is run once. A model that only overwrites them
-    is run six times.
+    is run five times, or seven if it is random.
 
     Args:
         copy: a copy of the model, inside its ``with`` statement.
@@ -63,15 +80,17 @@ def problem_of_state(copy: Copy, batch: Batch) -> Problem | None:
     run = partial(copy.run, batch, steady, inside=False, plain=True)
     try:
         # Some models keep something only with gradients, or only in the backward pass.
-        run(gradients=True)
+        tried = run(gradients=True)
     except Exception:  # whatever the model's own code raises
         # It may have no gradient of an output that no loss uses.
-        run(carry=True)
+        tried = run(carry=True)
     if not copy.writes():
         return None
     tolerance = tolerated(steady, copy.device)
-    if not copy.written() & persistent(copy.model) and _forgets(copy, batch, steady, tolerance):
-        return None
+    if not copy.written() & persistent(copy.model):
+        start = _Pass.of(copy, tried)
+        if _forgets(copy, batch, steady, {} if steady.random else {0: start}, tolerance):
+            return None
     for mode, others in _other_first_batches(batch, steady):
         base = _trace(copy, batch, batch, mode)
         for first in others:
@@ -90,25 +109,29 @@ def problem_of_state(copy: Copy, batch: Batch) -> Problem | None:
     return None
 
 
-def _forgets(copy: Copy, batch: Batch, steady: Steady, tolerance: float) -> bool:
-    """Return whether what a pass makes and leaves is the same after other batches before it."""
+def _forgets(
+    copy: Copy, batch: Batch, steady: Steady, known: dict[int, _Pass], tolerance: float
+) -> bool:
+    """Return whether what a pass makes and leaves is the same after other batches before it.
+
+    Args:
+        copy: a copy of the model, which has just been run on the batch.
+        batch: two or more examples.
+        steady: the mode of that run.
+        known: earlier passes over the batch, by the seed of their random numbers.
+        tolerance: the largest relative difference at which outputs and gradients count as equal.
+    """
     mode = None if steady.random else steady
     run = partial(copy.run, steady=mode, inside=False, plain=True, carry=True, gradients=True)
 
-    def passed(seed: int) -> tuple[list[Tensor], Snapshot]:
-        later = run(batch, seed=seed)
-        return [*later.outputs, *later.gradients], snapshot(copy.model)
-
     rows, others = next(partitions(batch.size))
     firsts = batch.swapped(rows, seed=2), batch.swapped(others, seed=2).select(rows)
-    known: dict[int, tuple[list[Tensor], Snapshot]] = {}
     for number, first in enumerate(firsts):
         seed = number if steady.random else 0
         if seed not in known:
-            known[seed] = passed(seed)
+            known[seed] = _Pass.of(copy, run(batch, seed=seed))
         run(first, seed=PASSES + number)
-        made, left = passed(seed)
-        if not (equal(known[seed][0], made, tolerance) and alike(known[seed][1], left)):
+        if not _Pass.of(copy, run(batch, seed=seed)).is_as(known[seed], tolerance):
             return False
     return True
 
