@@ -217,8 +217,8 @@ class Cache(Remembering):
 class Masks(Remembering):
     """A mask of ones that is made anew when the batch is larger."""
 
-    def __init__(self) -> None:
-        super().__init__(False, 1, 1)
+    def __init__(self, persistent: bool = False) -> None:
+        super().__init__(persistent, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if len(self.kept) < len(x):

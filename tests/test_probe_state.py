@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,16 +153,26 @@ def test_what_holds_no_examples_or_is_never_read_is_accepted(
     assert private.steps == 2
 
 
-@pytest.mark.parametrize("make", [lambda: Running(persistent=True), lambda: Seen(False, True)])
-def test_persistent_buffers_that_are_never_read_stay_refused(
-    make: Callable[[], nn.Module],
-) -> None:
-    assert found(make()) == (
+def test_persistent_buffers_that_are_never_read_stay_refused() -> None:
+    assert found(Running(persistent=True)) == (
         "The buffer kept stores values computed from the batch, without noise: the trained model "
         "would contain private data. Keep its module from updating it (evaluation mode, frozen "
         "statistics). Later outputs and gradients did not depend on it: if you only watch it, "
         "register it with persistent=False, and keep it out of all that you publish."
     )
+
+
+@pytest.mark.parametrize("make", [partial(Seen, False), Masks], ids=["counts", "grows"])
+def test_persistent_buffers_that_show_the_number_of_examples_stay_refused(
+    make: Callable[..., nn.Module],
+) -> None:
+    assert found(make(persistent=True)) == (
+        "The buffer kept depends on how many examples the batches have (it counts them, or grows "
+        "with them), without noise: the trained model would contain private data. Later outputs "
+        "and gradients did not depend on it: register it with persistent=False, and keep it out of "
+        "all that you publish."
+    )
+    assert found(make(persistent=False)) is None
 
 
 @pytest.mark.parametrize("make", [Lagged, Bank, Hidden, Running])

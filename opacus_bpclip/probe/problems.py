@@ -140,6 +140,16 @@ def buffered(name: str) -> str:
     )
 
 
+def counted(name: str) -> str:
+    """Return the message for a buffer that depends only on how many examples a batch has."""
+    return (
+        f"The buffer {name} depends on how many examples the batches have (it counts them, or "
+        "grows with them), without noise: the trained model would contain private data. Later "
+        "outputs and gradients did not depend on it: register it with persistent=False, and keep "
+        "it out of all that you publish."
+    )
+
+
 def carried(names: Sequence[str]) -> str:
     """Return the message for state by which one batch influences later ones.
 

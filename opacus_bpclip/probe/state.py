@@ -105,7 +105,9 @@ def problem_of_state(copy: Copy, batch: Batch) -> Problem | None:
                 return Problem(at, problems.carried(names))
             for name in names:
                 if name in persistent(copy.model):
-                    return Problem(problems.owner(name), problems.buffered(name))
+                    # The batches with other values come first.
+                    text = problems.counted if first.size < batch.size else problems.buffered
+                    return Problem(problems.owner(name), text(name))
     return None
 
 
