@@ -86,3 +86,10 @@ def earlier_batches_equally_large(patch: pytest.MonkeyPatch) -> None:
         ]
 
     patch.setattr(state, "_other_first_batches", equally_large)
+
+
+@mutant(killed_by=probe_killers.average_read_from_the_sixth_pass_on, says="was not found")
+def what_passes_leave_not_compared(patch: pytest.MonkeyPatch) -> None:
+    """A model is taken to forget each batch if few passes have equal outputs and gradients, though
+    they leave something else in its buffers."""
+    patch.setattr(state, "alike", lambda one, other: True)

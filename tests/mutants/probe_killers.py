@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.probing import found, made_up
-from tests.stateful import GradientOnly, Lagged, Seen
+from tests.stateful import GradientOnly, Lagged, Seen, Sixth
 
 
 class _Losing(nn.Module):
@@ -47,6 +47,11 @@ def memory_in_the_gradient() -> None:
 def number_of_the_batch_before() -> None:
     """A model that divides by the number of examples that it has seen."""
     assert found(Seen(read=True)), "the number of examples was not found"
+
+
+def average_read_from_the_sixth_pass_on() -> None:
+    """A model that begins late to subtract a moving average of its batches."""
+    assert found(Sixth()), "the moving average was not found"
 
 
 def module_under_two_names() -> None:
