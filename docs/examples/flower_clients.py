@@ -19,10 +19,6 @@ from opacus_bpclip import PrivacyEngine
 client, server = ClientApp(), ServerApp()
 
 
-def secret():  # generators that no seed makes equal in two rounds
-    return torch.Generator().manual_seed(secrets.randbits(63))
-
-
 @client.train()
 def train(message: Message, context: Context) -> Message:
     number = context.node_config["partition-id"]
@@ -30,12 +26,14 @@ def train(message: Message, context: Context) -> Message:
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     x = torch.randn(400, 20, generator=torch.Generator().manual_seed(number))  # the client's data
     data = TensorDataset(x, (x[:, :10].sum(1) > x[:, 10:].sum(1)).long())
+    # No seed makes these generators equal in two rounds.
+    sampling, noise = (torch.Generator().manual_seed(secrets.randbits(63)) for _ in range(2))
     engine = PrivacyEngine()
     if file.exists():  # the steps of earlier rounds
         engine.accountant.load_state_dict(json.loads(file.read_text()))
     private, optimizer, loader = engine.make_private(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), clipping="backprop",
-        data_loader=DataLoader(data, batch_size=40, generator=secret()), noise_generator=secret(),
+        data_loader=DataLoader(data, batch_size=40, generator=sampling), noise_generator=noise,
         noise_multiplier=1.0, max_grad_norm=1.0,
     )  # fmt: skip
     try:
@@ -43,8 +41,7 @@ def train(message: Message, context: Context) -> Message:
             optimizer.zero_grad()
             cross_entropy(private(inputs), labels).backward()
             optimizer.step()
-    finally:  # before the reply, and also if the round fails
-        # A crash leaves the old file, or the new one.
+    finally:  # also if the round fails; a crash leaves the old file, or the new one
         unfinished = file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(engine.accountant.state_dict()))
         unfinished.replace(file)

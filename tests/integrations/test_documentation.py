@@ -26,11 +26,36 @@ def test_the_page_about_hugging_face_runs(
         "train_dataset": Texts(32, positions=False),
         "eval_dataset": Texts(8, positions=False),
     }
-    for block in re.findall(r"```python\n(.*?)```", (DOCS / "hugging-face.md").read_text(), re.S):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "hugging-face.md").read_text(), re.S)
+    loop = (DOCS / "examples/accelerate_loop.py").read_text()
+    own = [block for block in blocks if block not in loop]
+    assert len(own) == len(blocks) - 1
+    for block in own:
         exec(block, names)
     assert 7.9 < names["trainer"].epsilon <= 8.0
     assert (tmp_path / "adapter/privacy.json").exists()
     assert type(names["merged"]).__name__ == "BertForSequenceClassification"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_adapters_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(DOCS / "examples/trainer_adapters.py"))
+    found = re.search(r"accuracy 0\.(\d+), epsilon 2\.99 at", capsys.readouterr().out)
+    assert found is not None
+    assert int(found[1]) > 60
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_accelerate_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(DOCS / "examples/accelerate_loop.py"))
+    found = re.search(r"accuracy 0\.(\d+), epsilon 2\.87 at", capsys.readouterr().out)
+    assert found is not None
+    assert int(found[1]) > 9000
+
+
+@pytest.mark.parametrize("example", sorted((DOCS / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_an_example_has_less_than_60_lines(example: Path) -> None:
+    assert len(example.read_text().splitlines()) < 60
 
 
 @pytest.mark.filterwarnings("ignore")
