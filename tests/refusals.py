@@ -44,6 +44,11 @@ def with_half_precision() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, FEATURES, dtype=torch.float16), *mlp())
 
 
+def joined(items: list[Any]) -> Any:
+    """Return all items in one row, as a collator that packs tokens does."""
+    return [part.flatten().unsqueeze(0) for part in collate(items)]
+
+
 def with_batch_norm() -> nn.Module:
     return nn.Sequential(nn.BatchNorm1d(FEATURES), *mlp())
 
@@ -255,6 +260,13 @@ REFUSALS = {
         "items that hold all views, which opacus_bpclip.AugmentedViews and FoldViews measure "
         "together.",
         {"data_loader": DataLoader(dataset(), 8, collate_fn=lambda items: collate(3 * items))},
+    ),
+    "all items in one row": Refusal(
+        "The data loader's collate_fn puts all items one after the other into one row (a "
+        "flattening or packing collator), and a row counts as one example. Make one row of each "
+        "item: pad them to one length, and mask the padding. If the rows are on the second axis, "
+        "pass batch_first=False.",
+        {"data_loader": DataLoader(dataset(), 8, collate_fn=joined)},
     ),
     "several evaluations a step of one of several": Refusal(
         "LBFGS evaluates the loss several times per step, and each evaluation would be a release "

@@ -61,9 +61,15 @@ class Setup(NamedTuple):
         return sum(steps for *_, steps in self.accountant.history)
 
 
-def setup(*, wrap_model: bool = True, model: nn.Module | None = None, **options: Any) -> Setup:
+def setup(
+    *,
+    wrap_model: bool = True,
+    model: nn.Module | None = None,
+    engine: PrivacyEngine | None = None,
+    **options: Any,
+) -> Setup:
     model = model or Mixed()
-    engine = PrivacyEngine()
+    engine = engine or PrivacyEngine()
     handle, optimizer, loader = engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5),
@@ -134,6 +140,17 @@ def test_what_a_deep_copy_spends_is_accounted_by_the_engine() -> None:
     copied.train()
     original.train()
     assert original.steps == 2 * len(original.loader)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["engine first", "optimizer first"])
+def test_a_deep_copy_with_its_engine_is_accounted_by_that(order: tuple[int, int]) -> None:
+    engine = PrivacyEngine()
+    original = setup(engine=engine)
+    together = (engine, original)
+    copied = copy.deepcopy([together[place] for place in order])
+    copied[order.index(1)].train()
+    counted = copied[order.index(0)].accountant.history
+    assert sum(steps for *_, steps in counted) == len(original.loader)
 
 
 @COPIES

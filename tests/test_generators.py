@@ -11,6 +11,7 @@ from scipy import stats
 from opacus_bpclip.guard import streams
 from opacus_bpclip.guard.generators import apart, are_alike, fresh, renewed
 from opacus_bpclip.guard.seeds import Purpose
+from tests.resuming import Script
 
 CPU = torch.device("cpu")
 
@@ -90,3 +91,29 @@ def test_generators_of_one_seed_are_alike_unless_they_are_one() -> None:
     assert not are_alike(fresh(CPU), fresh(CPU))
     one.set_state(seeded(5).get_state())
     assert are_alike(one, seeded(5))
+
+
+@pytest.mark.parametrize("seeded", [0, 1])
+def test_torchs_generator_and_one_with_its_seed_are_told_apart(seeded: int) -> None:
+    # `Script` seeds torch's generator with 0, and its model draws from it.
+    def run() -> Script:
+        own = torch.Generator().manual_seed(0)
+        return Script(generators=[None, own] if seeded else [own, None]).train()
+
+    one, again = run(), run()
+    used = one.optimizer.generator, one.loader.generator
+    assert len({(own or torch.default_generator).initial_seed() for own in used}) == 2
+    assert one.samples == again.samples
+    torch.testing.assert_close(one.noise, again.noise, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_initial_weights_tell_neither_samples_nor_noise(seed: int) -> None:
+    # `Script` seeds torch's generator with 0, as is done to repeat a run.
+    own = [torch.Generator().manual_seed(seed) for _ in range(2)]
+    script = Script(generators=own)
+    drawn = torch.rand(9, generator=torch.Generator().manual_seed(seed))
+    for number, used in enumerate((script.optimizer.generator, script.loader.generator)):
+        same = torch.equal(torch.rand(9, generator=used), drawn)
+        # Other seeds stay as they are; noise and samples of one seed are told apart as well.
+        assert same == (seed == 1 and number == 1)

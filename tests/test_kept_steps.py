@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import io
 import pickle
@@ -143,6 +144,32 @@ def test_an_accountant_of_one_kind_counts_all_as_the_worst() -> None:
     assert engine.get_epsilon(DELTA) > max(epsilons)
 
 
+def test_an_accountant_of_one_kind_counts_them_once_however_often_they_are_saved() -> None:
+    engine, other = PrivacyEngine(accountant="gdp"), PrivacyEngine(accountant="gdp")
+    step(engine, 3, (1.0, 0.1))
+    step(other, 4, (2.0, 0.3))
+    with told_of(3, 4):
+        load(engine, save(other))
+    for _ in range(2):
+        again = PrivacyEngine(accountant="gdp")
+        load(again, save(engine))
+        step(again, 1, (1.0, 0.3))
+        load(again, save(again))
+        engine = again
+    assert engine.accountant.history == [(1.0, 0.3, 9)]
+
+
+def test_our_own_engine_counts_once_while_opacus_is_registered() -> None:
+    register()
+    try:
+        engine = PrivacyEngine(accountant="rdp")
+        step(engine, 3)
+        load(engine, save(engine))
+    finally:
+        unregister()
+    assert steps_of(engine) == 3
+
+
 def test_a_load_that_fails_forgets_nothing(tmp_path: Path) -> None:
     script, path = Script().train(), tmp_path / "checkpoint.pt"
     other = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
@@ -152,7 +179,10 @@ def test_a_load_that_fails_forgets_nothing(tmp_path: Path) -> None:
         def state_dict(self) -> dict[str, Any]:
             return state
 
-    script.engine.save_checkpoint(path=path, module=script.model, optimizer=Refused())
+    own = {"args": argparse.Namespace(lr=0.1)}  # such things are loaded with weights_only=False
+    script.engine.save_checkpoint(
+        path=path, module=script.model, optimizer=Refused(), checkpoint_dict=own
+    )
     script.train()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

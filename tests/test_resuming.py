@@ -264,19 +264,6 @@ def test_noise_and_samples_from_equal_seeds_are_told_apart() -> None:
     assert torch.equal(other[0], torch.rand(9, generator=torch.Generator().manual_seed(8)))
 
 
-@pytest.mark.parametrize("seeded", [0, 1])
-def test_torchs_generator_and_one_with_its_seed_are_told_apart(seeded: int) -> None:
-    # `Script` seeds torch's generator with 0, and its model draws from it.
-    def run() -> Script:
-        own = torch.Generator().manual_seed(0)
-        return Script(generators=[None, own] if seeded else [own, None]).train()
-
-    one, again = run(), run()
-    assert one.optimizer.generator.initial_seed()
-    assert one.samples == again.samples
-    torch.testing.assert_close(one.noise, again.noise, rtol=0, atol=1e-5)
-
-
 def test_a_model_that_is_all_frozen_is_loaded(tmp_path: Path) -> None:
     script, path = Script().train(), tmp_path / "checkpoint.pt"
     script.engine.save_checkpoint(path=path, **script.parts)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from opacus.accountants import create_accountant
 from opacus.layers import DPRNN
 from torch import nn
 
 from opacus_bpclip import CoverageError, clip_inputs
 from opacus_bpclip.model.calls import CallArguments
+from opacus_bpclip.optimizer.accounting import AccountStep
 from opacus_bpclip.rules import BroadcastRule
 from opacus_bpclip.rules.precision import rounding_margin
 from tests.budgets import layerwise
@@ -88,6 +91,32 @@ def test_a_hook_of_ones_own_does_not_replace_the_accountants() -> None:
     assert seen == [1, 2]
     copied = copy.deepcopy(private.optimizer)
     assert copied.step_hook.then is private.optimizer.step_hook.then
+
+
+def test_a_hook_that_reads_the_accountant_counts_nothing_and_the_accountant_stays() -> None:
+    private = make_private(one_layer(), backprop=layerwise())
+    accountant, seen = private.engine.accountant, []
+
+    def hook(optimizer: object) -> None:
+        seen.append(len(accountant.history))
+        later.append(0)
+
+    private.optimizer.attach_step_hook(hook)
+    later: list[int] = []
+    train_step(private)
+    assert private.steps == len(later) == 1
+    assert seen == [1]
+
+
+@pytest.mark.filterwarnings("ignore:GDP accounting is experimental")
+def test_an_accountant_of_one_kind_keeps_its_steps_when_it_refuses_another() -> None:
+    accountant = create_accountant("gdp")
+    step = AccountStep(accountant, 0.5)
+    for noise_multiplier in (1.0, 1.0):
+        step(SimpleNamespace(noise_multiplier=noise_multiplier, accumulated_iterations=1))
+    with pytest.raises(ValueError, match="have to stay constant"):
+        step(SimpleNamespace(noise_multiplier=2.0, accumulated_iterations=1))
+    assert accountant.history == [(1.0, 0.5, 2)]
 
 
 def test_the_accountants_own_hook_counts_each_step_once() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map_only
 
 from opacus_bpclip.config import BackpropClipping, InputWhitening, public_seed
@@ -16,13 +17,18 @@ from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
 from opacus_bpclip.model.sharding import gathered
 from opacus_bpclip.model.tying import Group
+from opacus_bpclip.model.views import FoldViews
 from opacus_bpclip.probe.randomness import repeatable
+from opacus_bpclip.probe.substitutes import Substitutes
 from opacus_bpclip.rules import ConvRule, LinearRule
 from opacus_bpclip.rules.exact_norms import chunks, exact_chunk
 from opacus_bpclip.rules.fused import FusedRule
 from opacus_bpclip.rules.precision import full_precision, wide
 from opacus_bpclip.rules.views import ConvOverViews
 from opacus_bpclip.rules.whitened import PublicMatrix
+
+# Modules that do something in training alone, and leave nothing for later passes.
+_STATELESS = (_DropoutNd, FoldViews)
 
 _WITH_COLUMNS = (LinearRule, ConvRule, ConvOverViews)
 
@@ -169,14 +175,13 @@ class Whitening:
             raise ValueError(
                 "The model failed on the public examples of InputWhitening: "
                 f"{type(error).__name__}: {error}. Its probes must return what the model is called "
-                "with in evaluation mode: a tensor, a tuple of arguments, or a dict of keyword "
-                "arguments."
+                "with in training: a tensor, a tuple of arguments, or a dict of keyword arguments."
             ) from error
         if not learnt:
             undo()
             raise ValueError(
                 "The public examples of InputWhitening tell nothing: the inputs of all layers are "
-                "zero or not finite, or the model does not call the layers in evaluation mode."
+                "zero or not finite, or the model does not call the layers."
             )
 
     def follow(self) -> None:
@@ -200,7 +205,7 @@ class Whitening:
         # Random numbers of their own: the noise's generator goes on as if none had been drawn, and
         # all ranks draw the same.
         seed = public_seed(self.steps)
-        with repeatable(like.device, seed), _evaluating(self.model), ExitStack() as stack:
+        with repeatable(like.device, seed), _trying(self.model), ExitStack() as stack:
             made = tree_map_only(Tensor, partial(_as_weights, like), option.probes(self.steps))
             args = made if isinstance(made, tuple) else (made,)
             args, kwargs = ((), made) if isinstance(made, dict) else (args, {})
@@ -229,18 +234,26 @@ class Whitening:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model without autograd, compilation, autocast and dropout."""
-    modes = [(module, module.training) for module in model.modules()]
+def _trying(model: nn.Module) -> Iterator[None]:
+    """Run a model without autograd, compilation, autocast, dropout and views, without a trace.
+
+    All else is as in training. What a training pass leaves behind may hold examples, and it was
+    searched that later training passes do not depend on it; passes in evaluation mode may.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(gathered(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(full_precision())
-        for module, training in modes:
-            stack.callback(setattr, module, "training", training)
-            module.training = False
+        stack.enter_context(Substitutes(model, _copied_unless_trained))
+        for module in model.modules():
+            if isinstance(module, _STATELESS):
+                module.training = False
         yield
+
+
+def _copied_unless_trained(tensor: Tensor) -> Tensor:
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
 
 def _as_weights(weight: Tensor, x: Tensor) -> Tensor:

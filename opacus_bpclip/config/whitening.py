@@ -116,7 +116,7 @@ class InputWhitening:
 
     Args:
         probes: called with the number of steps since ``make_private``; returns public examples:
-            what the model is called with in evaluation mode, a tensor, a tuple of arguments, or a
+            what the model is called with in training, a tensor, a tuple of arguments, or a
             dict of keyword arguments. The guarantee holds only if they do not depend on the private
             data. `PinkNoise`, the default, makes some for models of pictures. Global random numbers
             get a seed of their own for each step, and are restored after the call.

@@ -13,7 +13,7 @@ from typing import Any
 
 from opacus.accountants import IAccountant
 
-from opacus_bpclip.engine.segments import Segments, Steps, count, history, total, union
+from opacus_bpclip.engine.segments import Segments, Steps, as_worst, count, history, total, union
 
 KEY = "privacy_segments"
 
@@ -53,8 +53,9 @@ class Account:
 
     def adopt(self, segments: Segments) -> None:
         """Let the accountant count these steps and no others."""
+        (segments,) = self._comparable(segments)
         self._set(segments)
-        self.accountant.history = self._history(segments)
+        self.accountant.history = history(total(segments))
 
     def keep(self, before: Segments, saved: Mapping[str, list[Steps]]) -> None:
         """Put steps back that the accountant has forgotten by loading a checkpoint.
@@ -66,17 +67,21 @@ class Account:
             before: `segments` before it was loaded.
             saved: the `state` that was saved; what is not in it counts as other steps.
         """
-        loaded = count(self.accountant.history)
+        found = {"": count(self.accountant.history)}
         named = {name: count(steps) for name, steps in saved.items()}
+        before, named, found = self._comparable(before, named, found)
+        loaded = total(found)
         unnamed = loaded - total(named)
         if unnamed:
             named[uuid.uuid4().hex] = unnamed
         segments = union([before, named])
         forgotten = total(segments) - loaded
-        if not forgotten:
+        if not forgotten and loaded == count(self.accountant.history):
             self._set(segments)
             return
         self.adopt(segments)
+        if not forgotten:
+            return
         warnings.warn(
             f"The checkpoint lacks {forgotten.total()} steps that this engine has counted. They "
             "were taken on the data, whatever becomes of the model, so they are added to the "
@@ -88,10 +93,9 @@ class Account:
     def _set(self, segments: Segments) -> None:
         self._earlier = {name: steps for name, steps in segments.items() if name != self.segment}
 
-    def _history(self, segments: Segments) -> list[Steps]:
-        steps = history(total(segments))
-        if self.accountant.mechanism() == "gdp" and len(steps) > 1:
-            # It counts one kind of steps only: the worst of them bounds all.
-            noise_multipliers, sample_rates, counts = zip(*steps, strict=True)
-            return [(min(noise_multipliers), max(sample_rates), sum(counts))]
-        return steps
+    def _comparable(self, *reports: Segments) -> list[Segments]:
+        """Return the same steps; all of one kind for an accountant that counts one kind only."""
+        kinds = {kind for report in reports for steps in report.values() for kind in steps}
+        if self.accountant.mechanism() != "gdp" or len(kinds) < 2:
+            return list(reports)
+        return [as_worst(report, kinds) for report in reports]

@@ -69,7 +69,9 @@ def _segments_in(
     if hasattr(path, "seek"):
         path.seek(0)
     try:
-        found: dict[str, Any] = torch.load(path, **(torch_load_kwargs or {})).get(account.KEY, {})
+        found: dict[str, Any] = torch.load(
+            path, **(torch_load_kwargs or {}), weights_only=False
+        ).get(account.KEY, {})
     except Exception:  # whatever was wrong with the file, the caller is told
         return {}
     return found

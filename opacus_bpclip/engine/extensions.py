@@ -273,7 +273,7 @@ def _note_dataset(engine: opacus.PrivacyEngine, dataset: Any) -> None:
         dataset = dataset.dataset
     if engine.dataset is None:
         engine.dataset = dataset
-    elif engine.dataset != dataset:
+    elif engine.dataset is not dataset:
         warnings.warn(
             f"PrivacyEngine detected new dataset object. Was: {engine.dataset}, got: {dataset}. "
             "The accountant adds up the privacy spent on one data set. Make a new engine for "

@@ -9,6 +9,7 @@ from typing import Any
 import opacus
 
 from opacus_bpclip.engine import checkpoints, extensions
+from opacus_bpclip.engine.engine import PrivacyEngine
 
 _EXTENSIONS: dict[str, Callable[..., Any]] = {
     "make_private": extensions.make_private,
@@ -51,6 +52,8 @@ def unregister() -> None:
 def _extended(original: Callable[..., Any], extension: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: opacus.PrivacyEngine, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, PrivacyEngine):  # is extended already, and calls what it extends
+            return original(self, *args, **kwargs)
         return extension(functools.partial(original, self), self, *args, **kwargs)
 
     return method

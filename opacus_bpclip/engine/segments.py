@@ -38,6 +38,13 @@ def total(segments: Mapping[str, Count]) -> Count:
     return sum(segments.values(), Counter())
 
 
+def as_worst(segments: Mapping[str, Count], kinds: Iterable[tuple[float, float]]) -> Segments:
+    """Return as many steps, all of one kind that is at least as bad as each of the given kinds."""
+    noise_multipliers, sample_rates = zip(*kinds, strict=True)
+    worst = min(noise_multipliers), max(sample_rates)
+    return {name: Counter({worst: steps.total()}) for name, steps in segments.items()}
+
+
 def union(reports: Sequence[Mapping[str, Count]]) -> Segments:
     """Return all segments that are in any of the reports, each with the most steps reported."""
     names = dict.fromkeys(name for report in reports for name in report)

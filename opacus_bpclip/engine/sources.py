@@ -52,7 +52,9 @@ class Sources:
         """
         if self._resumed:
             return fresh(device if generator is None else generator.device)
-        if self._made:
+        # Torch's default generator has made the initial weights. Who knows them could tell the
+        # samples and the noise of another generator with its seed.
+        if self._made or are_alike(generator, None):
             return apart(generator, device, purpose, self._made)
         return generator
 

@@ -11,6 +11,9 @@ from opacus.optimizers import DPOptimizer
 
 Hook = Callable[[DPOptimizer], None]
 
+# In the names of the functions that `IAccountant.get_optimizer_hook_fn` returns.
+_MADE_BY_ACCOUNTANTS = f"{IAccountant.get_optimizer_hook_fn.__name__}.<locals>"
+
 
 class AccountStep:
     """Adds one entry to the accountant for each step of an optimizer.
@@ -30,19 +33,32 @@ class AccountStep:
 
     def __call__(self, optimizer: DPOptimizer) -> None:
         """Add the step that the optimizer has taken."""
-        self.accountant.step(
-            noise_multiplier=optimizer.noise_multiplier,
-            sample_rate=self.sample_rate * optimizer.accumulated_iterations,
-        )
+        counted = list(self.accountant.history)
+        try:
+            self.accountant.step(
+                noise_multiplier=optimizer.noise_multiplier,
+                sample_rate=self.sample_rate * optimizer.accumulated_iterations,
+            )
+        except BaseException:
+            # Opacus's accountant of one kind of steps forgets all of them when it meets another.
+            self.accountant.history = counted
+            raise
         if self.then is not None:
             self.then(optimizer)
 
     def is_replaced_by(self, fn: Hook) -> bool:
-        """Return whether a function counts steps for the same accountant, as Opacus's hooks do."""
-        closure = inspect.getclosurevars(fn).nonlocals if inspect.isfunction(fn) else {}
-        own = any(value is self.accountant for value in closure.values())
-        return own or isinstance(fn, AccountStep)
+        """Return whether a function counts steps for the same accountant: Opacus's own hook does.
+
+        Any other function may read the accountant, and counts nothing.
+        """
+        if not inspect.isfunction(fn) or _MADE_BY_ACCOUNTANTS not in fn.__qualname__:
+            return isinstance(fn, AccountStep)
+        return any(cell.cell_contents is self.accountant for cell in fn.__closure__ or ())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AccountStep:
-        """Return a hook for the same accountant: an optimizer's copy spends the same budget."""
-        return AccountStep(self.accountant, self.sample_rate, self.then)
+        """Return a hook for the same accountant: an optimizer's copy spends the same budget.
+
+        If the engine is copied with it, they have one accountant, whichever is copied first.
+        """
+        accountant = memo.setdefault(id(self.accountant), self.accountant)
+        return AccountStep(accountant, self.sample_rate, self.then)

@@ -156,7 +156,7 @@ def carried(names: Sequence[str]) -> str:
     Args:
         names: the buffers that differ after other batches; none if the state is elsewhere.
     """
-    where = f"the buffer {', '.join(names)}" if names else "an attribute of its modules"
+    where = f"the buffer {', '.join(names)}" if names else "an attribute or a global variable"
     return (
         f"The model keeps something of its examples in {where}, and later forward passes depend on "
         "it: on made-up examples their outputs or gradients changed with the examples of an "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.comparison import distance, partitions
+from opacus_bpclip.probe.leaves import batch_leaves
 from opacus_bpclip.probe.randomness import repeatable
 
 # In units of the losses' precision, as for a model's outputs.
@@ -27,7 +28,6 @@ def rows_are_coupled(
         kwargs: the keyword arguments of its call.
         size: ``B``; for one row the result is ``False``.
     """
-    batch = Batch(args, kwargs, size, 0)
     if size < 2:
         return False
     try:
@@ -35,7 +35,7 @@ def rows_are_coupled(
         with torch.enable_grad(), repeatable(torch.device("cpu")):
             whole = criterion(*args, **kwargs).detach()
             for rows in next(partitions(size)):
-                half = batch.select(rows)
+                half = _of(args, kwargs, rows, size)
                 own = criterion(*half.args, **half.kwargs).detach()
                 gap = distance(whole[rows].flatten(), own.flatten())
                 if float(gap.max()) > _UNITS * torch.finfo(whole.dtype).eps:
@@ -43,3 +43,26 @@ def rows_are_coupled(
     except Exception:  # whatever the criterion's own code raises on half of a batch
         return False
     return False
+
+
+def _of(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Sequence[int], size: int) -> Batch:
+    """Return the arguments with these examples only; lists may have an item for each example.
+
+    A list of as many tensors that all have a row for each example is not such a list.
+    """
+    items: list[Tensor] = []
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: visit(own) for key, own in value.items()}
+        if type(value) not in (list, tuple):
+            return value
+        batched = all(isinstance(own, Tensor) and own.shape[:1] == (size,) for own in value)
+        if len(value) != size or batched:
+            return type(value)(map(visit, value))
+        chosen = [value[row] for row in rows]
+        items.extend(leaf for leaf in batch_leaves(chosen) if isinstance(leaf, Tensor))
+        return type(value)(chosen)
+
+    shorter = tuple(map(visit, args)), {key: visit(own) for key, own in kwargs.items()}
+    return Batch(*shorter, size, 0, shared=tuple(items)).select(rows)

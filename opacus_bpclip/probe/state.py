@@ -66,8 +66,8 @@ class _Trace(NamedTuple):
 def problem_of_state(copy: Copy, batch: Batch) -> Problem | None:
     """Return which state holds examples and reaches later passes or the ``state_dict``, if any.
 
-    A model that changes no buffer and no attribute is run once. A model that only overwrites them
-    is run five times, or seven if it is random.
+    A model that changes no buffer and no attribute is run twice, and one that only overwrites them
+    five times, or seven times if it is random.
 
     Args:
         copy: a copy of the model, inside its ``with`` statement.
@@ -84,9 +84,12 @@ def problem_of_state(copy: Copy, batch: Batch) -> Problem | None:
     except Exception:  # whatever the model's own code raises
         # It may have no gradient of an output that no loss uses.
         tried = run(carry=True)
-    if not copy.writes():
-        return None
     tolerance = tolerated(steady, copy.device)
+    if not copy.writes():
+        # What is kept in an object of an object, a class or a global shows in the next pass alone.
+        again = run(carry=True)
+        if equal(again.outputs, tried.outputs, tolerance):
+            return None
     if not copy.written() & persistent(copy.model):
         start = _Pass.of(copy, tried)
         if _forgets(copy, batch, steady, {} if steady.random else {0: start}, tolerance):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -209,7 +209,8 @@ def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
     """Check that a loader's collate function makes one row of each item.
 
     The check collates 3 and 4 copies of the first item, and compares the sizes of the batch axis.
-    Where no tensor's size changes, it finds nothing; the rows are then checked in training.
+    If none changes there, one that changes as the number of items on another axis has them all in
+    one row. Where no tensor's size changes, the rows are checked in training.
 
     Args:
         loader: the user's loader.
@@ -219,14 +220,22 @@ def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
         with repeatable(torch.device("cpu")):
             item = loader.dataset[0]
             batches = [loader.collate_fn([item] * count) for count in (3, 4)]
-        sizes = [
-            [leaf.shape[axis] for leaf in batch_leaves(batch) if _has_axis(leaf, axis)]
+        shapes = [
+            [leaf.shape for leaf in batch_leaves(batch) if _has_axis(leaf, axis)]
             for batch in batches
         ]
     except Exception:
         # The user's own code, whose error training will report.
         return None
-    growing = [pair for pair in zip(*sizes, strict=False) if pair[0] != pair[1]]
+    pairs = list(zip(*shapes, strict=False))
+    growing = [(one[axis], other[axis]) for one, other in pairs if one[axis] != other[axis]]
+    if not growing and any(_joined(*pair) for pair in pairs):
+        return (
+            "The data loader's collate_fn puts all items one after the other into one row (a "
+            "flattening or packing collator), and a row counts as one example. Make one row of "
+            "each item: pad them to one length, and mask the padding. If the rows are on the "
+            "second axis, pass batch_first=False."
+        )
     if not growing or (3, 4) in growing:
         return None
     rows = growing[0]
@@ -237,6 +246,11 @@ def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
         "make items that hold all views, which opacus_bpclip.AugmentedViews and FoldViews measure "
         "together."
     )
+
+
+def _joined(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Return whether some axis grows as the number of items from 3 to 4."""
+    return any(0 < 4 * short == 3 * long for short, long in zip(one, other, strict=False))
 
 
 def _has_axis(leaf: object, axis: int) -> bool:
