@@ -18,6 +18,7 @@ from opacus_bpclip.probe.copies import Copy, device_of
 from opacus_bpclip.probe.coupling import try_model
 from opacus_bpclip.probe.forms import made_up_batches
 from opacus_bpclip.probe.functions import is_followed, needs_plan
+from opacus_bpclip.probe.padding import problem_of_padding
 from opacus_bpclip.probe.problems import Problem, UntriedError, first_line
 from opacus_bpclip.probe.progress import shown
 from opacus_bpclip.probe.randomness import Steady
@@ -69,11 +70,15 @@ class Prober:
                 counts only if it returns one in every way of calling it.
         """
         found = None
-        for batch in made_up_batches(loader, self.model, batch_first=batch_first):
+        batches = made_up_batches(loader, self.model, batch_first=batch_first)
+        for form, batch in enumerate(batches):
             try:
                 problem = self._search_made_up(batch)
             except UntriedError:
                 continue
+            if problem is None and self.search:
+                with shown():
+                    problem = problem_of_padding(loader, self.model, form, batch_first=batch_first)
             if problem is None or not (loss_outside and problem.of_loss):
                 return problem
             found = problem

@@ -130,6 +130,16 @@ NOT_REPEATABLE = (
 )
 
 
+PADDED = (
+    "The data loader's collate_fn pads items to the longest one of a batch, and what the model "
+    "makes of an item depends on how far it is padded. A long example would change the "
+    "contributions of all others in its batch, and the noise is not made for that. Pad all items "
+    "to one public length, or leave padding out in the model: mask it, take the mean or the last "
+    "output over an item's own positions, pack sequences. If you are certain that no example's "
+    "output depends on another's, set BackpropClipping(probe=False)."
+)
+
+
 def buffered(name: str) -> str:
     """Return the message for a buffer that depends on the batch."""
     return (

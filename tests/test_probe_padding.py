@@ -1,0 +1,236 @@
+"""Items that are padded to the longest of a batch must have outputs of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from opacus.layers import DPGRU, DPLSTM
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+from torch.utils.data import DataLoader
+
+from opacus_bpclip import BackpropClipping, CoverageError, PrivacyEngine
+from tests.helpers import CLASSES
+
+WORDS, WIDTH = 20, 6
+
+REFUSAL = (
+    "The data loader's collate_fn pads items to the longest one of a batch, and what the model "
+    "makes of an item depends on how far it is padded. A long example would change the "
+    "contributions of all others in its batch, and the noise is not made for that. Pad all items "
+    "to one public length, or leave padding out in the model: mask it, take the mean or the last "
+    "output over an item's own positions, pack sequences. If you are certain that no example's "
+    "output depends on another's, set BackpropClipping(probe=False)."
+)
+
+
+def texts(lengths: tuple[int, ...] = (5, 3, 9, 4)) -> list[tuple[Tensor, Tensor]]:
+    drawn = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randint(1, WORDS, (lengths[i % len(lengths)],), generator=drawn),
+            torch.tensor(i % CLASSES),
+        )
+        for i in range(16)
+    ]
+
+
+def padded(items: list[Any], **options: Any) -> Any:
+    words, labels = zip(*items, strict=True)
+    return pad_sequence(list(words), batch_first=True, **options), torch.stack(labels)
+
+
+def sorted_by_length(items: list[Any]) -> Any:
+    return padded(sorted(items, key=lambda item: -len(item[0])))
+
+
+def to_a_public_length(items: list[Any]) -> Any:
+    return padded([(F.pad(words, (0, 12 - len(words))), label) for words, label in items])
+
+
+def on_the_left(items: list[Any]) -> Any:
+    return padded(items, padding_side="left")
+
+
+def masked_at_random(items: list[Any]) -> Any:
+    words, labels = padded(items)
+    return words * (torch.rand(words.shape) < 0.5), labels
+
+
+def with_lengths(items: list[Any]) -> Any:
+    words, labels = padded(items)
+    return words, torch.tensor([len(own) for own, _ in items]), labels
+
+
+class Text(nn.Module):
+    def __init__(self, body: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(WORDS, WIDTH, padding_idx=0)
+        self.body, self.head = body, nn.Linear(WIDTH, CLASSES)
+
+
+class Mean(Text):
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.words(words).mean(1))
+
+
+class Dropped(Text):
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(F.dropout(self.words(words), 0.5).mean(1))
+
+
+class Last(Text):
+    def __init__(self) -> None:
+        super().__init__(DPGRU(WIDTH, WIDTH, batch_first=True))
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.body(self.words(words))[0][:, -1])
+
+
+class Maximum(Text):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv1d(WIDTH, WIDTH, 3, padding=1))
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.body(self.words(words).transpose(1, 2)).amax(2))
+
+
+class Tags(Text):
+    """One output for each word, of the words on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__(DPLSTM(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True))
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.body(self.words(words))[0])
+
+
+class SequenceFirst(Text):
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.words(words).mean(0))
+
+
+class MaskedMean(Text):
+    def forward(self, words: Tensor) -> Tensor:
+        mask = (words > 0).unsqueeze(2).to(self.words.weight.dtype)
+        mean = (self.words(words) * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return self.head(F.dropout(mean, 0.5, self.training))
+
+
+class Packed(Text):
+    def __init__(self) -> None:
+        super().__init__(DPGRU(WIDTH, WIDTH, batch_first=True))
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        own = self.words(words)
+        if not len(words):
+            return self.head(own.new_zeros(0, WIDTH))
+        packed = pack_padded_sequence(
+            own, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
+        )
+        return self.head(self.body(packed)[1][0])
+
+
+class Causal(Text):
+    """One output for each word, of the words before it."""
+
+    def __init__(self) -> None:
+        super().__init__(DPGRU(WIDTH, WIDTH, batch_first=True))
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.body(self.words(words))[0])
+
+
+class Attending(Text):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, words: Tensor) -> Tensor:
+        own, kept = self.words(words), (words > 0)[:, None, :]
+        scores = (self.body(own) @ own.transpose(1, 2)).masked_fill(~kept, -1e30)
+        return self.head(scores.softmax(2) @ own)[:, 0]
+
+
+def private(
+    model: nn.Module,
+    collate: Callable[[list[Any]], Any] = padded,
+    items: Any = None,
+    *,
+    backprop: BackpropClipping | None = None,
+    **options: Any,
+) -> Any:
+    return PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=nn.CrossEntropyLoss(),
+        data_loader=DataLoader(items or texts(), batch_size=8, collate_fn=collate),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        clipping="backprop",
+        backprop=backprop,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("collate", [padded, sorted_by_length, on_the_left])
+@pytest.mark.parametrize("make", [Mean, Dropped, Last, Maximum, Tags])
+def test_a_model_that_sees_the_padding_is_refused(make: type[Text], collate: Any) -> None:
+    # 46 times the claim for the mean, of 200 texts of 5 words and one of 60.
+    with pytest.raises(CoverageError) as refusal:
+        private(make(), collate)
+    assert str(refusal.value) == REFUSAL
+
+
+def test_items_of_one_length_do_not_hide_it() -> None:
+    with pytest.raises(CoverageError, match="pads items to the longest"):
+        private(Mean(), items=texts((5,)))
+
+
+def test_the_sequence_may_be_the_first_axis() -> None:
+    def collate(items: list[Any]) -> Any:
+        words, labels = padded(items)
+        return words.T, labels
+
+    with pytest.raises(CoverageError, match="pads items to the longest"):
+        private(SequenceFirst(), collate, batch_first=False)
+
+
+@pytest.mark.parametrize("items", [texts(), texts((5,))], ids=["lengths", "one length"])
+@pytest.mark.parametrize(
+    ("make", "collate"),
+    [
+        (MaskedMean, padded),
+        (MaskedMean, sorted_by_length),
+        (MaskedMean, on_the_left),
+        (Attending, padded),
+        (Packed, with_lengths),
+        (Causal, padded),
+        (Mean, to_a_public_length),
+    ],
+)
+def test_a_model_that_leaves_padding_out_trains(
+    make: type[Text], collate: Any, items: list[Any]
+) -> None:
+    model = make()
+    wrapped, optimizer, criterion, loader = private(model, collate, items)
+    before = model.head.weight.detach().clone()
+    for *inputs, labels in loader:
+        optimizer.zero_grad()
+        outputs = wrapped(*inputs)
+        targets = labels if outputs.dim() == 2 else labels[:, None].expand(outputs.shape[:2])
+        criterion(outputs if outputs.dim() == 2 else outputs.transpose(1, 2), targets).backward()
+        optimizer.step()
+    assert not torch.equal(model.head.weight, before)
+
+
+def test_nothing_is_said_of_masks_that_are_drawn_in_the_collate_function() -> None:
+    private(MaskedMean(), masked_at_random)
+
+
+def test_the_search_may_be_left_out() -> None:
+    private(Mean(), backprop=BackpropClipping(probe=False))
