@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,3 +71,30 @@ class OnlyReal(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         y = self.table(ids - 100)
         return y - self.coupled * y.mean(dim=0)
+
+
+def out_of_sight(place: str) -> nn.Module:
+    """Return a model that subtracts the last mean from where no search for changes looks.
+
+    Args:
+        place: ``"a class"``, ``"a global"`` or ``"an object of an object"``.
+    """
+    holder = SimpleNamespace(mean=torch.zeros(FEATURES))
+
+    class Kept(nn.Module):
+        mean = torch.zeros(FEATURES)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(FEATURES, CLASSES)
+            if place == "an object of an object":
+                self.bank = SimpleNamespace(inside=holder)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = Kept if place == "a class" else holder
+            y = self.layer(x - kept.mean.to(x.dtype))
+            if torch.is_grad_enabled():
+                kept.mean = x.detach().mean(dim=0)
+            return y
+
+    return Kept()

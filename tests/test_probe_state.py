@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from opacus_bpclip import BackpropClipping, CoverageError, PrivacyViolationError
 from opacus_bpclip.probe.buffers import buffers_of, differing
 from tests.budgets import layerwise
-from tests.helpers import CLASSES, FEATURES, batch, make_private, model_of, train_step
+from tests.helpers import FEATURES, batch, make_private, model_of, train_step
 from tests.joint.helpers import joint
-from tests.probing import found
+from tests.probing import found, out_of_sight
 from tests.stateful import (
     Attribute,
     AttributeWithGradients,
@@ -122,25 +121,7 @@ def test_state_out_of_sight_that_is_written_only_where_gradients_are_made_is_fou
     place: str,
 ) -> None:
     # 12.9 times the claim, by an example of the step before.
-    holder = SimpleNamespace(mean=torch.zeros(FEATURES))
-
-    class Kept(nn.Module):
-        mean = torch.zeros(FEATURES)
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(FEATURES, CLASSES)
-            if place == "an object of an object":
-                self.bank = SimpleNamespace(inside=holder)
-
-        def forward(self, x: Tensor) -> Tensor:
-            kept = Kept if place == "a class" else holder
-            y = self.layer(x - kept.mean.to(x.dtype))
-            if torch.is_grad_enabled():
-                kept.mean = x.detach().mean(dim=0)
-            return y
-
-    assert found(Kept()) == CARRIED.format("an attribute or a global variable")
+    assert found(out_of_sight(place)) == CARRIED.format("an attribute or a global variable")
 
 
 def test_a_counter_of_passes_with_gradients_is_not_called_an_example() -> None:

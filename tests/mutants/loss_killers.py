@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opacus_bpclip.probe.rows import rows_are_coupled
 from opacus_bpclip.rules import GroupNormRule
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_independence, check_refused, check_sensitivity
@@ -83,3 +84,21 @@ def long_group_of_equal_gradients() -> None:
     x, g = torch.ones(1, 1, 50176), torch.full((1, 1, 50176), 0.3)
     left = float(rule.input_gradient(g, x, torch.ones(1)).abs().max())
     assert left == 0, f"{left} is left where nothing is"
+
+
+class _Boxes(nn.Module):
+    """The distance of outputs to a list of each example's boxes, by how many the batch has."""
+
+    reduction = "none"
+
+    def forward(self, output: Tensor, target: list[Tensor]) -> Tensor:
+        losses = [(output[index] - own).abs().sum() for index, own in enumerate(target)]
+        return torch.stack(losses) / sum(map(len, target))
+
+
+def lists_of_boxes() -> None:
+    """A criterion that divides by how many boxes there are in a list with an item for each
+    example."""
+    boxes = [torch.ones(number, 2) for number in (1, 5, 2, 9)]
+    found = rows_are_coupled(_Boxes(), (torch.zeros(4, 2), boxes), {}, 4)
+    assert found, "the number of boxes was not found"

@@ -11,6 +11,8 @@ from torch import Tensor
 from opacus_bpclip.clipping import affine, fused_use
 from opacus_bpclip.losses import criterion
 from opacus_bpclip.losses.criterion import LossWatch
+from opacus_bpclip.probe import rows
+from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.rules import AffineRule
 from opacus_bpclip.rules import affine as affine_rules
 from tests.mutants import loss_killers
@@ -87,3 +89,14 @@ def rounding_of_own_gradients_clipped_as_a_gradient(patch: pytest.MonkeyPatch) -
     """The rounding errors of a per-example gradient that cancels, in the exact bound, are limited
     only by the bound's slack, which a thousand equal examples exceed."""
     patch.setattr(fused_use, "cancellation_factor", _all_kept)
+
+
+@mutant(killed_by=loss_killers.lists_of_boxes, says="was not found")
+def lists_of_targets_left_whole(patch: pytest.MonkeyPatch) -> None:
+    """Half of the examples are tried with the list of all targets: a criterion that goes through
+    the list fails, which counts as nothing found."""
+
+    def whole(args: Any, kwargs: Any, chosen: Any, size: int) -> Batch:
+        return Batch(args, kwargs, size, 0).select(chosen)
+
+    patch.setattr(rows, "_of", whole)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_bpclip.probe import copies, ragged, state, values
+from opacus_bpclip.probe import copies, prober, ragged, state, values
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.randomness import Steady
 from tests.mutants import probe_killers
@@ -93,3 +93,16 @@ def what_passes_leave_not_compared(patch: pytest.MonkeyPatch) -> None:
     """A model is taken to forget each batch if few passes have equal outputs and gradients, though
     they leave something else in its buffers."""
     patch.setattr(state, "alike", lambda one, other: True)
+
+
+@mutant(killed_by=probe_killers.mean_kept_out_of_sight, says="was not found")
+def state_out_of_sight_not_asked_for(patch: pytest.MonkeyPatch) -> None:
+    """A model is taken to have no state if none of its buffers and attributes changes, though the
+    next pass has other outputs."""
+    patch.setattr(state, "equal", lambda one, other, tolerance=0.0: True)
+
+
+@mutant(killed_by=probe_killers.mean_over_padding, says="was not found")
+def padding_not_tried(patch: pytest.MonkeyPatch) -> None:
+    """No item is tried beside a longer one, which decides how far it is padded."""
+    patch.setattr(prober, "problem_of_padding", lambda *args, **options: None)

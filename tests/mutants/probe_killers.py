@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 
-from tests.probing import found, made_up
+from opacus_bpclip.probe.prober import Prober
+from tests.probing import found, made_up, out_of_sight
 from tests.stateful import GradientOnly, Lagged, Seen, Sixth
 
 
@@ -52,6 +57,30 @@ def number_of_the_batch_before() -> None:
 def average_read_from_the_sixth_pass_on() -> None:
     """A model that begins late to subtract a moving average of its batches."""
     assert found(Sixth()), "the moving average was not found"
+
+
+def mean_kept_out_of_sight() -> None:
+    """A model that subtracts the mean of the batch before, which it keeps in a global variable
+    where gradients are made."""
+    assert found(out_of_sight("a global")), "the mean of the batch before was not found"
+
+
+class _Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.words(words).mean(1))
+
+
+def mean_over_padding() -> None:
+    """A model that takes the mean over all positions, and a loader that pads to the longest."""
+    texts = [torch.ones(1 + number % 5).long() for number in range(8)]
+    loader = DataLoader(texts, batch_size=4, collate_fn=partial(pad_sequence, batch_first=True))
+    problem = Prober(_Padded(), loss_reduction="mean").before_training(loader, batch_first=True)
+    assert problem, "the padding was not found"
 
 
 def module_under_two_names() -> None:

@@ -13,6 +13,7 @@ from opacus_bpclip.engine.account import Account
 from opacus_bpclip.engine.segments import Segments, total
 from opacus_bpclip.engine.sources import Sources
 from opacus_bpclip.optimizer import wrapper
+from opacus_bpclip.optimizer.accounting import AccountStep
 from opacus_bpclip.optimizer.wrapper import OptimizerWrapper
 from opacus_bpclip.sampling import loader, sampler
 from opacus_bpclip.sampling.sampler import CountedSampler
@@ -124,3 +125,28 @@ def larger_history_alone(patch: pytest.MonkeyPatch) -> None:
         return max(reports, key=lambda segments: total(segments).total())
 
     patch.setattr(account, "union", larger)
+
+
+@mutant(killed_by=killers.samples_with_the_seed_of_the_weights, says="are of one stream")
+def samples_in_the_stream_of_the_weights(patch: pytest.MonkeyPatch) -> None:
+    """The samples are chosen by the numbers that have made the initial weights, and who knows these
+    can tell who is in it."""
+    alike = sources.are_alike
+    patch.setattr(sources, "are_alike", lambda one, other: other is not None and alike(one, other))
+
+
+@mutant(killed_by=killers.steps_of_a_copy_with_its_engine, says="the accountant has 0 of 2 steps")
+def copies_counted_by_the_original_alone(patch: pytest.MonkeyPatch) -> None:
+    """The copy of an optimizer counts for the original's accountant, and the engine that is copied
+    with it has an accountant of its own, which stays empty."""
+
+    def own(self: AccountStep, memo: dict[int, Any]) -> AccountStep:
+        return AccountStep(self.accountant, self.sample_rate, self.then)
+
+    patch.setattr(AccountStep, "__deepcopy__", own)
+
+
+@mutant(killed_by=killers.steps_with_a_hook_that_reads, says="the accountant has 0 of 2 steps")
+def hooks_that_read_taken_for_the_accountants(patch: pytest.MonkeyPatch) -> None:
+    """A step hook that only reads the accountant replaces the one by which it counts."""
+    patch.setattr(AccountStep, "is_replaced_by", lambda self, fn: bool(fn.__closure__))

@@ -87,6 +87,29 @@ def noise_with_the_seed_of_the_samples() -> None:
     assert told_apart, "noise and samples are of one stream"
 
 
+def samples_with_the_seed_of_the_weights() -> None:
+    """Samples from a generator with the seed that torch's default one had when it made the
+    weights."""
+    script = Script(generators=[None, torch.Generator().manual_seed(0)])
+    told_apart = script.loader.generator.initial_seed() != torch.initial_seed()
+    assert told_apart, "weights and samples are of one stream"
+
+
+def steps_of_a_copy_with_its_engine() -> None:
+    """A script that is copied with all that it has made, and trained."""
+    copied = copy.deepcopy(Script()).train()
+    assert copied.steps == 2, f"the accountant has {copied.steps} of 2 steps"
+
+
+def steps_with_a_hook_that_reads() -> None:
+    """Two steps with a hook that logs what the accountant has counted."""
+    script, seen = Script(), []
+    accountant = script.engine.accountant
+    script.optimizer.attach_step_hook(lambda _: seen.append(len(accountant.history)))
+    script.train()
+    assert script.steps == 2, f"the accountant has {script.steps} of 2 steps"
+
+
 def steps_after_the_best_checkpoint() -> None:
     """Two steps, a checkpoint, two more steps, and the checkpoint loaded again."""
     script = Script().train()

@@ -6,6 +6,7 @@ import pytest
 
 from opacus_bpclip.clipping.alignment import Alignment
 from opacus_bpclip.guard.ranks import Ranks
+from opacus_bpclip.sampling import loader
 from opacus_bpclip.sampling.log import SampleLog
 from opacus_bpclip.sampling.records import Sample, Signal
 from tests.mutants import sampling_killers as killers
@@ -83,3 +84,9 @@ def broadcast_axes_not_compared(patch: pytest.MonkeyPatch) -> None:
     """The operands of a broadcast parameter are not checked: with wrong `dims`, one example's copy
     gets the gradient of others."""
     patch.setattr(Alignment, "_check", lambda *_: None)
+
+
+@mutant(killed_by=killers.all_items_in_one_row, says="was accepted")
+def packed_rows_accepted(patch: pytest.MonkeyPatch) -> None:
+    """A collate function may put all items into one row, which then counts as one example."""
+    patch.setattr(loader, "_joined", lambda one, other: False)

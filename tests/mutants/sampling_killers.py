@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.data import DataLoader
 
 from opacus_bpclip.rules import RULES, BroadcastRule
+from opacus_bpclip.sampling.loader import several_rows
 from opacus_bpclip.sampling.records import Pass
 from tests.budgets import layerwise
 from tests.checks import Trainer, check_refused
@@ -101,3 +103,9 @@ def scale_of_another_axis() -> None:
         patch.setitem(RULES, _Scale, _ScaleRule)
         trainer = Trainer(nn.Sequential(_Scale()), (3, 3, 2), layerwise())
         check_refused(trainer, torch.ones(3, 3, 3, 2).double(), lambda y, _: y.sum())
+
+
+def all_items_in_one_row() -> None:
+    """A collate function that puts all items one after the other into one row."""
+    packed = DataLoader([torch.ones(3)] * 8, collate_fn=lambda items: torch.cat(items)[None])
+    assert several_rows(packed, axis=0), "a row of all items was accepted"

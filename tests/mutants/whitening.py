@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 
 from opacus_bpclip import hooks
 from opacus_bpclip.clipping import at_once, whitening
@@ -96,3 +96,10 @@ def measured_by_the_largest_eigenvalue(patch: pytest.MonkeyPatch) -> None:
     """The norm of a gradient at one position is bounded by the largest eigenvalue, which wastes
     most of the limit."""
     patch.setattr(WhitenedRule, "exact_bound", lambda self, *args: self.one.exact_bound(*args))
+
+
+@mutant(killed_by=killers.state_that_evaluation_reads, says="reached the matrices")
+def learnt_in_evaluation_mode(patch: pytest.MonkeyPatch) -> None:
+    """The matrices are learnt by passes in evaluation mode, which may read what training passes
+    have left of their examples."""
+    patch.setattr(whitening, "_STATELESS", (nn.Module,))

@@ -103,3 +103,38 @@ def random_public_examples() -> None:
     BackpropClipHooks(model, config=clipping, loss_reduction="sum")
     moved = not torch.equal(torch.get_rng_state(), state)
     assert not moved, "the public examples have moved the noise's generator"
+
+
+class _Measuring(nn.Module):
+    """Keeps a scale of the batch in training, and reads it in evaluation mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(3).double(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x * self.scale * self.last
+        with torch.no_grad():
+            self.scale = self.last = x.abs().mean(0)
+        return x.tanh()
+
+
+def state_that_evaluation_reads() -> None:
+    """A step on small examples or on large ones, and matrices that are learnt after it."""
+    found = []
+    for size in (1, 1000):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), _Measuring(), nn.Linear(3, 3))
+        model[1].last = torch.ones(3).double()
+        trainer = _trainer(model, torch.randn(9, 4))
+        trainer.optimizer.param_groups[0]["lr"] = 0.0
+        trainer.step(size * torch.ones(2, 4).double(), torch.zeros(2, 3).double())
+        scale = model[1].scale.clone()
+        learning = trainer.optimizer._hooks._whitening
+        learning.stale = True
+        learning.follow()
+        assert torch.equal(model[1].scale, scale), "learning has left a trace"
+        matrix = learning.layers["2"].matrix
+        found.append(matrix.times(torch.eye(3, dtype=matrix.scale.dtype)[None]))
+    assert torch.equal(*found), "an example of the step reached the matrices"

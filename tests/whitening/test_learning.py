@@ -68,40 +68,6 @@ def test_they_are_learnt_every_few_steps_from_the_present_weights() -> None:
         torch.testing.assert_close(first["0"], matrices_of(trainer)["0"], rtol=1e-9, atol=1e-9)
 
 
-class Measuring(nn.Module):
-    """Keeps a scale of the batch in training, and reads it in evaluation mode alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.ones(3), persistent=False)
-        self.last = torch.ones(3).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x * self.scale * self.last
-        with torch.no_grad():
-            self.scale = self.last = x.abs().mean(0)
-        return x.tanh()
-
-
-def test_what_training_leaves_for_evaluation_does_not_reach_the_matrices() -> None:
-    # An example of one step moved the sum of the next by 5.6 times the claim.
-    found = []
-    for size in (1, 1000):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 3), Measuring(), nn.Linear(3, 3)).double()
-        public = torch.randn(9, 4)
-        option = InputWhitening(lambda _, own=public: own, every=1)
-        trainer = Trainer(model, (4,), BackpropClipping(whitening=option))
-        trainer.optimizer.param_groups[0]["lr"] = 0.0
-        trainer.step(size * torch.ones(2, 4).double(), torch.zeros(2, 3).double())
-        scale = model[1].scale.clone()
-        trainer.optimizer._hooks._whitening.follow()
-        assert torch.equal(model[1].scale, scale)
-        found.append(matrices_of(trainer)["2"])
-    assert torch.equal(*found)
-
-
 class Noisy(nn.Module):
     """Draws random numbers in evaluation mode, too, and writes to its input."""
 
