@@ -264,8 +264,7 @@ REFUSALS = {
     "all items in one row": Refusal(
         "The data loader's collate_fn puts all items one after the other into one row (a "
         "flattening or packing collator), and a row counts as one example. Make one row of each "
-        "item: pad them to one length, and mask the padding. If the rows are on the second axis, "
-        "pass batch_first=False.",
+        "item: pad them to one length, and mask the padding.",
         {"data_loader": DataLoader(dataset(), 8, collate_fn=joined)},
     ),
     "several evaluations a step of one of several": Refusal(

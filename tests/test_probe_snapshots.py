@@ -49,8 +49,8 @@ class Stored(Holding):
 @pytest.mark.parametrize(
     ("make", "runs"),
     [
-        pytest.param(lambda: nn.Linear(FEATURES, CLASSES), 1, id="nothing"),
-        pytest.param(lambda: Holding((torch.ones(2), Named(torch.ones(3), [1]))), 1, id="tuples"),
+        pytest.param(lambda: nn.Linear(FEATURES, CLASSES), 2, id="nothing"),
+        pytest.param(lambda: Holding((torch.ones(2), Named(torch.ones(3), [1]))), 2, id="tuples"),
         pytest.param(Stored, 5, id="overwritten"),
         pytest.param(lambda: nn.Sequential(Stored(), nn.Dropout()), 7, id="overwritten and random"),
         pytest.param(Counter, 1 + 2 * state.PASSES * 4, id="counted"),

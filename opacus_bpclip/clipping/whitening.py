@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from opacus_bpclip.config import BackpropClipping, InputWhitening, public_seed
 from opacus_bpclip.model.calls import Args, Kwargs
 from opacus_bpclip.model.layer import Layer
-from opacus_bpclip.model.sharding import gathered
+from opacus_bpclip.model.sharding import unsharded
 from opacus_bpclip.model.tying import Group
 from opacus_bpclip.model.views import FoldViews
 from opacus_bpclip.probe.randomness import repeatable
@@ -242,7 +242,7 @@ def _trying(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(gathered(model))
+        stack.enter_context(unsharded(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(full_precision())
         stack.enter_context(Substitutes(model, _copied_unless_trained))

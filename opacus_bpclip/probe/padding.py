@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from opacus_bpclip.probe import problems
 from opacus_bpclip.probe.batches import EXAMPLES, Batch
@@ -47,7 +47,10 @@ def problem_of_padding(
         form: the number of the way of calling the model, as `calls` yields them.
         batch_first: whether the batch axis is the first one, or the second.
     """
-    collated = _collated(loader) if isinstance(loader, DataLoader) else None
+    # Torch's own collate function does not pad.
+    if not isinstance(loader, DataLoader) or loader.collate_fn is default_collate:
+        return None
+    collated = _collated(loader)
     if collated is None:
         return None
     axis = 0 if batch_first else 1
