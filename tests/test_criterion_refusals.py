@@ -238,47 +238,6 @@ class Lagged(nn.Module):
         return losses / scale
 
 
-class Boxes(nn.Module):
-    """The distance of each output to the example's own boxes, by index or by zip.
-
-    Args:
-        by: how targets and outputs meet.
-        coupled: divide by the number of boxes in the batch.
-    """
-
-    reduction = "mean"
-
-    def __init__(self, by: str, *, coupled: bool) -> None:
-        super().__init__()
-        self.by, self.coupled = by, coupled
-
-    def forward(self, output: Tensor, targets: list[Tensor]) -> Tensor:
-        pairs = zip(output, targets, strict=False)
-        if self.by == "index":
-            pairs = ((output[index], own) for index, own in enumerate(targets))
-        losses = torch.stack([(out - own).abs().sum() for out, own in pairs])
-        return losses / sum(map(len, targets)) if self.coupled else losses
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("by", ["index", "zip"])
-def test_targets_may_be_a_list_with_an_item_for_each_example(by: str, nested: bool) -> None:
-    # 21 times the claim, for 200 examples with one box and one with 400.
-    class Nested(Boxes):
-        def forward(self, output: Tensor, targets: Any) -> Tensor:
-            return super().forward(output, targets["boxes"][0])
-
-    x, _ = batch()
-    boxes = [torch.randn(1 + number, CLASSES) for number in range(len(x))]
-    targets = {"boxes": (boxes,)} if nested else boxes
-    kind = Nested if nested else Boxes
-    trained = training(kind(by, coupled=False))
-    trained.criterion(trained.model(x), targets).backward()
-    trained = training(kind(by, coupled=True))
-    with pytest.raises(ValueError, match="couples examples"):
-        trained.criterion(trained.model(x), targets)
-
-
 @pytest.mark.parametrize("criterion", [Contrastive(), Normalised(), Lagged()])
 def test_a_criterion_that_couples_examples_is_refused(criterion):
     # 29 times the claim, for a contrastive one and 50 examples.

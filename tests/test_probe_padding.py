@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.utils.data import DataLoader
 
 from opacus_bpclip import BackpropClipping, CoverageError, PrivacyEngine
+from opacus_bpclip.probe import padding
 from tests.helpers import CLASSES
 
 WORDS, WIDTH = 20, 6
@@ -59,6 +61,15 @@ def on_the_left(items: list[Any]) -> Any:
 def masked_at_random(items: list[Any]) -> Any:
     words, labels = padded(items)
     return words * (torch.rand(words.shape) < 0.5), labels
+
+
+def with_mask(items: list[Any]) -> Any:
+    words, labels = padded(items)
+    return words, (words > 0).long(), labels
+
+
+def from_lists(items: list[Any]) -> Any:
+    return padded([(torch.tensor(own["words"]), own["label"][0]) for own in items])
 
 
 def with_lengths(items: list[Any]) -> Any:
@@ -146,6 +157,16 @@ class Causal(Text):
         return self.head(self.body(self.words(words))[0])
 
 
+class OptionalMask(Text):
+    """A mean with a mask that may be left out, as many models have it."""
+
+    def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
+        own = self.words(words)
+        mask = torch.ones(words.shape, device=words.device) if mask is None else mask
+        mask = mask.unsqueeze(2).to(own.dtype)
+        return self.head((own * mask).sum(1) / mask.sum(1).clamp(min=1))
+
+
 class Attending(Text):
     def __init__(self) -> None:
         super().__init__(nn.Linear(WIDTH, WIDTH))
@@ -226,6 +247,40 @@ def test_a_model_that_leaves_padding_out_trains(
         criterion(outputs if outputs.dim() == 2 else outputs.transpose(1, 2), targets).backward()
         optimizer.step()
     assert not torch.equal(model.head.weight, before)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [{"words": [1, 2, 3], "label": torch.tensor([0])}] * 8,
+        [{"words": np.arange(1, 4), "label": torch.tensor([0])}] * 8,
+    ],
+    ids=["lists", "arrays"],
+)
+def test_items_of_one_length_may_be_lists_or_arrays(items: list[Any]) -> None:
+    with pytest.raises(CoverageError, match="pads items to the longest"):
+        private(Mean(), from_lists, items)
+
+
+def test_a_mask_that_may_be_left_out_is_taken_to_be_passed() -> None:
+    private(OptionalMask(), with_mask)
+    with pytest.raises(CoverageError, match="pads items to the longest"):
+        private(OptionalMask(), lambda items: padded(items)[:1])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_any_axis_of_the_right_size_may_be_the_batchs(axis: int) -> None:
+    alone = torch.arange(7.0).repeat(7, 1)
+    beside = torch.cat([alone[:6], torch.ones(1, 7)])
+    assert not padding._differ(alone.movedim(0, axis), beside.movedim(0, axis), 0.0)
+    assert padding._differ(alone.movedim(0, axis), 2 * beside.movedim(0, axis), 0.0)
+
+
+def test_on_an_accelerator_no_long_item_is_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(padding, "device_of", lambda model: torch.device("cuda"))
+    private(Mean(), items=texts((5,)))
+    with pytest.raises(CoverageError, match="pads items to the longest"):
+        private(Mean())
 
 
 def test_nothing_is_said_of_masks_that_are_drawn_in_the_collate_function() -> None:

@@ -68,11 +68,14 @@ def are_alike(one: torch.Generator | None, other: torch.Generator | None) -> boo
     One may be ahead of the other: what it has drawn, the other will draw.
 
     Args:
-        one: a generator; ``None`` for torch's default one on the CPU.
+        one: a generator; ``None`` for torch's default ones, which it seeds alike on all devices.
         other: the same.
     """
+    default = one is None or other is None
     one, other = (torch.default_generator if own is None else own for own in (one, other))
-    if one is other or one.device != other.device:
+    if one is other:
         return False
     alike = one.initial_seed() == other.initial_seed()
+    if one.device != other.device:
+        return default and alike
     return alike or torch.equal(one.get_state(), other.get_state())

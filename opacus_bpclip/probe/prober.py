@@ -70,15 +70,14 @@ class Prober:
                 counts only if it returns one in every way of calling it.
         """
         found = None
-        batches = made_up_batches(loader, self.model, batch_first=batch_first)
-        for form, batch in enumerate(batches):
+        for batch in made_up_batches(loader, self.model, batch_first=batch_first):
             try:
                 problem = self._search_made_up(batch)
             except UntriedError:
                 continue
             if problem is None and self.search:
                 with shown():
-                    problem = problem_of_padding(loader, self.model, form, batch_first=batch_first)
+                    problem = problem_of_padding(loader, self.model, batch_first=batch_first)
             if problem is None or not (loss_outside and problem.of_loss):
                 return problem
             found = problem

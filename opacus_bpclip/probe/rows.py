@@ -30,18 +30,37 @@ def rows_are_coupled(
     """
     if size < 2:
         return False
-    try:
-        # With gradients, since some criteria keep something for the next batch only then.
-        with torch.enable_grad(), repeatable(torch.device("cpu")):
-            whole = criterion(*args, **kwargs).detach()
-            for rows in next(partitions(size)):
-                half = _of(args, kwargs, rows, size)
-                own = criterion(*half.args, **half.kwargs).detach()
-                gap = distance(whole[rows].flatten(), own.flatten())
-                if float(gap.max()) > _UNITS * torch.finfo(whole.dtype).eps:
-                    return True
-    except Exception:  # whatever the criterion's own code raises on half of a batch
-        return False
+    found = []
+    # A list of as many items as examples may hold one for each of them, or other things.
+    for lists in (True, False):
+        try:
+            found.append(_halves_differ(criterion, args, kwargs, size, lists=lists))
+        except Exception:  # whatever the criterion's own code raises on half of a batch
+            continue
+    return bool(found) and all(found)
+
+
+def _halves_differ(
+    criterion: Callable[..., Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    size: int,
+    *,
+    lists: bool,
+) -> bool:
+    # With gradients, since some criteria keep something for the next batch only then.
+    with torch.enable_grad(), repeatable(torch.device("cpu")):
+        whole = criterion(*args, **kwargs).detach()
+        for rows in next(partitions(size)):
+            half = (
+                _of(args, kwargs, rows, size)
+                if lists
+                else Batch(args, kwargs, size, 0).select(rows)
+            )
+            own = criterion(*half.args, **half.kwargs).detach()
+            gap = distance(whole[rows].flatten(), own.flatten())
+            if float(gap.max()) > _UNITS * torch.finfo(whole.dtype).eps:
+                return True
     return False
 
 

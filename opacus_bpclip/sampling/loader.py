@@ -229,7 +229,7 @@ def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
         return None
     pairs = list(zip(*shapes, strict=False))
     growing = [(one[axis], other[axis]) for one, other in pairs if one[axis] != other[axis]]
-    if not growing and any(_joined(*pair) for pair in pairs if pair[0][axis] == 1):
+    if not growing and axis == 0 and any(_joined(*pair) for pair in pairs if pair[0][0] == 1):
         return (
             "The data loader's collate_fn puts all items one after the other into one row (a "
             "flattening or packing collator), and a row counts as one example. Make one row of "
