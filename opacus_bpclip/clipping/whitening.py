@@ -235,7 +235,7 @@ class Whitening:
 
 @contextmanager
 def _trying(model: nn.Module) -> Iterator[None]:
-    """Run a model without autograd, compilation, autocast, dropout and views, without a trace.
+    """Run a model without autograd, compilation, autocast, `nn.Dropout` and views, and no trace.
 
     All else is as in training. What a training pass leaves behind may hold examples, and it was
     searched that later training passes do not depend on it; passes in evaluation mode may.

@@ -69,7 +69,8 @@ class BackpropClipping:
             in a trial on made-up examples. ``allocation="joint"`` needs no counts: the gradients of
             all uses are measured together.
         probe: whether to run the model on made-up examples before training, to check that no
-            example influences another. Such an influence breaks the guarantee: with
+            example influences another, and on the first items of a loader with a ``collate_fn`` of
+            its own, to check that none is padded for another. Such an influence breaks the guarantee: with
             ``probe=False`` it is your responsibility that there is none. The trial that finds the
             batch axis of layers and functions runs in any case.
 
