@@ -70,9 +70,9 @@ class BackpropClipping:
             all uses are measured together.
         probe: whether to run the model on made-up examples before training, to check that no
             example influences another, and on the first items of a loader with a ``collate_fn`` of
-            its own, to check that none is padded for another. Such an influence breaks the guarantee: with
-            ``probe=False`` it is your responsibility that there is none. The trial that finds the
-            batch axis of layers and functions runs in any case.
+            its own, to check that none is padded for another. Such an influence breaks the
+            guarantee: with ``probe=False`` it is your responsibility that there is none. The trial
+            that finds the batch axis of layers and functions runs in any case.
 
     Raises:
         ValueError: an option has another value; the message names it and the accepted values.
