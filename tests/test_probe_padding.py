@@ -268,6 +268,24 @@ def test_a_mask_that_may_be_left_out_is_taken_to_be_passed() -> None:
         private(OptionalMask(), lambda items: padded(items)[:1])
 
 
+class WithLoss(Mean):
+    """Returns its loss where it gets labels, and nothing can be said of that."""
+
+    def forward(self, words: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits = super().forward(words)
+        return logits if labels is None else F.cross_entropy(logits, labels)
+
+
+def test_a_loss_that_the_model_returns_does_not_hide_it() -> None:
+    with pytest.raises(CoverageError, match="pads items to the longest"):
+        private(WithLoss())
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 7), (7, 3, 4), (7, 4, 4)])
+def test_of_some_outputs_nothing_is_said(shape: tuple[int, ...]) -> None:
+    assert padding._differ(torch.ones(shape), torch.zeros(7, 5, 5)[: shape[0]], 0.0) is None
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_any_axis_of_the_right_size_may_be_the_batchs(axis: int) -> None:
     alone = torch.arange(7.0).repeat(7, 1)

@@ -13,7 +13,7 @@ outputs differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Number
 from typing import Any
 
@@ -40,8 +40,8 @@ _ROWS = 7
 def problem_of_padding(loader: object, model: nn.Module, *, batch_first: bool) -> Problem | None:
     """Return the problem if an item's outputs depend on the length of another item.
 
-    It counts only if they do so in each way of calling the model on which it runs: the loop may
-    pass a mask, or may not. Nothing is found where the collate function is random or fails.
+    It counts only if they do so in each way of calling the model that tells: the loop may pass a
+    mask, or may not. Nothing is found where the collate function is random or fails.
 
     Args:
         loader: the data loader.
@@ -112,7 +112,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _depends(model: nn.Module, alone: Batch, beside: Batch) -> bool | None:
-    """Return whether outputs differ between the two batches; ``None`` if the model does not run."""
+    """Return whether outputs differ between the two batches; ``None`` if nothing can be said."""
     for double in (True, False):
         if double and not Copy.fits(model):
             continue
@@ -123,35 +123,35 @@ def _depends(model: nn.Module, alone: Batch, beside: Batch) -> bool | None:
                 theirs = copy.run(beside, steady, inside=False).outputs
                 tolerance = tolerated(steady, copy.device)
             pairs = zip(ours, theirs, strict=False)
-            return any(_differ(one, other, tolerance) for one, other in pairs)
+            found = {_differ(one, other, tolerance) for one, other in pairs}
         except Exception:  # whatever the model's own code raises
             continue
+        return next((answer for answer in (True, False) if answer in found), None)
     return None
 
 
-def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:
+def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool | None:
     """Return whether too few rows of the second output are as those of the first.
 
     The collate function may have sorted the items. Any axis of the right size may be the batch's.
+    The answer is ``None`` for an output without such an axis, or with two axes of positions.
     """
     if one.dim() != other.dim():
-        return False
-    axes = [axis for axis in range(one.dim()) if one.shape[axis] == other.shape[axis] == _ROWS]
-    return bool(axes) and not any(
-        sum(_is_in(one.select(axis, 0), own, tolerance) for own in other.unbind(axis)) >= _ROWS - 1
-        for axis in axes
-    )
+        return None
+    sizes = list(zip(one.shape, other.shape, strict=True))
+    longer = [axis for axis, (short, long) in enumerate(sizes) if short != long]
+    rows = [axis for axis, both in enumerate(sizes) if both == (_ROWS, _ROWS)]
+    if not rows or len(longer) > 1 or any(short > long for short, long in sizes):
+        return None
+    parts = [other]
+    for axis in longer:  # the positions of the short item are the first or the last ones
+        short, long = sizes[axis]
+        parts = [other.narrow(axis, start, short) for start in (0, long - short)]
+    return not any(_are_alike(one, part, axis, tolerance) for axis in rows for part in parts)
 
 
-def _is_in(short: Tensor, long: Tensor, tolerance: float) -> bool:
-    """Return whether an output is the beginning or the end of a longer one, or equal to it."""
-    longer = [axis for axis in range(short.dim()) if short.shape[axis] != long.shape[axis]]
-    if not longer:
-        return equal([short], [long], tolerance)
-    if len(longer) > 1 or short.shape[longer[0]] > long.shape[longer[0]]:
-        return True  # It is unknown what belongs together.
-    parts: Sequence[Tensor] = [
-        long.narrow(longer[0], start, short.shape[longer[0]])
-        for start in (0, long.shape[longer[0]] - short.shape[longer[0]])
-    ]
-    return any(equal([short], [part], tolerance) for part in parts)
+def _are_alike(one: Tensor, other: Tensor, axis: int, tolerance: float) -> bool:
+    """Return whether all rows but one of the second output are as those of the first."""
+    row = one.select(axis, 0)
+    alike = [equal([row], [own], tolerance) for own in other.unbind(axis)]
+    return sum(alike) >= _ROWS - 1
