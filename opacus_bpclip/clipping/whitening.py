@@ -205,7 +205,7 @@ class Whitening:
         # Random numbers of their own: the noise's generator goes on as if none had been drawn, and
         # all ranks draw the same.
         seed = public_seed(self.steps)
-        with repeatable(like.device, seed), _trying(self.model), ExitStack() as stack:
+        with repeatable(like.device, seed), _as_in_training(self.model), ExitStack() as stack:
             made = tree_map_only(Tensor, partial(_as_weights, like), option.probes(self.steps))
             args = made if isinstance(made, tuple) else (made,)
             args, kwargs = ((), made) if isinstance(made, dict) else (args, {})
@@ -234,7 +234,7 @@ class Whitening:
 
 
 @contextmanager
-def _trying(model: nn.Module) -> Iterator[None]:
+def _as_in_training(model: nn.Module) -> Iterator[None]:
     """Run a model without autograd, compilation, autocast, `nn.Dropout` and views, and no trace.
 
     All else is as in training. What a training pass leaves behind may hold examples, and it was

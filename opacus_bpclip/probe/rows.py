@@ -53,7 +53,7 @@ def _halves_differ(
         whole = criterion(*args, **kwargs).detach()
         for rows in next(partitions(size)):
             half = (
-                _of(args, kwargs, rows, size)
+                _selected(args, kwargs, rows, size)
                 if lists
                 else Batch(args, kwargs, size, 0).select(rows)
             )
@@ -64,7 +64,9 @@ def _halves_differ(
     return False
 
 
-def _of(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Sequence[int], size: int) -> Batch:
+def _selected(
+    args: tuple[Any, ...], kwargs: dict[str, Any], rows: Sequence[int], size: int
+) -> Batch:
     """Return the arguments with these examples only; lists may have an item for each example.
 
     A list of as many tensors that all have a row for each example is not such a list.

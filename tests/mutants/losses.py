@@ -99,4 +99,4 @@ def lists_of_targets_left_whole(patch: pytest.MonkeyPatch) -> None:
     def whole(args: Any, kwargs: Any, chosen: Any, size: int) -> Batch:
         return Batch(args, kwargs, size, 0).select(chosen)
 
-    patch.setattr(rows, "_of", whole)
+    patch.setattr(rows, "_selected", whole)
