@@ -61,6 +61,25 @@ def linear_on_cifar10_scattering() -> nn.Linear:
     return nn.Linear(15552, 10)
 
 
+def cnn_on_scattering() -> nn.Sequential:
+    """Return a CNN of 28 by 28 images' scattering: 84,298 parameters, [N, 3969]."""
+    return _convolutions_on_maps(81, 7)
+
+
+def cnn_on_cifar10_scattering() -> nn.Sequential:
+    """Return the same for 32 by 32 images in colour: 179,530 parameters, input [N, 15552]."""
+    return _convolutions_on_maps(243, 8)
+
+
+def _convolutions_on_maps(maps: int, size: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Unflatten(1, (maps, size, size)),
+        *(nn.Conv2d(maps, 64, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, 64, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(64 * (size // 4) ** 2, 10)),
+    )
+
+
 def _two_convolutions(first: nn.Conv2d, second: nn.Conv2d, positions: int) -> nn.Sequential:
     return nn.Sequential(
         *(first, nn.Tanh(), nn.MaxPool2d(2, 1)),

@@ -1,4 +1,4 @@
-"""Scattering features of images, for linear models: nothing in them is learnt from data.
+"""Scattering features of images, for small models: nothing in them is learnt from data.
 
 Two layers of fixed wavelets, each followed by the modulus, and a local mean (Bruna and Mallat,
 TPAMI 2013). Tramèr and Boneh (ICLR 2021, arXiv 2011.11660) showed how far private linear models

@@ -109,15 +109,19 @@ def test_contrast_does_not_matter():
 
 
 @pytest.mark.parametrize(
-    ("make", "shape"),
+    ("make", "parameters", "shape"),
     [
-        (models.linear_on_scattering, (1, 28, 28)),
-        (models.linear_on_cifar10_scattering, (3, 32, 32)),
+        (models.linear_on_scattering, 39_700, (1, 28, 28)),
+        (models.cnn_on_scattering, 84_298, (1, 28, 28)),
+        (models.linear_on_cifar10_scattering, 155_530, (3, 32, 32)),
+        (models.cnn_on_cifar10_scattering, 179_530, (3, 32, 32)),
     ],
 )
-def test_the_linear_models_take_them(make, shape):
+def test_the_models_take_them(make, parameters, shape):
     labels = torch.arange(2)
     sets = 2 * (TensorDataset(torch.rand(2, *shape), labels),)
     train, test = featured(sets, scattering.scattering)
-    assert make()(train.tensors[0]).shape == (2, 10)
+    model = make()
+    assert models.count_parameters(model) == parameters
+    assert model(train.tensors[0]).shape == (2, 10)
     assert torch.equal(test.tensors[1], labels)
