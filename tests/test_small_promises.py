@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from types import SimpleNamespace
-
 import pytest
 import torch
-from opacus.accountants import create_accountant
 from opacus.layers import DPRNN
 from torch import nn
 
 from opacus_bpclip import CoverageError, clip_inputs
 from opacus_bpclip.model.calls import CallArguments
-from opacus_bpclip.optimizer.accounting import AccountStep
 from opacus_bpclip.rules import BroadcastRule
 from opacus_bpclip.rules.precision import rounding_margin
 from tests.budgets import layerwise
@@ -71,60 +66,6 @@ def test_a_layer_that_only_some_physical_batches_use_keeps_what_it_has() -> None
     parts.optimizer.step()
     for p, expected in zip(parts.handle._module.head.parameters(), head, strict=True):
         assert torch.equal(p.summed_grad, expected)
-
-
-def test_a_step_needs_no_accountant() -> None:
-    private = make_private(one_layer(), backprop=layerwise())
-    private.optimizer.attach_step_hook(None)
-    before = private.parameters[0].detach().clone()
-    train_step(private)
-    assert private.steps == 0
-    assert not torch.equal(private.parameters[0], before)
-
-
-def test_a_hook_of_ones_own_does_not_replace_the_accountants() -> None:
-    private = make_private(one_layer(), backprop=layerwise())
-    seen: list[int] = []
-    for _ in range(2):
-        private.optimizer.attach_step_hook(lambda own: seen.append(private.steps))
-        train_step(private)
-    assert seen == [1, 2]
-    copied = copy.deepcopy(private.optimizer)
-    assert copied.step_hook.then is private.optimizer.step_hook.then
-
-
-def test_a_hook_that_reads_the_accountant_counts_nothing_and_the_accountant_stays() -> None:
-    private = make_private(one_layer(), backprop=layerwise())
-    accountant, seen = private.engine.accountant, []
-
-    def hook(optimizer: object) -> None:
-        seen.append(len(accountant.history))
-        later.append(0)
-
-    private.optimizer.attach_step_hook(hook)
-    later: list[int] = []
-    train_step(private)
-    assert private.steps == len(later) == 1
-    assert seen == [1]
-
-
-@pytest.mark.filterwarnings("ignore:GDP accounting is experimental")
-def test_an_accountant_of_one_kind_keeps_its_steps_when_it_refuses_another() -> None:
-    accountant = create_accountant("gdp")
-    step = AccountStep(accountant, 0.5)
-    for noise_multiplier in (1.0, 1.0):
-        step(SimpleNamespace(noise_multiplier=noise_multiplier, accumulated_iterations=1))
-    with pytest.raises(ValueError, match="have to stay constant"):
-        step(SimpleNamespace(noise_multiplier=2.0, accumulated_iterations=1))
-    assert accountant.history == [(1.0, 0.5, 2)]
-
-
-def test_the_accountants_own_hook_counts_each_step_once() -> None:
-    private = make_private(one_layer(), backprop=layerwise())
-    hook = private.engine.accountant.get_optimizer_hook_fn(sample_rate=0.5)
-    private.optimizer.attach_step_hook(hook)
-    train_step(private)
-    assert private.engine.accountant.history[0][1:] == (0.5, 1)
 
 
 @pytest.mark.parametrize("value", ["text", torch.tensor(1.0)], ids=["text", "scalar"])

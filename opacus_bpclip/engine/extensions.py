@@ -84,7 +84,8 @@ def make_private(
     with _requested(engine, replace(request, entered=True)) as request:
         try:
             module, optimizer, data_loader = original(clipping=clipping, **kwargs)
-            optimizer.attach_step_hook(AccountStep(engine.accountant, 1 / len(data_loader)))
+            rate = 1 / len(data_loader)
+            optimizer.attach_step_hook(AccountStep(engine.accountant, rate, engine=engine))
             if isinstance(data_loader, PrivateDataLoader):
                 optimizer._sampler = data_loader.batch_sampler
             require_equal_ranks(request, optimizer, data_loader)

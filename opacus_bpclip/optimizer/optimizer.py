@@ -177,6 +177,8 @@ class BackpropClipOptimizer(OptimizerWrapper):
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Collect, and at the end of a logical batch add noise, divide and account.
 
+        If the step hook raises, the gradient is gone, and the next batch begins as usual.
+
         Returns:
             Whether the wrapped optimizer is to step.
         """
@@ -186,10 +188,8 @@ class BackpropClipOptimizer(OptimizerWrapper):
         except PrivacyViolationError:
             self._end_refused_batch(skip)
             raise
-        for group in self.param_groups:
-            for p in group["params"]:
-                # A gradient that is here has no noise: the wrapped optimizer must not use it.
-                p.grad = None
+        # A gradient that is here has no noise: the wrapped optimizer must not use it.
+        self._drop_gradients()
         if skip:
             self._is_last_step_skipped = True
             self._guard.finish()
@@ -199,11 +199,17 @@ class BackpropClipOptimizer(OptimizerWrapper):
         self.scale_grad()
         for p in self.params:
             mark_as_released(p.grad)
-        if self.step_hook:
-            self.step_hook(self)
-        self._is_last_step_skipped = False
-        self._guard.finish()
-        self._guard.passes.samples.close()
+        try:
+            if self.step_hook:
+                self.step_hook(self)
+        except BaseException:
+            # What the accountant may not have counted is not released.
+            self._drop_gradients()
+            raise
+        finally:
+            self._is_last_step_skipped = False
+            self._guard.finish()
+            self._guard.passes.samples.close()
         return True
 
     def _collect(self, skip: bool) -> None:

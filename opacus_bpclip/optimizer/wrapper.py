@@ -75,6 +75,11 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         """Return all that a step releases: the parameters, and the counts of examples."""
         return [*self.params, *self._hooks._sensitivities.counts.values()]
 
+    def _drop_gradients(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
     def _drop_sums(self, kept: Collection[Any] = ()) -> None:
         """Discard all sums but some, also those of parameters that were frozen since they began.
 

@@ -150,3 +150,10 @@ def copies_counted_by_the_original_alone(patch: pytest.MonkeyPatch) -> None:
 def hooks_that_read_taken_for_the_accountants(patch: pytest.MonkeyPatch) -> None:
     """A step hook that only reads the accountant replaces the one by which it counts."""
     patch.setattr(AccountStep, "is_replaced_by", lambda self, fn: bool(fn.__closure__))
+
+
+@mutant(killed_by=killers.steps_after_a_new_accountant, says="the accountant has 0 of 2 steps")
+def replaced_accountants_unnoticed(patch: pytest.MonkeyPatch) -> None:
+    """The engine gets another accountant after `make_private`, and steps are counted by the one
+    before, without a word."""
+    patch.setattr(AccountStep, "_present_engine", None)

@@ -8,8 +8,9 @@ import pickle
 import warnings
 
 import torch
+from opacus.accountants import create_accountant
 
-from opacus_bpclip import PrivacyEngine
+from opacus_bpclip import PrivacyEngine, PrivacyViolationError
 from tests.resuming import Script, check_no_noise_twice, check_no_sample_twice
 
 
@@ -107,6 +108,17 @@ def steps_with_a_hook_that_reads() -> None:
     accountant = script.engine.accountant
     script.optimizer.attach_step_hook(lambda _: seen.append(len(accountant.history)))
     script.train()
+    assert script.steps == 2, f"the accountant has {script.steps} of 2 steps"
+
+
+def steps_after_a_new_accountant() -> None:
+    """Two steps with another accountant in the engine, if they are not refused."""
+    script = Script()
+    script.engine.accountant = create_accountant("rdp")
+    try:
+        script.train()
+    except PrivacyViolationError:
+        return
     assert script.steps == 2, f"the accountant has {script.steps} of 2 steps"
 
 
