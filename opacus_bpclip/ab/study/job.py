@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +27,8 @@ from opacus_bpclip.jobs.running import Job, View
 
 # Of the split into training and held-out examples, which is the same for all arms and trials.
 _SPLIT_SEED = 0
+# What tells only how far training comes, and not whether an arm can be trained.
+_NOT_OF_PROBLEMS = {"lr", "seeds", "held_out", "epochs", "weight_averaging"}
 # What changes neither the number of steps nor the noise multiplier.
 _NOT_OF_PLANS = {
     *("arms", "seeds", "threads", "physical_batch_size", "precision", "weight_averaging"),
@@ -50,7 +51,7 @@ class StudyJob(Job[StudyRecord]):
     def __init__(self, study: Study, *, processes: int) -> None:
         self._study, self._processes = study, processes
         self._plans: dict[str, Plan] = {}
-        self._problems: dict[tuple[str, str], str] = {}
+        self._problems: dict[str, str] = {}
 
     def check(self) -> None:
         """Try each cell's data, model, loss and metric without privacy."""
@@ -95,18 +96,17 @@ class StudyJob(Job[StudyRecord]):
             yield from call_in_children(train, calls, processes=processes)
 
     def _plan(self, settings: RunSettings) -> Plan:
-        decisive = settings.model_dump(mode="json", exclude=_NOT_OF_PLANS)
-        key = json.dumps([decisive, settings.is_private])
+        key = _key(settings, _NOT_OF_PLANS) + str(settings.is_private)
         if key not in self._plans:
             self._plans[key] = plan_for(settings, _task(settings))
         return self._plans[key]
 
     def _problem(self, run: Run, plan: Plan) -> str:
-        pair = (run.cell, run.arm)
-        if pair not in self._problems:
-            settings = run.settings
-            self._problems[pair] = trial.problem_of(settings.arm, settings, plan, _task(settings))
-        return self._problems[pair]
+        settings = run.settings
+        key = _key(settings, _NOT_OF_PROBLEMS)
+        if key not in self._problems:
+            self._problems[key] = trial.problem_of(settings.arm, settings, plan, _task(settings))
+        return self._problems[key]
 
 
 def train(run: Run, plan: Plan) -> RunResult:
@@ -128,6 +128,10 @@ def train(run: Run, plan: Plan) -> RunResult:
     except Exception as error:
         return _result(run, plan, note=in_one_line(error), failed=True)
     return _result(run, plan, run=_last_epoch(found) if settings.held_out else found)
+
+
+def _key(settings: RunSettings, irrelevant: set[str]) -> str:
+    return settings.model_dump_json(exclude=irrelevant)
 
 
 def _last_epoch(found: SeedResult) -> SeedResult:

@@ -91,7 +91,7 @@ def _cell(record: StudyRecord, cell: str, style: Style) -> list[str]:
     rows = [["arm", measure.title, *_COLUMNS]]
     for arm, results in arms.items():
         told = [
-            *_spread(measure, _metrics(results), base),
+            *_spread(measure, _metrics(results), {} if arm == study.baseline else base),
             *_costs(measure, curves[arm], within),
             f"{sum(each.run is not None for each in results)}",
         ]
@@ -114,7 +114,7 @@ def _spread(measure: Measure, own: Mapping[int, float], base: Mapping[int, float
     if not own:
         return ["-", "-", "-"]
     spread = deviation(list(own.values()))
-    difference = paired_difference(own, base) if own != base else None
+    difference = paired_difference(own, base)
     told = "-"
     if difference:
         mean, *ends = (_signed(measure, each) for each in difference)

@@ -15,9 +15,14 @@ from opacus_bpclip.jobs.settings import Options
 from opacus_bpclip.jobs.values import HOW_TO_RUN, Count, Probability, Seed, Several
 
 Table = dict[str, Any]
-# What all arms of a cell share, or they would not be compared at equal privacy on equal data.
+# What all arms of a cell share, or they would not be compared at equal privacy, on equal data, by
+# one measure.
 OF_CELLS = frozenset(
-    {"dataset", "data", "data_root", "metric", "lower_is_better", "epsilon", "delta", "accountant"}
+    {
+        *("dataset", "data", "data_root", "collate", "model"),
+        *("loss", "metric", "lower_is_better"),
+        *("epsilon", "delta", "accountant"),
+    }
 )
 OF_STUDIES = frozenset({"arms", "seeds", "held_out"})
 _NO_TABLE = "must be a table of the options of BackpropClipping"

@@ -132,6 +132,12 @@ MISTAKES = {
     ("[arms.flat]", "[arms.flat]\nepsilon = 9.0"): (
         "arms.flat.epsilon: all arms of a cell share it, so set it in the cell"
     ),
+    ("[arms.flat]", "[arms.flat]\nloss = 'torch.nn:NLLLoss'"): (
+        "arms.flat.loss: all arms of a cell share it, so set it in the cell"
+    ),
+    ("grid.flat = {", "grid.flat = { model = ['a:b', 'c:d'],"): (
+        "tuning.grid.flat.model: all arms of a cell share it, so set it in the cell"
+    ),
     ("[arms.flat]", "[arms.flat]\noptions = { bound = 'exact' }"): (
         "cell low, arm flat: options: the arm flat has none of BackpropClipping"
     ),

@@ -177,6 +177,19 @@ def test_an_arm_that_cannot_train_is_noted_and_tried_again(trained, path, monkey
     assert [run.arm for run in trained.runs[6:]] == ["flat"] * 6
 
 
+def test_a_setting_that_cannot_train_says_nothing_of_the_arms_other_settings(
+    trained, path, monkeypatch
+):
+    def problem_of(name, settings, *_):
+        return "no" * (settings.options.get("max_input_norm") == 3.0)
+
+    monkeypatch.setattr(job.trial, "problem_of", problem_of)
+    done = run_study(STUDY, path)
+    assert {each.note for each in done.results if each.run is None} == {"no"}
+    assert done.chosen("low", "ours") == {"options": {"max_input_norm": "none"}}
+    assert all(each.run for each in done.published("low", "ours"))
+
+
 @pytest.fixture
 def here(monkeypatch):
     """Train in this process; the search for the noise takes longer than all training here."""

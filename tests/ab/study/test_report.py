@@ -54,6 +54,11 @@ def test_table(record):
     assert "| ours | 94.00% | 2.00% | +3.00 [+0.52, +5.48] | 2.998 |" in page
 
 
+def test_an_arm_that_has_what_the_baseline_has_is_level_with_it():
+    level = finished(UNTUNED, lambda run: 0.9 + run.settings.seed / 100)
+    assert render(level, TERMINAL).count("+0.00 [+0.00, +0.00]") == len(UNTUNED.cells)
+
+
 def test_arms_without_results_are_listed_with_the_reason():
     record = StudyRecord.new(UNTUNED)
     assert render(record, TERMINAL).count("no results yet") == 2
