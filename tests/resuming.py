@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from opacus_bpclip import PrivacyEngine
 from tests.helpers import CLASSES, FEATURES, flat
@@ -19,7 +19,7 @@ ITEMS, BATCH = 64, 16
 
 
 @lru_cache(maxsize=1)
-def data() -> TensorDataset:
+def items() -> TensorDataset:
     """Return items of which each holds its index."""
     x = torch.randn(ITEMS, FEATURES, generator=torch.Generator().manual_seed(2))
     return TensorDataset(x, torch.arange(ITEMS) % CLASSES, torch.arange(ITEMS))
@@ -32,6 +32,7 @@ class Script:
         engine: one that it has made before.
         own: whether it passes generators of its own, in place of torch's.
         generators: those of the noise and of the samples.
+        data: what it trains on; `items` by default.
         **options: further arguments of ``make_private``.
 
     Attributes:
@@ -46,6 +47,7 @@ class Script:
         own: bool = False,
         generators: Sequence[torch.Generator | None] = (None, None),
         noise_multiplier: float = 1.0,
+        data: Dataset[Any] | None = None,
         **options: Any,
     ) -> None:
         torch.manual_seed(0)
@@ -56,7 +58,7 @@ class Script:
         self.model, self.optimizer, self.loader = self.engine.make_private(
             module=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            data_loader=DataLoader(data(), batch_size=BATCH, generator=generators[1]),
+            data_loader=DataLoader(data or items(), batch_size=BATCH, generator=generators[1]),
             noise_multiplier=noise_multiplier,
             max_grad_norm=1.0,
             clipping="backprop",
@@ -78,13 +80,13 @@ class Script:
         self.optimizer.keep_summed_grad = True
         batches = iter(self.loader)
         for _ in range(steps):
-            x, y, items = next(batches)
+            x, y, places = next(batches)
             self.optimizer.zero_grad()
             F.cross_entropy(self.model(x), y).backward()
             self.optimizer.step()
             noise = (p.grad * BATCH - p.summed_grad for p in self.optimizer.params)
             self.noise.append(flat(noise))
-            self.samples.append(items.tolist())
+            self.samples.append(places.tolist())
         return self
 
 

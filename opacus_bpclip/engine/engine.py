@@ -86,9 +86,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 that the loader yields. A logical batch is split into physical batches, and padded
                 with rows that contribute zero. The training loop is that of `BatchMemoryManager`.
             noise_generator: the generator of the noise; by default torch's. With
-                ``clipping="backprop"``, calls after an engine's first one seed generators of their
-                own from this and from ``data_loader.generator``, so that equal seeds do no harm;
-                after a checkpoint the operating system does.
+                ``clipping="backprop"``, the default is one that torch's seeds once, here; calls
+                after an engine's first one seed generators of their own from this and from
+                ``data_loader.generator``, so that equal seeds do no harm; after a checkpoint the
+                operating system does.
             grad_sample_mode: as in Opacus; ``"hooks"`` with ``clipping="backprop"``.
             wrap_model: whether to return the wrapped model; otherwise the hooks attached to it.
             rand_on_empty: as in Opacus; not with ``clipping="backprop"``.

@@ -20,7 +20,9 @@ class Sources:
 
     The first call of ``make_private`` draws from the user's generators as they are. Each later one
     draws from generators that are seeded from the user's and from its number, since the user may
-    have seeded all of them alike. After a checkpoint the operating system seeds them.
+    have seeded all of them alike. In place of torch's default generator there is one that it seeds:
+    a data set, a transform or the training loop may seed the default one again, and the same noise
+    would come again. After a checkpoint the operating system seeds them.
 
     Attributes:
         latest: the optimizer of the latest call with ``clipping="backprop"``.
@@ -50,11 +52,13 @@ class Sources:
             device: of the numbers, if ``generator`` is ``None``.
             purpose: what they are for.
         """
+        if device.type == "meta":
+            return generator  # No number is drawn there.
         if self._resumed:
             return fresh(device if generator is None else generator.device)
         # Torch's default generator has made the initial weights. Who knows them could tell the
         # samples and the noise of another generator with its seed.
-        if self._made or are_alike(generator, None):
+        if self._made or generator is None or are_alike(generator, None):
             return apart(generator, device, purpose, self._made)
         return generator
 

@@ -168,14 +168,14 @@ def drawn_by_one_engine(rank: int, wrapper: str) -> list[list[float]]:
         for _ in range(2):
             used = [loader.batch_sampler.generator]
             # Without shards, rank 0 alone draws noise.
-            if wrapper == "FSDP2" or (rank == 0 and optimizer.generator is not None):
+            if wrapper == "FSDP2" or rank == 0:
                 used.append(optimizer.generator)
             draws += [torch.rand(4, generator=generator).tolist() for generator in used]
             optimizer._renew()
     return draws
 
 
-@pytest.mark.parametrize(("wrapper", "generators"), [("DPDDP", 7 + 4), ("FSDP2", 2 * 8)])
+@pytest.mark.parametrize(("wrapper", "generators"), [("DPDDP", 8 + 4), ("FSDP2", 2 * 8)])
 def test_no_two_generators_of_an_engine_on_two_ranks_draw_the_same(
     wrapper: str, generators: int
 ) -> None:
