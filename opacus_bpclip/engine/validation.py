@@ -16,8 +16,8 @@ from opacus_bpclip.guard.precision import rounded_mean, rounded_options
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.tying import tied_groups
 from opacus_bpclip.optimizer.several import SeveralOptimizers
+from opacus_bpclip.sampling.collating import problem_of_collating
 from opacus_bpclip.sampling.items import sampled_items
-from opacus_bpclip.sampling.loader import several_rows
 
 
 def checked_options(
@@ -109,13 +109,13 @@ def checked_loader(
         yields. Empty without Poisson sampling.
 
     Raises:
-        ValueError: the loader cannot be replaced, or makes several rows of one item.
+        ValueError: the loader cannot be replaced, has an item several times, or makes several
+            rows of one item, or one that depends on other items.
     """
     if not poisson_sampling:
         return {}
     data_loader = sampled_items(data_loader)
-    problem = several_rows(data_loader, axis=0 if batch_first else 1)
-    if problem:
+    if problem := problem_of_collating(data_loader, axis=0 if batch_first else 1):
         raise ValueError(problem)
     return {"data_loader": data_loader}
 

@@ -6,13 +6,15 @@ them are in a batch together. It must not change which items there are, or draw 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
 
 import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -53,7 +55,8 @@ def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
         loader: the user's loader; it is returned if it draws from all items of its data set.
 
     Raises:
-        ValueError: Poisson sampling cannot replace the loader's sampler, or it has no batches.
+        ValueError: Poisson sampling cannot replace the loader's sampler, it has no batches, or the
+            data set has an item several times.
     """
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(
@@ -77,6 +80,7 @@ def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
         raise ValueError(
             f"The data loader has no batch: fewer items than batch_size, and drop_last. {_REMEDY}"
         )
+    _require_distinct(loader.dataset)
     # loader.sampler is a placeholder where a batch sampler was passed.
     indices = _subset(batches.sampler, size)
     if indices is None:
@@ -99,6 +103,53 @@ def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> Data
         **options: further arguments of ``torch.utils.data.DataLoader``.
     """
     return DataLoader(dataset, **{name: getattr(loader, name) for name in _READING}, **options)
+
+
+def _require_distinct(dataset: Dataset[Any]) -> None:
+    """Check that a `Subset` or `ConcatDataset` has no item of what it is made of twice.
+
+    Raises:
+        ValueError: it has.
+    """
+    if not isinstance(dataset, (Subset, ConcatDataset)):
+        return
+    try:
+        origins = _origins(dataset)
+        repeats = len(origins) - len(set(origins))
+    except (IndexError, TypeError):
+        # The user's own code, whose error training will report; or keys of a kind of its own.
+        return
+    if repeats:
+        raise ValueError(
+            f"The data set has {repeats} items more than once (a Subset whose indices repeat, a "
+            "ConcatDataset of one data set several times). Each copy is sampled and clipped by "
+            "itself, so one example would contribute several times. Name each item once. For "
+            "several augmented views of an item, use opacus_bpclip.AugmentedViews; for rare "
+            "classes, weights in the loss, which are public numbers."
+        )
+
+
+def _origins(dataset: Any) -> list[tuple[int, Hashable]]:
+    """Return, for each item, the identity of the data set that it comes from, and its key there."""
+    if isinstance(dataset, ConcatDataset):
+        return [origin for part in dataset.datasets for origin in _origins(part)]
+    if not isinstance(dataset, Subset):
+        return [(id(dataset), index) for index in range(len(dataset))]
+    base: Any = dataset.dataset
+    keys = [_plain(key) for key in dataset.indices]
+    if isinstance(base, (Subset, ConcatDataset)):
+        origins = _origins(base)
+        return [origins[cast("int", key)] for key in keys]
+    size = max(len(base), 1)
+    return [(id(base), key % size if isinstance(key, int) else key) for key in keys]
+
+
+def _plain(key: Any) -> Hashable:
+    """Return an index of any type as a plain number; other keys as they are."""
+    try:
+        return operator.index(key)
+    except TypeError:
+        return cast("Hashable", key)
 
 
 def _subset(sampler: Any, size: int) -> Sequence[int] | None:

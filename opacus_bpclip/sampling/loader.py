@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from opacus.data_loader import DPDataLoader
 from opacus.utils.batch_memory_manager import wrap_data_loader
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self
 
-from opacus_bpclip.probe.leaves import batch_leaves
 from opacus_bpclip.probe.randomness import repeatable
 from opacus_bpclip.sampling.log import SampleLog
 from opacus_bpclip.sampling.padding import with_rows
@@ -203,54 +201,3 @@ def part_of_rank(items: int) -> range:
         items: the number of items in the data set.
     """
     return range(dist.get_rank(), items, dist.get_world_size())
-
-
-def several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
-    """Check that a loader's collate function makes one row of each item.
-
-    The check collates 3 and 4 copies of the first item, and compares the sizes of the batch axis.
-    If none changes there, one that changes as the number of items on another axis has them all in
-    one row. Where no tensor's size changes, the rows are checked in training.
-
-    Args:
-        loader: the user's loader.
-        axis: the batch axis of a tensor.
-    """
-    try:
-        with repeatable(torch.device("cpu")):
-            item = loader.dataset[0]
-            batches = [loader.collate_fn([item] * count) for count in (3, 4)]
-        shapes = [
-            [leaf.shape for leaf in batch_leaves(batch) if _has_axis(leaf, axis)]
-            for batch in batches
-        ]
-    except Exception:
-        # The user's own code, whose error training will report.
-        return None
-    pairs = list(zip(*shapes, strict=False))
-    growing = [(one[axis], other[axis]) for one, other in pairs if one[axis] != other[axis]]
-    if not growing and axis == 0 and any(_joined(*pair) for pair in pairs if pair[0][0] == 1):
-        return (
-            "The data loader's collate_fn puts all items one after the other into one row (a "
-            "flattening or packing collator), and a row counts as one example. Make one row of "
-            "each item: pad them to one length, and mask the padding."
-        )
-    if not growing or (3, 4) in growing:
-        return None
-    rows = growing[0]
-    return (
-        f"The data loader's collate_fn makes {rows[1]} rows of 4 items (crops, views, copies?). "
-        "The bound holds for one row of each item: an item with several rows contributes several "
-        "times as much. Make one row of each item, for example one crop, drawn anew each time; or "
-        "make items that hold all views, which opacus_bpclip.AugmentedViews and FoldViews measure "
-        "together."
-    )
-
-
-def _joined(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Return whether some axis grows as the number of items from 3 to 4."""
-    return any(0 < 4 * short == 3 * long for short, long in zip(one, other, strict=False))
-
-
-def _has_axis(leaf: object, axis: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > axis
