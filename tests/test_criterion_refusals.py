@@ -252,3 +252,77 @@ def test_a_criterion_that_couples_examples_is_refused(criterion):
         "example's loss from that example alone, without means, softmax or neighbours over the "
         "batch."
     )
+
+
+class Mining(nn.Module):
+    """Counts the examples above the batch's mean loss alone, from some epoch or call on."""
+
+    reduction = "mean"
+
+    def __init__(self, *, first_call: float = float("inf")) -> None:
+        super().__init__()
+        self.epoch, self.first_call = 0, first_call
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        losses = F.cross_entropy(x, y, reduction="none")
+        if self.epoch == 0 and self.calls <= self.first_call:
+            return losses
+        return losses * (losses.detach() > losses.detach().mean())
+
+
+def test_a_criterion_that_couples_examples_from_an_epoch_on_is_refused_there():
+    t = training(Mining())
+    for _ in range(3):
+        t.sum_over(*batch())
+        t.optimizer.zero_grad()
+    t.criterion.criterion.epoch = 1
+    with pytest.raises(ValueError, match="Mining couples examples"):
+        t.criterion(t.model(batch()[0]), batch()[1])
+
+
+def test_a_criterion_that_couples_examples_later_is_found_when_its_calls_have_doubled():
+    t = training(Mining(first_call=20))
+    x, y = batch()
+    for _ in range(15):
+        t.criterion(t.model(x), y)
+    seventeen = (t.criterion(t.model(x), y) for _ in range(17))
+    with pytest.raises(ValueError, match="Mining couples examples"):
+        list(seventeen)
+
+
+def test_trials_leave_nothing_in_the_criterion_and_a_counter_costs_no_trial_in_each_call():
+    class Counting(nn.CrossEntropyLoss):
+        tried, count, kept = 0, 0, None
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            Counting.tried += 1
+            self.count += 1
+            return super().forward(x, y)
+
+    t = training(Counting())
+    x, y = batch()
+    for _ in range(100):
+        t.criterion(t.model(x), y)
+    assert t.criterion.criterion.count == 100
+    # 33 or so by the count, one at 64: each calls the criterion twice, or three times.
+    assert 100 + 33 * 2 <= Counting.tried <= 100 + 35 * 6
+    t.criterion.criterion.kept = t.criterion(t.model(x), y)
+    t.criterion.criterion.count = -1
+    t.criterion(t.model(x), y)
+
+
+def test_a_criterion_of_ones_own_need_not_be_a_module():
+    class Plain:
+        reduction = "mean"
+        __slots__ = ()
+
+        def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(x, y, reduction="none")
+
+    class Settable(Plain):
+        pass
+
+    t = training(Settable())
+    assert t.criterion(t.model(batch()[0]), batch()[1]).isfinite()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_bpclip.losses.losses import mean_of_counted
+from opacus_bpclip.losses.trials import Trials
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.probe.rows import rows_are_coupled
 from opacus_bpclip.rules.base import zero_rows
@@ -171,7 +172,7 @@ class BackpropClipCriterion(nn.Module):
         self.criterion = copy.deepcopy(criterion)
         self.criterion.reduction = "none"
         self.watch = LossWatch()
-        self._tried: set[object] = set()  # the forms of calls that were tried
+        self._trials = Trials()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss, a scalar; the arguments are those of the criterion.
@@ -225,7 +226,7 @@ class BackpropClipCriterion(nn.Module):
     def _require_own_rows(
         self, size: int, present: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Check, once for each form of call, that no row of losses depends on another example.
+        """Check, in the calls that are due, that no row of losses depends on another example.
 
         ``CTCLoss`` is not checked, since its inputs have the batch on different axes.
         """
@@ -234,19 +235,19 @@ class BackpropClipCriterion(nn.Module):
         if present is not None and len(present) != size:
             return  # `LossWatch.require_examples` refuses it, with the reason.
         form = Batch(args, kwargs, size, 0).signature
-        if form in self._tried:
+        if not self._trials.are_due(form, self.criterion):
             return
         batch = Batch(args, kwargs, size, 0, present=present).without_padding()
         if batch.size < 2:
             return
-        if rows_are_coupled(self.criterion, batch.args, batch.kwargs, batch.size):
+        if rows_are_coupled(_copied(self.criterion), batch.args, batch.kwargs, batch.size):
             raise ValueError(
                 f"{type(self.criterion).__name__} couples examples: an example's loss changes when "
                 "others are left out of the batch, so one example changes the gradients of others. "
                 "Compute each example's loss from that example alone, without means, softmax or "
                 "neighbours over the batch."
             )
-        self._tried.add(form)
+        self._trials.note(form, self.criterion)
 
     def _mean(self, losses: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the mean of each example's losses, ``[B]``, as the criterion averages them."""
@@ -259,6 +260,14 @@ class BackpropClipCriterion(nn.Module):
             if target.shape == losses.shape and not target.is_floating_point():
                 counted = target != self.criterion.ignore_index
         return mean_of_counted(losses, counted)
+
+
+def _copied(criterion: Any) -> Any:
+    """Return a copy, so that a trial leaves nothing behind; the same object if it has no copy."""
+    try:
+        return copy.deepcopy(criterion)
+    except Exception:  # a loss with its graph that is kept in an attribute, say
+        return criterion
 
 
 class _Undivided(torch.autograd.Function):
