@@ -20,6 +20,7 @@ from opacus_bpclip.clipping.traced_form import note_form, traced_rows
 from opacus_bpclip.clipping.whitening import Whitening
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
+from opacus_bpclip.guard.call_checks import takes_up_statistics
 from opacus_bpclip.guard.forms import form_of
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.guard.precision import rounded_option, rounded_options
@@ -84,13 +85,13 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'Expected loss_reduction={loss_reduction!r} to be "mean" or "sum".')
         self.batch_first, self.loss_reduction = batch_first, loss_reduction
-        if loss_reduction == "mean" and criterion is None and config is not None:
-            problem = rounded_options(config, m.parameters())
-            if problem:
-                raise ValueError(problem)
+        config = config or BackpropClipping()
+        plain_mean = loss_reduction == "mean" and criterion is None
+        if plain_mean and (problem := rounded_options(config, m.parameters())):
+            raise ValueError(problem)
         whole = whole_parameters(m)
         with gathered(m):
-            self._attach(m, config or BackpropClipping(), max_grad_norm, criterion, whole, ranks)
+            self._attach(m, config, max_grad_norm, criterion, whole, ranks)
 
     def _attach(
         self,
@@ -238,10 +239,11 @@ class BackpropClipHooks(AbstractGradSampleHooks):
 
     def _enter_root(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
+            if not torch.compiler.is_compiling() and (problem := takes_up_statistics(m)):
+                raise PrivacyViolationError(problem)
             return
         padded = self._guard.passes.samples.is_padded
-        present = present_rows(args, kwargs, self._axis) if padded else None
-        self._budget.present = present
+        self._budget.present = present = present_rows(args, kwargs, self._axis) if padded else None
         if torch.compiler.is_compiling():  # pragma: no cover (traced, unseen by coverage)
             if self._loss is not None:
                 self._loss.enter_forward(None, present)
@@ -290,11 +292,10 @@ class BackpropClipHooks(AbstractGradSampleHooks):
         return 0 if self.batch_first else 1
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        size = batch_size(args, kwargs, self._axis)
-        if size is not None:
-            return size
-        raise CoverageError(
-            "The model's inputs contain no tensor with a batch axis, so the number of examples is "
-            "unknown. Pass the batch as a tensor whose "
-            f"{('first', 'second')[self._axis]} axis is the batch."
-        )
+        size, place = batch_size(args, kwargs, self._axis), ("first", "second")[self._axis]
+        if size is None:
+            raise CoverageError(
+                "The model's inputs contain no tensor with a batch axis, so the number of examples "
+                f"is unknown. Pass the batch as a tensor whose {place} axis is the batch."
+            )
+        return size

@@ -12,6 +12,7 @@ from opacus.layers import DPLSTM, DPMultiheadAttention
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from opacus_bpclip import PrivacyViolationError
 from tests.budgets import layerwise
 from tests.helpers import BOUNDS, make_private
 
@@ -95,3 +96,19 @@ def test_a_copy_of_a_private_model_evaluates_in_another_dtype(
         found = other(x.to(dtype))
         assert found.dtype == dtype
         torch.testing.assert_close(found.float(), model(x), rtol=0.05, atol=0.05)
+
+
+def test_statistics_are_not_taken_up_in_a_pass_without_gradients() -> None:
+    norm = nn.BatchNorm1d(4, affine=False)
+    model = nn.Sequential(nn.Linear(4, 4), norm.eval(), nn.Linear(4, 2))
+    private = make_private(model)
+    x, before = torch.randn(6, 4), norm.running_var.clone()
+    private.model.train()
+    with torch.no_grad():
+        with pytest.raises(PrivacyViolationError, match=r"^1 is in training mode, so that a pass"):
+            private.model(x)
+        norm.eval()
+        private.model(x)
+        private.model.eval()
+        private.model(x)
+    assert torch.equal(norm.running_var, before)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opacus_bpclip.model.changed import replaced_problem
+from opacus_bpclip.model.coverage import batch_normalization_problem, batch_normalizations
 from opacus_bpclip.model.graphs import leaves_of
 from opacus_bpclip.model.layer import Layer
+from opacus_bpclip.replacements import mixes_examples
 from opacus_bpclip.rules import Inputs
 
 
@@ -185,3 +187,23 @@ def _passed_shape(layer: Layer, x: Tensor) -> tuple[int, ...]:
 
 def _of_torch(hook: object) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.")
+
+
+def normalizes_batch(model: nn.Module) -> str | None:
+    """Look for a batch normalisation that uses the batch's statistics."""
+    for name, norm in batch_normalizations(model).items():
+        if mixes_examples(norm):
+            return batch_normalization_problem(name, norm)
+    return None
+
+
+def takes_up_statistics(model: nn.Module) -> str | None:
+    """Look for a batch normalisation that a pass without gradients changes."""
+    for name, norm in batch_normalizations(model).items():
+        if norm.training and norm.running_mean is not None:
+            return (
+                f"{name} is in training mode, so that a pass without gradients, too, changes its "
+                "running statistics. They have no noise, and later passes use them. Call "
+                f"model.eval() before such a pass, or keep {name} in evaluation mode."
+            )
+    return None

@@ -23,6 +23,7 @@ from opacus_bpclip.errors import PrivacyViolationError
 from opacus_bpclip.guard.call_checks import (
     changed_layer,
     first_in_backward,
+    normalizes_batch,
     outside_forward,
     replaced_parameter,
     used_too_often,
@@ -35,12 +36,7 @@ from opacus_bpclip.guard.precision import Roundings, backward_under_autocast
 from opacus_bpclip.guard.ranks import Ranks
 from opacus_bpclip.guard.watched import WatchedParameter
 from opacus_bpclip.losses.criterion import LossWatch
-from opacus_bpclip.model.coverage import (
-    batch_normalization_problem,
-    batch_normalizations,
-)
 from opacus_bpclip.model.layer import Layer
-from opacus_bpclip.replacements import mixes_examples
 from opacus_bpclip.rules.precision import under_autocast
 
 
@@ -137,9 +133,7 @@ class GradientGuard:
             self.require(self.roundings.of_parameters())
         self.require(self.parameters.unexamined())
         # Search again in each pass: a module may have been replaced.
-        for name, norm in batch_normalizations(self._model).items():
-            if mixes_examples(norm):
-                self.fail(batch_normalization_problem(name, norm))
+        self.require(normalizes_batch(self._model))
         self.ran_compiled = False
         self._calls = {}
         self._forward += 1
