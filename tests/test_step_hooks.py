@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from opacus.accountants import create_accountant
+from opacus.accountants import RDPAccountant, create_accountant
 from opacus.optimizers import DPOptimizer
 
-from opacus_bpclip import PrivacyEngine, PrivacyViolationError
+from opacus_bpclip import AdaptiveThreshold, PrivacyEngine, PrivacyViolationError
 from opacus_bpclip.optimizer.accounting import AccountStep
 from tests.budgets import layerwise
-from tests.helpers import make_private, one_layer, train_step
+from tests.helpers import backward, make_private, one_layer, train_step
 from tests.resuming import Script
 
 
@@ -136,3 +137,96 @@ def test_after_an_error_of_a_hook_nothing_is_released_and_the_next_batch_is_as_a
         assert all(map(torch.equal, script.optimizer.params, before))
     script.optimizer.attach_step_hook(lambda optimizer: None)
     assert script.train().steps == 4
+
+
+def test_an_accountants_own_hook_stays_when_another_one_is_attached_later() -> None:
+    script = Script()
+    hook = script.engine.accountant.get_optimizer_hook_fn(sample_rate=0.25)
+    script.optimizer.attach_step_hook(hook)
+    script.train()
+    script.optimizer.attach_step_hook(lambda optimizer: None)
+    assert script.train().steps == 4
+    copied = copy.deepcopy(script).train()
+    assert (script.steps, copied.steps) == (4, 6)
+    script.engine.accountant = create_accountant("rdp")
+    with pytest.raises(PrivacyViolationError, match="accountant was replaced after make_private"):
+        script.train()
+
+
+def test_an_accountant_that_replaces_one_with_steps_is_refused_with_its_hook_too() -> None:
+    script = Script().train()
+    script.engine.accountant = create_accountant("prv")
+    hook = script.engine.accountant.get_optimizer_hook_fn(sample_rate=0.25)
+    with pytest.raises(PrivacyViolationError, match="replaced after steps that the one before"):
+        script.optimizer.attach_step_hook(hook)
+
+
+def test_the_hook_of_another_engine_does_not_replace_ones_own() -> None:
+    script, other = Script(), Script()
+    script.optimizer.attach_step_hook(other.optimizer.step_hook)
+    script.train()
+    assert (script.steps, other.steps) == (2, 2)
+
+
+class Doubling(RDPAccountant):
+    """Counts each step twice, by a hook of its own."""
+
+    def get_optimizer_hook_fn(self, sample_rate: float) -> Callable[[DPOptimizer], None]:
+        once = super().get_optimizer_hook_fn(sample_rate)
+
+        def twice(optimizer: DPOptimizer) -> None:
+            once(optimizer)
+            once(optimizer)
+
+        return twice
+
+
+def test_an_accountant_with_a_hook_of_its_own_counts_by_it() -> None:
+    engine = PrivacyEngine()
+    engine.accountant = Doubling()
+    assert Script(engine).train().steps == 4
+
+
+def test_a_noise_multiplier_that_is_changed_in_place_changes_nothing_that_was_counted() -> None:
+    script = Script()
+    noise_multiplier = torch.tensor(0.5)
+    script.optimizer.noise_multiplier = noise_multiplier
+    script.train()
+    noise_multiplier *= 4
+    assert script.train().engine.accountant.history == [(0.5, 0.25, 4)]
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="to be a finite number >= 0"):
+            script.optimizer.noise_multiplier = wrong
+    assert script.optimizer.noise_multiplier == 0.5
+
+
+def test_thresholds_do_not_follow_a_step_that_nobody_counted() -> None:
+    options = layerwise(threshold=AdaptiveThreshold(initial=0.5))
+    private = make_private(one_layer(), backprop=options, loss_reduction="sum")
+    before = dict(private.optimizer.thresholds)
+
+    def stop(optimizer: DPOptimizer) -> None:
+        raise RuntimeError("enough")
+
+    private.optimizer.attach_step_hook(stop)
+    with pytest.raises(RuntimeError, match="enough"):
+        train_step(private)
+    assert private.optimizer.thresholds == before
+    private.optimizer.attach_step_hook(lambda optimizer: None)
+    train_step(private)
+    assert private.optimizer.thresholds != before
+
+
+def test_sums_that_are_kept_do_not_reach_the_next_step() -> None:
+    private = make_private(one_layer(), backprop=layerwise())
+    private.optimizer.keep_summed_grad = True
+    sums = []
+    for _ in range(3):
+        private.model.zero_grad()  # which leaves the sums alone
+        backward(private)
+        private.optimizer.step()
+        sums.append([p.summed_grad.clone() for p in private.parameters])
+        with torch.no_grad():
+            for p in private.parameters:
+                p.zero_()
+    assert all(map(torch.equal, sums[1], sums[2]))

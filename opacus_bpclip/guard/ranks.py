@@ -7,10 +7,8 @@ reasons only if one does.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from opacus_bpclip.errors import CoverageError
+from opacus_bpclip.guard.groups import end_after, new_group
 from opacus_bpclip.guard.seeds import Purpose, seed_of
 
 _REMEDY = (
@@ -51,19 +50,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-# The process groups of models that were freed; the next `Ranks.of_process_group` ends them.
-# Python may free a model at any moment, also while a collective runs. Ending a group waits for the
-# group's threads, and these may wait for the interpreter.
-_LEFT: list[Any] = []
-
-
-def _end_left() -> None:
-    """End the process groups of models that were freed."""
-    while _LEFT:
-        with suppress(ValueError):  # The end of the default group has ended this one, too.
-            dist.destroy_process_group(_LEFT.pop())
-
-
 class Ranks:
     """The processes that train one model together; one process alone by default.
 
@@ -90,16 +76,14 @@ class Ranks:
         self.in_pass = False
         self._unreported: str | None = None  # this rank's refusal, until the next meeting
         self._given_up: str | None = None  # why the current logical batch makes no step
+        self._left: str | None = None  # why this rank lacks a step that others may have taken
 
     @classmethod
     def of_process_group(cls) -> Self:
         """Return all ranks of the default process group. All of them must call this."""
-        _end_left()
-        # On the CPU, so that no meeting waits for an accelerator or mixes with its collectives.
-        group = dist.new_group(backend="gloo", timeout=_patience())
+        group = new_group()
         ranks = cls(dist.get_world_size(), dist.get_rank(), group)
-        # Each group has threads of its own.
-        weakref.finalize(ranks, _LEFT.append, group).atexit = False
+        end_after(ranks, group)
         return ranks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
@@ -138,7 +122,7 @@ class Ranks:
         if self.size == 1:
             self.asked = asks
             return refusal
-        refusal = self._unreported or refusal
+        refusal = self._left or self._unreported or refusal
         self._unreported = None
         self.in_pass = False
         own = torch.tensor(
@@ -191,6 +175,18 @@ class Ranks:
             self._unreported = self._unreported or reason
         else:
             self.meet(Place.STEP, refusal=reason)
+
+    def leave(self, reason: str) -> None:
+        """Refuse at all meetings from now on: the others may have taken a step without this rank.
+
+        Args:
+            reason: what this rank's step has met with.
+        """
+        self._left = (
+            f"{reason}. It came after the ranks had agreed on a step, which the others may have "
+            "taken, so this rank no longer has their parameters and their accountant's steps. "
+            "Start all ranks again, from a checkpoint if you like."
+        )
 
     @property
     def given_up(self) -> str | None:
@@ -288,13 +284,3 @@ class Ranks:
         drawn = torch.randint(2**62, (), generator=generator, device=device).cpu()
         dist.broadcast(drawn, 0, group=self._group)
         return seed_of(int(drawn), self.rank, purpose)
-
-
-def _patience() -> timedelta | None:
-    """Return the default group's timeout; ``None`` where torch does not tell."""
-    group = dist.distributed_c10d._get_default_group()
-    try:
-        options = [group._get_backend(device).options for device in group._device_types]
-        return max(option._timeout for option in options)
-    except (AttributeError, RuntimeError, ValueError):
-        return None

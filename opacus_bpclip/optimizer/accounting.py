@@ -18,6 +18,11 @@ Hook = Callable[[DPOptimizer], None]
 # In the names of the functions that `IAccountant.get_optimizer_hook_fn` returns.
 _MADE_BY_ACCOUNTANTS = f"{IAccountant.get_optimizer_hook_fn.__name__}.<locals>"
 
+_REMEDY = (
+    'Choose the accountant before make_private, as in PrivacyEngine(accountant="rdp"), and go on '
+    "from saved steps by engine.load_checkpoint."
+)
+
 
 class AccountStep:
     """Adds one entry to the accountant for each step of an optimizer.
@@ -41,6 +46,19 @@ class AccountStep:
         self.then = then
         self._engine = None if engine is None else ref(engine)
 
+    @classmethod
+    def of(cls, fn: Hook) -> AccountStep | None:
+        """Return a step hook that counts as ``fn`` does; ``None`` if ``fn`` is no accountant's."""
+        if isinstance(fn, AccountStep):
+            return fn
+        if not inspect.isfunction(fn) or _MADE_BY_ACCOUNTANTS not in fn.__qualname__:
+            return None
+        held = inspect.getclosurevars(fn).nonlocals
+        accountants = [own for own in held.values() if isinstance(own, IAccountant)]
+        if len(accountants) != 1 or "sample_rate" not in held:
+            return None
+        return cls(accountants[0], held["sample_rate"])
+
     def __call__(self, optimizer: DPOptimizer) -> None:
         """Add the step that the optimizer has taken.
 
@@ -51,16 +69,11 @@ class AccountStep:
         if engine is not None and engine.accountant is not self.accountant:
             raise PrivacyViolationError(
                 "The engine's accountant was replaced after make_private. Steps are counted by the "
-                "one before, so the new one's epsilon would leave them out. Choose the accountant "
-                'first, as in PrivacyEngine(accountant="rdp"), and go on from saved steps by '
-                "engine.load_checkpoint."
+                f"one before, so the new one's epsilon would leave them out. {_REMEDY}"
             )
         counted = list(self.accountant.history)
         try:
-            self.accountant.step(
-                noise_multiplier=optimizer.noise_multiplier,
-                sample_rate=self.sample_rate * optimizer.accumulated_iterations,
-            )
+            self.accountant.get_optimizer_hook_fn(self.sample_rate)(optimizer)
         except BaseException:
             # Opacus's accountant of one kind of steps forgets all of them when it meets another.
             self.accountant.history = counted
@@ -68,16 +81,27 @@ class AccountStep:
         if self.then is not None:
             self.then(optimizer)
 
-    def is_replaced_by(self, fn: Hook) -> bool:
-        """Return whether a function counts steps for the engine: an accountant's own hook does.
+    def with_hook(self, fn: Hook) -> AccountStep:
+        """Return the hook that counts for the same engine, and calls ``fn``.
 
-        Any other function may read the accountant, and counts nothing.
+        If ``fn`` counts steps for the engine's accountant itself, it takes the place of this one.
+
+        Raises:
+            PrivacyViolationError: it counts for an accountant that has replaced the one of this
+                hook, which has counted steps already.
         """
-        if not inspect.isfunction(fn) or _MADE_BY_ACCOUNTANTS not in fn.__qualname__:
-            return isinstance(fn, AccountStep)
-        engine = self._present_engine
-        own = self.accountant if engine is None else engine.accountant
-        return any(cell.cell_contents is own for cell in fn.__closure__ or ())
+        other, engine = AccountStep.of(fn), self._present_engine
+        present = self.accountant if engine is None else engine.accountant
+        if other is None or other.accountant not in (self.accountant, present):
+            self.then = fn
+            return self
+        if other.accountant is not self.accountant and self.accountant.history:
+            raise PrivacyViolationError(
+                "The engine's accountant was replaced after steps that the one before has counted. "
+                f"The new one's epsilon would leave them out. {_REMEDY}"
+            )
+        owner = other._present_engine or engine
+        return AccountStep(other.accountant, other.sample_rate, other.then or self.then, owner)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AccountStep:
         """Return a hook for the same accountant: an optimizer's copy spends the same budget.

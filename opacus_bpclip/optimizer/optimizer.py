@@ -18,7 +18,7 @@ from opacus_bpclip.guard.rehearsal import check_graphs
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer.marks import is_released, mark_as_released
 from opacus_bpclip.optimizer.noise import add_noise_
-from opacus_bpclip.optimizer.ranks import local, released
+from opacus_bpclip.optimizer.ranks import released
 from opacus_bpclip.optimizer.scales import noise_of
 from opacus_bpclip.optimizer.wrapper import OptimizerWrapper
 from opacus_bpclip.rules.precision import norm_dtype
@@ -94,8 +94,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
     def accumulated_iterations(self) -> int:
         """Return how many logical batches the step's gradient adds up.
 
-        Always 1 under Poisson sampling: the physical batches of `BatchMemoryManager` are parts of
-        one logical batch.
+        Always 1 under Poisson sampling: physical batches are parts of one logical batch.
         """
         return self._guard.collected or self._guard.accumulated
 
@@ -135,6 +134,8 @@ class BackpropClipOptimizer(OptimizerWrapper):
         guard.require(guard.passes.collect(any_gradient=guard.collected > 0))
         for p in self._summed:
             gradient = guard.take(p)
+            if hasattr(p.summed_grad, "_processed"):  # Kept for tests; it has had its noise.
+                p.summed_grad = None
             if gradient is not None:
                 # Out of place: autograd may have sent one tensor to two parameters.
                 p.summed_grad = gradient if p.summed_grad is None else p.summed_grad + gradient
@@ -168,12 +169,6 @@ class BackpropClipOptimizer(OptimizerWrapper):
         for p in held if self.keep_summed_grad else ():
             _mark_as_processed(p.summed_grad)
 
-    def scale_grad(self) -> None:
-        """Divide ``p.grad`` by the expected batch size, where the loss is a mean."""
-        if self.loss_reduction == "mean":
-            divisor = self._expected_examples
-            torch._foreach_div_([local(p.grad) for p in self.params], divisor)
-
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Collect, and at the end of a logical batch add noise, divide and account.
 
@@ -194,23 +189,28 @@ class BackpropClipOptimizer(OptimizerWrapper):
             self._is_last_step_skipped = True
             self._guard.finish()
             return False
-        self.add_noise()
-        self._hooks._sensitivities.follow(self._expected_examples)
-        self.scale_grad()
-        for p in self.params:
-            mark_as_released(p.grad)
         try:
-            if self.step_hook:
-                self.step_hook(self)
-        except BaseException:
+            self._release()
+        except BaseException as error:
             # What the accountant may not have counted is not released.
             self._drop_gradients()
+            self._drop_sums()
+            self._guard.ranks.leave(f"{type(error).__name__}: {error}")
             raise
         finally:
             self._is_last_step_skipped = False
             self._guard.finish()
             self._guard.passes.samples.close()
         return True
+
+    def _release(self) -> None:
+        self.add_noise()
+        self.scale_grad()
+        for p in self.params:
+            mark_as_released(p.grad)
+        if self.step_hook:
+            self.step_hook(self)
+        self._hooks._sensitivities.follow(self._expected_examples)
 
     def _collect(self, skip: bool) -> None:
         """Accumulate; at the end of a logical batch, go on only if all ranks do."""

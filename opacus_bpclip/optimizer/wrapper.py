@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import uuid
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer import fingerprint
 from opacus_bpclip.optimizer.accounting import AccountStep, Hook
+from opacus_bpclip.optimizer.ranks import local
 from opacus_bpclip.sampling.sampler import CountedSampler
 
 _THRESHOLDS = "thresholds"
@@ -42,6 +44,23 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
     def _device(self) -> torch.device:
         """Return the device of the parameters that train, or have trained."""
         return self._guard.parameters.device or torch.device("cpu")
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The noise's standard deviation over ``max_grad_norm``.
+
+        Raises:
+            ValueError: set to anything but a finite number, zero or above.
+        """
+        return self._noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        # A tensor that is changed later would change what the accountant has counted.
+        number = float(value)
+        if not 0 <= number < math.inf:
+            raise ValueError(f"Expected noise_multiplier={value!r} to be a finite number >= 0.")
+        self._noise_multiplier = number
 
     @property
     def max_grad_norm(self) -> float:
@@ -95,6 +114,12 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         own: float = (self.expected_batch_size or 0) * self.accumulated_iterations
         return own * self._guard.ranks.size
 
+    def scale_grad(self) -> None:
+        """Divide ``p.grad`` by the expected batch size, where the loss is a mean."""
+        if self.loss_reduction == "mean":
+            divisor = self._expected_examples
+            torch._foreach_div_([local(p.grad) for p in self.params], divisor)
+
     # This flag is kept in the guard and not in the optimizer, since a wrapper (Lightning's) may
     # have copied the optimizer's attributes.
 
@@ -134,12 +159,18 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
 
         Args:
             fn: called with the optimizer. ``None`` leaves nothing: no step is counted then.
+
+        Raises:
+            PrivacyViolationError: it is the hook of an accountant that has replaced the engine's
+                after steps which that one has counted.
         """
         counts = self.step_hook
-        if isinstance(counts, AccountStep) and fn is not None and not counts.is_replaced_by(fn):
-            counts.then = fn
+        if fn is None:
+            self.step_hook = None
+        elif isinstance(counts, AccountStep):
+            self.step_hook = counts.with_hook(fn)
         else:
-            self.step_hook = fn
+            self.step_hook = AccountStep.of(fn) or fn
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Announce the next physical batch; `BatchMemoryManager` calls this for each.

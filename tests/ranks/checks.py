@@ -211,6 +211,34 @@ def check_refusal(wrapper: str, where: str) -> None:
     torch.testing.assert_close(one["released"], alone.released(), atol=1e-6, rtol=0)
 
 
+def steps_with_a_failing_hook(rank: int, wrapper: str) -> list[str]:
+    """Return what three steps raise, the first one's hook on rank 1 alone."""
+    private = make_private(wrapper, lr=0.1)
+    errors = []
+    for step in range(3):
+        private.optimizer.attach_step_hook(fail if step == 0 and rank == 1 else lambda _: None)
+        try:
+            private.step(*share(examples(12), rank, (5, 7)))
+            errors.append("")
+        except RuntimeError as error:  # PrivacyViolationError is one
+            errors.append(str(error))
+        private.optimizer.zero_grad()
+    return errors
+
+
+def fail(optimizer: Any) -> None:
+    raise RuntimeError("full disk")
+
+
+def check_leaving(wrapper: str) -> tuple[list[str], list[str]]:
+    """Where a rank lacks a step of the others, none goes on; return what later steps raise."""
+    one, other = pair().run(steps_with_a_failing_hook, wrapper)
+    assert (one[0], other[0]) == ("", "full disk")
+    for errors in (one[1:], other[1:]):
+        assert all(errors), "the ranks stepped on, though one lacks a step"
+    return one[1:], other[1:]
+
+
 def moves(rank: int, wrapper: str, cases: int) -> list[float]:
     """Return by how much one example moves the released sum, over the claim, in drawn cases."""
     generator = np.random.default_rng(7)

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from opacus_bpclip import CoverageError, PrivacyViolationError
 from opacus_bpclip.sampling.records import Pass
-from tests.ranks.checks import check_refusal, stepped_after
+from tests.ranks.checks import check_leaving, check_refusal, stepped_after
 from tests.ranks.models import Net, Private, examples, make_private, share, wrapped
 from tests.ranks.pair import pair
 
@@ -92,6 +92,14 @@ def test_a_form_of_call_that_one_rank_alone_has_is_tried_there_and_told(wrapper:
         "couples examples: its output for one example changes with the values of the other" in other
     )
     assert torch.equal(values, others)
+
+
+@pytest.mark.parametrize("wrapper", ["DPDDP", "FSDP2"])
+def test_a_rank_whose_step_fails_when_the_others_have_taken_it_stops_all(wrapper: str) -> None:
+    one, other = check_leaving(wrapper)
+    for refused, why in zip(one, other, strict=True):
+        assert "RuntimeError: full disk. It came after the ranks had agreed on a step" in why
+        assert refused == f"{OTHERS}{why}"
 
 
 def other_limits(rank: int, wrapper: str) -> tuple[str, list[Any]]:
