@@ -220,3 +220,10 @@ def scopes_end_any_number_of_times(patch: pytest.MonkeyPatch) -> None:
         return finish(self)
 
     patch.setattr(Scope, "finish", again)
+
+
+@mutant(killed_by=guard_killers.statistics_of_a_pass_without_gradients, says="were taken up")
+def statistics_not_looked_at_without_gradients(patch: pytest.MonkeyPatch) -> None:
+    """A batch normalisation takes up the statistics of private examples in a pass without
+    gradients, and later passes use them."""
+    patch.setattr(grad_sample_module, "takes_up_statistics", lambda model: None)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
 from tests.budgets import layerwise
-from tests.checks import HUGE, Trainer, check_refused, check_unmoved
+from tests.checks import HUGE, Trainer, check_raises, check_refused, check_unmoved
 
 
 def _two_layers() -> tuple[Trainer, Tensor]:
@@ -122,3 +122,18 @@ def gradient_set_by_hand() -> None:
     """A gradient put into `p.grad` between the backward pass and the step."""
     trainer, x = _two_layers()
     check_unmoved(trainer, x, lambda p: setattr(p, "grad", torch.full_like(p, HUGE)))
+
+
+def statistics_of_a_pass_without_gradients() -> None:
+    """A frozen batch normalisation, in training mode where nothing asks for gradients."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(2, affine=False)
+    model = nn.Sequential(nn.Linear(2, 2), norm.eval(), nn.Linear(2, 2))
+    trainer = Trainer(model, (2,), layerwise())
+    norm.train()
+    with torch.no_grad():
+        check_raises(
+            lambda: trainer.model(torch.ones(3, 2).double()),
+            "running statistics",
+            otherwise="statistics without noise were taken up",
+        )

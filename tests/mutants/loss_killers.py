@@ -6,10 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.probe.rows import rows_are_coupled
 from opacus_bpclip.rules import GroupNormRule
 from tests.budgets import layerwise
-from tests.checks import Trainer, check_independence, check_refused, check_sensitivity
+from tests.checks import (
+    Trainer,
+    check_independence,
+    check_raises,
+    check_refused,
+    check_sensitivity,
+)
 from tests.companions import Criterion, blank_and_one, check_rounding_is_small, mixer
 
 
@@ -102,3 +109,27 @@ def lists_of_boxes() -> None:
     boxes = [torch.ones(number, 2) for number in (1, 5, 2, 9)]
     found = rows_are_coupled(_Boxes(), (torch.zeros(4, 2), boxes), {}, 4)
     assert found, "the number of boxes was not found"
+
+
+class _Switched(nn.Module):
+    """Subtracts the batch's mean loss, once it is switched on."""
+
+    reduction, coupled = "mean", False
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        losses = F.cross_entropy(output, target.long(), reduction="none")
+        return (losses - losses.mean()).square() if self.coupled else losses
+
+
+def criterion_that_is_switched_on() -> None:
+    """A criterion that compares examples with the batch from some epoch on."""
+    torch.manual_seed(0)
+    criterion = BackpropClipCriterion(_Switched())
+    output, target = torch.randn(6, 3), torch.zeros(6)
+    criterion(output, target)
+    criterion.criterion.coupled = True
+    check_raises(
+        lambda: criterion(output, target),
+        "couples examples",
+        otherwise="a criterion that couples examples was accepted",
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 from opacus_bpclip.clipping import affine, fused_use
 from opacus_bpclip.losses import criterion
 from opacus_bpclip.losses.criterion import LossWatch
+from opacus_bpclip.losses.trials import Trials
 from opacus_bpclip.probe import rows
 from opacus_bpclip.probe.batches import Batch
 from opacus_bpclip.rules import AffineRule
@@ -100,3 +101,15 @@ def lists_of_targets_left_whole(patch: pytest.MonkeyPatch) -> None:
         return Batch(args, kwargs, size, 0).select(chosen)
 
     patch.setattr(rows, "_selected", whole)
+
+
+@mutant(killed_by=loss_killers.criterion_that_is_switched_on, says="was accepted")
+def criterion_tried_once(patch: pytest.MonkeyPatch) -> None:
+    """A criterion is tried for coupled examples in its first call alone, and couples them in a
+    later epoch."""
+
+    def is_new(self: Trials, form: object, criterion: Any) -> bool:
+        self._calls[form] += 1
+        return self._calls[form] == 1
+
+    patch.setattr(Trials, "are_due", is_new)

@@ -82,3 +82,10 @@ def items_of_every_rank(patch: pytest.MonkeyPatch) -> None:
     """Each rank samples from the whole data set: an example may be in two local batches of one
     step, and contribute twice."""
     patch.setattr(loader, "part_of_rank", range)
+
+
+@mutant(killed_by=killers.step_that_one_rank_lacks, says="though one lacks a step")
+def steps_that_a_rank_lacks_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A rank whose step has failed where the others have taken theirs goes on with them, from other
+    parameters, and its accountant has fewer steps."""
+    patch.setattr(Ranks, "leave", lambda self, reason: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.ranks.checks import (
     check_agreement,
+    check_leaving,
     check_noise_law,
     check_sampling,
     check_seeds,
@@ -39,3 +40,8 @@ def samples_of_two_ranks() -> None:
 def seeds_of_two_shards() -> None:
     """The seeds of two shards' generators, all of which the user has seeded alike."""
     check_seeds("FSDP2")
+
+
+def step_that_one_rank_lacks() -> None:
+    """Steps after one in which a hook has failed on one of two ranks."""
+    check_leaving("DPDDP")

@@ -149,7 +149,27 @@ def copies_counted_by_the_original_alone(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.steps_with_a_hook_that_reads, says="the accountant has 0 of 2 steps")
 def hooks_that_read_taken_for_the_accountants(patch: pytest.MonkeyPatch) -> None:
     """A step hook that only reads the accountant replaces the one by which it counts."""
-    patch.setattr(AccountStep, "is_replaced_by", lambda self, fn: bool(fn.__closure__))
+    with_hook = AccountStep.with_hook
+
+    def by_what_it_holds(self: AccountStep, fn: Any) -> Any:
+        return fn if getattr(fn, "__closure__", None) else with_hook(self, fn)
+
+    patch.setattr(AccountStep, "with_hook", by_what_it_holds)
+
+
+@mutant(
+    killed_by=killers.steps_with_the_accountants_own_hook, says="the accountant has 2 of 4 steps"
+)
+def an_accountants_own_hook_is_as_any_other(patch: pytest.MonkeyPatch) -> None:
+    """The hook by which an accountant counts, attached by hand, goes when another is attached."""
+    patch.setattr(AccountStep, "of", lambda fn: fn if isinstance(fn, AccountStep) else None)
+    patch.setattr(AccountStep, "with_hook", lambda self, fn: fn)
+
+
+@mutant(killed_by=killers.noise_in_a_loop_that_seeds, says="the same noise was drawn twice")
+def noise_of_torchs_default_generator(patch: pytest.MonkeyPatch) -> None:
+    """The noise is of the generator that a data set or the training loop seeds again."""
+    patch.setattr(Sources, "own", lambda self, generator, device, purpose: generator)
 
 
 @mutant(killed_by=killers.steps_after_a_new_accountant, says="the accountant has 0 of 2 steps")

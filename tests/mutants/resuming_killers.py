@@ -81,10 +81,9 @@ def noise_of_optimizers_of_one_engine() -> None:
 
 
 def noise_with_the_seed_of_the_samples() -> None:
-    """Noise from torch's default generator, and samples from one with its seed."""
-    script = Script(generators=[None, torch.Generator().manual_seed(0)])
-    noise = script.optimizer.generator or torch.default_generator
-    told_apart = noise.initial_seed() != script.loader.generator.initial_seed()
+    """Noise and samples from two generators with one seed."""
+    script = Script(generators=[torch.Generator().manual_seed(7) for _ in range(2)])
+    told_apart = script.optimizer.generator.initial_seed() != script.loader.generator.initial_seed()
     assert told_apart, "noise and samples are of one stream"
 
 
@@ -109,6 +108,26 @@ def steps_with_a_hook_that_reads() -> None:
     script.optimizer.attach_step_hook(lambda _: seen.append(len(accountant.history)))
     script.train()
     assert script.steps == 2, f"the accountant has {script.steps} of 2 steps"
+
+
+def steps_with_the_accountants_own_hook() -> None:
+    """Two steps with the accountant's hook, attached by hand, and two with one that logs."""
+    script = Script()
+    own = script.engine.accountant.get_optimizer_hook_fn(sample_rate=0.25)
+    script.optimizer.attach_step_hook(own)
+    script.train()
+    script.optimizer.attach_step_hook(lambda _: None)
+    script.train()
+    assert script.steps == 4, f"the accountant has {script.steps} of 4 steps"
+
+
+def noise_in_a_loop_that_seeds() -> None:
+    """Steps of a loop that sets torch's seed in each epoch."""
+    script = Script()
+    for _ in range(2):
+        torch.manual_seed(0)
+        script.train(1)
+    check_no_noise_twice(script)
 
 
 def steps_after_a_new_accountant() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from opacus_bpclip.clipping.alignment import Alignment
 from opacus_bpclip.guard.ranks import Ranks
-from opacus_bpclip.sampling import loader
+from opacus_bpclip.sampling import collating, items
 from opacus_bpclip.sampling.log import SampleLog
 from opacus_bpclip.sampling.records import Sample, Signal
 from tests.mutants import sampling_killers as killers
@@ -89,4 +89,17 @@ def broadcast_axes_not_compared(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.all_items_in_one_row, says="was accepted")
 def packed_rows_accepted(patch: pytest.MonkeyPatch) -> None:
     """A collate function may put all items into one row, which then counts as one example."""
-    patch.setattr(loader, "_joined", lambda one, other: False)
+    patch.setattr(collating, "_joined", lambda one, other: False)
+
+
+@mutant(killed_by=killers.rows_of_the_whole_batch, says="was accepted")
+def rows_of_other_items_accepted(patch: pytest.MonkeyPatch) -> None:
+    """A collate function may standardise a batch by its own mean and deviation: one item changes
+    the rows of all others."""
+    patch.setattr(collating, "_coupled_rows", lambda loader, axis: None)
+
+
+@mutant(killed_by=killers.one_item_ten_times, says="was accepted")
+def repeated_items_accepted(patch: pytest.MonkeyPatch) -> None:
+    """A data set may name an item ten times, and each copy is sampled and clipped by itself."""
+    patch.setattr(items, "_require_distinct", lambda dataset: None)

@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from opacus_bpclip.rules import RULES, BroadcastRule
-from opacus_bpclip.sampling.loader import several_rows
+from opacus_bpclip.sampling.collating import problem_of_collating
+from opacus_bpclip.sampling.items import sampled_items
 from opacus_bpclip.sampling.records import Pass
 from tests.budgets import layerwise
-from tests.checks import Trainer, check_refused
+from tests.checks import Trainer, check_raises, check_refused
 
 
 def _sampled() -> tuple[Trainer, Tensor]:
@@ -108,4 +109,22 @@ def scale_of_another_axis() -> None:
 def all_items_in_one_row() -> None:
     """A collate function that puts all items one after the other into one row."""
     packed = DataLoader([torch.ones(3)] * 8, collate_fn=lambda items: torch.cat(items)[None])
-    assert several_rows(packed, axis=0), "a row of all items was accepted"
+    assert problem_of_collating(packed, axis=0), "a row of all items was accepted"
+
+
+def rows_of_the_whole_batch() -> None:
+    """A collate function that divides the rows by the largest number in the batch."""
+    data = list(torch.arange(1.0, 9.0)[:, None])
+    loader = DataLoader(data, collate_fn=lambda own: torch.stack(own) / torch.stack(own).max())
+    assert problem_of_collating(loader, axis=0), "a row that depends on others was accepted"
+
+
+def one_item_ten_times() -> None:
+    """A data set of eight items, with the first one nine times more."""
+    data = TensorDataset(torch.arange(8.0))
+    loader = DataLoader(Subset(data, [*range(8), *[0] * 9]), batch_size=4)
+    check_raises(
+        lambda: sampled_items(loader),
+        "more than once",
+        otherwise="an item that is there ten times was accepted",
+    )

@@ -47,7 +47,7 @@ def steps_counted_elsewhere(patch: pytest.MonkeyPatch) -> None:
     def forgetful(self: PrivateTrainer, *args: Any) -> Any:
         private = make_private(self, *args)
         rate = private.optimizer.step_hook.sample_rate
-        private.optimizer.attach_step_hook(AccountStep(create_accountant("rdp"), rate))
+        private.optimizer.step_hook = AccountStep(create_accountant("rdp"), rate)
         return private
 
     patch.setattr(PrivateTrainer, "_make_private", forgetful)
