@@ -124,6 +124,15 @@ def test_a_batch_of_another_loader_is_refused_in_a_compiled_model() -> None:
     assert private.steps == len(batches)
 
 
+def test_a_list_of_many_batches_trains() -> None:
+    private = counted(data=dataset(1100), batch_size=1)
+    batches = list(private.loader)
+    for x, y in [*batches[:3], *batches[-3:]]:
+        train(private, x, y)
+    assert len(batches) == 1100
+    assert private.steps == 6
+
+
 class TwoParts(nn.Module):
     """Has a layer for each of two parts of a batch."""
 

@@ -17,7 +17,7 @@ from opacus_bpclip.sampling import problems
 from opacus_bpclip.sampling.records import Pass, Sample, Signal
 
 # Batches that are never trained on, such as those of evaluation loops, are forgotten beyond this.
-_MOST_WAITING = 1024
+_MOST_WAITING = 2**16
 
 
 class SampleLog:
