@@ -309,6 +309,14 @@ def test_seeds_that_are_set_while_training_repeat_no_noise_and_no_sample() -> No
     check_nothing_twice(script)
 
 
+def test_torchs_own_generator_is_not_used_where_it_is_passed_either() -> None:
+    script = Script(generators=[torch.default_generator, torch.default_generator])
+    for _ in range(4):
+        torch.manual_seed(0)
+        script.train(1)
+    check_nothing_twice(script)
+
+
 def test_other_random_numbers_of_torch_go_on_from_the_seed() -> None:
     drawn = []
     for _ in range(2):

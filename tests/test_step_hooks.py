@@ -153,6 +153,19 @@ def test_an_accountants_own_hook_stays_when_another_one_is_attached_later() -> N
         script.train()
 
 
+def test_a_hook_may_call_the_one_that_it_replaces() -> None:
+    script, seen = Script(), []
+    old = script.optimizer.step_hook
+
+    def both(optimizer: DPOptimizer) -> None:
+        old(optimizer)
+        seen.append(script.steps)
+
+    script.optimizer.attach_step_hook(both)
+    assert script.train().steps == 2
+    assert seen == [1, 2]
+
+
 def test_an_accountant_that_replaces_one_with_steps_is_refused_with_its_hook_too() -> None:
     script = Script().train()
     script.engine.accountant = create_accountant("prv")

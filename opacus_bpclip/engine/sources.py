@@ -8,7 +8,7 @@ from weakref import WeakSet
 import opacus
 import torch
 
-from opacus_bpclip.guard.generators import apart, are_alike, fresh
+from opacus_bpclip.guard.generators import apart, are_alike, fresh, is_default
 from opacus_bpclip.guard.seeds import Purpose
 from opacus_bpclip.optimizer.wrapper import OptimizerWrapper
 
@@ -58,7 +58,7 @@ class Sources:
             return fresh(device if generator is None else generator.device)
         # Torch's default generator has made the initial weights. Who knows them could tell the
         # samples and the noise of another generator with its seed.
-        if self._made or generator is None or are_alike(generator, None):
+        if self._made or is_default(generator) or are_alike(generator, None):
             return apart(generator, device, purpose, self._made)
         return generator
 

@@ -62,6 +62,16 @@ def apart(
     return keyed(place + drawn.cpu().numpy().tobytes(), device)
 
 
+def is_default(generator: torch.Generator | None) -> bool:
+    """Return whether a generator is one of torch's own, which ``torch.manual_seed`` seeds.
+
+    Args:
+        generator: ``None`` for torch's default one.
+    """
+    own = (torch.default_generator, *torch.cuda.default_generators)
+    return generator is None or any(generator is each for each in own)
+
+
 def are_alike(one: torch.Generator | None, other: torch.Generator | None) -> bool:
     """Return whether two generators, which are not one, draw numbers of one stream.
 

@@ -176,8 +176,20 @@ class Ranks:
         else:
             self.meet(Place.STEP, refusal=reason)
 
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Do what the ranks have agreed on; after an error, refuse at all meetings from now on.
+
+        The others may have taken a step that this rank lacks.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.leave(f"{type(error).__name__}: {error}")
+            raise
+
     def leave(self, reason: str) -> None:
-        """Refuse at all meetings from now on: the others may have taken a step without this rank.
+        """Refuse at all meetings from now on.
 
         Args:
             reason: what this rank's step has met with.

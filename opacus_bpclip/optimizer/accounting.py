@@ -45,6 +45,7 @@ class AccountStep:
         self.sample_rate = sample_rate
         self.then = then
         self._engine = None if engine is None else ref(engine)
+        self._running = False
 
     @classmethod
     def of(cls, fn: Hook) -> AccountStep | None:
@@ -65,6 +66,17 @@ class AccountStep:
         Raises:
             PrivacyViolationError: the engine has got another accountant since.
         """
+        if self._running:
+            return  # A hook that replaces an earlier one may call it.
+        self._running = True
+        try:
+            self._count(optimizer)
+            if self.then is not None:
+                self.then(optimizer)
+        finally:
+            self._running = False
+
+    def _count(self, optimizer: DPOptimizer) -> None:
         engine = self._present_engine
         if engine is not None and engine.accountant is not self.accountant:
             raise PrivacyViolationError(
@@ -78,8 +90,6 @@ class AccountStep:
             # Opacus's accountant of one kind of steps forgets all of them when it meets another.
             self.accountant.history = counted
             raise
-        if self.then is not None:
-            self.then(optimizer)
 
     def with_hook(self, fn: Hook) -> AccountStep:
         """Return the hook that counts for the same engine, and calls ``fn``.

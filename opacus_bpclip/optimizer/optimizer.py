@@ -11,10 +11,12 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from torch.optim import Optimizer
 
 from opacus_bpclip.errors import PrivacyViolationError
+from opacus_bpclip.guard.generators import apart
 from opacus_bpclip.guard.gradient_checks import mark_as_cleared
 from opacus_bpclip.guard.precision import rounded_sums
 from opacus_bpclip.guard.ranks import Place
 from opacus_bpclip.guard.rehearsal import check_graphs
+from opacus_bpclip.guard.seeds import Purpose
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer.marks import is_released, mark_as_released
 from opacus_bpclip.optimizer.noise import add_noise_
@@ -151,6 +153,9 @@ class BackpropClipOptimizer(OptimizerWrapper):
         the sum over all ranks, with noise drawn once.
         """
         self._place = None
+        if self.generator is None and not self.secure_mode and self._device.type != "meta":
+            # The model held no numbers when it was made private.
+            self.generator = apart(None, self._device, Purpose.NOISE, 0)
         held = self._summed
         sums = [p.summed_grad for p in held]
         for summed in sums:
@@ -190,12 +195,12 @@ class BackpropClipOptimizer(OptimizerWrapper):
             self._guard.finish()
             return False
         try:
-            self._release()
-        except BaseException as error:
+            with self._guard.ranks.agreed():
+                self._release()
+        except BaseException:
             # What the accountant may not have counted is not released.
             self._drop_gradients()
             self._drop_sums()
-            self._guard.ranks.leave(f"{type(error).__name__}: {error}")
             raise
         finally:
             self._is_last_step_skipped = False
@@ -264,8 +269,9 @@ class BackpropClipOptimizer(OptimizerWrapper):
             with torch.enable_grad():
                 loss = closure()
         if self.pre_step():
-            self.original_optimizer.step()
-            self._hooks._whitening.follow()
+            with self._guard.ranks.agreed():
+                self.original_optimizer.step()
+                self._hooks._whitening.follow()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

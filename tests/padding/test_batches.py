@@ -122,7 +122,10 @@ def test_a_loader_that_is_made_of_its_parts_yields_whole_samples() -> None:
     private = private_of(rows=4)
     loader = private.loader
     anew = DataLoader(
-        loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn
+        loader.dataset,
+        batch_sampler=loader.batch_sampler,
+        collate_fn=loader.collate_fn,
+        generator=loader.generator,  # of which a loader, too, takes a number for each pass
     )
     batches = list(anew)
     assert all(len(x) % 4 == 0 for x, _ in batches)

@@ -211,12 +211,16 @@ def check_refusal(wrapper: str, where: str) -> None:
     torch.testing.assert_close(one["released"], alone.released(), atol=1e-6, rtol=0)
 
 
-def steps_with_a_failing_hook(rank: int, wrapper: str) -> list[str]:
-    """Return what three steps raise, the first one's hook on rank 1 alone."""
+def steps_of_which_one_fails(rank: int, wrapper: str, where: str) -> list[str]:
+    """Return what three steps raise, of which the first one fails on rank 1 alone."""
     private = make_private(wrapper, lr=0.1)
-    errors = []
+    errors, step_of = [], private.optimizer.original_optimizer.step
     for step in range(3):
-        private.optimizer.attach_step_hook(fail if step == 0 and rank == 1 else lambda _: None)
+        fails = step == 0 and rank == 1
+        if where == "hook":
+            private.optimizer.attach_step_hook(fail if fails else lambda _: None)
+        else:
+            private.optimizer.original_optimizer.step = fail if fails else step_of
         try:
             private.step(*share(examples(12), rank, (5, 7)))
             errors.append("")
@@ -226,13 +230,13 @@ def steps_with_a_failing_hook(rank: int, wrapper: str) -> list[str]:
     return errors
 
 
-def fail(optimizer: Any) -> None:
+def fail(*_: Any) -> None:
     raise RuntimeError("full disk")
 
 
-def check_leaving(wrapper: str) -> tuple[list[str], list[str]]:
+def check_leaving(wrapper: str, where: str) -> tuple[list[str], list[str]]:
     """Where a rank lacks a step of the others, none goes on; return what later steps raise."""
-    one, other = pair().run(steps_with_a_failing_hook, wrapper)
+    one, other = pair().run(steps_of_which_one_fails, wrapper, where)
     assert (one[0], other[0]) == ("", "full disk")
     for errors in (one[1:], other[1:]):
         assert all(errors), "the ranks stepped on, though one lacks a step"

@@ -94,9 +94,12 @@ def test_a_form_of_call_that_one_rank_alone_has_is_tried_there_and_told(wrapper:
     assert torch.equal(values, others)
 
 
+@pytest.mark.parametrize("where", ["hook", "optimizer"])
 @pytest.mark.parametrize("wrapper", ["DPDDP", "FSDP2"])
-def test_a_rank_whose_step_fails_when_the_others_have_taken_it_stops_all(wrapper: str) -> None:
-    one, other = check_leaving(wrapper)
+def test_a_rank_whose_step_fails_when_the_others_have_taken_it_stops_all(
+    wrapper: str, where: str
+) -> None:
+    one, other = check_leaving(wrapper, where)
     for refused, why in zip(one, other, strict=True):
         assert "RuntimeError: full disk. It came after the ranks had agreed on a step" in why
         assert refused == f"{OTHERS}{why}"
