@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from opacus.data_loader import DPDataLoader
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
@@ -59,8 +60,17 @@ def of_labels(items: Items) -> Any:
     return x, F.one_hot(y, CLASSES) - F.one_hot(y, CLASSES).float().mean(0)
 
 
+def beside_a_large_number(items: Items) -> Any:
+    x, y = standardised(items)
+    return torch.cat([x, 1.6e9 + stacked(items)[0][:, :1]], dim=1), y
+
+
 @pytest.mark.parametrize(
-    "collate", [standardised, divided_by_the_largest, mixed, with_negatives, of_labels]
+    "collate",
+    [
+        *(standardised, divided_by_the_largest, mixed, with_negatives, of_labels),
+        beside_a_large_number,
+    ],
 )
 def test_rows_that_depend_on_other_items_are_refused(collate: Callable[[Items], Any]) -> None:
     with pytest.raises(ValueError, match=r"another row of an item beside other items"):
@@ -85,6 +95,11 @@ def in_order(items: Items) -> Any:
     return stacked(sorted(items, key=lambda item: float(item[0].sum())))
 
 
+def flipped_together(items: Items) -> Any:
+    x, y = stacked(items)
+    return x.flip(1) if torch.rand(()) < 0.3 else x, y
+
+
 def noisy(items: Items) -> Any:
     x, y = stacked(items)
     return x + torch.randn_like(x), y
@@ -106,7 +121,7 @@ def padded(items: Items) -> Any:
     "collate",
     [
         *(normalised_by_constants, normalised_each_by_itself, numbered, in_order, noisy),
-        *(with_a_count, failing, padded),
+        *(with_a_count, failing, padded, flipped_together),
     ],
 )
 def test_what_depends_on_no_other_item_or_cannot_be_told_is_accepted(
@@ -132,6 +147,28 @@ class Keyed(dict[str, Any]):
     """Items by names."""
 
 
+class Unsized(Dataset):
+    def __getitem__(self, index: int) -> Any:
+        return examples()[index]
+
+
+class Endless(Unsized):
+    """Has items beyond its length."""
+
+    def __len__(self) -> int:
+        return 10
+
+
+class Zipped(ConcatDataset):
+    """Has one item for each of two data sets' items."""
+
+    def __len__(self) -> int:
+        return len(self.datasets[0])
+
+    def __getitem__(self, index: int) -> Any:
+        return self.datasets[0][index]
+
+
 def rare(data: Dataset[Any]) -> Dataset[Any]:
     return Subset(data, [*range(8), *[3] * 4])
 
@@ -143,10 +180,23 @@ def rare(data: Dataset[Any]) -> Dataset[Any]:
         (lambda data: ConcatDataset([data] * 3), 64),
         (lambda data: Subset(ConcatDataset([data, Subset(data, [5, 6])]), range(33)), 1),
         (lambda data: ConcatDataset([Subset(data, [0, 1]), Subset(Subset(data, [1, 2]), [0])]), 1),
-        (lambda data: Subset(data, [*range(8), -64]), 1),
+        (lambda data: Subset(data, [*range(8), -len(data)]), 1),
+        (lambda data: Subset(Unsized(), [*range(8), 3, 3]), 2),
+        (lambda data: ConcatDataset([TensorDataset(*data.tensors) for _ in range(2)]), 32),
+        (lambda data: Subset(ConcatDataset([data, examples()]), [40, 3, 40]), 1),
         (lambda data: Subset(Keyed(zip("abcd", data, strict=False)), list("abca")), 1),
     ],
-    ids=["rare class", "repeated", "overlap", "nested", "from the end", "keys"],
+    ids=[
+        "rare class",
+        "repeated",
+        "overlap",
+        "nested",
+        "from the end",
+        "unsized",
+        "shared",
+        "of parts",
+        "keys",
+    ],
 )
 def test_items_that_are_there_several_times_are_refused(
     make: Callable[[Dataset[Any]], Dataset[Any]], repeats: int
@@ -163,8 +213,15 @@ def test_items_that_are_there_several_times_are_refused(
         lambda data: ConcatDataset([data, examples()]),
         lambda data: ConcatDataset([Subset(data, [0, 1]), Subset(data, [2, 3])]),
         lambda data: Subset(Keyed(zip("abcd", data, strict=False)), list("abc")),
+        lambda data: Subset(Unsized(), [5, 2, 9]),
+        lambda data: Subset(Endless(), range(40)),
+        lambda data: Zipped([data, data]),
+        lambda data: Subset(ConcatDataset([data, examples()]), [40, 8, -1]),
     ],
-    ids=["subset", "tensor", "equal values", "parts", "keys"],
+    ids=[
+        *("subset", "tensor", "equal values", "parts", "keys", "unsized", "endless", "zipped"),
+        "of parts",
+    ],
 )
 def test_items_that_are_there_once_are_accepted(
     make: Callable[[Dataset[Any]], Dataset[Any]],
@@ -180,3 +237,30 @@ def test_the_remedies_for_repeated_items() -> None:
     model, *_ = private(examples())
     x, y = examples().tensors
     assert weights(model(x), y).isfinite()
+
+
+class AtOnce(TensorDataset):
+    """Makes all items of a batch together."""
+
+    def __init__(self, standardise: bool) -> None:
+        super().__init__(*examples().tensors)
+        self.standardise = standardise
+
+    def __getitems__(self, indices: list[int]) -> Items:
+        x, y = (own[indices] for own in self.tensors)
+        return list(zip((x - x.mean(0)) if self.standardise else x, y, strict=True))
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(data, range(20))])
+def test_items_that_are_made_of_others_are_refused(
+    wrap: Callable[[Dataset[Any]], Dataset[Any]],
+) -> None:
+    with pytest.raises(ValueError, match=r"another row of an item beside other items"):
+        private(wrap(AtOnce(standardise=True)))
+    private(wrap(AtOnce(standardise=False)))
+
+
+def test_items_of_a_loader_that_is_private_already_are_looked_at() -> None:
+    data = Subset(examples(), [*range(8), 3])
+    with pytest.raises(ValueError, match="has 1 items more than once"):
+        sampled_items(DPDataLoader.from_data_loader(DataLoader(data, batch_size=3)))

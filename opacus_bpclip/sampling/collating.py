@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from opacus_bpclip.probe.leaves import batch_leaves
 from opacus_bpclip.probe.randomness import repeatable
 
 # Items that are collated together, and each beside copies of itself.
 _TOGETHER = 5
-# Relative; far above the rounding of a row that is made in a batch.
-_TOLERANCE = 1e-3
+# Relative to a number, and to the largest one in its place of any item; far above the rounding of a
+# row that is made in a batch.
+_TOLERANCE = 1e-4
 
 
 def problem_of_collating(loader: DataLoader[Any], *, axis: int) -> str | None:
@@ -38,9 +40,8 @@ def _several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
     one row. Where no tensor's size changes, the rows are checked in training.
     """
     try:
-        with repeatable(torch.device("cpu")):
-            item = loader.dataset[0]
-            batches = [loader.collate_fn([item] * count) for count in (3, 4)]
+        item = _read(loader.dataset, [0])
+        batches = [_collated(loader, item * count) for count in (3, 4)]
         shapes = [
             [leaf.shape for leaf in batch_leaves(batch) if _has_axis(leaf, axis)]
             for batch in batches
@@ -76,33 +77,36 @@ def _joined(one: Sequence[int], other: Sequence[int]) -> bool:
 def _coupled_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
     """Check that an item's row is the same beside other items as beside copies of itself.
 
-    The first items are collated for this. Nothing is found where the collate function is random,
-    or where it makes tensors of other sizes: what padding does is for the model to show.
+    The first items are read and collated for this, each time with the same random numbers. Nothing
+    is found where they come from a generator of the user's own, or where tensors have other sizes:
+    what padding does is for the model to show.
     """
-    if loader.collate_fn is default_collate:
+    if loader.collate_fn is default_collate and not _reads_at_once(loader.dataset):
         return None
     try:
-        with repeatable(torch.device("cpu")):
-            items = [loader.dataset[index] for index in range(_TOGETHER)]
-            batches = [items, items, *([item] * _TOGETHER for item in items)]
-            together, again, *alone = (_rows(loader.collate_fn(list(own)), axis) for own in batches)
+        first = list(range(_TOGETHER))
+        items = _read(loader.dataset, first)
+        copies = [[item] * _TOGETHER for item in items]
+        if _reads_at_once(loader.dataset):
+            copies = [_read(loader.dataset, [index] * _TOGETHER) for index in first]
+        batches = (_collated(loader, own) for own in (items, items, *copies))
+        together, again, *alone = (_rows(batch, axis) for batch in batches)
     except Exception:
         # The user's own code, whose error training will report.
         return None
-    if not together[0] or not all(map(_may_be_alike, together, again)):
+    alike = partial(_may_be_alike, scales=_scales(together))
+    if not together[0] or not all(map(alike, together, again)):
         return None
     # The collate function may sort the items, and write an item's place into its row.
-    fits = [
-        [any(_may_be_alike(row, own) for own in copies) for row in together] for copies in alone
-    ]
+    fits = [[any(alike(row, own) for own in copies) for row in together] for copies in alone]
     if np.array(fits)[linear_sum_assignment(fits, maximize=True)].all():
         return None
     return (
         "The data loader's collate_fn makes another row of an item beside other items than beside "
         "copies of itself (statistics of the batch, a mixture of items, negatives from the "
         "batch?). So one example changes the rows of the others, and no noise covers that. Make "
-        "each item's row of that item alone: normalise by public constants, for example, and mix "
-        "within an item."
+        "each item's row of that item alone: normalise by public constants, for example, mix "
+        "within an item, and leave numbers about the whole batch out of it."
     )
 
 
@@ -116,18 +120,48 @@ def _rows(batch: Any, axis: int) -> list[list[Tensor]]:
     return [[leaf.select(axis, row) for leaf in tensors] for row in range(_TOGETHER)]
 
 
-def _may_be_alike(row: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+def _scales(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the largest size that each number has in any of the rows, for each tensor."""
+    return [torch.stack(own).double().nan_to_num().abs().amax(0) for own in zip(*rows, strict=True)]
+
+
+def _may_be_alike(
+    row: Sequence[Tensor], other: Sequence[Tensor], *, scales: Sequence[Tensor]
+) -> bool:
     """Return whether two rows are equal, or of sizes that cannot be compared."""
     if [x.shape for x in row] != [x.shape for x in other]:
         return True
-    return all(map(_equal, row, other))
+    return all(map(_equal, row, other, scales))
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _equal(one: Tensor, other: Tensor, scale: Tensor) -> bool:
     if not one.is_floating_point():
         return torch.equal(one, other)
-    scale = float(one.nan_to_num().abs().amax()) if one.numel() else 0.0
-    return torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE * scale, equal_nan=True)
+    one, other = one.double(), other.double()
+    tolerance = _TOLERANCE * torch.maximum(scale, one.abs())
+    same = (one == other) | (one.isnan() & other.isnan()) | ((one - other).abs() <= tolerance)
+    return bool(same.all())
+
+
+def _read(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """Return some items, read as a loader reads them, with random numbers of one seed."""
+    with repeatable(torch.device("cpu")):
+        if getattr(dataset, "__getitems__", None):
+            return list(dataset.__getitems__(list(indices)))
+        return [dataset[index] for index in indices]
+
+
+def _collated(loader: DataLoader[Any], items: Sequence[Any]) -> Any:
+    """Return the batch of some items, with random numbers of one seed."""
+    with repeatable(torch.device("cpu")):
+        return loader.collate_fn(list(items))
+
+
+def _reads_at_once(dataset: Any) -> bool:
+    """Return whether a data set makes all items of a batch together."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return bool(getattr(dataset, "__getitems__", None))
 
 
 def _has_axis(leaf: object, axis: int) -> bool:

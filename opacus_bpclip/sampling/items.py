@@ -6,15 +6,13 @@ them are in a batch together. It must not change which items there are, or draw 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Hashable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import (
     BatchSampler,
-    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -27,6 +25,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from opacus_bpclip.guard.ranks import world_size
 from opacus_bpclip.probe.randomness import repeatable
+from opacus_bpclip.sampling.repeats import count_of_repeats
 
 # How a loader reads and collates, whatever it draws.
 _READING = (
@@ -63,6 +62,14 @@ def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
             "Uniform sampling is not supported for IterableDataset: the items of a stream cannot "
             f"be drawn by index. {_REMEDY}"
         )
+    if repeats := count_of_repeats(loader.dataset):
+        raise ValueError(
+            f"The data set has {repeats} items more than once (a Subset whose indices repeat, a "
+            "ConcatDataset of one data set several times). Each copy is sampled and clipped by "
+            "itself, so one example would contribute several times. Name each item once. For "
+            "several augmented views of an item, use opacus_bpclip.AugmentedViews; for rare "
+            "classes, weights in the loss, which are public numbers."
+        )
     batches = loader.batch_sampler
     size = len(loader.dataset)  # type: ignore[arg-type]
     if isinstance(batches, UniformWithReplacementSampler) and batches.num_samples == size:
@@ -80,7 +87,6 @@ def sampled_items(loader: DataLoader[Any]) -> DataLoader[Any]:
         raise ValueError(
             f"The data loader has no batch: fewer items than batch_size, and drop_last. {_REMEDY}"
         )
-    _require_distinct(loader.dataset)
     # loader.sampler is a placeholder where a batch sampler was passed.
     indices = _subset(batches.sampler, size)
     if indices is None:
@@ -103,53 +109,6 @@ def like(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> Data
         **options: further arguments of ``torch.utils.data.DataLoader``.
     """
     return DataLoader(dataset, **{name: getattr(loader, name) for name in _READING}, **options)
-
-
-def _require_distinct(dataset: Dataset[Any]) -> None:
-    """Check that a `Subset` or `ConcatDataset` has no item of what it is made of twice.
-
-    Raises:
-        ValueError: it has.
-    """
-    if not isinstance(dataset, (Subset, ConcatDataset)):
-        return
-    try:
-        origins = _origins(dataset)
-        repeats = len(origins) - len(set(origins))
-    except (IndexError, TypeError):
-        # The user's own code, whose error training will report; or keys of a kind of its own.
-        return
-    if repeats:
-        raise ValueError(
-            f"The data set has {repeats} items more than once (a Subset whose indices repeat, a "
-            "ConcatDataset of one data set several times). Each copy is sampled and clipped by "
-            "itself, so one example would contribute several times. Name each item once. For "
-            "several augmented views of an item, use opacus_bpclip.AugmentedViews; for rare "
-            "classes, weights in the loss, which are public numbers."
-        )
-
-
-def _origins(dataset: Any) -> list[tuple[int, Hashable]]:
-    """Return, for each item, the identity of the data set that it comes from, and its key there."""
-    if isinstance(dataset, ConcatDataset):
-        return [origin for part in dataset.datasets for origin in _origins(part)]
-    if not isinstance(dataset, Subset):
-        return [(id(dataset), index) for index in range(len(dataset))]
-    base: Any = dataset.dataset
-    keys = [_plain(key) for key in dataset.indices]
-    if isinstance(base, (Subset, ConcatDataset)):
-        origins = _origins(base)
-        return [origins[cast("int", key)] for key in keys]
-    size = max(len(base), 1)
-    return [(id(base), key % size if isinstance(key, int) else key) for key in keys]
-
-
-def _plain(key: Any) -> Hashable:
-    """Return an index of any type as a plain number; other keys as they are."""
-    try:
-        return operator.index(key)
-    except TypeError:
-        return cast("Hashable", key)
 
 
 def _subset(sampler: Any, size: int) -> Sequence[int] | None:
