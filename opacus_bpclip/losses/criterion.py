@@ -172,7 +172,7 @@ class BackpropClipCriterion(nn.Module):
         self.criterion = copy.deepcopy(criterion)
         self.criterion.reduction = "none"
         self.watch = LossWatch()
-        self._trials = Trials()
+        self._trials = Trials(self.criterion)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss, a scalar; the arguments are those of the criterion.
@@ -235,7 +235,7 @@ class BackpropClipCriterion(nn.Module):
         if present is not None and len(present) != size:
             return  # `LossWatch.require_examples` refuses it, with the reason.
         form = Batch(args, kwargs, size, 0).signature
-        if not self._trials.are_due(form, self.criterion):
+        if not self._trials.are_due(form):
             return
         batch = Batch(args, kwargs, size, 0, present=present).without_padding()
         if batch.size < 2:
@@ -247,7 +247,7 @@ class BackpropClipCriterion(nn.Module):
                 "Compute each example's loss from that example alone, without means, softmax or "
                 "neighbours over the batch."
             )
-        self._trials.note(form, self.criterion)
+        self._trials.note(form)
 
     def _mean(self, losses: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the mean of each example's losses, ``[B]``, as the criterion averages them."""
@@ -263,9 +263,13 @@ class BackpropClipCriterion(nn.Module):
 
 
 def _copied(criterion: Any) -> Any:
-    """Return a copy, so that a trial leaves nothing behind; the same object if it has no copy."""
+    """Return a copy, so that a trial leaves nothing behind; the same object if it has no copy.
+
+    Parameters, which may be large, are shared: a trial trains nothing.
+    """
+    parameters = criterion.parameters() if isinstance(criterion, nn.Module) else ()
     try:
-        return copy.deepcopy(criterion)
+        return copy.deepcopy(criterion, {id(own): own for own in parameters})
     except Exception:  # a loss with its graph that is kept in an attribute, say
         return criterion
 
