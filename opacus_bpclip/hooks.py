@@ -20,11 +20,11 @@ from opacus_bpclip.clipping.traced_form import note_form, traced_rows
 from opacus_bpclip.clipping.whitening import Whitening
 from opacus_bpclip.config import BackpropClipping, is_positive_number
 from opacus_bpclip.errors import CoverageError, PrivacyViolationError
-from opacus_bpclip.guard.call_checks import takes_up_statistics
 from opacus_bpclip.guard.forms import form_of
 from opacus_bpclip.guard.guard import GradientGuard
 from opacus_bpclip.guard.precision import rounded_option, rounded_options
 from opacus_bpclip.guard.ranks import Ranks
+from opacus_bpclip.guard.statistics import watch_statistics
 from opacus_bpclip.losses.criterion import BackpropClipCriterion
 from opacus_bpclip.model.coverage import declared_uses, trainable_layers
 from opacus_bpclip.model.functions import Followed
@@ -157,6 +157,7 @@ class BackpropClipHooks(AbstractGradSampleHooks):
             self._handles += frozen.attach()
         for softmax in softmaxes(m):
             self._handles += softmax.attach()
+        self._handles += watch_statistics(m)
         setattr(m, _ATTACHED, True)
         self._attached = True
         self._whitening.begin(self._undo)
@@ -239,8 +240,6 @@ class BackpropClipHooks(AbstractGradSampleHooks):
 
     def _enter_root(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
-            if not torch.compiler.is_compiling() and (problem := takes_up_statistics(m)):
-                raise PrivacyViolationError(problem)
             return
         padded = self._guard.passes.samples.is_padded
         self._budget.present = present = present_rows(args, kwargs, self._axis) if padded else None

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from opacus_bpclip import PrivacyViolationError
 from tests.budgets import layerwise
 from tests.helpers import BOUNDS, make_private
+from tests.test_compile import fresh_compiler  # noqa: F401
 
 
 class Reading(nn.Module):
@@ -112,3 +113,43 @@ def test_statistics_are_not_taken_up_in_a_pass_without_gradients() -> None:
         private.model.eval()
         private.model(x)
     assert torch.equal(norm.running_var, before)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm1d(4, affine=False),
+        nn.InstanceNorm1d(4, track_running_stats=True),
+        nn.SyncBatchNorm(4, affine=False),
+        nn.BatchNorm1d(4, affine=False, momentum=None),
+    ],
+    ids=["batch", "instance", "synchronised", "cumulative"],
+)
+def test_a_part_of_a_model_takes_up_no_statistics_either(norm: nn.Module) -> None:
+    features = nn.Sequential(norm.eval(), nn.Tanh())
+    model = nn.Sequential(features, nn.Flatten(), nn.Linear(12, 2))
+    private = make_private(model, data=TensorDataset(torch.randn(8, 4, 3), torch.zeros(8)))
+    x, before = torch.randn(6, 4, 3), norm.running_mean.clone()
+    norm.train()
+    parts = [private.model, features, norm]
+    parts += [torch.compile(part, backend="eager") for part in parts]
+    refusal = pytest.raises(Exception, match=r"0\.0 is in training mode, so that a pass")
+    for part in parts:
+        for without in (torch.no_grad(), torch.inference_mode()):
+            with without, refusal:
+                part(x)
+    assert torch.equal(norm.running_mean, before)
+    with torch.no_grad(), refusal:
+        copy.deepcopy(features)(x)
+    private.model.remove_hooks()
+    with torch.no_grad():
+        features(x)
+
+
+def test_statistics_that_do_not_move_are_no_reason_to_refuse() -> None:
+    norm = nn.BatchNorm1d(4, affine=False, momentum=0.0)
+    private = make_private(nn.Sequential(nn.Linear(4, 4), norm.eval(), nn.Linear(4, 2)))
+    norm.train()
+    with torch.no_grad():
+        private.model(torch.randn(6, 4))

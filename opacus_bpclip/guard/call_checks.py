@@ -195,15 +195,3 @@ def normalizes_batch(model: nn.Module) -> str | None:
         if mixes_examples(norm):
             return batch_normalization_problem(name, norm)
     return None
-
-
-def takes_up_statistics(model: nn.Module) -> str | None:
-    """Look for a batch normalisation that a pass without gradients changes."""
-    for name, norm in batch_normalizations(model).items():
-        if norm.training and norm.running_mean is not None:
-            return (
-                f"{name} is in training mode, so that a pass without gradients, too, changes its "
-                "running statistics. They have no noise, and later passes use them. Call "
-                f"model.eval() before such a pass, or keep {name} in evaluation mode."
-            )
-    return None
