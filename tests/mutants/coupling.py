@@ -226,4 +226,4 @@ def scopes_end_any_number_of_times(patch: pytest.MonkeyPatch) -> None:
 def statistics_not_looked_at_without_gradients(patch: pytest.MonkeyPatch) -> None:
     """A batch normalisation takes up the statistics of private examples in a pass without
     gradients, and later passes use them."""
-    patch.setattr(grad_sample_module, "takes_up_statistics", lambda model: None)
+    patch.setattr(grad_sample_module, "watch_statistics", lambda model: [])

@@ -108,8 +108,8 @@ def criterion_tried_once(patch: pytest.MonkeyPatch) -> None:
     """A criterion is tried for coupled examples in its first call alone, and couples them in a
     later epoch."""
 
-    def is_new(self: Trials, form: object, criterion: Any) -> bool:
-        self._calls[form] += 1
-        return self._calls[form] == 1
+    def is_new(self: Trials, form: object) -> bool:
+        self._forms[form].calls += 1
+        return self._forms[form].calls == 1
 
     patch.setattr(Trials, "are_due", is_new)

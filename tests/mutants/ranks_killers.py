@@ -44,4 +44,4 @@ def seeds_of_two_shards() -> None:
 
 def step_that_one_rank_lacks() -> None:
     """Steps after one in which a hook has failed on one of two ranks."""
-    check_leaving("DPDDP")
+    check_leaving("DPDDP", "hook")

@@ -169,7 +169,8 @@ def an_accountants_own_hook_is_as_any_other(patch: pytest.MonkeyPatch) -> None:
 @mutant(killed_by=killers.noise_in_a_loop_that_seeds, says="the same noise was drawn twice")
 def noise_of_torchs_default_generator(patch: pytest.MonkeyPatch) -> None:
     """The noise is of the generator that a data set or the training loop seeds again."""
-    patch.setattr(Sources, "own", lambda self, generator, device, purpose: generator)
+    default = torch.default_generator
+    patch.setattr(Sources, "own", lambda self, generator, device, purpose: generator or default)
 
 
 @mutant(killed_by=killers.steps_after_a_new_accountant, says="the accountant has 0 of 2 steps")
