@@ -105,7 +105,7 @@ def test_pictures_are_shifted_by_at_most_an_eighth(size):
 
 
 def test_the_cifar_study_has_an_arm_with_views():
-    study = read_study(STUDIES / "cifar10-jpeg.toml")
+    study = read_study(STUDIES / "cifar10-jpeg-arms.toml")
     settings = study.published("eps3", "joint-views", {})[0]
     assert (settings.views, settings.arm) == (4, "backprop")
     assert settings.transform == f"{TRANSFORMS}shifts_and_flips"

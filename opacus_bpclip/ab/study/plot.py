@@ -58,7 +58,8 @@ def _draw_cell(
         each.grid(alpha=0.3)
         open_frame(each)
     if heights and min(heights) < max(heights):
-        axes[0].set_ylim(min(heights), max(heights))
+        margin = 0.03 * (max(heights) - min(heights))  # room for the markers
+        axes[0].set_ylim(min(heights) - margin, max(heights) + margin)
     return lines
 
 
