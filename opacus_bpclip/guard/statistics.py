@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from opacus_bpclip.errors import PrivacyViolationError
-from opacus_bpclip.replacements import FixedBatchNorm
 
 
 def watch_statistics(model: nn.Module) -> list[RemovableHandle]:
@@ -26,7 +25,7 @@ def watch_statistics(model: nn.Module) -> list[RemovableHandle]:
     return [
         norm.register_forward_pre_hook(partial(_require_unchanged, name or "(root)"))
         for name, norm in model.named_modules()
-        if isinstance(norm, _NormBase) and not isinstance(norm, FixedBatchNorm)
+        if isinstance(norm, _NormBase)
     ]
 
 

@@ -96,9 +96,20 @@ def common_obstacle(module: nn.Module, kind: type[nn.Module], *parts: nn.Module)
     if any(hasattr(each, "parametrizations") for each in (module, *parts)):
         return "is parametrized (weight_norm, spectral_norm, pruning): remove that first"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(each, name) for each in (module, *parts) for name in hooks):
+    if any(
+        not _is_of_the_guard(hook)
+        for each in (module, *parts)
+        for name in hooks
+        for hook in getattr(each, name).values()
+    ):
         return (
             "has hooks, which a replacement would lose: remove them, and register them on the "
             "model that get_compatible_module returns"
         )
     return None
+
+
+def _is_of_the_guard(hook: Any) -> bool:
+    """Return whether a hook only checks a module while it trains privately."""
+    function = getattr(hook, "func", hook)
+    return str(getattr(function, "__module__", "")).startswith("opacus_bpclip.guard.")

@@ -29,7 +29,11 @@ def problem_of_collating(loader: DataLoader[Any], *, axis: int) -> str | None:
         loader: the user's loader.
         axis: the batch axis of a tensor.
     """
-    return _several_rows(loader, axis=axis) or _coupled_rows(loader, axis=axis)
+    problem = _several_rows(loader, axis=axis)
+    if problem is None and _coupled_rows(loader, axis=axis):
+        # Look twice: a generator of the user's own may have made the difference.
+        problem = _coupled_rows(loader, axis=axis)
+    return problem
 
 
 def _several_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
