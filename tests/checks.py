@@ -259,17 +259,6 @@ def check_one_entry_per_logical_batch(trainer: Trainer, epochs: int) -> None:
     _check_history(trainer, expected)
 
 
-def check_raises(call: Callable[[], object], message: str, *, otherwise: str) -> None:
-    """A call raises an error whose message contains some text."""
-    raised = None
-    try:
-        call()
-    except Exception as error:
-        raised = str(error)
-    assert raised is not None, otherwise
-    assert message in raised
-
-
 def check_refused(trainer: Trainer, x: Tensor, loss: Callable[[Tensor, nn.Module], Tensor]) -> None:
     """A loss of the model's output that goes around the bound is an error on its batch."""
     trainer.optimizer.zero_grad()

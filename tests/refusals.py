@@ -1,4 +1,4 @@
-"""The calls of ``make_private`` that must be refused, with what each must say."""
+"""The calls of ``make_private`` that must be refused, with what each must say; other refusals."""
 
 from __future__ import annotations
 
@@ -282,3 +282,14 @@ REFUSALS = {
         {"optimizer": LBFGS(mlp().parameters())},
     ),
 }
+
+
+def check_raises(call: Callable[[], object], message: str, *, otherwise: str) -> None:
+    """A call raises an error whose message contains some text."""
+    raised = None
+    try:
+        call()
+    except Exception as error:
+        raised = str(error)
+    assert raised is not None, otherwise
+    assert message in raised

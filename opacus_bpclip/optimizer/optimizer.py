@@ -11,12 +11,10 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from torch.optim import Optimizer
 
 from opacus_bpclip.errors import PrivacyViolationError
-from opacus_bpclip.guard.generators import apart
 from opacus_bpclip.guard.gradient_checks import mark_as_cleared
 from opacus_bpclip.guard.precision import rounded_sums
 from opacus_bpclip.guard.ranks import Place
 from opacus_bpclip.guard.rehearsal import check_graphs
-from opacus_bpclip.guard.seeds import Purpose
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer.marks import is_released, mark_as_released
 from opacus_bpclip.optimizer.noise import add_noise_
@@ -109,8 +107,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
             ValueError: `zero_grad` was not called since the last step.
         """
         guard = self._guard
-        given_up = guard.ranks.given_up
-        if given_up is not None:
+        if (given_up := guard.ranks.given_up) is not None:
             raise PrivacyViolationError(f"The ranks have given up this batch: {given_up}")
         if guard.violation is not None:
             raise PrivacyViolationError(
@@ -152,10 +149,7 @@ class BackpropClipOptimizer(OptimizerWrapper):
         divides over layers and counts. It is computed only here. With several ranks, ``p.grad`` is
         the sum over all ranks, with noise drawn once.
         """
-        self._place = None
-        if self.generator is None and not self.secure_mode and self._device.type != "meta":
-            # The model held no numbers when it was made private.
-            self.generator = apart(None, self._device, Purpose.NOISE, 0)
+        self._begin_drawing()
         held = self._summed
         sums = [p.summed_grad for p in held]
         for summed in sums:

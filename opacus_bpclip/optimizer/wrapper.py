@@ -13,8 +13,9 @@ from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGr
 from typing_extensions import Self
 
 from opacus_bpclip.errors import PrivacyViolationError
-from opacus_bpclip.guard.generators import renewed
+from opacus_bpclip.guard.generators import apart, renewed
 from opacus_bpclip.guard.guard import GradientGuard
+from opacus_bpclip.guard.seeds import Purpose
 from opacus_bpclip.hooks import BackpropClipHooks
 from opacus_bpclip.optimizer import fingerprint
 from opacus_bpclip.optimizer.accounting import AccountStep, Hook
@@ -221,6 +222,15 @@ class OptimizerWrapper(DPOptimizerFastGradientClipping):
         self._hooks._whitening.stale = True
         if place is None or place != self._place:
             self._renew()
+
+    def _begin_drawing(self) -> None:
+        """Leave the place of a saved state, and make the generator if there is none yet.
+
+        There is none where the model held no numbers when it was made private.
+        """
+        self._place = None
+        if self.generator is None and not self.secure_mode and self._device.type != "meta":
+            self.generator = apart(None, self._device, Purpose.NOISE, 0)
 
     def _renew(self) -> None:
         """Draw noise and samples from now on from numbers of the operating system."""

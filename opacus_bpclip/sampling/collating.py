@@ -93,8 +93,8 @@ def _coupled_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
         copies = [[item] * _TOGETHER for item in items]
         if _reads_at_once(loader.dataset):
             copies = [_read(loader.dataset, [index] * _TOGETHER) for index in first]
-        batches = (_collated(loader, own) for own in (items, items, *copies))
-        together, again, *alone = (_rows(batch, axis) for batch in batches)
+        read = (items, items, *copies)
+        together, again, *alone = (_rows(_collated(loader, own), axis) for own in read)
     except Exception:
         # The user's own code, whose error training will report.
         return None
@@ -102,7 +102,7 @@ def _coupled_rows(loader: DataLoader[Any], *, axis: int) -> str | None:
     if not together[0] or not all(map(alike, together, again)):
         return None
     # The collate function may sort the items, and write an item's place into its row.
-    fits = [[any(alike(row, own) for own in copies) for row in together] for copies in alone]
+    fits = [[any(alike(row, own) for own in batch) for row in together] for batch in alone]
     if np.array(fits)[linear_sum_assignment(fits, maximize=True)].all():
         return None
     return (

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from opacus_bpclip import BackpropClipping
 from tests.budgets import layerwise
-from tests.checks import HUGE, Trainer, check_raises, check_refused, check_unmoved
+from tests.checks import HUGE, Trainer, check_refused, check_unmoved
+from tests.refusals import check_raises
 
 
 def _two_layers() -> tuple[Trainer, Tensor]:

@@ -13,11 +13,11 @@ from tests.budgets import layerwise
 from tests.checks import (
     Trainer,
     check_independence,
-    check_raises,
     check_refused,
     check_sensitivity,
 )
 from tests.companions import Criterion, blank_and_one, check_rounding_is_small, mixer
+from tests.refusals import check_raises
 
 
 class _Classes(nn.Module):

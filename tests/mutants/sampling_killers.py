@@ -16,7 +16,8 @@ from opacus_bpclip.sampling.collating import problem_of_collating
 from opacus_bpclip.sampling.items import sampled_items
 from opacus_bpclip.sampling.records import Pass
 from tests.budgets import layerwise
-from tests.checks import Trainer, check_raises, check_refused
+from tests.checks import Trainer, check_refused
+from tests.refusals import check_raises
 
 
 def _sampled() -> tuple[Trainer, Tensor]:
