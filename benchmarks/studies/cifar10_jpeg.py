@@ -7,6 +7,7 @@ set's own files, which the command's ``cifar10`` reads. Run the command in this 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from zipfile import ZipFile
@@ -14,11 +15,12 @@ from zipfile import ZipFile
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from opacus_bpclip.ab import scattering as features
 from opacus_bpclip.ab.data import Sets
 from opacus_bpclip.ab.features import featured
-from opacus_bpclip.ab.scattering import scattering as scattering_of
 
 FILE = "cifar10-jpeg.zip"
 # The customary constants of each channel, for pixels in [0, 1].
@@ -40,14 +42,21 @@ def hog(root: Path) -> Sets:
 
 @cache
 def scattering(root: Path) -> Sets:
-    """Return the same as features ``[N, 15552]``.
+    """Return the same as features ``[N, 15552]``, and keep them in the temporary folder."""
+    return _kept(root, "scattering", features.scattering)
 
-    Later calls read what the first one has left in the temporary folder, 4 GB.
-    """
-    file = Path(tempfile.gettempdir()) / "cifar10-jpeg-scattering.pt"
+
+@cache
+def mirrored_scattering(root: Path) -> Sets:
+    """Return the means of the features of an image and its mirror image, in opponent colours."""
+    return _kept(root, "mirrored-scattering", features.mirrored_in_colour)
+
+
+def _kept(root: Path, name: str, make: Callable[[Tensor], Tensor]) -> Sets:
+    """Return features that later calls read from a file of 4 GB."""
+    file = Path(tempfile.gettempdir()) / f"cifar10-jpeg-{name}.pt"
     if not file.exists():
-        made = featured(images(root), scattering_of)
-        torch.save([own.tensors for own in made], file)
+        torch.save([own.tensors for own in featured(images(root), make)], file)
     train, test = torch.load(file, mmap=True)
     return TensorDataset(*train), TensorDataset(*test)
 

@@ -26,6 +26,8 @@ CHANNELS = 1 + 2 * ANGLES + ANGLES**2
 # The customary Morlet wavelets: of the finer ones the spread in pixels and the frequency; then the
 # spread along the wave, by that across.
 _SPREAD, _FREQUENCY, _SLANT = 0.8, 3 * math.pi / 4, 0.5
+# Of red, green and blue: their mean, red less blue, and both of these less green.
+_OPPONENT_AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
 # Feature maps that are normalised together.
 _GROUP = 3
 # A whole image of complex numbers for each pair of angles would not fit into memory for all.
@@ -49,6 +51,31 @@ def scattering(images: Tensor) -> Tensor:
     return torch.cat([_of_some(part) for part in images.split(_AT_A_TIME)])
 
 
+def mirrored(images: Tensor) -> Tensor:
+    """Return the means of the features of an image and of its mirror image, in the same shape.
+
+    A linear model scores both alike, then. The differences that are gone are half of all
+    directions, and the noise in them has no effect.
+    """
+    return (scattering(images) + scattering(images.flip(-1))) / 2
+
+
+def opponent(images: Tensor) -> Tensor:
+    """Return images in brightness and two differences of colours, ``[N, 3, H, W]`` as they were.
+
+    The axes are orthonormal. Red, green and blue are nearly the same picture; each map of the
+    differences is normalised by itself, and counts as much as those of the brightness.
+    """
+    axes = images.new_tensor(_OPPONENT_AXES)
+    axes = axes / axes.norm(dim=1, keepdim=True)
+    return torch.einsum("oc,nchw->nohw", axes, images)
+
+
+def mirrored_in_colour(images: Tensor) -> Tensor:
+    """Return the `mirrored` features of images in `opponent` colours."""
+    return mirrored(opponent(images))
+
+
 @cache
 def mnist(root: Path) -> Sets:
     """Return the features of MNIST, ``[N, 3969]``; all else as for `data.mnist`."""
@@ -65,6 +92,12 @@ def fashion_mnist(root: Path) -> Sets:
 def cifar10(root: Path) -> Sets:
     """Return the features of CIFAR-10, ``[N, 15552]``."""
     return featured(data.cifar10(root), scattering)
+
+
+@cache
+def mirrored_cifar10(root: Path) -> Sets:
+    """Return the `mirrored` features of CIFAR-10 in `opponent` colours, ``[N, 15552]``."""
+    return featured(data.cifar10(root), mirrored_in_colour)
 
 
 def _of_some(images: Tensor) -> Tensor:

@@ -103,6 +103,29 @@ def test_each_channel_has_its_own():
     torch.testing.assert_close(scattering.scattering(two), torch.cat(parts, dim=1))
 
 
+def test_an_image_and_its_mirror_image_are_alike_when_mirrored():
+    found = scattering.mirrored(images())
+    torch.testing.assert_close(scattering.mirrored(images().flip(-1)), found)
+    assert not torch.allclose(
+        scattering.scattering(images().flip(-1)), scattering.scattering(images())
+    )
+
+
+def test_a_linear_model_of_mirrored_features_gives_the_mean_of_two_scores():
+    model = torch.nn.Linear(scattering.scattering(images(1)).shape[1], 3)
+    both = [model(scattering.scattering(own)) for own in (images(), images().flip(-1))]
+    torch.testing.assert_close(model(scattering.mirrored(images())), sum(both) / 2)
+
+
+def test_opponent_colours_are_a_rotation_that_tells_brightness_from_colour():
+    colours = images(channels=3)
+    found = scattering.opponent(colours)
+    torch.testing.assert_close(found.square().sum(dim=1), colours.square().sum(dim=1))
+    grey = scattering.opponent(colours[:, :1].expand(-1, 3, -1, -1))
+    torch.testing.assert_close(grey[:, 0], 3**0.5 * colours[:, 0])
+    torch.testing.assert_close(grey[:, 1:], torch.zeros_like(grey[:, 1:]), rtol=0, atol=1e-6)
+
+
 def test_contrast_does_not_matter():
     found = scattering.scattering(100 * images())
     torch.testing.assert_close(scattering.scattering(300 * images()), found, rtol=1e-3, atol=1e-3)
