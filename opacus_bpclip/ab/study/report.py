@@ -10,7 +10,7 @@ from opacus_bpclip.ab.report import sizes
 from opacus_bpclip.ab.results import Measure
 from opacus_bpclip.ab.study.curves import Point, curve, metric_within, shortest_training
 from opacus_bpclip.ab.study.results import RunResult, StudyRecord
-from opacus_bpclip.ab.study.settings import Table
+from opacus_bpclip.ab.study.settings import OF_CELLS, OF_STUDIES, Table
 from opacus_bpclip.ab.study.statistics import CONFIDENCE, deviation, paired_difference
 from opacus_bpclip.jobs.tables import Style
 
@@ -39,8 +39,9 @@ def render(record: StudyRecord, style: Style) -> str:
 def in_short(result: RunResult) -> str:
     """Return a run and what came of it in one line."""
     settings = result.settings
-    given = {"lr": settings.lr, "max_input_norm": settings.max_input_norm or "none"}
-    told = in_words({**given, "options": settings.options, "seed": settings.seed})
+    shared = OF_CELLS | OF_STUDIES | {"lr", "threads", "device"}
+    given = settings.model_dump(exclude_defaults=True, exclude=set(shared))
+    told = in_words({"lr": settings.lr, **given, "seed": settings.seed})
     found = result.plan.measure.show(result.run.metric) if result.run else result.note
     return (
         f"{'trial' if settings.held_out else 'test'}: {result.cell}, {result.arm}, {told}: {found}"
