@@ -24,8 +24,15 @@ LONG: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolution": (lambda: nn.Conv2d(16, 8, 5, stride=5), (16, 10, 10)),
     "large convolution": (lambda: nn.Conv2d(64, 128, 3, padding=1, bias=False), (64, 4, 4)),
 }
-KINDS = pytest.mark.parametrize("kind", LONG)
-COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+
+def kinds(*compiled_always: str) -> pytest.MarkDecorator:
+    """Return a test of each kind, eager and compiled: to compile one takes 4 to 20 seconds."""
+    cases = [pytest.param(kind, False, id=f"{kind}-eager") for kind in LONG]
+    for kind in LONG:
+        marks = () if kind in compiled_always else (pytest.mark.slow,)
+        cases.append(pytest.param(kind, True, id=f"{kind}-compiled", marks=marks))
+    return pytest.mark.parametrize(("kind", "compiled"), cases)
 
 
 def equal_examples(
@@ -59,8 +66,7 @@ def moved_by(trainer: Trainer, x: Tensor, target: Tensor, more: tuple[Tensor, Te
     return float(moved.norm()) / trainer.optimizer.max_grad_norm
 
 
-@COMPILED
-@KINDS
+@kinds("positions", "convolution")
 @ALLOCATIONS
 def test_equal_examples_in_a_long_direction_stay_within_the_claim(
     kind: str, allocation: str, compiled: bool
@@ -84,8 +90,7 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_threads")
-@COMPILED
-@KINDS
+@kinds("large convolution")
 @pytest.mark.parametrize("count", [768, 1024])
 def test_an_example_of_zeros_moves_nothing(count: int, kind: str, compiled: bool) -> None:
     """With the size of the batch, kernels change the order in which they add its examples up."""
