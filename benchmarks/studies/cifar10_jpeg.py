@@ -48,15 +48,20 @@ def scattering(root: Path) -> Sets:
 
 @cache
 def mirrored_scattering(root: Path) -> Sets:
-    """Return the means of the features of an image and its mirror image, in opponent colours."""
-    return _kept(root, "mirrored-scattering", features.mirrored_in_colour)
+    """Return the same in opponent colours and with mirror images, ``[N, 15552]``, kept likewise."""
+    return _kept(root, "mirrored-scattering", features.mirrored_in_opponent_colours)
 
 
 def _kept(root: Path, name: str, make: Callable[[Tensor], Tensor]) -> Sets:
-    """Return features that later calls read from a file of 4 GB."""
+    """Return features, made once: later calls read them from a file of 4 GB.
+
+    Remove it after a change of the features.
+    """
     file = Path(tempfile.gettempdir()) / f"cifar10-jpeg-{name}.pt"
     if not file.exists():
-        torch.save([own.tensors for own in featured(images(root), make)], file)
+        part = file.with_suffix(".part")
+        torch.save([own.tensors for own in featured(images(root), make)], part)
+        part.replace(file)
     train, test = torch.load(file, mmap=True)
     return TensorDataset(*train), TensorDataset(*test)
 

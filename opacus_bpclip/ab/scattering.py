@@ -26,8 +26,7 @@ CHANNELS = 1 + 2 * ANGLES + ANGLES**2
 # The customary Morlet wavelets: of the finer ones the spread in pixels and the frequency; then the
 # spread along the wave, by that across.
 _SPREAD, _FREQUENCY, _SLANT = 0.8, 3 * math.pi / 4, 0.5
-# Of red, green and blue: their mean, red less blue, and both of these less green.
-_OPPONENT_AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
+_OPPONENT_NORMS = (math.sqrt(3), math.sqrt(2), math.sqrt(6))
 # Feature maps that are normalised together.
 _GROUP = 3
 # A whole image of complex numbers for each pair of angles would not fit into memory for all.
@@ -52,28 +51,42 @@ def scattering(images: Tensor) -> Tensor:
 
 
 def mirrored(images: Tensor) -> Tensor:
-    """Return the means of the features of an image and of its mirror image, in the same shape.
+    """Return the means of the features of an image and of its mirror image.
 
-    A linear model scores both alike, then. The differences that are gone are half of all
-    directions, and the noise in them has no effect.
+    A linear model scores both alike, then. What tells them apart, about half of the features'
+    variance, is averaged out, and the noise there matters less.
+
+    Args:
+        images: as for `scattering`.
+
+    Returns:
+        In the shape of those of `scattering`.
     """
-    return (scattering(images) + scattering(images.flip(-1))) / 2
+    parts = images.split(_AT_A_TIME)
+    return torch.cat([(_of_some(part) + _of_some(part.flip(-1))) / 2 for part in parts])
 
 
-def opponent(images: Tensor) -> Tensor:
-    """Return images in brightness and two differences of colours, ``[N, 3, H, W]`` as they were.
+def in_opponent_colours(images: Tensor) -> Tensor:
+    """Return images as their brightness, red against blue, and both against green.
 
-    The axes are orthonormal. Red, green and blue are nearly the same picture; each map of the
-    differences is normalised by itself, and counts as much as those of the brightness.
+    The axes are orthonormal. Red, green and blue are nearly the same picture three times. The maps
+    of each axis are normalised apart from those of the others, so that differences of colours count
+    as much as brightness.
+
+    Args:
+        images: ``[N, 3, H, W]``: red, green and blue.
+
+    Returns:
+        ``[N, 3, H, W]``.
     """
-    axes = images.new_tensor(_OPPONENT_AXES)
-    axes = axes / axes.norm(dim=1, keepdim=True)
-    return torch.einsum("oc,nchw->nohw", axes, images)
+    red, green, blue = images.unbind(1)
+    axes = (red + green + blue, red - blue, red - 2 * green + blue)
+    return torch.stack([own / norm for own, norm in zip(axes, _OPPONENT_NORMS, strict=True)], dim=1)
 
 
-def mirrored_in_colour(images: Tensor) -> Tensor:
-    """Return the `mirrored` features of images in `opponent` colours."""
-    return mirrored(opponent(images))
+def mirrored_in_opponent_colours(images: Tensor) -> Tensor:
+    """Return the `mirrored` features of images `in_opponent_colours`."""
+    return mirrored(in_opponent_colours(images))
 
 
 @cache
@@ -96,8 +109,8 @@ def cifar10(root: Path) -> Sets:
 
 @cache
 def mirrored_cifar10(root: Path) -> Sets:
-    """Return the `mirrored` features of CIFAR-10 in `opponent` colours, ``[N, 15552]``."""
-    return featured(data.cifar10(root), mirrored_in_colour)
+    """Return the `mirrored` features of CIFAR-10, `in_opponent_colours`, ``[N, 15552]``."""
+    return featured(data.cifar10(root), mirrored_in_opponent_colours)
 
 
 def _of_some(images: Tensor) -> Tensor:

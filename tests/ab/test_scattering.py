@@ -117,11 +117,11 @@ def test_a_linear_model_of_mirrored_features_gives_the_mean_of_two_scores():
     torch.testing.assert_close(model(scattering.mirrored(images())), sum(both) / 2)
 
 
-def test_opponent_colours_are_a_rotation_that_tells_brightness_from_colour():
+def test_opponent_colours_tell_brightness_from_colour_and_keep_lengths():
     colours = images(channels=3)
-    found = scattering.opponent(colours)
+    found = scattering.in_opponent_colours(colours)
     torch.testing.assert_close(found.square().sum(dim=1), colours.square().sum(dim=1))
-    grey = scattering.opponent(colours[:, :1].expand(-1, 3, -1, -1))
+    grey = scattering.in_opponent_colours(colours[:, :1].expand(-1, 3, -1, -1))
     torch.testing.assert_close(grey[:, 0], 3**0.5 * colours[:, 0])
     torch.testing.assert_close(grey[:, 1:], torch.zeros_like(grey[:, 1:]), rtol=0, atol=1e-6)
 

@@ -97,13 +97,13 @@ def _check(family: Family, allocation: str) -> None:
     batch = family.data(4)
     # To try a large model out takes seconds, so that one serves for all limits.
     private = _Private(family, allocation)
+    _check_whole_gradient(private, batch)
     for limit in (1.0, 30.0):
         whole = private.summed(batch, limit)
         for left_out in (0, 3):
             kept = [row for row in range(4) if row != left_out]
             rest = private.summed({name: values[kept] for name, values in batch.items()}, limit)
             assert (whole - rest).norm() <= limit * 1.0001
-    _check_whole_gradient(private, batch)
     private = _Private(family, allocation, lr=0.1, noise=1.0)
     before = [p.detach().clone() for p in private.trained]
     private.summed(family.data(8))

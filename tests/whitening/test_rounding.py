@@ -66,7 +66,7 @@ def moved_by(trainer: Trainer, x: Tensor, target: Tensor, more: tuple[Tensor, Te
     return float(moved.norm()) / trainer.optimizer.max_grad_norm
 
 
-@kinds("positions", "convolution")
+@kinds("kept gradients", "convolution")
 @ALLOCATIONS
 def test_equal_examples_in_a_long_direction_stay_within_the_claim(
     kind: str, allocation: str, compiled: bool

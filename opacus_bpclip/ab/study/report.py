@@ -37,15 +37,14 @@ def render(record: StudyRecord, style: Style) -> str:
 
 
 def in_short(result: RunResult) -> str:
-    """Return a run and what came of it in one line."""
+    """Return a run, by its settings that are not the defaults, and what came of it in one line."""
     settings = result.settings
     shared = OF_CELLS | OF_STUDIES | {"lr", "threads", "device"}
     given = settings.model_dump(exclude_defaults=True, exclude=set(shared))
-    told = in_words({"lr": settings.lr, **given, "seed": settings.seed})
+    told = in_words({"lr": settings.lr, **given})
     found = result.plan.measure.show(result.run.metric) if result.run else result.note
-    return (
-        f"{'trial' if settings.held_out else 'test'}: {result.cell}, {result.arm}, {told}: {found}"
-    )
+    kind = "trial" if settings.held_out else "test"
+    return f"{kind}: {result.cell}, {result.arm}, {told}, seed {settings.seed}: {found}"
 
 
 def in_words(settings: Mapping[str, Any]) -> str:
