@@ -26,6 +26,19 @@ collect_ignore = ["mutants", "packaging/stranger.py"]
 torch.set_num_threads(1)
 
 
+# Other libraries, processes and the compiler: more than a quarter of the suite's time.
+_INTEGRATIONS = {"compile", "families", "integrations", "ranks"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        top, *folders = item.path.relative_to(item.config.rootpath).parts
+        in_file = "compile" in item.path.stem
+        if top == "tests" and (in_file or _INTEGRATIONS.intersection(folders)):
+            item.add_marker(pytest.mark.integration)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the suite's core runs (default: cpu)")
 
