@@ -27,10 +27,13 @@ LONG: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def kinds(*compiled_always: str) -> pytest.MarkDecorator:
-    """Return a test of each kind, eager and compiled: to compile one takes 4 to 20 seconds."""
+    """Return a test of each kind, eager and compiled: to compile one takes 4 to 20 seconds.
+
+    Those that are not named here are integration tests.
+    """
     cases = [pytest.param(kind, False, id=f"{kind}-eager") for kind in LONG]
     for kind in LONG:
-        marks = () if kind in compiled_always else (pytest.mark.slow,)
+        marks = () if kind in compiled_always else (pytest.mark.integration,)
         cases.append(pytest.param(kind, True, id=f"{kind}-compiled", marks=marks))
     return pytest.mark.parametrize(("kind", "compiled"), cases)
 
