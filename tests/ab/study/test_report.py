@@ -92,7 +92,7 @@ def test_a_run_in_a_line(record):
     assert in_short(last) == f"test: high, ours, {told}, seed 2: 96.00%"
 
 
-def test_a_line_names_whatever_may_be_tried():
+def test_lines_tell_trials_apart_whatever_they_vary():
     grid = {"lr": [0.5], "batch_size": [32, 64], "max_grad_norm": [0.5, 1.0], "momentum": [0.3]}
     study = Study(
         cells={"one": {"epsilon": 3.0}}, arms={"flat": {}}, tuning={"grid": {"flat": grid}}
