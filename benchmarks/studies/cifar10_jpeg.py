@@ -6,16 +6,14 @@ set's own files, which the command's ``cifar10`` reads. Run the command in this 
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
 import torch
+from kept import kept
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from opacus_bpclip.ab import scattering as features
@@ -42,28 +40,18 @@ def hog(root: Path) -> Sets:
 
 @cache
 def scattering(root: Path) -> Sets:
-    """Return the same as features ``[N, 15552]``, and keep them in the temporary folder."""
-    return _kept(root, "scattering", features.scattering)
+    """Return the same as features ``[N, 15552]``, kept in a file of 4 GB."""
+    return kept("cifar10-jpeg-scattering", lambda: images(root), features.scattering)
 
 
 @cache
 def mirrored_scattering(root: Path) -> Sets:
-    """Return the same in opponent colours and with mirror images, ``[N, 15552]``, kept likewise."""
-    return _kept(root, "mirrored-scattering", features.mirrored_in_opponent_colours)
-
-
-def _kept(root: Path, name: str, make: Callable[[Tensor], Tensor]) -> Sets:
-    """Return features, made once: later calls read them from a file of 4 GB.
-
-    Remove it after a change of the features.
-    """
-    file = Path(tempfile.gettempdir()) / f"cifar10-jpeg-{name}.pt"
-    if not file.exists():
-        part = file.with_suffix(".part")
-        torch.save([own.tensors for own in featured(images(root), make)], part)
-        part.replace(file)
-    train, test = torch.load(file, mmap=True)
-    return TensorDataset(*train), TensorDataset(*test)
+    """Return the same in opponent colours and with mirror images, ``[N, 15552]``."""
+    return kept(
+        "cifar10-jpeg-mirrored-scattering",
+        lambda: images(root),
+        features.mirrored_in_opponent_colours,
+    )
 
 
 def _part(copies: ZipFile, part: str) -> TensorDataset:
