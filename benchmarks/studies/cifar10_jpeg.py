@@ -6,14 +6,16 @@ set's own files, which the command's ``cifar10`` reads. Run the command in this 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
 import torch
-from kept import kept
+from kept import kept_sets
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from opacus_bpclip.ab import scattering as features
@@ -41,17 +43,17 @@ def hog(root: Path) -> Sets:
 @cache
 def scattering(root: Path) -> Sets:
     """Return the same as features ``[N, 15552]``, kept in a file of 4 GB."""
-    return kept("cifar10-jpeg-scattering", lambda: images(root), features.scattering)
+    return _kept(root, features.scattering)
 
 
 @cache
 def mirrored_scattering(root: Path) -> Sets:
     """Return the same in opponent colours and with mirror images, ``[N, 15552]``."""
-    return kept(
-        "cifar10-jpeg-mirrored-scattering",
-        lambda: images(root),
-        features.mirrored_in_opponent_colours,
-    )
+    return _kept(root, features.mirrored_in_opponent_colours)
+
+
+def _kept(root: Path, of: Callable[[Tensor], Tensor]) -> Sets:
+    return kept_sets(f"cifar10-jpeg-{of.__name__}", lambda: featured(images(root), of), of)
 
 
 def _part(copies: ZipFile, part: str) -> TensorDataset:

@@ -7,16 +7,18 @@ the matrix are of noise alone, so the features cost no privacy. Run the command 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
-from kept import kept
+from kept import kept, kept_sets
 from torch import Tensor
 
 from opacus_bpclip import PinkNoise
 from opacus_bpclip.ab import data
 from opacus_bpclip.ab.data import Sets
+from opacus_bpclip.ab.features import featured
 from opacus_bpclip.ab.scattering import scattering
 
 # Of the noise's covariance, in units of its mean eigenvalue: M = (A + DAMPING * I) ** -POWER.
@@ -31,24 +33,54 @@ def whitened(images: Tensor) -> Tensor:
     return (scattering(images) - mean) @ matrix
 
 
+def noise(step: int = 0) -> Tensor:
+    """Return the scattering features of pink noise, ``[8192, 3969]``, the same at each step."""
+    (features,) = kept("noise-scattering", _of_noise, noise, scattering)
+    return features
+
+
 @cache
 def mnist(root: Path) -> Sets:
-    """Return the features of MNIST."""
-    return kept("mnist-whitened-scattering", lambda: data.mnist(root), whitened)
+    """Return the whitened features of MNIST."""
+    return _kept("mnist", lambda: data.mnist(root))
 
 
 @cache
 def fashion_mnist(root: Path) -> Sets:
-    """Return the features of Fashion-MNIST."""
-    return kept("fashion-mnist-whitened-scattering", lambda: data.fashion_mnist(root), whitened)
+    """Return the whitened features of Fashion-MNIST."""
+    return _kept("fashion-mnist", lambda: data.fashion_mnist(root))
+
+
+@cache
+def plain_mnist(root: Path) -> Sets:
+    """Return the features of MNIST as they are, for `InputWhitening` with `noise` as its probes."""
+    return _kept("mnist", lambda: data.mnist(root), scattering)
+
+
+@cache
+def plain_fashion_mnist(root: Path) -> Sets:
+    """Return the features of Fashion-MNIST as they are."""
+    return _kept("fashion-mnist", lambda: data.fashion_mnist(root), scattering)
+
+
+def _kept(
+    name: str, images: Callable[[], Sets], features: Callable[[Tensor], Tensor] = whitened
+) -> Sets:
+    name = f"{name}-{features.__name__}"
+    return kept_sets(name, lambda: featured(images(), features), features, scattering)
+
+
+def _of_noise() -> Iterator[Tensor]:
+    yield scattering(PinkNoise((1, 28, 28), count=PICTURES)(step=0))
 
 
 @cache
 def _learnt_from_noise() -> tuple[Tensor, Tensor]:
     """Return the mean and the matrix, which keeps the noise's mean square as it was."""
-    noise = scattering(PinkNoise((1, 28, 28), count=PICTURES)(step=0)).double()
-    mean = noise.mean(dim=0)
-    eigenvalues, directions = torch.linalg.eigh((noise - mean).T @ (noise - mean) / PICTURES)
+    features = noise().double()
+    mean = features.mean(dim=0)
+    centred = features - mean
+    eigenvalues, directions = torch.linalg.eigh(centred.T @ centred / PICTURES)
     relative = eigenvalues.clamp(min=0) / eigenvalues.mean()
     scales = (relative + DAMPING) ** -POWER
     scales /= (relative * scales.square()).mean().sqrt()
