@@ -32,6 +32,7 @@ class MultiheadAttention(nn.Module):
         added_k: appends ``bias_k`` to the keys; ``None`` without ``add_bias_kv``.
         added_v: appends ``bias_v`` to the values; ``None`` without ``add_bias_kv``.
         out_proj: projects the heads' results, ``[B, T, embed_dim]``.
+        softmax: makes the attention weights.
     """
 
     # PyTorch's transformer layers read these, and then do not use their fused kernel, which reads
@@ -93,6 +94,8 @@ class MultiheadAttention(nn.Module):
                 SequenceBias(embed_dim, batch_first=True).to(device, dtype) for _ in range(2)
             )
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **made)
+        # A layer, and no fused kernel: rounding errors of gradients that cancel in it are suppressed.
+        self.softmax = nn.Softmax(dim=3)
         self.register_state_dict_post_hook(to_pytorch)
         self.register_load_state_dict_pre_hook(from_pytorch)
 
@@ -157,7 +160,7 @@ class MultiheadAttention(nn.Module):
             attn_mask: ``[T, S]`` or ``[B * num_heads, T, S]``; true where a query ignores a key, or
                 numbers that are added.
             average_attn_weights: whether the returned weights are the mean over the heads.
-            is_causal: whether ``attn_mask`` is the causal mask; a faster kernel is then used.
+            is_causal: whether ``attn_mask`` is the causal mask.
 
         Returns:
             The result, of the shape of ``query``, and the weights, ``[B, T, S]`` or
@@ -175,10 +178,6 @@ class MultiheadAttention(nn.Module):
         elif not self.batch_first:
             query, key, value = _transposed(query, key, value)
         self._require_shapes(query, key, value, key_padding_mask, attn_mask)
-        if is_causal and key_padding_mask is None and not need_weights:
-            attn_mask = None
-        else:
-            is_causal = False
         mask = self._mask(query, key_padding_mask, attn_mask)
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         if self.added_k is not None and self.added_v is not None:
@@ -189,19 +188,32 @@ class MultiheadAttention(nn.Module):
         if self.add_zero_attn:
             k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
         dropout = self.dropout if self.training else 0.0
-        weights = None
+        scores = (q / math.sqrt(self.head_dim)) @ k.transpose(2, 3)
+        if is_causal and key_padding_mask is None and not need_weights:
+            # As PyTorch's, which then masks added keys, too.
+            mask = scores.new_full(scores.shape[2:], -math.inf).triu(1)
+        weights = self._weights(scores, mask, blank_is_nan=need_weights)
+        weights = F.dropout(weights, dropout) if dropout else weights
+        y = self.out_proj((weights @ v).transpose(1, 2).flatten(2))
+        shown = None
         if need_weights:
-            scores = (q / math.sqrt(self.head_dim)) @ k.transpose(2, 3)
-            weights = torch.softmax(scores if mask is None else scores + mask, dim=3)
-            weights = F.dropout(weights, dropout) if dropout else weights
-            mixed = weights @ v
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        y = self.out_proj(mixed.transpose(1, 2).flatten(2))
+            shown = weights.mean(dim=1) if average_attn_weights else weights
         if alone:
-            return y.squeeze(0), None if weights is None else weights.squeeze(0)
-        return y if self.batch_first else y.transpose(0, 1), weights
+            return y.squeeze(0), None if shown is None else shown.squeeze(0)
+        return y if self.batch_first else y.transpose(0, 1), shown
+
+    def _weights(self, scores: Tensor, mask: Tensor | None, *, blank_is_nan: bool) -> Tensor:
+        """Return the attention weights of scores. ``[B, num_heads, T, S]``.
+
+        A query that ignores all keys has weights of NaN, or of zero, as PyTorch's have with and
+        without ``need_weights``.
+        """
+        if mask is None:
+            return self.softmax(scores)
+        if blank_is_nan:
+            return self.softmax(scores + mask)
+        blank = (mask == -math.inf).all(dim=-1, keepdim=True)
+        return self.softmax(scores + mask.masked_fill(blank, 0)).masked_fill(blank, 0)
 
     def _require_shapes(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, mask: Tensor | None
