@@ -65,6 +65,11 @@ def half() -> nn.Module:
     return nn.Linear(4, 4, dtype=torch.float16)
 
 
+def scripted() -> nn.Module:
+    with pytest.warns(FutureWarning, match="jit.script"):
+        return torch.jit.script(nn.Linear(4, 4))  # type: ignore[no-any-return]
+
+
 def untrained(dtype: str) -> str:
     return (
         f"its parameters are torch.{dtype}. This dtype needs a GradScaler, whose scale depends on "
@@ -86,8 +91,17 @@ NOT_YET = "is not initialised yet. Run one batch through the model first."
         pytest.param(
             lambda: nn.Linear(4, 4, dtype=torch.complex64),
             "0 (Linear)",
-            untrained("complex64"),
+            "its parameters are complex, and Opacus's noise is real. Keep real and imaginary parts "
+            "in a real parameter with a last axis of 2, and call torch.view_as_complex(parameter) "
+            "in forward. Or freeze it (requires_grad=False).",
             id="complex",
+        ),
+        pytest.param(
+            scripted,
+            "0 (RecursiveScriptModule)",
+            "it is TorchScript, and what that computes with its parameters cannot be followed. "
+            "Use the module that it was made of, or freeze it (requires_grad=False).",
+            id="TorchScript",
         ),
     ],
 )

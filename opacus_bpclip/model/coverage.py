@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -242,6 +243,17 @@ def _rule_for(
     if kind is not None and not _fits(module, kind, rule, own):
         rule = FunctionRule
     dtypes = {parameter.dtype for parameter in own.values()}
+    if any(dtype.is_complex for dtype in dtypes):
+        return None, (
+            "its parameters are complex, and Opacus's noise is real. Keep real and imaginary parts "
+            "in a real parameter with a last axis of 2, and call torch.view_as_complex(parameter) "
+            "in forward. Or freeze it (requires_grad=False)."
+        )
+    if isinstance(module, ScriptModule):
+        return None, (
+            "it is TorchScript, and what that computes with its parameters cannot be followed. "
+            "Use the module that it was made of, or freeze it (requires_grad=False)."
+        )
     if not dtypes <= set(ACCEPTED):
         return None, (
             f"its parameters are {', '.join(str(dtype) for dtype in dtypes)}. This dtype needs a "

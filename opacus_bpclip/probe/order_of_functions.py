@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -233,13 +234,14 @@ def _alike(seen: Seen, template: Template, size: int) -> bool:
 def _change(template: Template, kept: Sequence[int], size: int) -> Callable[[Any], Any]:
     def change(result: Any) -> Any:
         leaves, spec = pytree.tree_flatten(result)
-        generator = torch.Generator().manual_seed(3)
+        # Not torch's: where random numbers are steady, these would be taken for the model's.
+        generator = np.random.default_rng(3)
         for index, place in enumerate(template.outputs):
             x = leaves[index]
             if place is not None and x.is_floating_point():
                 rows = place.rows(x.detach(), size)
                 # Positive noise: a scale stays positive.
-                noise = torch.rand(rows.shape, generator=generator).to(rows)
+                noise = torch.from_numpy(generator.random(rows.shape)).to(rows)
                 noise[list(kept)] = 0
                 leaves[index] = place.put_back(rows + noise)
         return pytree.tree_unflatten(leaves, spec)

@@ -94,7 +94,7 @@ class MultiheadAttention(nn.Module):
                 SequenceBias(embed_dim, batch_first=True).to(device, dtype) for _ in range(2)
             )
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **made)
-        # A layer, and no fused kernel: rounding errors of gradients that cancel in it are suppressed.
+        # Not a fused kernel: where gradients cancel in a layer, their rounding is suppressed.
         self.softmax = nn.Softmax(dim=3)
         self.register_state_dict_post_hook(to_pytorch)
         self.register_load_state_dict_pre_hook(from_pytorch)

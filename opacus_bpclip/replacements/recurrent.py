@@ -6,7 +6,7 @@ too, and pass the result on to the next time step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from typing_extensions import Self
 from opacus_bpclip.replacements.base import Copies
 
 State = tuple[Tensor, ...]  # h, and c for an LSTM
+# Drops numbers of the inputs by time step, given the number of the layer.
+Drop = Callable[[int, list[Tensor]], list[Tensor]]
 
 
 class Recurrent(DPRNNBase):
@@ -90,7 +92,8 @@ class Recurrent(DPRNNBase):
             for cell in self.cells:
                 cell.set_max_batch_length(len(steps[0]))
             initial = self._initial(hx, steps[0], input.sorted_indices)
-            outputs, last = self._run(steps, initial)
+            drop = self._drop_of_packed(len(steps[0]), input.sorted_indices)
+            outputs, last = self._run(steps, initial, drop)
             if input.unsorted_indices is not None:
                 last = tuple(state.index_select(1, input.unsorted_indices) for state in last)
             return input._replace(data=torch.cat(outputs)), self._as_passed(last)
@@ -99,8 +102,9 @@ class Recurrent(DPRNNBase):
         x = input.unsqueeze(1) if alone else input
         if alone and hx is not None:
             hx = tuple(h.unsqueeze(1) for h in hx) if self.has_cell_state else hx.unsqueeze(1)
-        steps = list(x.unbind(axis))
-        outputs, last = self._run(steps, self._initial(hx, steps[0], None))
+        steps, p = list(x.unbind(axis)), self.dropout
+        initial = self._initial(hx, steps[0], None)
+        outputs, last = self._run(steps, initial, lambda _, xs: [F.dropout(x, p) for x in xs])
         y = torch.stack(outputs, dim=axis)
         if alone:
             return y.squeeze(1), self._as_passed(tuple(state.squeeze(1) for state in last))
@@ -120,12 +124,41 @@ class Recurrent(DPRNNBase):
         state: State = tuple(hx) if self.has_cell_state else (hx,)
         return state if order is None else tuple(h.index_select(1, order) for h in state)
 
-    def _run(self, steps: list[Tensor], initial: State) -> tuple[list[Tensor], State]:
-        """Run all layers; return the last layer's outputs by time step, and the last state."""
+    def _drop_of_packed(self, count: int, order: Tensor | None) -> Drop:
+        """Return a dropout whose masks of a sequence do not depend on the lengths of the others.
+
+        Otherwise a sequence's result would, for equal random numbers.
+
+        Args:
+            count: the number of sequences.
+            order: by the place in the packed batch, each sequence's place in the model's batch.
+        """
+        p, draws = self.dropout, self.num_layers > 1 and self.dropout and self.training
+        seed = int(torch.randint(2**31, ())) if draws else 0
+
+        def drop(layer: int, steps: list[Tensor]) -> list[Tensor]:
+            generator = torch.Generator(steps[0].device).manual_seed(seed + layer)
+            made = []
+            for x in steps:
+                kept = x.new_empty(count, x.shape[1]).bernoulli_(1 - p, generator=generator)
+                kept = kept if order is None else kept.index_select(0, order)
+                made.append(x * kept[: len(x)] / max(1 - p, 1e-12))
+            return made
+
+        return drop
+
+    def _run(self, steps: list[Tensor], initial: State, drop: Drop) -> tuple[list[Tensor], State]:
+        """Run all layers; return the last layer's outputs by time step, and the last state.
+
+        Args:
+            steps: the inputs by time step, ``[B_t, D]`` each.
+            initial: the initial state of all layers and directions.
+            drop: drops numbers between layers, given the number of the layer above.
+        """
         last: list[State] = []
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:
-                steps = [F.dropout(step, self.dropout) for step in steps]
+                steps = drop(layer, steps)
             outputs = []
             for direction in range(self.num_directions):
                 index = layer * self.num_directions + direction
