@@ -88,6 +88,50 @@ def test_a_vision_transformer_stays_within_its_sensitivity(bound):
     check_training(trainer, x, torch.randn(4, 3, dtype=torch.float64) * 100)
 
 
+class Deformable(nn.Module):
+    """A convolution that looks where another one says: an operation that `torch.func` refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offsets = nn.Conv2d(3, 2 * 9, 3, padding=1)
+        self.deformed = torchvision.ops.DeformConv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.deformed(x, torch.tanh(self.offsets(x)))
+        return self.head(torch.tanh(x).mean(dim=(2, 3)))
+
+
+def test_deformable_convolutions_stay_within_their_sensitivity():
+    torch.manual_seed(0)
+    trainer = Trainer(Deformable(), (3, 6, 6), layerwise(bound="exact"), probe=True)
+    x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    check_training(trainer, x, torch.randn(3, 3, dtype=torch.float64) * 100)
+
+
+class Generator(nn.Module):
+    """A picture from a learned constant, styled by the input, with noise at each stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = nn.Parameter(torch.randn(1, 8))
+        self.styles = nn.ModuleList([nn.Linear(12, 8) for _ in range(3)])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.constant.expand(len(z), -1)
+        for style in self.styles:
+            x = torch.tanh(x * style(z)) + 0.1 * torch.randn(len(z), 8, dtype=z.dtype)
+        return self.head(x)
+
+
+def test_a_learned_constant_with_noise_at_several_stages_trains():
+    torch.manual_seed(0)
+    trainer = Trainer(Generator(), (12,), layerwise(bound="exact"), probe=True)
+    trainer.step(torch.randn(4, 12, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64))
+    assert all(p.summed_grad.any() for p in trainer.plain.parameters())
+
+
 class CharacterClassifier(nn.Module):
     """The model of Opacus's character-level example: names by their letters, last state to head."""
 

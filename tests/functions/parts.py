@@ -144,28 +144,11 @@ def filled(s: Part, x: Tensor) -> Tensor:
     return F.linear(x, weight, s.b)
 
 
-def fourier(s: Part, x: Tensor) -> Tensor:
-    # A filter of complex numbers, from real ones.
-    kernel = torch.view_as_complex(s.w)
-    return torch.fft.irfft(torch.fft.rfft(x, dim=1) * kernel, n=T, dim=1)
-
-
-def in_a_library_without_vmap(s: Part, x: Tensor) -> Tensor:
-    return _Scaled.apply(x, s.w)
-
-
-class _Scaled(torch.autograd.Function):
-    """In the style that `torch.func` refuses, as operations of some libraries are."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return g * w, (g * x).sum(dim=(0, 1))
+def of_complex_numbers(s: Part, x: Tensor) -> Tensor:
+    # Complex ones, of real ones: as a filter of frequencies, which FFT makes no empty batch of.
+    x = torch.view_as_complex(x.unflatten(-1, (D // 2, 2)).contiguous())
+    x = torch.einsum("btd,de->bte", x, torch.view_as_complex(s.w)) * x.conj()
+    return torch.view_as_real(x).flatten(2)
 
 
 def two_views(s: Part, x: Tensor) -> Tensor:
@@ -208,8 +191,7 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "memory": lambda: Part(memory, {"w": drawn(1, 2, D), "b": drawn(D)}),
     "broadcast": lambda: Part(broadcast, {"w": drawn(D)}),
     "filled": lambda: Part(filled, {"w": drawn(2, D), "b": drawn(D)}),
-    "fourier": lambda: Part(fourier, {"w": drawn(T // 2 + 1, D, 2)}),
-    "without vmap": lambda: Part(in_a_library_without_vmap, {"w": drawn(D)}),
+    "complex": lambda: Part(of_complex_numbers, {"w": drawn(D // 2, D // 2, 2)}),
     "two views": lambda: Part(two_views, {"token": drawn(1, 1, D)}),
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(D, D)),
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(D, D)).eval(),
