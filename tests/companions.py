@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from opacus_bpclip import BackpropClipping
+from opacus_bpclip.replacements import compatible_copy
 from tests.budgets import layerwise
 from tests.checks import Trainer, joint
 
@@ -142,3 +144,56 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, int]:
     if draw(st.booleans()):
         layers += [nn.LayerNorm(features)]
     return nn.Sequential(*layers, nn.Linear(features, CLASSES)), size
+
+
+class Attending(nn.Module):
+    """Attention that saturates where inputs are not normalised."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.first, self.attention, self.last = nn.Linear(6, 16), attention, nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if isinstance(self.attention, nn.TransformerEncoderLayer):
+            x = self.attention(x)
+        else:
+            normed = F.layer_norm(x, x.shape[-1:])
+            x = F.layer_norm(x + self.attention(x, x, normed)[0], x.shape[-1:])
+        return self.last(x.mean(dim=1))
+
+
+def check_attention(
+    kind: type[nn.Module], scale: float, count: int, *, alike: bool, reduction: str
+) -> None:
+    """Check that one example moves the sum of an attention's gradients by at most its sensitivity.
+
+    Args:
+        kind: ``nn.MultiheadAttention``, or ``nn.TransformerEncoderLayer``, which wants no weights.
+        scale: of the inputs; a large one makes one key have all the attention.
+        count: how many other examples there are.
+        alike: whether they are equal.
+        reduction: of the loss, whose mean the package does not see.
+    """
+    torch.manual_seed(0)
+    layer = (
+        kind(16, 2, batch_first=True)
+        if kind is nn.MultiheadAttention
+        else kind(16, 2, 32, 0.0, batch_first=True)
+    )
+
+    def loss(output: Tensor, target: Tensor, reduction: str) -> Tensor:
+        return F.cross_entropy(output, target, reduction=reduction)
+
+    model = compatible_copy(Attending(layer))
+    trainer = Trainer(
+        model, (8, 6), BackpropClipping(), loss=loss, reduction=reduction, dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(0)
+    x = scale * torch.randn(count + 1, 8, 6, generator=generator)
+    target = torch.randint(4, (count + 1,), generator=generator)
+    if alike:
+        x[:-1], target[:-1] = x[0].clone(), target[0].clone()
+    with_z, without_z = (joint(trainer.released(x[:k], target[:k])) for k in (count + 1, count))
+    moved = (with_z.double() - without_z.double()).norm()
+    assert moved <= 1.002, f"one example moved the sum by {moved}"

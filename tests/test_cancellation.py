@@ -9,10 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from opacus_bpclip import BackpropClipping
-from opacus_bpclip.replacements import compatible_copy
 from opacus_bpclip.rules import GroupNormRule, LayerNormRule, RMSNormRule
 from opacus_bpclip.rules.cancellation import ORDINARY, ROUNDING, cancellation_factor
 from tests.budgets import layerwise
@@ -20,6 +17,7 @@ from tests.checks import Trainer, check_sensitivity, joint
 from tests.companions import (
     Criterion,
     blank_and_one,
+    check_attention,
     check_rounding_is_small,
     mixer,
     models,
@@ -223,23 +221,6 @@ def test_a_loss_of_the_sum_of_a_softmax_layer_does_not_follow_the_batchs_size(
     assert not joint(trainer.released(x, target)).any()
 
 
-class Attending(nn.Module):
-    """Attention that saturates where inputs are not normalised."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.first, self.attention, self.last = nn.Linear(6, 16), attention, nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        if isinstance(self.attention, nn.TransformerEncoderLayer):
-            x = self.attention(x)
-        else:
-            normed = F.layer_norm(x, x.shape[-1:])
-            x = F.layer_norm(x + self.attention(x, x, normed)[0], x.shape[-1:])
-        return self.last(x.mean(dim=1))
-
-
 @pytest.mark.parametrize("scale", [255.0, 1e3, 1e4, 1e6])
 @pytest.mark.parametrize("count", [1, 7, 100])
 @pytest.mark.parametrize("alike", [True, False])
@@ -247,27 +228,8 @@ class Attending(nn.Module):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_attention_does_not_follow_the_batchs_size(scale, count, alike, weights, reduction):
     # With a fused kernel up to 151 times the claim behind a plain mean, and 1.25 times with a sum.
-    torch.manual_seed(0)
-    attention = (
-        nn.MultiheadAttention(16, 2, batch_first=True)
-        if weights
-        else nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
-    )
-    model = compatible_copy(Attending(attention))
-
-    def loss(output: Tensor, target: Tensor, reduction: str) -> Tensor:
-        return F.cross_entropy(output, target, reduction=reduction)
-
-    trainer = Trainer(
-        model, (8, 6), BackpropClipping(), loss=loss, reduction=reduction, dtype=torch.float32
-    )
-    generator = torch.Generator().manual_seed(0)
-    x = scale * torch.randn(count + 1, 8, 6, generator=generator)
-    target = torch.randint(4, (count + 1,), generator=generator)
-    if alike:
-        x[:-1], target[:-1] = x[0].clone(), target[0].clone()
-    with_z, without_z = (joint(trainer.released(x[:k], target[:k])) for k in (count + 1, count))
-    assert (with_z.double() - without_z.double()).norm() <= 1.002
+    layer = nn.MultiheadAttention if weights else nn.TransformerEncoderLayer
+    check_attention(layer, scale, count, alike=alike, reduction=reduction)
 
 
 @DTYPES

@@ -10,6 +10,7 @@ from torch import nn
 from opacus_bpclip import CoverageError, PrivacyEngine
 from opacus_bpclip.replacements.attention import MultiheadAttention
 from opacus_bpclip.replacements.base import Copies
+from tests.companions import check_attention
 
 
 def _replaced(model: nn.Module) -> nn.Module:
@@ -23,6 +24,11 @@ def _replaced(model: nn.Module) -> nn.Module:
 def attention_with_masks() -> None:
     """Attention to other sequences, with every mask, compared by `get_compatible_module`."""
     _replaced(nn.ModuleDict({"body": nn.MultiheadAttention(4, 2, kdim=3, add_bias_kv=True)}))
+
+
+def saturated_attention() -> None:
+    """Attention of which one key has all, in a batch of 101 of which all but one are equal."""
+    check_attention(nn.TransformerEncoderLayer, 1e4, 100, alike=True, reduction="mean")
 
 
 def network_with_dropout() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from opacus_bpclip.replacements import normalization, recurrent, verify
@@ -34,6 +37,26 @@ def padding_attended_to(patch: pytest.MonkeyPatch) -> None:
         return mask(self, query, None, given)
 
     patch.setattr(MultiheadAttention, "_mask", without)
+
+
+@mutant(killed_by=killers.saturated_attention, says="one example moved the sum by")
+def attention_by_a_fused_kernel(patch: pytest.MonkeyPatch) -> None:
+    """Attention without masks uses PyTorch's fused kernel. Where gradients cancel in it, their
+    rounding errors depend on the batch's size, and are scaled up to whole gradients."""
+    forward = MultiheadAttention.forward
+
+    def fused(self: MultiheadAttention, *inputs: Tensor, **options: Any) -> Any:
+        asked = any(value is not None and value is not False for value in options.values())
+        if "need_weights" not in options or asked or inputs[0].dim() < 3 or not self.batch_first:
+            return forward(self, *inputs, **options)
+        heads = (
+            layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for layer, x in zip((self.q_proj, self.k_proj, self.v_proj), inputs, strict=True)
+        )
+        mixed = F.scaled_dot_product_attention(*heads)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
+
+    patch.setattr(MultiheadAttention, "forward", fused)
 
 
 @mutant(killed_by=killers.network_with_dropout, says=DIFFERS.format(kind="LSTM"))
