@@ -64,10 +64,8 @@ def last_layer_dropped_out(patch: pytest.MonkeyPatch) -> None:
     """A recurrent network applies dropout to its last layer's output, too, as Opacus's own does."""
     run = recurrent.Recurrent._run
 
-    def dropped(
-        self: recurrent.Recurrent, steps: list[Tensor], initial: recurrent.State
-    ) -> tuple[list[Tensor], recurrent.State]:
-        steps, last = run(self, steps, initial)
+    def dropped(self: recurrent.Recurrent, *given: Any) -> tuple[list[Tensor], recurrent.State]:
+        steps, last = run(self, *given)
         return [torch.dropout(step, self.dropout, self.training) for step in steps], last
 
     patch.setattr(recurrent.Recurrent, "_run", dropped)

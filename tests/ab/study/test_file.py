@@ -203,7 +203,9 @@ def test_files_that_are_no_study(text, told, path):
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda own: own.stem)
-def test_the_studies_of_the_repository_are_in_order(path):
+def test_the_studies_of_the_repository_are_in_order(path, monkeypatch):
+    # Where their commands run.
+    monkeypatch.syspath_prepend(STUDIES)
     study = read_study(path)
     assert study.baseline in study.arms
     # One that tunes nothing says where its settings come from.

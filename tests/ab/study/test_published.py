@@ -14,7 +14,9 @@ LINES = sorted((ROOT / "benchmarks/studies").glob("*.jsonl"))
 
 
 @pytest.fixture(params=LINES, ids=lambda path: path.stem)
-def record(request):
+def record(request, monkeypatch):
+    # Where the studies' commands run.
+    monkeypatch.syspath_prepend(request.param.parent)
     study = read_study(request.param.with_suffix(".toml"))
     return StudyRecord.read(request.param).model_copy(update={"settings": study})
 
