@@ -88,27 +88,6 @@ def test_a_vision_transformer_stays_within_its_sensitivity(bound):
     check_training(trainer, x, torch.randn(4, 3, dtype=torch.float64) * 100)
 
 
-class Deformable(nn.Module):
-    """A convolution that looks where another one says: an operation that `torch.func` refuses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.offsets = nn.Conv2d(3, 2 * 9, 3, padding=1)
-        self.deformed = torchvision.ops.DeformConv2d(3, 4, 3, padding=1)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.deformed(x, torch.tanh(self.offsets(x)))
-        return self.head(torch.tanh(x).mean(dim=(2, 3)))
-
-
-def test_deformable_convolutions_stay_within_their_sensitivity():
-    torch.manual_seed(0)
-    trainer = Trainer(Deformable(), (3, 6, 6), layerwise(bound="exact"), probe=True)
-    x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
-    check_training(trainer, x, torch.randn(3, 3, dtype=torch.float64) * 100)
-
-
 class Generator(nn.Module):
     """A picture from a learned constant, styled by the input, with noise at each stage."""
 

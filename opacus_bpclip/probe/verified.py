@@ -48,10 +48,9 @@ def verified(
         gap = _gap_of_results(seen, template, examples)
         if not gap <= tolerance:
             return template, Problem("(root)", problems.unlike_alone(names, name, "output", gap))
-    # The last one follows the graph of the whole call, once for each example.
-    methods: dict[str, Sequence[Any]] = {"vmap": ("vmap", "loop", "graph"), "graph": ("graph",)}
+    methods: dict[str, Sequence[Any]] = {"vmap": ("vmap", "loop"), "graph": ("graph",)}
     if template.method == "vmap" and known_gradients(seen.call, template) is not None:
-        methods["vmap"] = ("known", *methods["vmap"])
+        methods["vmap"] = ("known", "vmap", "loop")
     gap = torch.inf
     for method in methods[template.method]:
         candidate = template._replace(method=method)
