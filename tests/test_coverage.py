@@ -92,8 +92,7 @@ NOT_YET = "is not initialised yet. Run one batch through the model first."
             lambda: nn.Linear(4, 4, dtype=torch.complex64),
             "0 (Linear)",
             "its parameters are complex, and Opacus's noise is real. Keep real and imaginary parts "
-            "in a real parameter with a last axis of 2, and call torch.view_as_complex(parameter) "
-            "in forward. Or freeze it (requires_grad=False).",
+            "in real parameters, and compute with them. Or freeze it (requires_grad=False).",
             id="complex",
         ),
         pytest.param(

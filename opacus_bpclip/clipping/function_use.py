@@ -166,9 +166,7 @@ class FunctionUse(Use):
         cancelled = torch.stack([row_norms(g) for g in self._upstream]).sum(dim=0)
         if self._graph.reads_arguments:
             given = self._graph.template.given(self._graph.call.leaves, self._graph.examples)
-            floats = [
-                row_norms(x).square() for x in given if x.is_floating_point() or x.is_complex()
-            ]
+            floats = [row_norms(x).square() for x in given if x.is_floating_point()]
             one = torch.ones_like(cancelled)
             cancelled = cancelled * torch.stack([one, *floats]).sum(dim=0).sqrt()
         limit = self._target.unscaled() / max(self.examples, 1)

@@ -246,8 +246,7 @@ def _rule_for(
     if any(dtype.is_complex for dtype in dtypes):
         return None, (
             "its parameters are complex, and Opacus's noise is real. Keep real and imaginary parts "
-            "in a real parameter with a last axis of 2, and call torch.view_as_complex(parameter) "
-            "in forward. Or freeze it (requires_grad=False)."
+            "in real parameters, and compute with them. Or freeze it (requires_grad=False)."
         )
     if isinstance(module, ScriptModule):
         return None, (

@@ -213,6 +213,15 @@ def unlike_alone(parameters: str, function: str, what: str, gap: float) -> str:
     )
 
 
+def of_complex_numbers(parameters: str, function: str) -> str:
+    """Return the message for a function on parameters that takes or makes complex numbers."""
+    return (
+        f"{parameters}: the function {function} computes with complex numbers, whose rows are not "
+        "told apart. Compute with real and imaginary parts, which are real: "
+        "(a + bi)(c + di) is ac - bd and ad + bc. Or freeze these parameters."
+    )
+
+
 def routed(name: str) -> str:
     """Return the message for a layer whose rows are not in proportion to the batch's size."""
     return (

@@ -72,11 +72,8 @@ def max_column_norm(max_norm: float, *, weight: bool, bias: bool) -> float:
 def row_norms(g: Tensor) -> Tensor:
     """Return an upper bound on the norm of each row of ``g``, ``[B, ...]``, tight to rounding.
 
-    A complex number counts as two real ones. If ``g`` holds the per-example gradients, this is the
-    exact bound. ``[B]``.
+    If ``g`` holds the per-example gradients, this is the exact bound. ``[B]``.
     """
-    if g.is_complex():
-        g = torch.view_as_real(g.resolve_conj())
     dtype = norm_dtype(g.dtype)
     # Not flattened: in a compiled graph the channels may be last in memory, and flattening would
     # make it read them one by one.

@@ -144,11 +144,9 @@ def filled(s: Part, x: Tensor) -> Tensor:
     return F.linear(x, weight, s.b)
 
 
-def of_complex_numbers(s: Part, x: Tensor) -> Tensor:
-    # Complex ones, of real ones: as a filter of frequencies, which FFT makes no empty batch of.
-    x = torch.view_as_complex(x.unflatten(-1, (D // 2, 2)).contiguous())
-    x = torch.einsum("btd,de->bte", x, torch.view_as_complex(s.w)) * x.conj()
-    return torch.view_as_real(x).flatten(2)
+def complex_by_real_parts(s: Part, x: Tensor) -> Tensor:
+    real, imaginary = x.chunk(2, dim=-1)
+    return torch.cat([real * s.a - imaginary * s.b, real * s.b + imaginary * s.a], dim=-1)
 
 
 def two_views(s: Part, x: Tensor) -> Tensor:
@@ -191,7 +189,7 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "memory": lambda: Part(memory, {"w": drawn(1, 2, D), "b": drawn(D)}),
     "broadcast": lambda: Part(broadcast, {"w": drawn(D)}),
     "filled": lambda: Part(filled, {"w": drawn(2, D), "b": drawn(D)}),
-    "complex": lambda: Part(of_complex_numbers, {"w": drawn(D // 2, D // 2, 2)}),
+    "complex": lambda: Part(complex_by_real_parts, {"a": drawn(D // 2), "b": drawn(D // 2)}),
     "two views": lambda: Part(two_views, {"token": drawn(1, 1, D)}),
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(D, D)),
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(D, D)).eval(),

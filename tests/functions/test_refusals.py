@@ -142,6 +142,17 @@ def test_what_cannot_be_followed_is_refused(name):
         _step(Made(forward, **parameters), x)
 
 
+@pytest.mark.parametrize("flipped", [False, True])
+def test_complex_numbers_are_refused(flipped):
+    # The rows of the flipped ones are others' than is seen.
+    def compute(s: nn.Module, x: Tensor) -> Tensor:
+        constant = torch.view_as_complex(s.w).expand(len(x), -1)
+        return x + torch.view_as_real(constant.flip(0) if flipped else constant * 1).flatten(1)
+
+    with pytest.raises(CoverageError, match="computes with complex numbers"):
+        _run(Made(compute, w=torch.randn(1, 2, 2).double()), torch.randn(4, 4).double())
+
+
 @pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.parametrize("compute", [_sorted_by_length, _sorted_by_a_mask, _rolled])
 def test_copies_that_meet_sorted_examples_are_refused(compute, descending):
