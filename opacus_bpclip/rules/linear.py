@@ -83,8 +83,7 @@ class LinearRule(FusedRule):
         self, g: Tensor, x: Tensor, weight: Tensor, *, multiplier: int, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Multiply ``g`` with weight and input."""
-        # Not -1: a layer may have no inputs.
-        rows, columns = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (g, x))
+        rows, columns = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = (rows @ weight).view(x.shape) if wanted[0] else None
         dw = None
         if wanted[1]:
