@@ -214,7 +214,7 @@ def unlike_alone(parameters: str, function: str, what: str, gap: float) -> str:
 
 
 def of_complex_numbers(parameters: str, function: str) -> str:
-    """Return the message for a function on parameters that takes or makes complex numbers."""
+    """Return the message for a function on parameters whose result is complex."""
     return (
         f"{parameters}: the function {function} computes with complex numbers, whose rows are not "
         "told apart. Compute with real and imaginary parts, which are real: "

@@ -38,12 +38,10 @@ def verified(
     Returns:
         The template, and what is wrong; ``None`` if a method passed.
     """
-    tensors = (x for x in (*seen.call.leaves, *seen.results) if isinstance(x, Tensor))
-    if any(x.is_complex() for x in tensors):
-        names = ", ".join(sorted(seen.call.names))
-        return template, Problem("(root)", problems.of_complex_numbers(names, seen.call.name))
-    seen = _finite(seen, template, examples)
     names, name = ", ".join(sorted(seen.call.names)), seen.call.name
+    if any(x.is_complex() for x in seen.results):
+        return template, Problem("(root)", problems.of_complex_numbers(names, name))
+    seen = _finite(seen, template, examples)
     upstream = _upstream(seen, template, examples)
     if not upstream:
         return template, Problem("(root)", problems.unlike_alone(names, name, "output", torch.inf))

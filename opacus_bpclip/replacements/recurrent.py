@@ -20,7 +20,7 @@ from typing_extensions import Self
 from opacus_bpclip.replacements.base import Copies
 
 State = tuple[Tensor, ...]  # h, and c for an LSTM
-# Drops numbers of the inputs by time step, given the number of the layer.
+# Given the number of a layer and its inputs by time step, sets some of their numbers to zero.
 Drop = Callable[[int, list[Tensor]], list[Tensor]]
 
 
@@ -127,7 +127,8 @@ class Recurrent(DPRNNBase):
     def _drop_of_packed(self, count: int, order: Tensor | None) -> Drop:
         """Return a dropout whose masks of a sequence do not depend on the lengths of the others.
 
-        Otherwise a sequence's result would, for equal random numbers.
+        With masks of the packed numbers, other lengths would change every sequence's masks, for
+        the same random numbers, and the search for coupled examples could not tell why.
 
         Args:
             count: the number of sequences.
@@ -153,7 +154,7 @@ class Recurrent(DPRNNBase):
         Args:
             steps: the inputs by time step, ``[B_t, D]`` each.
             initial: the initial state of all layers and directions.
-            drop: drops numbers between layers, given the number of the layer above.
+            drop: the dropout between layers.
         """
         last: list[State] = []
         for layer in range(self.num_layers):
